@@ -1,0 +1,46 @@
+"""Paged 8-bit optimizers for JAX: moments that never take XLA's memory.
+
+>>> import jax, jax.numpy as jnp, optax
+>>> from paged_optax import memory_report, paged_adamw8bit
+>>> tx = optax.chain(optax.clip_by_global_norm(1.0), paged_adamw8bit(2e-4, weight_decay=0.01))
+>>> params = {"w": jnp.ones((1024, 1024))}
+>>> opt_state = tx.init(params)
+>>> @jax.jit
+... def step(params, opt_state):
+...   grads = jax.grad(lambda p: jnp.mean(p["w"] ** 2))(params)
+...   updates, opt_state = tx.update(grads, opt_state, params)
+...   return optax.apply_updates(params, updates), opt_state
+>>> params, opt_state = step(params, opt_state)
+>>> print(memory_report(opt_state))  # doctest: +ELLIPSIS
+moments          total    resident     on host
+...
+"""
+
+from ._adam import paged_adam8bit, paged_adamw8bit, scale_by_paged_adam8bit
+from ._options import Paging, Quantization
+from ._state import (
+    DeviceMemory,
+    MemoryReport,
+    Moments,
+    ScaleByPagedAdam8bitState,
+    memory_report,
+    moments,
+    release,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DeviceMemory",
+    "MemoryReport",
+    "Moments",
+    "Paging",
+    "Quantization",
+    "ScaleByPagedAdam8bitState",
+    "memory_report",
+    "moments",
+    "paged_adam8bit",
+    "paged_adamw8bit",
+    "release",
+    "scale_by_paged_adam8bit",
+]

@@ -1,0 +1,55 @@
+"""Options that are fixed when a transformation is built: how moments are stored, and where."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """How moments are stored.
+
+    Attributes:
+      codec: ``"dynamic"``, the 8-bit code of bitsandbytes: blocks of 256 elements, one float32 scale a
+        block, 2.03 bytes per parameter for both moments.
+      min_size: leaves with fewer elements than this keep float32 moments (8 bytes per parameter). Small
+        leaves are biases and norms, which save nothing and tolerate least.
+
+    Raises:
+      ValueError: for an unknown codec or a negative size.
+    """
+
+    codec: str = "dynamic"
+    min_size: int = 4096
+
+    def __post_init__(self):
+        if self.codec != "dynamic":
+            raise ValueError(f"unknown codec {self.codec!r}; the only one is 'dynamic'")
+        if self.min_size < 0:
+            raise ValueError(
+                f"min_size is {self.min_size}; it counts elements and cannot be negative"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Paging:
+    """Where moments live on a GPU; on a CPU there is one place.
+
+    Moments of one state on one GPU are placed as a whole, when the state is first used: in device memory
+    if they fit, else in host memory, which the GPU then reads and writes in place at every step.
+
+    Attributes:
+      device_bytes: device memory that the moments of all states on a GPU may take together; None for
+        whatever is free, 0 for everything on the host.
+      headroom_bytes: device memory that must stay free beside the moments.
+
+    Raises:
+      ValueError: for negative numbers of bytes.
+    """
+
+    device_bytes: int | None = None
+    headroom_bytes: int = 512 * 2**20
+
+    def __post_init__(self):
+        for name in ("device_bytes", "headroom_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} is {value}; it counts bytes and cannot be negative")

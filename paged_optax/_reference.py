@@ -1,0 +1,183 @@
+"""The specification of the 8-bit code and of the step, in NumPy.
+
+An independent path to the same bits as the C++ code: the CPU and the GPU implementation must agree with
+it exactly. Written to be read; never on a hot path.
+
+References:
+  Dettmers et al., `8-bit Optimizers via Block-wise Quantization
+  <https://arxiv.org/abs/2110.02861>`_, 2022; Kingma & Ba, `Adam: A Method for Stochastic Optimization
+  <https://arxiv.org/abs/1412.6980>`_, 2015.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+BLOCK_SIZE = 256
+_DECADES = 7
+_SMALLEST_NORMAL = np.float32(2.0**-126)
+
+
+def dynamic_map(signed: bool) -> np.ndarray:
+    """Values of the 256 codes of the ``dynamic`` map, ascending.
+
+    Args:
+      signed: True for first moments, False for second moments.
+
+    Returns:
+      float32 array of shape (256,), bit for bit that of bitsandbytes.
+    """
+    f32, f64 = np.float32, np.float64
+    positive = []
+    for decade in range(_DECADES):
+        bins = 2**decade if signed else 2 ** (decade + 1)
+        n = bins + 1
+        step = f32((f32(1) - f32(0.1)) / f32(bins))
+        # As torch.linspace rounds: the lower half counts up from 0.1, the upper half down from 1.
+        edges = [
+            f32(f64(f32(0.1)) + f64(step) * i) if i < n // 2 else f32(1.0 - f64(step) * (n - 1 - i))
+            for i in range(n)
+        ]
+        power = f32(10.0 ** (decade - _DECADES + 1))
+        positive += [
+            f32(power * f32(f32(a + b) / f32(2))) for a, b in zip(edges, edges[1:], strict=False)
+        ]
+    negative = [-x for x in positive] if signed else []
+    return np.sort(np.array([*negative, 0.0, *positive, 1.0], np.float32))
+
+
+class Quantized(NamedTuple):
+    """Blocks of 256 codes with a scale each; the last block is padded with the code of zero."""
+
+    codes: np.ndarray  # uint8 (num_blocks * 256,)
+    scales: np.ndarray  # float32 (num_blocks,)
+
+
+def quantize(values: np.ndarray, signed: bool) -> Quantized:
+    """Quantizes a flat float32 array block by block: nearest value, ties to the even code.
+
+    Negative first moments never take the code of zero; blocks whose largest magnitude is subnormal count
+    as zero.
+    """
+    blocks = _to_blocks(values)
+    scales = np.max(np.abs(blocks), axis=1, initial=np.float32(0))
+    usable = scales >= _SMALLEST_NORMAL
+    inverse = np.where(usable, np.float32(1) / np.where(usable, scales, 1), np.float32(0))
+    x = blocks * inverse[:, None].astype(np.float32)
+    table = dynamic_map(signed)
+    middles = (table[:-1] + table[1:]) * np.float32(0.5)
+    below = np.searchsorted(middles, x, side="left")  # a value on a middle stays below it ...
+    above = np.searchsorted(middles, x, side="right")  # ... or goes above it
+    codes = np.where(below % 2 == 0, below, above)
+    if signed:
+        codes = np.where((x < 0) & (codes == 127), 126, codes)
+    return Quantized(codes.astype(np.uint8).ravel(), scales)
+
+
+def dequantize(quantized: Quantized, signed: bool) -> np.ndarray:
+    """The float32 values that codes and scales stand for, padding included."""
+    blocks = dynamic_map(signed)[quantized.codes].reshape(-1, BLOCK_SIZE)
+    return (blocks * quantized.scales[:, None]).ravel()
+
+
+class Hyperparams(NamedTuple):
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    eps_root: float = 0.0
+
+
+def adam(grad, mu, nu, count: int, hyperparams: Hyperparams, nesterov: bool = False):
+    """One Adam step on flat float32 arrays.
+
+    Args:
+      grad: gradients.
+      mu: first moments before the step.
+      nu: second moments before the step.
+      count: number of steps already taken.
+      hyperparams: b1, b2, eps, eps_root.
+      nesterov: whether to use Nesterov momentum (Dozat, 2016).
+
+    Returns:
+      ``(update, mu, nu)``, float32. Where a moment would become non-finite, the update is NaN and the
+      moments are unchanged.
+    """
+    f32 = np.float32
+    b1, b2, eps, eps_root = (f32(x) for x in hyperparams)
+    one_minus_b1, one_minus_b2 = f32(1) - b1, f32(1) - b2
+    t = count + 1
+    c1, c2 = 1.0 - _power(b1, t), 1.0 - _power(b2, t)
+    if nesterov:
+        mu_scale = f32(float(b1) / (1.0 - _power(b1, t + 1)))
+        grad_scale = f32(float(one_minus_b1) / c1)
+    else:
+        mu_scale, grad_scale = f32(1.0 / c1), f32(0)
+    nu_scale = f32(1.0 / c2)
+    with np.errstate(all="ignore"):
+        new_mu = b1 * mu + one_minus_b1 * grad
+        new_nu = b2 * nu + one_minus_b2 * grad * grad
+        mu_hat = new_mu * mu_scale + grad * grad_scale
+        update = mu_hat / (np.sqrt(new_nu * nu_scale + eps_root) + eps)
+    finite = np.isfinite(new_mu) & np.isfinite(new_nu)
+    return (
+        np.where(finite, update, f32(np.nan)),
+        np.where(finite, new_mu, mu),
+        np.where(finite, new_nu, nu),
+    )
+
+
+class LeafState(NamedTuple):
+    """Moments of one leaf: `Quantized` in 8 bits, or flat float32 arrays."""
+
+    mu: Quantized | np.ndarray
+    nu: Quantized | np.ndarray
+
+
+def init_leaf(size: int, quantized: bool) -> LeafState:
+    zeros = np.zeros(size, np.float32)
+    if not quantized:
+        return LeafState(zeros, zeros)
+    return LeafState(quantize(zeros, signed=True), quantize(zeros, signed=False))
+
+
+def step_leaf(grad, state: LeafState, count: int, hyperparams: Hyperparams, nesterov=False):
+    """One step for one leaf.
+
+    Args:
+      grad: gradient of any shape; float32, bfloat16 or float16.
+      state: moments before the step.
+      count: number of steps already taken.
+      hyperparams: b1, b2, eps, eps_root.
+      nesterov: whether to use Nesterov momentum.
+
+    Returns:
+      ``(update, state)``; the update has the gradient's shape and dtype.
+    """
+    flat = np.asarray(grad).ravel().astype(np.float32)
+    size = flat.size
+    if isinstance(state.mu, Quantized):
+        mu = dequantize(state.mu, signed=True)[:size]
+        nu = dequantize(state.nu, signed=False)[:size]
+        update, mu, nu = adam(flat, mu, nu, count, hyperparams, nesterov)
+        state = LeafState(quantize(mu, signed=True), quantize(nu, signed=False))
+    else:
+        update, mu, nu = adam(flat, state.mu, state.nu, count, hyperparams, nesterov)
+        state = LeafState(mu, nu)
+    with np.errstate(over="ignore"):
+        return update.astype(grad.dtype).reshape(grad.shape), state
+
+
+def _to_blocks(values: np.ndarray) -> np.ndarray:
+    flat = np.asarray(values, np.float32).ravel()
+    return np.pad(flat, (0, -flat.size % BLOCK_SIZE)).reshape(-1, BLOCK_SIZE)
+
+
+def _power(base: np.float32, exponent: int) -> float:
+    """base ** exponent in float64, by squaring: the order of operations is part of the specification."""
+    result, square = 1.0, float(base)
+    while exponent:
+        if exponent & 1:
+            result *= square
+        square *= square
+        exponent >>= 1
+    return result

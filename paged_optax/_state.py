@@ -1,0 +1,276 @@
+"""The optimizer state, and what can be asked of it.
+
+Moments live outside JAX and change in place. The state holds a token for them: a handle, which memory, and
+a version, which contents of it. Every executed update makes a new version, so a token that is not the newest
+is recognised and refused, and the moments stay as they were. `xla_ffi/README.md` gives the full contract.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import _ext, _ffi
+from . import _reference as reference
+
+FLOAT32, DYNAMIC = 0, 1  # enum Codec in xla_ffi/layout.h
+
+
+class ScaleByPagedAdam8bitState(NamedTuple):
+    """State of `scale_by_paged_adam8bit`: a few integers, whatever the size of the model."""
+
+    count: jax.Array  # int32 (): number of updates
+    token: jax.Array  # int32 (2,): handle of the moments, version of their contents
+
+
+_seeds = itertools.count()
+_trees: dict[int, Any] = {}  # tree name -> treedef, filled while tracing
+
+
+def new_token(num_leaves: int) -> jax.Array:
+    """Token of a new state. Without leaves there is nothing to store, so nothing is made."""
+    if num_leaves == 0:
+        return jnp.zeros(_ffi.TOKEN_SHAPE, jnp.int32)
+    return _ffi.issue(np.array([next(_seeds) % 2**31, 0], np.int32))
+
+
+def name_tree(paths: Sequence[str], treedef: Any) -> int:
+    """A number for a tree structure, the same in every process, to be kept beside the moments."""
+    digest = hashlib.sha256("\n".join(paths).encode()).digest()
+    name = int.from_bytes(digest[:8], "little", signed=True)
+    _trees[name] = treedef
+    return name
+
+
+class Moments(NamedTuple):
+    """Dequantized moments, in the tree of the parameters: float32 NumPy arrays."""
+
+    mu: Any
+    nu: Any
+
+
+def moments(opt_state: Any) -> Moments:
+    """Reads the moments of an optimizer state.
+
+    Waits for the updates under way. For looking at and for tests; at 8 bytes per parameter the result is four
+    times as large as what is stored.
+
+    Args:
+      opt_state: any optax state, nnx.Optimizer or TrainState with a paged state in it.
+
+    Returns:
+      A `Moments` of float32 NumPy arrays in the tree of the updates. States for disjoint parts of one
+      tree (``optax.partition``, ``optax.masked``) are merged.
+
+    Raises:
+      ValueError: if there is no paged state, or several for the same parameters.
+      RuntimeError: if the state is not the newest one, was released, or was never updated.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, paged_optax
+      >>> tx = paged_optax.scale_by_paged_adam8bit()
+      >>> params = {"w": jnp.ones((64, 64))}
+      >>> updates, state = tx.update({"w": jnp.full((64, 64), 2.0)}, tx.init(params))
+      >>> print(paged_optax.moments(state).mu["w"][0, 0].round(4))
+      0.2
+    """
+    trees = [_read_state(*_read_token(state)) for state in find_states(opt_state)]
+    try:
+        return Moments(*(_merge([tree[i] for tree in trees]) for i in range(2)))
+    except _Overlap:
+        raise ValueError(
+            f"found {len(trees)} paged states for the same parameters; pass one of them, for example"
+            " opt_state[0]"
+        ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes of moments on one device."""
+
+    device: str
+    total: int
+    resident: int
+
+    @property
+    def on_host(self) -> int:
+        return self.total - self.resident
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryReport:
+    """Where the moments are. Prints as a table.
+
+    Attributes:
+      devices: one `DeviceMemory` a device.
+    """
+
+    devices: tuple[DeviceMemory, ...]
+
+    @property
+    def total(self) -> int:
+        """Bytes of moments, over all devices."""
+        return sum(device.total for device in self.devices)
+
+    @property
+    def resident(self) -> int:
+        """Bytes of moments in the devices' own memory."""
+        return sum(device.resident for device in self.devices)
+
+    @property
+    def on_host(self) -> int:
+        """Bytes of moments in host memory that a GPU reaches over its link."""
+        return sum(device.on_host for device in self.devices)
+
+    def __str__(self) -> str:
+        rows = [(d.device, d.total, d.resident, d.on_host) for d in self.devices]
+        if len(rows) != 1:
+            rows.append(("all", self.total, self.resident, self.on_host))
+        lines = [f"{'moments':<10}{'total':>12}{'resident':>12}{'on host':>12}"]
+        for name, *numbers in rows:
+            lines.append(f"{name:<10}" + "".join(f"{format_bytes(n):>12}" for n in numbers))
+        return "\n".join(lines)
+
+
+def memory_report(opt_state: Any) -> MemoryReport:
+    """Reports where the moments of an optimizer state are.
+
+    Moments are made by a state's first update; before it there is nothing to report.
+
+    Args:
+      opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it.
+
+    Returns:
+      A `MemoryReport`, all paged states added up.
+
+    Raises:
+      ValueError: if there is no paged state.
+      RuntimeError: if the moments were released or are not in this process.
+
+    Example:
+      >>> import jax.numpy as jnp, paged_optax
+      >>> tx = paged_optax.scale_by_paged_adam8bit()
+      >>> params = {"w": jnp.ones((1024, 1024))}
+      >>> _, state = tx.update(params, tx.init(params))
+      >>> paged_optax.memory_report(state).total / 1024**2
+      2.03125
+    """
+    devices: dict[str, list[int]] = {}
+    for state in find_states(opt_state):
+        for report in _ext.describe(*_read_token(state)):
+            numbers = devices.setdefault(f"{report['platform']}:{report['ordinal']}", [0, 0])
+            numbers[0] += report["total"]
+            numbers[1] += report["resident"]
+    return MemoryReport(tuple(DeviceMemory(name, *numbers) for name, numbers in devices.items()))
+
+
+def release(opt_state: Any) -> int:
+    """Frees the moments of an optimizer state. The state cannot be updated any more.
+
+    Args:
+      opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it, of any version.
+
+    Returns:
+      The number of bytes freed.
+
+    Raises:
+      ValueError: if there is no paged state.
+
+    Example:
+      >>> import jax.numpy as jnp, paged_optax
+      >>> tx = paged_optax.scale_by_paged_adam8bit()
+      >>> params = {"w": jnp.ones((1024, 1024))}
+      >>> _, state = tx.update(params, tx.init(params))
+      >>> paged_optax.release(state) >= 2 * 1024**2
+      True
+    """
+    handles = {_read_token(state)[0] for state in find_states(opt_state)}
+    return sum(_ext.release(handle) for handle in handles)
+
+
+def find_states(opt_state: Any) -> list[ScaleByPagedAdam8bitState]:
+    """The paged states inside any optimizer state, in tree order."""
+    opt_state = getattr(opt_state, "opt_state", opt_state)  # nnx.Optimizer, TrainState
+    is_ours = lambda node: isinstance(node, ScaleByPagedAdam8bitState)
+    states = [node for node in jax.tree.leaves(opt_state, is_leaf=is_ours) if is_ours(node)]
+    if not states:
+        raise ValueError(
+            f"there is no paged optimizer state in this {type(opt_state).__name__}; pass what the"
+            " optimizer's init or update returned (not the parameters)"
+        )
+    return states
+
+
+def format_bytes(nbytes: int) -> str:
+    """Bytes for people: ``2.03 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024 or unit == "GiB":
+            return f"{nbytes} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1024
+    raise AssertionError
+
+
+def _read_token(state: ScaleByPagedAdam8bitState) -> tuple[int, int]:
+    if isinstance(state.token, jax.core.Tracer):
+        raise TypeError(
+            "the optimizer state is being traced (inside jax.jit or another transformation); call this outside"
+        )
+    # Waits for the update that made the token. jnp.asarray also opens an nnx.Variable.
+    handle, version = np.asarray(jnp.asarray(state.token)).tolist()
+    return handle, version
+
+
+class _Overlap(Exception):
+    pass
+
+
+def _merge(trees: list[Any]) -> Any:
+    """One tree out of trees that have MaskedNode where another one has the leaf."""
+
+    def pick(*candidates):
+        found = [c for c in candidates if jax.tree.leaves(c)]
+        if len(found) > 1:
+            raise _Overlap
+        return found[0] if found else candidates[0]
+
+    if len(trees) == 1:
+        return trees[0]
+    is_mask = lambda node: type(node).__name__ == "MaskedNode"
+    try:
+        return jax.tree.map(pick, *trees, is_leaf=is_mask)
+    except ValueError:
+        raise _Overlap from None
+
+
+def _read_state(handle: int, version: int) -> tuple[Any, Any]:
+    reports = _ext.describe(handle, version)
+    if not reports:
+        raise RuntimeError(
+            "this optimizer state was never updated: its moments are zero and have no memory yet"
+        )
+    if len(reports) > 1:
+        raise NotImplementedError(
+            f"moments() reads states on one device; this one is on {len(reports)} devices"
+        )
+    report = reports[0]
+    if report["tree"] not in _trees:
+        raise RuntimeError("the tree of the parameters is unknown: the update was not traced here")
+    mu, nu = [], []
+    for index, (codec, shape) in enumerate(report["leaves"]):
+        parts = _ext.read_leaf(report["platform"], report["ordinal"], handle, version, index)
+        if codec == DYNAMIC:
+            mu_codes, nu_codes, mu_scales, nu_scales = parts
+            parts = (
+                reference.dequantize(reference.Quantized(mu_codes, mu_scales), signed=True),
+                reference.dequantize(reference.Quantized(nu_codes, nu_scales), signed=False),
+            )
+        for leaves, flat in zip((mu, nu), parts, strict=True):
+            leaves.append(flat[: math.prod(shape)].reshape(shape))
+    treedef = _trees[report["tree"]]
+    return jax.tree.unflatten(treedef, mu), jax.tree.unflatten(treedef, nu)

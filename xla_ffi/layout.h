@@ -1,0 +1,83 @@
+// Where the bytes of a block of moments lie in an arena. Used by both step implementations and by
+// whoever reads moments out.
+//
+// Leaves are cut into blocks of 256 elements, each leaf starting a new block, and blocks are numbered
+// through the tree per codec. An arena is a row of 2 MiB chunks (the granularity in which CUDA moves
+// managed memory); a chunk keeps its blocks' codes and scales together, so that any leading part of
+// the arena is a self-contained part of the state. First come all `dynamic` blocks, then all float32
+// blocks; the last chunk of each is as long as its blocks need.
+//
+//   dynamic chunk: [mu codes: n x 256][nu codes: n x 256][mu scales: n x 4][nu scales: n x 4]
+//   float32 chunk: [mu: n x 1024][nu: n x 1024]
+#pragma once
+
+#include "portable.h"
+
+namespace paged_optax {
+
+enum class Codec : int8_t { kFloat32, kDynamic };
+
+inline constexpr int64_t kBlockSize = 256;
+inline constexpr int64_t kChunkBytes = int64_t{2} << 20;
+inline constexpr int64_t kDynamicBlockBytes = 2 * kBlockSize + 2 * sizeof(float);
+inline constexpr int64_t kFloat32BlockBytes = 2 * kBlockSize * sizeof(float);
+inline constexpr int64_t kDynamicBlocksPerChunk = kChunkBytes / kDynamicBlockBytes;
+inline constexpr int64_t kFloat32BlocksPerChunk = kChunkBytes / kFloat32BlockBytes;
+
+PAGED_HD int64_t NumBlocks(int64_t size) { return (size + kBlockSize - 1) / kBlockSize; }
+
+PAGED_HD int64_t RoundUp(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+struct DynamicBlock {
+  uint8_t* mu;
+  uint8_t* nu;
+  float* mu_scale;
+  float* nu_scale;
+};
+
+struct Float32Block {
+  float* mu;
+  float* nu;
+};
+
+// The extent of an arena; with its base address it locates every block.
+struct ArenaExtent {
+  int64_t num_dynamic_blocks = 0;
+  int64_t num_float32_blocks = 0;
+
+  PAGED_HD int64_t Float32Offset() const {
+    const int64_t chunks = num_dynamic_blocks / kDynamicBlocksPerChunk;
+    const int64_t rest = num_dynamic_blocks % kDynamicBlocksPerChunk;
+    return RoundUp(chunks * kChunkBytes + rest * kDynamicBlockBytes, 512);
+  }
+
+  PAGED_HD int64_t NumBytes() const {
+    return Float32Offset() + num_float32_blocks * kFloat32BlockBytes;
+  }
+
+  PAGED_HD DynamicBlock LocateDynamic(uint8_t* base, int64_t block) const {
+    const int64_t chunk = block / kDynamicBlocksPerChunk;
+    const int64_t first = chunk * kDynamicBlocksPerChunk;
+    const int64_t i = block - first;
+    const int64_t left = num_dynamic_blocks - first;
+    const int64_t n = left < kDynamicBlocksPerChunk ? left : kDynamicBlocksPerChunk;
+    uint8_t* mu = base + chunk * kChunkBytes;
+    uint8_t* nu = mu + n * kBlockSize;
+    float* mu_scales = reinterpret_cast<float*>(nu + n * kBlockSize);
+    return {mu + i * kBlockSize, nu + i * kBlockSize, mu_scales + i, mu_scales + n + i};
+  }
+
+  PAGED_HD Float32Block LocateFloat32(uint8_t* base, int64_t block) const {
+    const int64_t chunk = block / kFloat32BlocksPerChunk;
+    const int64_t first = chunk * kFloat32BlocksPerChunk;
+    const int64_t i = block - first;
+    const int64_t left = num_float32_blocks - first;
+    const int64_t n = left < kFloat32BlocksPerChunk ? left : kFloat32BlocksPerChunk;
+    float* mu = reinterpret_cast<float*>(base + Float32Offset() + chunk * kChunkBytes);
+    return {mu + i * kBlockSize, mu + (n + i) * kBlockSize};
+  }
+};
+
+}  // namespace paged_optax

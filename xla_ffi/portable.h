@@ -1,0 +1,44 @@
+// Spelling of "runs on host and device", and the bit casts both sides share. Included by every
+// header whose arithmetic is used by the CPU loop and by the CUDA kernel.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define PAGED_HD __host__ __device__ __forceinline__
+#else
+#define PAGED_HD inline __attribute__((always_inline))
+#endif
+
+#if defined(__CUDA_ARCH__)
+#define PAGED_UNROLL _Pragma("unroll")
+#else
+#define PAGED_UNROLL
+#endif
+
+namespace paged_optax {
+
+PAGED_HD uint32_t BitsOf(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(x);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+#endif
+}
+
+PAGED_HD float FloatOf(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+#endif
+}
+
+PAGED_HD bool IsFinite(float x) { return (BitsOf(x) & 0x7f800000u) != 0x7f800000u; }
+
+}  // namespace paged_optax

@@ -1,0 +1,92 @@
+// One optimizer step over blocks of moments. The arithmetic of a block stands here once, as a template
+// over the number of elements that one lane holds; step_cpu.cc (one lane of 256) and step_cuda.cu (32
+// lanes of 8) add only loops, loads and stores.
+#pragma once
+
+#include "adam.h"
+#include "codec.h"
+#include "dtype.h"
+#include "layout.h"
+
+namespace paged_optax {
+
+// One leaf of the tree: gradients on entry, updates on return, in the same buffer.
+struct Leaf {
+  void* values;
+  int64_t size;         // elements
+  int64_t first_block;  // number of its first block among the blocks of its codec
+  int64_t first_work;   // number of its first block among all blocks of the call
+  DType dtype;
+  Codec codec;
+};
+
+// `BlockMax` maps the maximum over a lane's elements to that over the block. It compares bit patterns,
+// which order non-negative floats as their values do: exact in any order of evaluation.
+template <int K, class BlockMax>
+PAGED_HD void StepDynamicBlock(const AdamStep& step, const DynamicMaps& maps, bool fresh,
+                               float (&values)[K], uint8_t (&mu_codes)[K], uint8_t (&nu_codes)[K],
+                               float& mu_scale, float& nu_scale, BlockMax block_max) {
+  float mu[K], nu[K];
+  uint32_t mu_max = 0, nu_max = 0;
+  PAGED_UNROLL
+  for (int k = 0; k < K; ++k) {
+    mu[k] = fresh ? 0.0f : Decode(maps.mu, mu_codes[k], mu_scale);
+    nu[k] = fresh ? 0.0f : Decode(maps.nu, nu_codes[k], nu_scale);
+  }
+  PAGED_UNROLL
+  for (int k = 0; k < K; ++k) values[k] = AdamElement(step, values[k], &mu[k], &nu[k]);
+  PAGED_UNROLL
+  for (int k = 0; k < K; ++k) {
+    const uint32_t mu_bits = BitsOf(mu[k]) & 0x7fffffffu, nu_bits = BitsOf(nu[k]);
+    mu_max = mu_bits > mu_max ? mu_bits : mu_max;
+    nu_max = nu_bits > nu_max ? nu_bits : nu_max;
+  }
+  mu_scale = FloatOf(block_max(mu_max));
+  nu_scale = FloatOf(block_max(nu_max));
+  const float mu_inverse = InverseScale(mu_scale), nu_inverse = InverseScale(nu_scale);
+  PAGED_UNROLL
+  for (int k = 0; k < K; ++k) {
+    mu_codes[k] = EncodeMu(maps.mu, mu[k], mu_inverse);
+    nu_codes[k] = EncodeNu(maps.nu, nu[k], nu_inverse);
+  }
+}
+
+template <int K>
+PAGED_HD void StepFloat32Block(const AdamStep& step, bool fresh, float (&values)[K], float (&mu)[K],
+                               float (&nu)[K]) {
+  PAGED_UNROLL
+  for (int k = 0; k < K; ++k) {
+    mu[k] = fresh ? 0.0f : mu[k];
+    nu[k] = fresh ? 0.0f : nu[k];
+    values[k] = AdamElement(step, values[k], &mu[k], &nu[k]);
+  }
+}
+
+// The work of one call: every block of every leaf, numbered 0 .. num_work - 1.
+struct Work {
+  const Leaf* leaves;
+  int64_t num_leaves;
+  int64_t num_work;
+  uint8_t* base;  // of the arena
+  ArenaExtent extent;
+  bool fresh;  // moments count as zero and are not read
+};
+
+// Leaf that block number `work` belongs to: the last one that starts at or before it.
+PAGED_HD int64_t FindLeaf(const Leaf* leaves, int64_t num_leaves, int64_t work) {
+  int64_t low = 0, high = num_leaves;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    if (leaves[middle].first_work <= work) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Runs blocks [begin, end) of the work on the calling thread.
+void StepBlocksCpu(const AdamStep& step, const Work& work, int64_t begin, int64_t end);
+
+}  // namespace paged_optax

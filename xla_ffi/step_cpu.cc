@@ -1,0 +1,112 @@
+// The step on the CPU: a loop over blocks, compiled for several instruction sets. Called from the CPU
+// handler in module.cc, on many threads with disjoint ranges.
+#include <cstring>
+
+#include "step.h"
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+namespace paged_optax {
+namespace {
+
+constexpr DynamicMaps kMaps = MakeDynamicMaps();
+
+// XLA runs its threads with subnormal numbers flushed to zero, some of them; the arithmetic here is
+// defined with them. Restores the thread's mode on exit.
+class ScopedIeeeMode {
+ public:
+#if defined(__x86_64__)
+  ScopedIeeeMode() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~0x8040u); }  // FTZ, DAZ
+  ~ScopedIeeeMode() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  ScopedIeeeMode() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, %0" ::"r"(saved_ & ~(uint64_t{1} << 24)));  // FZ
+  }
+  ~ScopedIeeeMode() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
+
+ private:
+  uint64_t saved_;
+#endif
+};
+
+// One clone per instruction set, chosen at load time. Results do not depend on the clone: every
+// operation is a single IEEE rounding.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#define PAGED_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define PAGED_CLONES
+#endif
+
+constexpr int kLane = static_cast<int>(kBlockSize);
+
+PAGED_HD void Load(const Leaf& leaf, int64_t start, int count, float (&values)[kLane]) {
+  if (count < kLane) std::memset(values, 0, sizeof(values));
+  if (leaf.dtype == DType::kFloat32) {
+    std::memcpy(values, static_cast<const float*>(leaf.values) + start, count * sizeof(float));
+    return;
+  }
+  const uint16_t* halves = static_cast<const uint16_t*>(leaf.values) + start;
+  if (leaf.dtype == DType::kBFloat16) {
+    for (int k = 0; k < count; ++k) values[k] = FromBFloat16(halves[k]);
+  } else {
+    for (int k = 0; k < count; ++k) values[k] = FromFloat16(halves[k]);
+  }
+}
+
+PAGED_HD void Store(const Leaf& leaf, int64_t start, int count, const float (&values)[kLane]) {
+  if (leaf.dtype == DType::kFloat32) {
+    std::memcpy(static_cast<float*>(leaf.values) + start, values, count * sizeof(float));
+    return;
+  }
+  uint16_t* halves = static_cast<uint16_t*>(leaf.values) + start;
+  if (leaf.dtype == DType::kBFloat16) {
+    for (int k = 0; k < count; ++k) halves[k] = ToBFloat16(values[k]);
+  } else {
+    for (int k = 0; k < count; ++k) halves[k] = ToFloat16(values[k]);
+  }
+}
+
+PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begin, int64_t end) {
+  float values[kLane];
+  int64_t index = FindLeaf(work.leaves, work.num_leaves, begin);
+  for (int64_t w = begin; w < end; ++w) {
+    // Empty leaves own no work: pass over them too.
+    while (index + 1 < work.num_leaves && work.leaves[index + 1].first_work <= w) ++index;
+    const Leaf& leaf = work.leaves[index];
+    const int64_t in_leaf = w - leaf.first_work;
+    const int64_t start = in_leaf * kBlockSize;
+    const int64_t left = leaf.size - start;
+    const int count = left < kLane ? static_cast<int>(left) : kLane;
+    Load(leaf, start, count, values);
+    if (leaf.codec == Codec::kDynamic) {
+      const DynamicBlock block =
+          work.extent.LocateDynamic(work.base, leaf.first_block + in_leaf);
+      StepDynamicBlock<kLane>(step, kMaps, work.fresh, values,
+                              *reinterpret_cast<uint8_t(*)[kLane]>(block.mu),
+                              *reinterpret_cast<uint8_t(*)[kLane]>(block.nu), *block.mu_scale,
+                              *block.nu_scale, [](uint32_t lane_max) { return lane_max; });
+    } else {
+      const Float32Block block =
+          work.extent.LocateFloat32(work.base, leaf.first_block + in_leaf);
+      StepFloat32Block<kLane>(step, work.fresh, values,
+                              *reinterpret_cast<float(*)[kLane]>(block.mu),
+                              *reinterpret_cast<float(*)[kLane]>(block.nu));
+    }
+    Store(leaf, start, count, values);
+  }
+}
+
+}  // namespace
+
+void StepBlocksCpu(const AdamStep& step, const Work& work, int64_t begin, int64_t end) {
+  ScopedIeeeMode mode;
+  RunBlocks(step, work, begin, end);
+}
+
+}  // namespace paged_optax

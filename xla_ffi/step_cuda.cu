@@ -1,0 +1,255 @@
+// The step on the GPU: one kernel that checks the token and one that runs a warp per block of moments.
+// Adds to step.h only the launch, the loads and the stores.
+#include <algorithm>
+
+#include "cuda_check.h"
+#include "step_cuda.h"
+
+namespace paged_optax {
+namespace {
+
+constexpr int kWarpSize = 32;
+constexpr int kLane = static_cast<int>(kBlockSize) / kWarpSize;  // elements per thread
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarpSize;
+
+__constant__ DynamicMaps kMaps = MakeDynamicMaps();
+
+struct ResolveArgs {
+  Header* headers;
+  int num_headers;
+  const Token* token;
+  const int32_t* count;
+  const float* hyperparams;
+  Token* new_token;
+  Rejection* rejection;
+  ResolvedStep* resolved;
+  bool nesterov;
+  uint64_t layout;
+};
+
+// One warp: finds the arena that the token names, judges the token, advances the version. Everything
+// behind it on the stream sees the outcome.
+__global__ void ResolveKernel(ResolveArgs args) {
+  const Token token = *args.token;
+  int found = -1;
+  for (int i = threadIdx.x; i < args.num_headers; i += kWarpSize) {
+    if (args.headers[i].handle == token.handle) found = i;
+  }
+  found = __reduce_max_sync(0xffffffffu, found);
+  if (threadIdx.x != 0) return;
+
+  Header* header = found < 0 ? nullptr : &args.headers[found];
+  const Verdict verdict = Judge(header, token, args.layout);
+  ResolvedStep& resolved = *args.resolved;
+  resolved.accepted = IsAccepted(verdict);
+  if (resolved.accepted) {
+    resolved.step = MakeAdamStep(args.hyperparams, *args.count, args.nesterov);
+    resolved.base = header->base;
+    resolved.fresh = verdict == Verdict::kFresh;
+    header->version = NextVersion(header->version);
+    *args.new_token = {token.handle, header->version};
+    return;
+  }
+  *args.new_token = token;
+  // The host reads this without waiting for the device; the first unread report stays.
+  volatile Rejection* report = args.rejection;
+  if (report->verdict != Verdict::kAccept) return;
+  report->token.handle = token.handle;
+  report->token.version = token.version;
+  report->version = header == nullptr ? 0 : header->version;
+  report->layout = args.layout;
+  __threadfence_system();
+  report->verdict = verdict;
+}
+
+// Leaves travel to the kernel by value: nothing to stage, nothing to keep alive.
+constexpr int kLeavesPerLaunch = 96;
+struct StepArgs {
+  Leaf leaves[kLeavesPerLaunch];
+  int64_t num_leaves;
+  int64_t num_work;
+  ArenaExtent extent;
+  const ResolvedStep* resolved;
+};
+static_assert(sizeof(StepArgs) <= 4096, "kernel parameters that every CUDA version accepts");
+
+__device__ void Load(const Leaf& leaf, int64_t start, int count, float (&values)[kLane]) {
+  if (leaf.dtype == DType::kFloat32) {
+    const float* source = static_cast<const float*>(leaf.values) + start;
+    if (count == kLane) {
+      *reinterpret_cast<float4*>(&values[0]) = *reinterpret_cast<const float4*>(source);
+      *reinterpret_cast<float4*>(&values[4]) = *reinterpret_cast<const float4*>(source + 4);
+      return;
+    }
+#pragma unroll
+    for (int k = 0; k < kLane; ++k) values[k] = k < count ? source[k] : 0.0f;
+    return;
+  }
+  const uint16_t* source = static_cast<const uint16_t*>(leaf.values) + start;
+  uint4 packed = {0, 0, 0, 0};
+  uint16_t* halves = reinterpret_cast<uint16_t*>(&packed);
+  if (count == kLane) {
+    packed = *reinterpret_cast<const uint4*>(source);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kLane; ++k) halves[k] = k < count ? source[k] : uint16_t{0};
+  }
+  const bool is_bfloat16 = leaf.dtype == DType::kBFloat16;
+#pragma unroll
+  for (int k = 0; k < kLane; ++k) {
+    values[k] = is_bfloat16 ? FromBFloat16(halves[k]) : FromFloat16(halves[k]);
+  }
+}
+
+__device__ void Store(const Leaf& leaf, int64_t start, int count, const float (&values)[kLane]) {
+  if (leaf.dtype == DType::kFloat32) {
+    float* target = static_cast<float*>(leaf.values) + start;
+    if (count == kLane) {
+      *reinterpret_cast<float4*>(target) = *reinterpret_cast<const float4*>(&values[0]);
+      *reinterpret_cast<float4*>(target + 4) = *reinterpret_cast<const float4*>(&values[4]);
+      return;
+    }
+#pragma unroll
+    for (int k = 0; k < kLane; ++k) {
+      if (k < count) target[k] = values[k];
+    }
+    return;
+  }
+  uint4 packed;
+  uint16_t* halves = reinterpret_cast<uint16_t*>(&packed);
+  const bool is_bfloat16 = leaf.dtype == DType::kBFloat16;
+#pragma unroll
+  for (int k = 0; k < kLane; ++k) {
+    halves[k] = is_bfloat16 ? ToBFloat16(values[k]) : ToFloat16(values[k]);
+  }
+  uint16_t* target = static_cast<uint16_t*>(leaf.values) + start;
+  if (count == kLane) {
+    *reinterpret_cast<uint4*>(target) = packed;
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kLane; ++k) {
+    if (k < count) target[k] = halves[k];
+  }
+}
+
+__device__ uint32_t WarpMax(uint32_t lane_max) { return __reduce_max_sync(0xffffffffu, lane_max); }
+
+// One warp per block of moments, striding over the blocks of the launch.
+__global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ StepArgs args) {
+  __shared__ DynamicMaps maps;
+  __shared__ AdamStep step;
+  for (int i = threadIdx.x; i < static_cast<int>(sizeof(DynamicMaps) / sizeof(float));
+       i += kThreads) {
+    reinterpret_cast<float*>(&maps)[i] = reinterpret_cast<const float*>(&kMaps)[i];
+  }
+  if (threadIdx.x == 0) step = args.resolved->step;
+  const bool accepted = args.resolved->accepted;
+  const bool fresh = args.resolved->fresh;
+  uint8_t* base = args.resolved->base;
+  __syncthreads();
+
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps;
+  for (int64_t work = first; work < args.num_work; work += stride) {
+    const Leaf& leaf = args.leaves[FindLeaf(args.leaves, args.num_leaves, work)];
+    const int64_t in_leaf = work - leaf.first_work;
+    const int64_t start = in_leaf * kBlockSize + lane * kLane;
+    const int64_t left = leaf.size - start;
+    const int count = left < 0 ? 0 : (left < kLane ? static_cast<int>(left) : kLane);
+    alignas(16) float values[kLane];
+    if (!accepted) {
+      // A refused step changes nothing: its update is zero.
+#pragma unroll
+      for (int k = 0; k < kLane; ++k) values[k] = 0.0f;
+      Store(leaf, start, count, values);
+      continue;
+    }
+    Load(leaf, start, count, values);
+    if (leaf.codec == Codec::kDynamic) {
+      const DynamicBlock block = args.extent.LocateDynamic(base, leaf.first_block + in_leaf);
+      uint8_t mu[kLane], nu[kLane];
+      float mu_scale = 0.0f, nu_scale = 0.0f;
+      if (!fresh) {
+        *reinterpret_cast<uint2*>(mu) = *reinterpret_cast<const uint2*>(block.mu + lane * kLane);
+        *reinterpret_cast<uint2*>(nu) = *reinterpret_cast<const uint2*>(block.nu + lane * kLane);
+        mu_scale = *block.mu_scale;
+        nu_scale = *block.nu_scale;
+      }
+      StepDynamicBlock<kLane>(step, maps, fresh, values, mu, nu, mu_scale, nu_scale, WarpMax);
+      *reinterpret_cast<uint2*>(block.mu + lane * kLane) = *reinterpret_cast<uint2*>(mu);
+      *reinterpret_cast<uint2*>(block.nu + lane * kLane) = *reinterpret_cast<uint2*>(nu);
+      if (lane == 0) {
+        *block.mu_scale = mu_scale;
+        *block.nu_scale = nu_scale;
+      }
+    } else {
+      const Float32Block block = args.extent.LocateFloat32(base, leaf.first_block + in_leaf);
+      float4* mu_target = reinterpret_cast<float4*>(block.mu + lane * kLane);
+      float4* nu_target = reinterpret_cast<float4*>(block.nu + lane * kLane);
+      alignas(16) float mu[kLane], nu[kLane];
+      if (!fresh) {
+#pragma unroll
+        for (int k = 0; k < kLane / 4; ++k) {
+          reinterpret_cast<float4*>(mu)[k] = mu_target[k];
+          reinterpret_cast<float4*>(nu)[k] = nu_target[k];
+        }
+      }
+      StepFloat32Block<kLane>(step, fresh, values, mu, nu);
+#pragma unroll
+      for (int k = 0; k < kLane / 4; ++k) {
+        mu_target[k] = reinterpret_cast<float4*>(mu)[k];
+        nu_target[k] = reinterpret_cast<float4*>(nu)[k];
+      }
+    }
+    Store(leaf, start, count, values);
+  }
+}
+
+__global__ void WriteTokenKernel(Token token, Token* destination) { *destination = token; }
+
+}  // namespace
+
+void LaunchWriteToken(Token token, Token* destination, int device, void* stream) {
+  ScopedDevice scope(device);
+  WriteTokenKernel<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(token, destination);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+void LaunchUpdate(const CudaUpdate& update, int device, void* stream) {
+  const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
+  ScopedDevice scope(device);
+  ResolveKernel<<<1, kWarpSize, 0, cuda_stream>>>(
+      {update.headers, update.num_headers, update.token, update.count, update.hyperparams,
+       update.new_token, update.rejection, update.resolved, update.nesterov, update.layout});
+  CUDA_CHECK(cudaGetLastError());
+
+  int num_multiprocessors = 0, blocks_per_multiprocessor = 0;
+  CUDA_CHECK(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_multiprocessor, StepKernel,
+                                                           kThreads, 0));
+  const int64_t resident_blocks = int64_t{num_multiprocessors} * blocks_per_multiprocessor;
+
+  const int64_t num_leaves = static_cast<int64_t>(update.leaves.size());
+  for (int64_t begin = 0; begin < num_leaves; begin += kLeavesPerLaunch) {
+    const int64_t end = std::min(begin + kLeavesPerLaunch, num_leaves);
+    const int64_t first_work = update.leaves[begin].first_work;
+    StepArgs args{};
+    args.num_leaves = end - begin;
+    args.num_work = (end == num_leaves ? update.num_work : update.leaves[end].first_work) - first_work;
+    args.extent = update.extent;
+    args.resolved = update.resolved;
+    for (int64_t i = begin; i < end; ++i) {
+      args.leaves[i - begin] = update.leaves[i];
+      args.leaves[i - begin].first_work -= first_work;
+    }
+    if (args.num_work == 0) continue;
+    const int64_t blocks = std::min(resident_blocks, (args.num_work + kWarps - 1) / kWarps);
+    StepKernel<<<static_cast<unsigned>(blocks), kThreads, 0, cuda_stream>>>(args);
+    CUDA_CHECK(cudaGetLastError());
+  }
+}
+
+}  // namespace paged_optax

@@ -1,0 +1,42 @@
+// Launches one optimizer step on a stream. Implemented by step_cuda.cu, called by the CUDA handler in
+// module.cc.
+#pragma once
+
+#include <vector>
+
+#include "step.h"
+#include "token.h"
+
+namespace paged_optax {
+
+// What the first kernel finds out for the others; lies in scratch memory of the call.
+struct ResolvedStep {
+  AdamStep step;
+  uint8_t* base;
+  bool accepted;
+  bool fresh;
+};
+
+// All pointers but `leaves` point to device memory or to host memory that the device can access.
+struct CudaUpdate {
+  Header* headers;
+  int num_headers;
+  const Token* token;
+  const int32_t* count;
+  const float* hyperparams;
+  Token* new_token;
+  Rejection* rejection;
+  ResolvedStep* resolved;
+  bool nesterov;
+  uint64_t layout;
+  ArenaExtent extent;
+  std::vector<Leaf> leaves;
+  int64_t num_work;
+};
+
+void LaunchUpdate(const CudaUpdate& update, int device, void* stream);
+
+// Writes a token that the host knows to device memory.
+void LaunchWriteToken(Token token, Token* destination, int device, void* stream);
+
+}  // namespace paged_optax
