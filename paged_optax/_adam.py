@@ -234,8 +234,8 @@ def paged_adam8bit(
       >>> tx = paged_optax.paged_adam8bit(learning_rate=0.1)
       >>> params = {"w": jnp.ones((64, 64))}
       >>> updates, state = tx.update(params, tx.init(params))
-      >>> print(updates["w"][0, 0].round(4))
-      -0.1
+      >>> print(f"{updates['w'][0, 0]:.4f}")
+      -0.1000
 
     References:
       Kingma & Ba, `Adam: A Method for Stochastic Optimization <https://arxiv.org/abs/1412.6980>`_, 2014

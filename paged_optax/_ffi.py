@@ -73,14 +73,20 @@ def _update_abstract(token, count, hyperparams, *grads, **static):
 
 
 @issue_p.def_impl
-@jax.jit
 def _issue_impl(seed):
+    with jax.disable_jit(False):  # a custom call has to be compiled, also under jax.disable_jit()
+        return _issue_jit(seed)
+
+
+@jax.jit
+def _issue_jit(seed):
     return issue_p.bind(seed)
 
 
 @update_p.def_impl
 def _update_impl(*args, **static):
-    return _update_jit(tuple(static.items()), *args)
+    with jax.disable_jit(False):
+        return _update_jit(tuple(static.items()), *args)
 
 
 @functools.partial(jax.jit, static_argnums=0)

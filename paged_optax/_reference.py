@@ -70,7 +70,7 @@ def quantize(values: np.ndarray, signed: bool) -> Quantized:
     above = np.searchsorted(middles, x, side="right")  # ... or goes above it
     codes = np.where(below % 2 == 0, below, above)
     if signed:
-        codes = np.where((x < 0) & (codes == 127), 126, codes)
+        codes = np.where(np.signbit(x) & (codes == 127), 126, codes)
     return Quantized(codes.astype(np.uint8).ravel(), scales)
 
 
@@ -104,6 +104,8 @@ def adam(grad, mu, nu, count: int, hyperparams: Hyperparams, nesterov: bool = Fa
     """
     f32 = np.float32
     b1, b2, eps, eps_root = (f32(x) for x in hyperparams)
+    if not (0 <= b1 < 1 and 0 <= b2 < 1):  # only a traced value can be: a schedule gone wrong
+        return np.full_like(mu, np.nan), mu, nu
     one_minus_b1, one_minus_b2 = f32(1) - b1, f32(1) - b2
     t = count + 1
     c1, c2 = 1.0 - _power(b1, t), 1.0 - _power(b2, t)
@@ -117,7 +119,7 @@ def adam(grad, mu, nu, count: int, hyperparams: Hyperparams, nesterov: bool = Fa
         new_mu = b1 * mu + one_minus_b1 * grad
         new_nu = b2 * nu + one_minus_b2 * grad * grad
         mu_hat = new_mu * mu_scale + grad * grad_scale
-        update = mu_hat / (np.sqrt(new_nu * nu_scale + eps_root) + eps)
+        update = mu_hat * (f32(1) / (np.sqrt(new_nu * nu_scale + eps_root) + eps))
     finite = np.isfinite(new_mu) & np.isfinite(new_nu)
     return (
         np.where(finite, update, f32(np.nan)),

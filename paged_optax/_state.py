@@ -42,7 +42,8 @@ def new_token(num_leaves: int) -> jax.Array:
 
 def name_tree(paths: Sequence[str], treedef: Any) -> int:
     """A number for a tree structure, the same in every process, to be kept beside the moments."""
-    digest = hashlib.sha256("\n".join(paths).encode()).digest()
+    # Paths alone do not tell a list from a tuple, nor where a None or MaskedNode is.
+    digest = hashlib.sha256("\n".join([*paths, str(treedef)]).encode()).digest()
     name = int.from_bytes(digest[:8], "little", signed=True)
     _trees[name] = treedef
     return name
@@ -158,12 +159,13 @@ def memory_report(opt_state: Any) -> MemoryReport:
       >>> tx = paged_optax.scale_by_paged_adam8bit()
       >>> params = {"w": jnp.ones((1024, 1024))}
       >>> _, state = tx.update(params, tx.init(params))
-      >>> paged_optax.memory_report(state).total / 1024**2
-      2.03125
+      >>> print(f"{paged_optax.memory_report(state).total / 1024**2:.2f} bytes per parameter")
+      2.03 bytes per parameter
     """
     devices: dict[str, list[int]] = {}
-    for state in find_states(opt_state):
-        for report in _ext.describe(*_read_token(state)):
+    tokens = dict(_read_token(state) for state in find_states(opt_state))
+    for token in tokens.items():  # several versions of one state count once
+        for report in _ext.describe(*token):
             numbers = devices.setdefault(f"{report['platform']}:{report['ordinal']}", [0, 0])
             numbers[0] += report["total"]
             numbers[1] += report["resident"]
@@ -217,12 +219,12 @@ def format_bytes(nbytes: int) -> str:
 
 
 def _read_token(state: ScaleByPagedAdam8bitState) -> tuple[int, int]:
-    if isinstance(state.token, jax.core.Tracer):
+    token = jnp.asarray(state.token)  # opens an nnx.Variable
+    if isinstance(token, jax.core.Tracer):
         raise TypeError(
             "the optimizer state is being traced (inside jax.jit or another transformation); call this outside"
         )
-    # Waits for the update that made the token. jnp.asarray also opens an nnx.Variable.
-    handle, version = np.asarray(jnp.asarray(state.token)).tolist()
+    handle, version = np.asarray(token).tolist()  # waits for the update that made it
     return handle, version
 
 

@@ -42,8 +42,11 @@ PAGED_HD AdamStep MakeAdamStep(const float* hyperparams, int32_t count, bool nes
   step.b2 = hyperparams[1];
   step.eps = hyperparams[2];
   step.eps_root = hyperparams[3];
+  // A decay rate outside [0, 1) can only come from a traced value, a schedule gone wrong. NaN here makes
+  // every update NaN and keeps every moment: what is stored stays finite, and nu non-negative.
+  const bool is_valid = step.b1 >= 0.0f && step.b1 < 1.0f && step.b2 >= 0.0f && step.b2 < 1.0f;
   step.one_minus_b1 = 1.0f - step.b1;
-  step.one_minus_b2 = 1.0f - step.b2;
+  step.one_minus_b2 = is_valid ? 1.0f - step.b2 : FloatOf(0x7fc00000u);
   const int64_t t = static_cast<int64_t>(count) + 1;
   const double c1 = 1.0 - Power(step.b1, t);
   const double c2 = 1.0 - Power(step.b2, t);
@@ -58,17 +61,30 @@ PAGED_HD AdamStep MakeAdamStep(const float* hyperparams, int32_t count, bool nes
   return step;
 }
 
-// Advances one element and returns its update (the direction, before the learning rate). A gradient
-// that would make a moment non-finite gives NaN and leaves the moments as they were.
-PAGED_HD float AdamElement(const AdamStep& step, float grad, float* mu, float* nu) {
+// Square root and reciprocal as the host rounds them. The GPU has a faster twin, fast_math.h.
+struct IeeeMath {
+  PAGED_HD float Sqrt(float x) { return std::sqrt(x); }
+  PAGED_HD float Reciprocal(float x) { return 1.0f / x; }
+};
+
+// Advances the moments of one element and returns the bias-corrected first moment. A gradient that would
+// make a moment non-finite gives NaN and leaves the moments as they were.
+PAGED_HD float AdvanceMoments(const AdamStep& step, float grad, float* mu, float* nu) {
   const float new_mu = step.b1 * *mu + step.one_minus_b1 * grad;
   const float new_nu = step.b2 * *nu + step.one_minus_b2 * grad * grad;
-  const bool finite = IsFinite(new_mu) && IsFinite(new_nu);
+  // NaN fails the comparison. If nu is finite, so is grad, and then mu, a mean of finite numbers.
+  const bool finite = new_nu <= 3.40282347e38f;
   const float mu_hat = new_mu * step.mu_scale + grad * step.grad_scale;
-  const float root = std::sqrt(new_nu * step.nu_scale + step.eps_root);
   *mu = finite ? new_mu : *mu;
   *nu = finite ? new_nu : *nu;
-  return finite ? mu_hat / (root + step.eps) : FloatOf(0x7fc00000u);
+  return finite ? mu_hat : FloatOf(0x7fc00000u);
+}
+
+// The update of one element (the direction, before the learning rate).
+template <class Math>
+PAGED_HD float Update(Math& math, const AdamStep& step, float mu_hat, float nu) {
+  const float root = math.Sqrt(nu * step.nu_scale + step.eps_root);
+  return mu_hat * math.Reciprocal(root + step.eps);
 }
 
 }  // namespace paged_optax

@@ -70,6 +70,10 @@ int64_t Layout::Append(Codec codec, const int64_t* dims, int64_t rank) {
       codec == Codec::kDynamic ? extent_.num_dynamic_blocks : extent_.num_float32_blocks;
   const int64_t first_block = blocks;
   blocks += NumBlocks(size);
+  if (blocks >= kMaxBlocks) {
+    throw StatusError(StatusCode::kInvalidArgument,
+                      "a state of more than 10^12 elements on one device is not supported; shard it");
+  }
   return first_block;
 }
 

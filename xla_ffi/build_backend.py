@@ -2,10 +2,11 @@
 
 pip calls the hooks; CMakeLists.txt runs this file as a script, so that both agree on the compiler:
 
-    python build_backend.py nvcc      prints "<path of nvcc>;<version>;<where it was found>", or nothing
+    python build_backend.py nvcc      prints "<path>;<version>;<where it was found>", or nothing
     python build_backend.py jaxlib    prints "<include directory>;<version>", or nothing
 
-What was passed over, and why, goes to stderr. Imports nothing at the top that is not in the standard library.
+What was passed over, and why, goes to stderr. Only the hooks may import scikit-build-core: the
+script runs in any Python.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ NVIDIA_WHEELS = [
     "nvidia-nvvm==13.0.*",
 ]
 
-# One file of each wheel, to tell a compiler from what jax[cuda13] installs (nvcc's package for its ptxas, without headers).
+# One file of each wheel: jax[cuda13] installs nvcc's package too, for its ptxas, without the rest.
 NVIDIA_FILES = [
     "bin/nvcc",
     "lib/libcudart_static.a",
@@ -45,7 +46,7 @@ NVIDIA_FILES = [
 
 
 def cuda_setting(config_settings: dict[str, Any] | None = None) -> str:
-    """AUTO, ON or OFF. As in CMakeLists.txt, `-C cmake.define.PAGED_OPTAX_CUDA=` goes before the environment."""
+    """AUTO, ON or OFF, from `-C cmake.define.PAGED_OPTAX_CUDA=` before the environment."""
     for prefix in ("", "skbuild."):
         value = (config_settings or {}).get(f"{prefix}cmake.define.PAGED_OPTAX_CUDA")
         if value is not None:
@@ -91,9 +92,10 @@ def nvcc_of_wheels() -> Iterator[tuple[str, str]]:
     """As nvcc_of_machine, in the site directories of this Python."""
     try:
         spec = importlib.util.find_spec("nvidia.cu13")
-    except ModuleNotFoundError:
+    except ModuleNotFoundError:  # no package called nvidia
         return
-    for root in map(Path, spec.submodule_search_locations or () if spec else ()):
+    folders = spec.submodule_search_locations if spec else None
+    for root in map(Path, folders or ()):
         missing = [name for name in NVIDIA_FILES if not (root / name).exists()]
         if not missing:
             yield str(root / "bin/nvcc"), "NVIDIA's wheels"
@@ -114,7 +116,11 @@ def first_usable(candidates: Iterator[tuple[str, str]]) -> tuple[str, str, str] 
 
 
 def find_nvcc() -> tuple[str, str, str] | None:
-    return first_usable(nvcc_of_machine()) or first_usable(nvcc_of_wheels())
+    """The machine's nvcc, else the wheels'; one named in CUDACXX has no substitute."""
+    found = first_usable(nvcc_of_machine())
+    if found is None and not os.environ.get("CUDACXX"):
+        found = first_usable(nvcc_of_wheels())
+    return found
 
 
 def find_jaxlib() -> tuple[str, str] | None:
@@ -127,21 +133,28 @@ def find_jaxlib() -> tuple[str, str] | None:
 
 
 def extra_requirements(config_settings: dict[str, Any] | None) -> list[str]:
-    setting = cuda_setting(config_settings)
-    wanted = setting in ("ON", "TRUE", "YES", "1") or (setting == "AUTO" and nvidia_publishes_nvcc())
-    return NVIDIA_WHEELS if wanted and first_usable(nvcc_of_machine()) is None else []
+    """NVIDIA's wheels, if CUDA is wanted, this platform has them and this machine no nvcc."""
+    if cuda_setting(config_settings) in ("OFF", "FALSE", "NO", "0") or os.environ.get("CUDACXX"):
+        return []
+    if not nvidia_publishes_nvcc() or first_usable(nvcc_of_machine()) is not None:
+        return []
+    return NVIDIA_WHEELS
 
 
 def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) -> list[str]:
     import scikit_build_core.build as backend
 
-    return backend.get_requires_for_build_wheel(config_settings) + extra_requirements(config_settings)
+    return backend.get_requires_for_build_wheel(config_settings) + extra_requirements(
+        config_settings
+    )
 
 
 def get_requires_for_build_editable(config_settings: dict[str, Any] | None = None) -> list[str]:
     import scikit_build_core.build as backend
 
-    return backend.get_requires_for_build_editable(config_settings) + extra_requirements(config_settings)
+    return backend.get_requires_for_build_editable(config_settings) + extra_requirements(
+        config_settings
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -382,6 +382,15 @@ py::dict CudaInfo() {
   return info;
 }
 
+int64_t FreeDeviceMemory(int ordinal) {
+#if PAGED_OPTAX_CUDA
+  return FreeDeviceBytes(ordinal);
+#else
+  (void)ordinal;
+  throw StatusError(StatusCode::kFailedPrecondition, "this build has no CUDA code");
+#endif
+}
+
 DeviceId ParseDevice(const std::string& platform, int ordinal) {
   return {platform == "cpu" ? Platform::kCpu : Platform::kCuda, ordinal};
 }
@@ -464,7 +473,7 @@ py::tuple ReadLeaf(const std::string& platform, int ordinal, int32_t handle, int
 
 // The code alone, for the tests: codes of values that are already divided by their block's scale.
 py::array_t<uint8_t> Encode(const py::array_t<float, py::array::c_style>& values, bool is_signed) {
-  static constexpr DynamicMaps kMaps = MakeDynamicMaps();
+  static constexpr DynamicMaps<int32_t> kMaps = MakeDynamicMaps<int32_t>();
   py::array_t<uint8_t> codes(values.size());
   for (py::ssize_t i = 0; i < values.size(); ++i) {
     codes.mutable_data()[i] = is_signed ? EncodeMu(kMaps.mu, values.data()[i], 1.0f)
@@ -513,6 +522,7 @@ PYBIND11_MODULE(_ext, module) {
   module.def("targets", &Targets);
   module.def("build_info", &BuildInfo);
   module.def("cuda_info", &CudaInfo);
+  module.def("free_device_bytes", &FreeDeviceMemory, py::arg("ordinal"));
   module.def("available_host_bytes", &AvailableHostBytes);
   module.def("check_host_memory", &CheckHostMemory);
   module.def("describe", &Describe, py::arg("handle"), py::arg("version"));
@@ -528,6 +538,9 @@ PYBIND11_MODULE(_ext, module) {
   module.def("arena_bytes", [](int64_t num_dynamic_blocks, int64_t num_float32_blocks) {
     return ArenaExtent{num_dynamic_blocks, num_float32_blocks}.NumBytes();
   });
+#if PAGED_OPTAX_CUDA
+  module.def("count_inexact", &CountInexact, py::arg("ordinal"));
+#endif
   module.def("raise_if_rejected", [] { Registry::Get().ThrowIfRejected(); });
   module.def("num_arenas", [] { return Registry::Get().NumArenas(); });
   module.def("num_unused", [] { return Registry::Get().NumUnused(); });

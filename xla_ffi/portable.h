@@ -39,6 +39,4 @@ PAGED_HD float FloatOf(uint32_t bits) {
 #endif
 }
 
-PAGED_HD bool IsFinite(float x) { return (BitsOf(x) & 0x7f800000u) != 0x7f800000u; }
-
 }  // namespace paged_optax

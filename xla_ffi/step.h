@@ -20,21 +20,31 @@ struct Leaf {
   Codec codec;
 };
 
-// `BlockMax` maps the maximum over a lane's elements to that over the block. It compares bit patterns,
-// which order non-negative floats as their values do: exact in any order of evaluation.
-template <int K, class BlockMax>
-PAGED_HD void StepDynamicBlock(const AdamStep& step, const DynamicMaps& maps, bool fresh,
+// Bias-corrected first moments on entry, updates on return.
+template <int K>
+PAGED_HD void UpdateLane(IeeeMath math, const AdamStep& step, const float (&nu)[K],
+                         float (&values)[K]) {
+  PAGED_UNROLL
+  for (int k = 0; k < K; ++k) values[k] = Update(math, step, values[k], nu[k]);
+}
+
+// `values` are gradients on entry and updates on return. `BlockMax` maps the maximum over a lane's
+// elements to that over the block. It compares bit patterns, which order non-negative floats as their
+// values do: exact in any order of evaluation.
+template <int K, class Math, class Level, class BlockMax>
+PAGED_HD void StepDynamicBlock(Math math, const AdamStep& step, const DynamicMaps<Level>& maps,
                                float (&values)[K], uint8_t (&mu_codes)[K], uint8_t (&nu_codes)[K],
                                float& mu_scale, float& nu_scale, BlockMax block_max) {
   float mu[K], nu[K];
   uint32_t mu_max = 0, nu_max = 0;
   PAGED_UNROLL
   for (int k = 0; k < K; ++k) {
-    mu[k] = fresh ? 0.0f : Decode(maps.mu, mu_codes[k], mu_scale);
-    nu[k] = fresh ? 0.0f : Decode(maps.nu, nu_codes[k], nu_scale);
+    mu[k] = Decode(maps.mu, mu_codes[k], mu_scale);
+    nu[k] = Decode(maps.nu, nu_codes[k], nu_scale);
   }
   PAGED_UNROLL
-  for (int k = 0; k < K; ++k) values[k] = AdamElement(step, values[k], &mu[k], &nu[k]);
+  for (int k = 0; k < K; ++k) values[k] = AdvanceMoments(step, values[k], &mu[k], &nu[k]);
+  UpdateLane(math, step, nu, values);
   PAGED_UNROLL
   for (int k = 0; k < K; ++k) {
     const uint32_t mu_bits = BitsOf(mu[k]) & 0x7fffffffu, nu_bits = BitsOf(nu[k]);
@@ -51,15 +61,12 @@ PAGED_HD void StepDynamicBlock(const AdamStep& step, const DynamicMaps& maps, bo
   }
 }
 
-template <int K>
-PAGED_HD void StepFloat32Block(const AdamStep& step, bool fresh, float (&values)[K], float (&mu)[K],
+template <int K, class Math>
+PAGED_HD void StepFloat32Block(Math math, const AdamStep& step, float (&values)[K], float (&mu)[K],
                                float (&nu)[K]) {
   PAGED_UNROLL
-  for (int k = 0; k < K; ++k) {
-    mu[k] = fresh ? 0.0f : mu[k];
-    nu[k] = fresh ? 0.0f : nu[k];
-    values[k] = AdamElement(step, values[k], &mu[k], &nu[k]);
-  }
+  for (int k = 0; k < K; ++k) values[k] = AdvanceMoments(step, values[k], &mu[k], &nu[k]);
+  UpdateLane(math, step, nu, values);
 }
 
 // The work of one call: every block of every leaf, numbered 0 .. num_work - 1.
@@ -69,7 +76,7 @@ struct Work {
   int64_t num_work;
   uint8_t* base;  // of the arena
   ArenaExtent extent;
-  bool fresh;  // moments count as zero and are not read
+  bool fresh;  // moments count as zero; what the arena holds is not read
 };
 
 // Leaf that block number `work` belongs to: the last one that starts at or before it.

@@ -11,7 +11,7 @@
 namespace paged_optax {
 namespace {
 
-constexpr DynamicMaps kMaps = MakeDynamicMaps();
+constexpr DynamicMaps<int32_t> kMaps = MakeDynamicMaps<int32_t>();
 
 // XLA runs its threads with subnormal numbers flushed to zero, some of them; the arithmetic here is
 // defined with them. Restores the thread's mode on exit.
@@ -85,17 +85,23 @@ PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begi
     const int count = left < kLane ? static_cast<int>(left) : kLane;
     Load(leaf, start, count, values);
     if (leaf.codec == Codec::kDynamic) {
-      const DynamicBlock block =
-          work.extent.LocateDynamic(work.base, leaf.first_block + in_leaf);
-      StepDynamicBlock<kLane>(step, kMaps, work.fresh, values,
+      const DynamicBlock block = work.extent.LocateDynamic(work.base, leaf.first_block + in_leaf);
+      if (work.fresh) {
+        std::memset(block.mu, kZeroMu, kBlockSize);
+        std::memset(block.nu, kZeroNu, kBlockSize);
+        *block.mu_scale = *block.nu_scale = 0.0f;
+      }
+      StepDynamicBlock<kLane>(IeeeMath(), step, kMaps, values,
                               *reinterpret_cast<uint8_t(*)[kLane]>(block.mu),
                               *reinterpret_cast<uint8_t(*)[kLane]>(block.nu), *block.mu_scale,
                               *block.nu_scale, [](uint32_t lane_max) { return lane_max; });
     } else {
-      const Float32Block block =
-          work.extent.LocateFloat32(work.base, leaf.first_block + in_leaf);
-      StepFloat32Block<kLane>(step, work.fresh, values,
-                              *reinterpret_cast<float(*)[kLane]>(block.mu),
+      const Float32Block block = work.extent.LocateFloat32(work.base, leaf.first_block + in_leaf);
+      if (work.fresh) {
+        std::memset(block.mu, 0, kBlockSize * sizeof(float));
+        std::memset(block.nu, 0, kBlockSize * sizeof(float));
+      }
+      StepFloat32Block<kLane>(IeeeMath(), step, values, *reinterpret_cast<float(*)[kLane]>(block.mu),
                               *reinterpret_cast<float(*)[kLane]>(block.nu));
     }
     Store(leaf, start, count, values);

@@ -3,9 +3,27 @@
 #include <algorithm>
 
 #include "cuda_check.h"
+#include "fast_math.h"
+#include "memory.h"
 #include "step_cuda.h"
 
 namespace paged_optax {
+
+// Overload of UpdateLane in step.h: the fast way, and the sure way if that was not exact.
+template <int K>
+__device__ __forceinline__ void UpdateLane(FastMath math, const AdamStep& step,
+                                           const float (&nu)[K], float (&values)[K]) {
+  float updates[K];
+#pragma unroll
+  for (int k = 0; k < K; ++k) updates[k] = Update(math, step, values[k], nu[k]);
+  if (!math.is_exact) {
+    UpdateLane(IeeeMath(), step, nu, values);
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < K; ++k) values[k] = updates[k];
+}
+
 namespace {
 
 constexpr int kWarpSize = 32;
@@ -13,7 +31,8 @@ constexpr int kLane = static_cast<int>(kBlockSize) / kWarpSize;  // elements per
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
 
-__constant__ DynamicMaps kMaps = MakeDynamicMaps();
+using Maps = DynamicMaps<uint8_t>;
+__device__ constexpr Maps kMaps = MakeDynamicMaps<uint8_t>();
 
 struct ResolveArgs {
   Header* headers;
@@ -95,10 +114,12 @@ __device__ void Load(const Leaf& leaf, int64_t start, int count, float (&values)
 #pragma unroll
     for (int k = 0; k < kLane; ++k) halves[k] = k < count ? source[k] : uint16_t{0};
   }
-  const bool is_bfloat16 = leaf.dtype == DType::kBFloat16;
+  if (leaf.dtype == DType::kBFloat16) {
 #pragma unroll
-  for (int k = 0; k < kLane; ++k) {
-    values[k] = is_bfloat16 ? FromBFloat16(halves[k]) : FromFloat16(halves[k]);
+    for (int k = 0; k < kLane; ++k) values[k] = FromBFloat16(halves[k]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kLane; ++k) values[k] = FromFloat16(halves[k]);
   }
 }
 
@@ -118,10 +139,12 @@ __device__ void Store(const Leaf& leaf, int64_t start, int count, const float (&
   }
   uint4 packed;
   uint16_t* halves = reinterpret_cast<uint16_t*>(&packed);
-  const bool is_bfloat16 = leaf.dtype == DType::kBFloat16;
+  if (leaf.dtype == DType::kBFloat16) {
 #pragma unroll
-  for (int k = 0; k < kLane; ++k) {
-    halves[k] = is_bfloat16 ? ToBFloat16(values[k]) : ToFloat16(values[k]);
+    for (int k = 0; k < kLane; ++k) halves[k] = ToBFloat16(values[k]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kLane; ++k) halves[k] = ToFloat16(values[k]);
   }
   uint16_t* target = static_cast<uint16_t*>(leaf.values) + start;
   if (count == kLane) {
@@ -137,11 +160,11 @@ __device__ void Store(const Leaf& leaf, int64_t start, int count, const float (&
 __device__ uint32_t WarpMax(uint32_t lane_max) { return __reduce_max_sync(0xffffffffu, lane_max); }
 
 // One warp per block of moments, striding over the blocks of the launch.
-__global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ StepArgs args) {
-  __shared__ DynamicMaps maps;
+__global__ void __launch_bounds__(kThreads, 5) StepKernel(const __grid_constant__ StepArgs args) {
+  __shared__ Maps maps;
   __shared__ AdamStep step;
-  for (int i = threadIdx.x; i < static_cast<int>(sizeof(DynamicMaps) / sizeof(float));
-       i += kThreads) {
+  static_assert(sizeof(Maps) % sizeof(float) == 0);
+  for (int i = threadIdx.x; i < static_cast<int>(sizeof(Maps) / sizeof(float)); i += kThreads) {
     reinterpret_cast<float*>(&maps)[i] = reinterpret_cast<const float*>(&kMaps)[i];
   }
   if (threadIdx.x == 0) step = args.resolved->step;
@@ -170,17 +193,21 @@ __global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ S
     Load(leaf, start, count, values);
     if (leaf.codec == Codec::kDynamic) {
       const DynamicBlock block = args.extent.LocateDynamic(base, leaf.first_block + in_leaf);
-      uint8_t mu[kLane], nu[kLane];
+      constexpr uint32_t kZeroMus = kZeroMu * 0x01010101u, kZeroNus = kZeroNu * 0x01010101u;
+      uint2 packed_mu{kZeroMus, kZeroMus}, packed_nu{kZeroNus, kZeroNus};
       float mu_scale = 0.0f, nu_scale = 0.0f;
       if (!fresh) {
-        *reinterpret_cast<uint2*>(mu) = *reinterpret_cast<const uint2*>(block.mu + lane * kLane);
-        *reinterpret_cast<uint2*>(nu) = *reinterpret_cast<const uint2*>(block.nu + lane * kLane);
+        packed_mu = *reinterpret_cast<const uint2*>(block.mu + lane * kLane);
+        packed_nu = *reinterpret_cast<const uint2*>(block.nu + lane * kLane);
         mu_scale = *block.mu_scale;
         nu_scale = *block.nu_scale;
       }
-      StepDynamicBlock<kLane>(step, maps, fresh, values, mu, nu, mu_scale, nu_scale, WarpMax);
-      *reinterpret_cast<uint2*>(block.mu + lane * kLane) = *reinterpret_cast<uint2*>(mu);
-      *reinterpret_cast<uint2*>(block.nu + lane * kLane) = *reinterpret_cast<uint2*>(nu);
+      StepDynamicBlock<kLane>(FastMath(), step, maps, values,
+                              reinterpret_cast<uint8_t(&)[kLane]>(packed_mu),
+                              reinterpret_cast<uint8_t(&)[kLane]>(packed_nu), mu_scale, nu_scale,
+                              WarpMax);
+      *reinterpret_cast<uint2*>(block.mu + lane * kLane) = packed_mu;
+      *reinterpret_cast<uint2*>(block.nu + lane * kLane) = packed_nu;
       if (lane == 0) {
         *block.mu_scale = mu_scale;
         *block.nu_scale = nu_scale;
@@ -189,7 +216,7 @@ __global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ S
       const Float32Block block = args.extent.LocateFloat32(base, leaf.first_block + in_leaf);
       float4* mu_target = reinterpret_cast<float4*>(block.mu + lane * kLane);
       float4* nu_target = reinterpret_cast<float4*>(block.nu + lane * kLane);
-      alignas(16) float mu[kLane], nu[kLane];
+      alignas(16) float mu[kLane] = {}, nu[kLane] = {};
       if (!fresh) {
 #pragma unroll
         for (int k = 0; k < kLane / 4; ++k) {
@@ -197,7 +224,7 @@ __global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ S
           reinterpret_cast<float4*>(nu)[k] = nu_target[k];
         }
       }
-      StepFloat32Block<kLane>(step, fresh, values, mu, nu);
+      StepFloat32Block<kLane>(FastMath(), step, values, mu, nu);
 #pragma unroll
       for (int k = 0; k < kLane / 4; ++k) {
         mu_target[k] = reinterpret_cast<float4*>(mu)[k];
@@ -205,6 +232,22 @@ __global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ S
       }
     }
     Store(leaf, start, count, values);
+  }
+}
+
+// Counts arguments, out of all 2^32, for which FastMath claims to be exact and is not.
+__global__ void CountInexactKernel(unsigned long long* count) {
+  const uint64_t stride = static_cast<uint64_t>(gridDim.x) * blockDim.x;
+  for (uint64_t bits = blockIdx.x * blockDim.x + threadIdx.x; bits < uint64_t{1} << 32;
+       bits += stride) {
+    const float x = FloatOf(static_cast<uint32_t>(bits));
+    FastMath root, reciprocal;
+    const bool good_root = BitsOf(root.Sqrt(x)) == BitsOf(sqrtf(x));
+    const bool good_reciprocal = BitsOf(reciprocal.Reciprocal(x)) == BitsOf(1.0f / x);
+    if ((root.is_exact && !good_root && BitsOf(x) != 0x80000000u) ||
+        (reciprocal.is_exact && !good_reciprocal)) {
+      atomicAdd(count, 1ull);
+    }
   }
 }
 
@@ -216,6 +259,16 @@ void LaunchWriteToken(Token token, Token* destination, int device, void* stream)
   ScopedDevice scope(device);
   WriteTokenKernel<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(token, destination);
   CUDA_CHECK(cudaGetLastError());
+}
+
+int64_t CountInexact(int device) {
+  ScopedDevice scope(device);
+  DeviceBuffer count(sizeof(int64_t));
+  CountInexactKernel<<<1024, 256>>>(static_cast<unsigned long long*>(count.data()));
+  CUDA_CHECK(cudaGetLastError());
+  int64_t result;
+  CUDA_CHECK(cudaMemcpy(&result, count.data(), sizeof(result), cudaMemcpyDeviceToHost));
+  return result;
 }
 
 void LaunchUpdate(const CudaUpdate& update, int device, void* stream) {

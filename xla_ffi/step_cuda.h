@@ -39,4 +39,7 @@ void LaunchUpdate(const CudaUpdate& update, int device, void* stream);
 // Writes a token that the host knows to device memory.
 void LaunchWriteToken(Token token, Token* destination, int device, void* stream);
 
+// Number of float32 arguments for which fast_math.h is wrong where it claims to be exact; for the tests.
+int64_t CountInexact(int device);
+
 }  // namespace paged_optax

@@ -1,0 +1,75 @@
+"""The examples in docstrings and in README run."""
+
+import doctest
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+import paged_optax
+
+README = Path(__file__).parent.parent / "README.md"
+
+MODULES = ["paged_optax"] + [
+    f"paged_optax.{module.name}"
+    for module in pkgutil.iter_modules(paged_optax.__path__)
+    if module.name not in ("__main__", "_ext")
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings(name):
+    with jax.default_device(jax.devices("cpu")[0]):  # the bytes they print are a CPU's
+        results = doctest.testmod(importlib.import_module(name))
+    assert results.failed == 0
+
+
+FUNCTIONS = [
+    paged_optax.scale_by_paged_adam8bit,
+    paged_optax.paged_adamw8bit,
+    paged_optax.paged_adam8bit,
+    paged_optax.moments,
+    paged_optax.memory_report,
+    paged_optax.release,
+]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_every_function_has_an_example(function):
+    (test,) = doctest.DocTestFinder(recurse=False).find(function)
+    assert test.examples
+    for section in ("Args:", "Returns:", "Raises:", "Example:"):
+        assert f"\n{section}\n" in f"\n{re.sub('^ +', '', function.__doc__, flags=re.MULTILINE)}"
+
+
+def test_everything_public_has_a_docstring():
+    for name in paged_optax.__all__:
+        assert getattr(paged_optax, name).__doc__, name
+    assert sorted(paged_optax.__all__) == paged_optax.__all__
+
+
+def python_blocks(text):
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.skipif(not README.exists(), reason="tests without the source tree")
+def test_readme(tmp_path):
+    """All Python blocks, one after the other, in a process and a folder of their own."""
+    blocks = python_blocks(README.read_text(encoding="utf-8"))
+    if not blocks:
+        pytest.skip("README.md has no Python yet")
+    process = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "\n".join(blocks)],
+        cwd=tmp_path,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr

@@ -1,0 +1,738 @@
+"""Misuse: a clear error that names the remedy, nothing overwritten, and the newest state goes on.
+
+On the CPU, where a refused step fails by itself. On a GPU the device refuses it, and the next call
+reports that: test_gpu.py.
+"""
+
+import os
+import pickle
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from paged_optax import (
+    Paging,
+    Quantization,
+    _ext,
+    memory_report,
+    moments,
+    paged_adam8bit,
+    paged_adamw8bit,
+    release,
+    scale_by_paged_adam8bit,
+)
+
+# From compiled code: JaxRuntimeError, or ValueError on the fast path of a jitted function.
+RAISES = (RuntimeError, ValueError)
+
+
+@pytest.fixture(autouse=True)
+def on_cpu():
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+def make_grads(step=0):
+    rng = np.random.default_rng(step)
+    shapes = {"b": (7,), "w": (64, 80)}
+    return {k: jnp.asarray(rng.standard_normal(s), jnp.float32) for k, s in shapes.items()}
+
+
+@pytest.fixture
+def tx():
+    return scale_by_paged_adam8bit()
+
+
+@pytest.fixture
+def states(tx):
+    """The states of a run of three steps, oldest first."""
+    states = [tx.init(make_grads())]
+    for i in range(3):
+        states.append(tx.update(make_grads(i), states[-1])[1])
+    return states
+
+
+def assert_trees_equal(actual, desired):
+    assert jax.tree.structure(actual) == jax.tree.structure(desired)
+    jax.tree.map(np.testing.assert_array_equal, actual, desired)
+
+
+def assert_refused(call, state, match, errors=RAISES):
+    """`call` raises and leaves the moments of `state`, the newest, alone. Returns a step on."""
+    before = moments(state)
+    num_arenas = _ext.num_arenas()
+    with pytest.raises(errors, match=match):
+        jax.block_until_ready(call())
+    assert _ext.num_arenas() == num_arenas
+    assert_trees_equal(moments(state), before)
+    tx = scale_by_paged_adam8bit()
+    _, state = tx.update(jax.tree.map(jnp.ones_like, before.mu), state)
+    assert not np.array_equal(moments(state).mu["w"], before.mu["w"])
+    return state
+
+
+# --- A state that is not the newest -------------------------------------------------------------
+
+NOT_THE_NEWEST = (
+    r"not the newest one: its moments were at version \d+, .* moved them to version \d+."
+    r".*init\(params\).*jax.lax.cond.*left as they were"
+)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("version", [1, 2], ids=["retry of the last step", "rollback by two"])
+def test_old_state(tx, states, version, transform):
+    update = transform(tx.update)
+    for _ in range(3):  # jitted functions raise differently once they are on the fast path
+        with pytest.raises(RAISES, match=NOT_THE_NEWEST):
+            jax.block_until_ready(update(make_grads(), states[version]))
+    assert_refused(lambda: update(make_grads(), states[version]), states[-1], NOT_THE_NEWEST)
+
+
+def test_old_state_after_the_fast_path_was_taken(tx, states):
+    update = jax.jit(tx.update)
+    newest = states[-1]
+    for i in range(4):
+        _, newest = update(make_grads(i), newest)
+    assert_refused(lambda: update(make_grads(), states[-1]), newest, NOT_THE_NEWEST)
+
+
+def test_fork(tx, states):
+    """Two branches from one state: the one that stepped first is the newest."""
+    _, left = tx.update(make_grads(10), states[-1])
+    assert_refused(lambda: tx.update(make_grads(11), states[-1]), left, NOT_THE_NEWEST)
+
+
+def test_fork_in_one_program(tx, states):
+    @jax.jit
+    def both(grads, state):
+        return tx.update(grads, state), tx.update(grads, state)
+
+    with pytest.raises(RAISES, match=NOT_THE_NEWEST):
+        jax.block_until_ready(both(make_grads(), states[-1]))
+
+
+def test_fork_of_a_fresh_state(tx):
+    """A fresh state may start again, which ends its first life."""
+    fresh = tx.init(make_grads())
+    _, first = tx.update(make_grads(0), fresh)
+    _, second = tx.update(make_grads(1), fresh)
+    assert_refused(lambda: tx.update(make_grads(), first), second, NOT_THE_NEWEST)
+
+
+def test_copy_is_a_fork(tx, states):
+    copy = jax.tree.map(jnp.copy, states[-1])
+    _, newest = tx.update(make_grads(), copy)
+    assert_refused(lambda: tx.update(make_grads(), states[-1]), newest, NOT_THE_NEWEST)
+
+
+def test_where_keeps_the_old_state(tx, states):
+    """As Flax's examples skip a step that is not finite."""
+
+    @jax.jit
+    def update(wanted, grads, state):
+        updates, new_state = tx.update(grads, state)
+        return updates, jax.tree.map(lambda *s: jnp.where(wanted, *s), new_state, state)
+
+    _, state = update(True, make_grads(), states[-1])
+    _, state = update(False, make_grads(), state)
+    with pytest.raises(RAISES, match=r"jnp.where.*jax.lax.cond"):
+        jax.block_until_ready(update(True, make_grads(), state))
+
+
+def test_multi_steps(tx):
+    """`optax.MultiSteps` runs an update at every micro-step and throws most of them away."""
+    accumulate = optax.MultiSteps(paged_adamw8bit(1e-2), every_k_schedule=2)
+    params = make_grads()
+    state = accumulate.init(params)
+    match = r"optax.MultiSteps.*to accumulate gradients, average them before tx.update"
+    with jax.numpy_dtype_promotion("standard"), pytest.raises(RAISES, match=match):
+        for i in range(4):  # the first cycle starts twice from a fresh state, which is allowed
+            _, state = accumulate.update(make_grads(i), state, params)
+            jax.block_until_ready(state)
+
+
+def test_scan_over_a_stale_state(tx, states):
+    @jax.jit
+    def run(state):
+        def body(state, _):
+            return tx.update(make_grads(), state)[1], ()
+
+        return jax.lax.scan(body, state, length=3)[0]
+
+    assert_refused(lambda: run(states[1]), states[-1], NOT_THE_NEWEST)
+
+
+def test_threads_race_for_one_state(tx):
+    """One wins, whichever it is; the others are refused."""
+    cpu = jax.devices("cpu")[0]
+    num_threads = 4
+    update = jax.jit(tx.update)
+    grads = {**make_grads(), "w": jnp.ones((256, 160))}
+    for _ in range(10):
+        _, state = update(grads, tx.init(grads))
+        won, refused = [], []
+        start = threading.Barrier(num_threads)
+
+        def step(state=state, won=won, refused=refused, start=start):
+            start.wait()
+            try:
+                with jax.default_device(cpu):
+                    won.append(jax.block_until_ready(update(grads, state))[1])
+            except RAISES as error:
+                refused.append(str(error))
+
+        threads = [threading.Thread(target=step) for _ in range(num_threads)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(won) == 1 and len(refused) == num_threads - 1
+        assert all("not the newest" in error for error in refused)
+        np.testing.assert_allclose(moments(won[0]).mu["w"], 0.19, rtol=1e-5)  # two steps
+        release(won[0])
+
+
+@pytest.mark.parametrize("version", range(3))
+def test_moments_of_an_old_state(states, version):
+    assert_refused(lambda: moments(states[version]), states[-1], "not the newest", RuntimeError)
+
+
+# --- A state without moments here ---------------------------------------------------------------
+
+RELEASED = r"were released.*init\(params\)"
+
+
+def test_released_state(tx, states):
+    before = _ext.num_arenas()
+    assert release(states[1]) > 0  # any version will do
+    assert _ext.num_arenas() == before - 1
+    for state in states:
+        with pytest.raises(RAISES, match=RELEASED):
+            jax.block_until_ready(tx.update(make_grads(), state))
+    with pytest.raises(RuntimeError, match=RELEASED):
+        moments(states[-1])
+    with pytest.raises(RuntimeError, match=RELEASED):
+        memory_report(states[-1])
+    assert release(states[-1]) == 0
+    assert _ext.num_arenas() == before - 1
+
+
+def test_state_released_before_its_first_update(tx):
+    state = tx.init(make_grads())
+    assert release(state) == 0
+    with pytest.raises(RAISES, match=RELEASED):
+        jax.block_until_ready(tx.update(make_grads(), state))
+
+
+def test_release_leaves_other_states_alone(tx, states):
+    _, other = tx.update(make_grads(), tx.init(make_grads()))
+    before = moments(states[-1])
+    release(other)
+    assert_trees_equal(moments(states[-1]), before)
+    tx.update(make_grads(), states[-1])
+
+
+def test_release_while_another_thread_steps(tx):
+    cpu = jax.devices("cpu")[0]
+    update = jax.jit(tx.update)
+    grads = {"w": jnp.ones((256, 160))}
+    before = _ext.num_arenas()
+    for _ in range(10):
+        _, first = update(grads, tx.init(grads))
+        stepping = threading.Event()
+        errors = []
+
+        def steps(state=first, stepping=stepping, errors=errors):
+            try:
+                with jax.default_device(cpu):
+                    while True:
+                        _, state = jax.block_until_ready(update(grads, state))
+                        stepping.set()
+            except RAISES as error:
+                errors.append(str(error))
+
+        thread = threading.Thread(target=steps)
+        thread.start()
+        stepping.wait()
+        assert release(first) > 0
+        thread.join()
+        assert len(errors) == 1 and re.search(RELEASED, errors[0])
+    assert _ext.num_arenas() == before
+
+
+def run_python(code, **kwargs):
+    """Runs code in a process of its own, on the CPU, outside the source tree."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        timeout=120,
+        **kwargs,
+    )
+
+
+def test_state_on_another_device(tmp_path):
+    process = run_python(
+        """
+        import jax
+        jax.config.update("jax_num_cpu_devices", 2)
+        import jax.numpy as jnp
+        from paged_optax import memory_report, moments, scale_by_paged_adam8bit
+
+        tx = scale_by_paged_adam8bit()
+        grads = jnp.ones((64, 80))
+        _, state = tx.update(grads, tx.init(grads))
+        elsewhere = jax.device_put(grads, jax.devices()[1])
+        for token in (state, jax.device_put(state, jax.devices()[1])):
+            try:
+                jax.block_until_ready(tx.update(elsewhere, token))
+            except (RuntimeError, ValueError) as error:
+                print(error)
+        _, state = tx.update(grads, state)  # goes on where it was
+        assert state.count == 2 and moments(state).mu.max() < 0.2
+        _, other = tx.update(elsewhere, tx.init(elsewhere))
+        print([device.device for device in memory_report((state, other)).devices])
+        """,
+        cwd=tmp_path,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    *errors, devices = process.stdout.splitlines()
+    assert len(errors) == 2
+    for error in errors:
+        assert "are on cpu:0 but the step ran on cpu:1" in error
+        assert "run the step where the state was first used, or make a new state with" in error
+    assert devices == "['cpu:0', 'cpu:1']"
+
+
+NOT_HERE = r"not in this process: .* checkpoint.*a token carries no moments.*init\(params\)"
+
+
+@pytest.fixture(scope="module")
+def foreign_states(tmp_path_factory):
+    """States of another process, before and after its first two updates."""
+    folder = tmp_path_factory.mktemp("foreign")
+    process = run_python(
+        """
+        import pickle, sys
+        import jax, jax.numpy as jnp, numpy as np
+        from paged_optax import scale_by_paged_adam8bit
+
+        tx = scale_by_paged_adam8bit()
+        grads = {"b": jnp.ones(7), "w": jnp.ones((64, 80))}
+        states = [tx.init(grads)]
+        for _ in range(2):
+            states.append(tx.update(grads, states[-1])[1])
+        pickle.dump(states, sys.stdout.buffer)
+        """,
+        cwd=folder,
+    )
+    assert process.returncode == 0, process.stderr.decode()
+    return pickle.loads(process.stdout)
+
+
+@pytest.mark.parametrize("convert", [lambda x: x, np.asarray], ids=["jax", "numpy"])
+@pytest.mark.parametrize("version", [0, 2], ids=["fresh", "updated"])
+def test_state_of_another_process(tx, foreign_states, version, convert):
+    state = jax.tree.map(convert, foreign_states[version])
+    num_arenas = _ext.num_arenas()
+    for update in (tx.update, jax.jit(tx.update)):
+        with pytest.raises(RAISES, match=NOT_HERE):
+            jax.block_until_ready(update(make_grads(), state))
+    assert _ext.num_arenas() == num_arenas
+
+
+def test_reports_of_a_state_of_another_process(foreign_states):
+    for function in (moments, memory_report):
+        with pytest.raises(RuntimeError, match=NOT_HERE):
+            function(foreign_states[-1])
+    assert release(foreign_states[-1]) == 0
+
+
+def test_version_that_was_never_made(tx, states):
+    invented = states[-1]._replace(token=states[-1].token + jnp.array([0, 5], jnp.int32))
+    assert_refused(lambda: tx.update(make_grads(), invented), states[-1], "not the newest")
+
+
+# --- Gradients that do not belong to the moments or the parameters ------------------------------
+
+
+def change(**leaves):
+    return {k: v for k, v in {**make_grads(), **leaves}.items() if v is not None}
+
+
+OTHER_LEAVES = {
+    "fewer": (change(b=None), r"belong to 2 leaves but the gradients have 1 \(was the model"),
+    "more": (change(c=jnp.ones(3)), "belong to 2 leaves but the gradients have 3"),
+    "none": (change(b=None, w=jnp.ones(3)), "belong to 2 leaves but the gradients have 1"),
+    "vector": (change(b=jnp.ones(8)), r"leaf 0 have shape \(7,\) but its gradient .* \(8,\)"),
+    "scalar": (change(b=jnp.float32(1)), r"leaf 0 have shape \(7,\) but its gradient .* \(\)"),
+    "transposed": (
+        change(w=jnp.ones((80, 64))),
+        r"leaf 1 have shape \(64, 80\) but its gradient has shape \(80, 64\)",
+    ),
+    "flattened": (change(w=jnp.ones(5120)), r"shape \(64, 80\) but .* shape \(5120,\)"),
+}
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("grads, match", OTHER_LEAVES.values(), ids=OTHER_LEAVES)
+def test_gradients_against_moments(tx, states, grads, match, transform):
+    match += r".*Make a new state with init\(params\).*left as they were"
+    assert_refused(lambda: transform(tx.update)(grads, states[-1]), states[-1], match)
+
+
+@pytest.mark.parametrize(
+    "min_size, match",
+    [
+        (1, "leaf 0 are stored as float32 but this step wants them in 8 bits"),
+        (1 << 20, "leaf 1 are stored in 8 bits but this step wants them as float32"),
+    ],
+    ids=["to 8 bits", "to float32"],
+)
+def test_changed_quantization(states, min_size, match):
+    tx = scale_by_paged_adam8bit(quantization=Quantization(min_size=min_size))
+    match += r" \(was the model or the optimizer's `quantization` changed\?\).*init\(params\)"
+    assert_refused(lambda: tx.update(make_grads(), states[-1]), states[-1], match)
+
+
+def test_fresh_state_for_other_gradients(tx, states):
+    """A state that has moments cannot start again with another tree."""
+    grads = change(b=jnp.ones(8))
+    assert_refused(lambda: tx.update(grads, states[0]), states[-1], r"shape \(7,\) .* \(8,\)")
+
+
+def test_dtypes_may_change(tx, states):
+    """The moments are the same whatever the gradients' dtype."""
+    grads = jax.tree.map(lambda g: g.astype(jnp.bfloat16), make_grads())
+    updates, _ = tx.update(grads, states[-1])
+    assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    "params, match",
+    [
+        (change(b=None), "there are 2 gradients but 1 parameters"),
+        (change(b=jnp.ones(8)), r"gradient \['b'\] has shape \(7,\) but its .* shape \(8,\)"),
+        (change(w=jnp.ones((80, 64))), r"gradient \['w'\] has shape \(64, 80\)"),
+    ],
+    ids=["fewer", "vector", "transposed"],
+)
+@pytest.mark.parametrize("factory", [paged_adamw8bit, paged_adam8bit], ids=["adamw", "adam"])
+def test_gradients_against_parameters(factory, params, match):
+    tx = factory(1e-2)
+    _, state = tx.update(make_grads(), tx.init(make_grads()), make_grads())
+    before = moments(state)
+    with pytest.raises(ValueError, match=match):
+        tx.update(make_grads(), state, params)
+    assert_trees_equal(moments(state), before)
+    tx.update(make_grads(), state, make_grads())
+
+
+# --- Dtypes -------------------------------------------------------------------------------------
+
+DTYPES = ["float64", "complex64", "complex128", "int32", "uint8", "int4", "bool", "float8_e4m3fn"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtype_is_refused(tx, dtype):
+    remedy = r"take float32, bfloat16 and float16\. Cast it, or .*optax.masked or optax.partition"
+    with jax.enable_x64(True):
+        _, state = tx.update(make_grads(), tx.init(make_grads()))
+        before = moments(state)
+        odd = change(b=jnp.ones(7, dtype))
+        for init in (tx.init, jax.jit(tx.init), lambda x: jax.eval_shape(tx.init, x)):
+            with pytest.raises(TypeError, match=rf"parameter \['b'\] has dtype {dtype}.*{remedy}"):
+                init(odd)
+        for update in (tx.update, jax.jit(tx.update)):
+            with pytest.raises(TypeError, match=rf"gradient \['b'\] has dtype {dtype}.*{remedy}"):
+                update(odd, state)
+        assert_trees_equal(moments(state), before)
+        _, state = tx.update(make_grads(), state)
+        assert state.count == 2
+
+
+def test_float32_works_where_64_bits_are_enabled():
+    with jax.enable_x64(True):
+        tx = paged_adamw8bit(1e-2)
+        state = tx.init(make_grads())
+        for update in (tx.update, jax.jit(tx.update)):
+            updates, state = update(make_grads(), state, make_grads())
+            assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(jnp.float32)}
+            assert {s.dtype for s in jax.tree.leaves(state)} == {jnp.dtype(jnp.int32)}
+
+
+def test_masked_keeps_an_integer_leaf_out(tx):
+    params = change(b=jnp.ones(7, jnp.int32))
+    masked = optax.masked(tx, {"b": False, "w": True})
+    updates, state = masked.update(params, masked.init(params))
+    assert updates["b"].dtype == jnp.int32
+    assert moments(state).mu["w"].shape == (64, 80)
+
+
+# --- Transformations ----------------------------------------------------------------------------
+
+
+def stack(tree):
+    return jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), tree)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("mapped", ["gradients", "state", "both"])
+def test_vmap_of_update(tx, states, mapped, transform):
+    grads = make_grads() if mapped == "state" else stack(make_grads())
+    state = states[-1] if mapped == "gradients" else stack(states[-1])
+    in_axes = {"gradients": (0, None), "state": (None, 0), "both": 0}[mapped]
+    assert_refused(
+        lambda: transform(jax.vmap(tx.update, in_axes))(grads, state),
+        states[-1],
+        "cannot be vmapped.*Stack the models' parameters",
+        NotImplementedError,
+    )
+
+
+def test_vmap_of_init(tx):
+    """One token for all: what comes of it is refused."""
+    state = jax.vmap(tx.init)(stack(make_grads()))
+    with pytest.raises(NotImplementedError, match="cannot be vmapped"):
+        jax.vmap(tx.update)(stack(make_grads()), state)
+    first, second = (jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(2))
+    _, first = tx.update(make_grads(), first)
+    _, second = tx.update(make_grads(), second)
+    with pytest.raises(RAISES, match=NOT_THE_NEWEST):
+        jax.block_until_ready(tx.update(make_grads(), first))
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("grad", [jax.grad, jax.jacfwd], ids=["reverse", "forward"])
+def test_gradient_through_update(tx, states, grad, transform):
+    def norm(grads):
+        return optax.tree.norm(tx.update(grads, states[-1])[0])
+
+    assert_refused(
+        lambda: transform(grad(norm))(make_grads()),
+        states[-1],
+        "cannot be differentiated.*optax.adamw.*jax.lax.stop_gradient",
+        TypeError,
+    )
+
+
+def test_gradient_through_hyperparameters(states):
+    def norm(eps):
+        updates, _ = scale_by_paged_adam8bit(eps=eps).update(make_grads(), states[-1])
+        return optax.tree.norm(updates)
+
+    match = "cannot be differentiated"
+    assert_refused(lambda: jax.grad(norm)(1e-8), states[-1], match, TypeError)
+
+
+def test_stopped_gradient_goes_on(tx, states):
+    """The remedy that the error names."""
+
+    def loss(params):
+        grads = jax.lax.stop_gradient(params)
+        updates, state = tx.update(grads, states[-1])
+        return optax.tree.norm(optax.apply_updates(params, updates)), state
+
+    grads, state = jax.grad(loss, has_aux=True)(make_grads())
+    assert state.count == 4
+    assert np.isfinite(grads["w"]).all()
+
+
+# --- Memory -------------------------------------------------------------------------------------
+
+
+def test_host_memory_is_checked_before_it_is_asked_for():
+    with pytest.raises(
+        MemoryError,
+        match=r"moments need 1\.00 PiB of host memory but .* are available.*Free host memory,"
+        r" release\(\) .* shard.*Nothing was allocated",
+    ):
+        _ext.check_host_memory(1 << 50)
+    _ext.check_host_memory(1 << 20)
+    assert 1 << 20 < _ext.available_host_bytes() < 1 << 50
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits its own address space as Linux does")
+def test_too_little_host_memory(tmp_path):
+    """The step fails, nothing is left behind, and the same state steps once there is memory."""
+    process = run_python(
+        """
+        import resource
+        import jax, jax.numpy as jnp, numpy as np
+        from paged_optax import Quantization, _ext, moments, scale_by_paged_adam8bit
+
+        tx = scale_by_paged_adam8bit(quantization=Quantization(min_size=1 << 30))
+        grads = {"w": jnp.ones(1 << 22)}  # 16 MiB, and 32 MiB of moments
+        small, state = (tx.init(g) for g in ({"w": jnp.ones(8)}, grads))
+        _, small = tx.update({"w": jnp.ones(8)}, small)
+        before = moments(small)
+        update = jax.jit(tx.update, donate_argnums=0).lower(grads, state).compile()
+
+        with open("/proc/self/statm") as file:
+            in_use = int(file.read().split()[0]) * resource.getpagesize()
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (in_use + (8 << 20), hard))
+        try:
+            jax.block_until_ready(update({"w": grads["w"]}, state))
+        except (RuntimeError, ValueError) as error:
+            print(error)
+        else:
+            print("no error")
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+        assert _ext.num_arenas() == 1
+        np.testing.assert_array_equal(moments(small).mu["w"], before.mu["w"])
+        updates, state = update({"w": jnp.ones(1 << 22)}, state)
+        assert state.count == 1 and _ext.num_arenas() == 2
+        print("went on")
+        """,
+        cwd=tmp_path,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    error, went_on = process.stdout.splitlines()
+    assert "RESOURCE_EXHAUSTED" in error
+    assert "the operating system refused 32.00 MiB for the optimizer's moments" in error
+    assert "Raise the address space limit (ulimit -v) or use a smaller state" in error
+    assert went_on == "went on"
+
+
+# --- Options ------------------------------------------------------------------------------------
+
+FACTORIES = {
+    "scale_by_paged_adam8bit": scale_by_paged_adam8bit,
+    "paged_adam8bit": lambda **kwargs: paged_adam8bit(1e-3, **kwargs),
+    "paged_adamw8bit": lambda **kwargs: paged_adamw8bit(1e-3, **kwargs),
+}
+BAD_OPTIONS = {
+    "b1 = 1": (dict(b1=1.0), r"b1 is 1.0; it must be in \[0, 1\)"),
+    "b1 < 0": (dict(b1=-0.1), r"b1 is -0.1; it must be in \[0, 1\)"),
+    "b1 = nan": (dict(b1=float("nan")), "b1 is nan"),
+    "b2 = 1": (dict(b2=1), r"b2 is 1; it must be in \[0, 1\)"),
+    "eps < 0": (dict(eps=-1e-8), "eps is -1e-08; it must be at least 0"),
+    "eps_root < 0": (dict(eps_root=-1.0), "eps_root is -1.0; it must be at least 0"),
+}
+
+
+@pytest.mark.parametrize("options, match", BAD_OPTIONS.values(), ids=BAD_OPTIONS)
+@pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
+def test_hyperparameter_out_of_range(factory, options, match):
+    with pytest.raises(ValueError, match=match):
+        factory(**options)
+
+
+@pytest.mark.parametrize(
+    "make, match",
+    [
+        (lambda: Quantization(codec="x"), "unknown codec 'x'; the only one is 'dynamic'"),
+        (lambda: Quantization(min_size=-1), "min_size is -1; it counts elements"),
+        (lambda: Paging(device_bytes=-1), "device_bytes is -1; it counts bytes"),
+        (lambda: Paging(headroom_bytes=-1), "headroom_bytes is -1; it counts bytes"),
+    ],
+    ids=["codec", "min_size", "device_bytes", "headroom_bytes"],
+)
+def test_bad_option(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+@pytest.mark.parametrize("options", [Quantization(), Paging()], ids=["Quantization", "Paging"])
+def test_options_are_frozen_and_hashable(options):
+    assert hash(options) == hash(type(options)())
+    with pytest.raises(AttributeError):
+        options.min_size = 0
+
+
+# --- Questions about the wrong thing ------------------------------------------------------------
+
+QUESTIONS = [moments, memory_report, release]
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "thing",
+    [
+        None,
+        (),
+        {"w": np.ones(3)},
+        optax.adam(1e-3).init({"w": np.ones(3, np.float32)}),
+        optax.EmptyState(),
+    ],
+    ids=["None", "tuple", "parameters", "optax.adam", "EmptyState"],
+)
+def test_question_about_another_thing(question, thing):
+    with pytest.raises(ValueError, match=r"no paged optimizer state in this .*not the parameters"):
+        question(thing)
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda f: f.__name__)
+def test_question_while_tracing(states, question):
+    def traced(state):
+        question(state)
+        return state
+
+    match = "is being traced.*call this outside"
+    state = assert_refused(lambda: jax.jit(traced)(states[-1]), states[-1], match, TypeError)
+    assert_refused(lambda: jax.eval_shape(traced, state), state, match, TypeError)
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda f: f.__name__)
+def test_question_while_nnx_traces(question):
+    model = nnx.Linear(64, 80, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, scale_by_paged_adam8bit(), wrt=nnx.Param)
+    optimizer.update(model, nnx.state(model, nnx.Param))
+    with pytest.raises(TypeError, match="is being traced.*call this outside"):
+        nnx.jit(question)(optimizer)
+    assert moments(optimizer)
+
+
+def test_moments_of_a_state_without_updates(tx):
+    with pytest.raises(RuntimeError, match="never updated"):
+        moments(tx.init(make_grads()))
+
+
+def test_moments_of_two_states_for_the_same_parameters():
+    tx = optax.chain(paged_adam8bit(1e-2), scale_by_paged_adam8bit())
+    _, state = tx.update(make_grads(), tx.init(make_grads()))
+    with pytest.raises(ValueError, match=r"2 paged states for the same .*opt_state\[0\]"):
+        moments(state)
+    for part in state:  # the remedy
+        assert moments(part).mu["w"].shape == (64, 80)
+    assert memory_report(state).total == sum(memory_report(part).total for part in state)
+
+
+# --- Platforms ----------------------------------------------------------------------------------
+
+
+def lower(tx, platform, function):
+    args = (make_grads(),) if function == "init" else (make_grads(), tx.init(make_grads()))
+    traced = jax.jit(getattr(tx, function)).trace(*args)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("function", ["init", "update"])
+def test_program_for_a_gpu(tx, function):
+    if _ext.build_info()["cuda"]:
+        assert "custom_call @paged_optax_" in lower(tx, "cuda", function)
+        return
+    match = "for an NVIDIA GPU but paged_optax was built without CUDA.*Reinstall.*JAX_PLATFORMS=cpu"
+    with pytest.raises(RuntimeError, match=match):
+        lower(tx, "cuda", function)
+
+
+@pytest.mark.parametrize("function", ["init", "update"])
+@pytest.mark.parametrize("platform", ["tpu", "rocm"])
+def test_program_for_another_platform(tx, platform, function):
+    match = f"CPU and on NVIDIA GPUs, not on {platform}.*optax.adamw.*JAX_PLATFORMS=cpu"
+    with pytest.raises(NotImplementedError, match=match):
+        lower(tx, platform, function)

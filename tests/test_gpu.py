@@ -1,0 +1,244 @@
+"""What only a GPU shows: managed memory, asynchronous steps, refusals found on the device.
+
+Managed allocations stay far below what the card has free; pressure is made with budgets.
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import paged_optax
+from paged_optax import Paging, _ext, memory_report, moments, paged_adamw8bit, release
+
+pytestmark = pytest.mark.gpu
+
+RAISES = (RuntimeError, ValueError)  # the fast path of jitted functions raises ValueError
+
+
+def tree(seed=0):
+    """Leaves of every kind: large, partial blocks, small, all dtypes, empty."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(shape, dtype):
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    return {
+        "f32": leaf((1000, 333), jnp.float32),
+        "bf16": leaf((512, 512), jnp.bfloat16),
+        "f16": leaf((5000,), jnp.float16),
+        "bias": leaf((77,), jnp.float32),
+        "scalar": leaf((), jnp.float32),
+        "empty": leaf((0, 3), jnp.float32),
+    }
+
+
+def run(paging, num_steps=20):
+    tx = paged_adamw8bit(1e-2, paging=paging)
+    params = tree()
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for i in range(num_steps):
+        params, state = step(params, state, tree(i + 1))
+    return params, state
+
+
+def wait(x):
+    jax.block_until_ready(x)
+
+
+@pytest.fixture
+def stepped():
+    """A transformation, its parameters and a state after two updates."""
+    tx = paged_optax.scale_by_paged_adam8bit()
+    params = {"w": jnp.ones((64, 64)), "b": jnp.ones(5)}
+    state = tx.init(params)
+    states = [state]
+    for _ in range(2):
+        _, state = tx.update(params, state)
+        states.append(state)
+    wait(states)
+    yield tx, params, states
+    for state in states:
+        release(state)
+    try:
+        _ext.raise_if_rejected()
+    except RuntimeError:
+        pass
+
+
+def test_placement_changes_no_bit():
+    resident, resident_state = run(Paging())
+    hosted, hosted_state = run(Paging(device_bytes=0))
+    assert memory_report(resident_state).on_host == 0
+    assert memory_report(hosted_state).resident == 0
+    for a, b in zip(jax.tree.leaves(resident), jax.tree.leaves(hosted), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    for a, b in zip(
+        jax.tree.leaves(moments(resident_state)),
+        jax.tree.leaves(moments(hosted_state)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+    release(resident_state), release(hosted_state)
+
+
+def test_budget_counts_all_states():
+    _, first = run(Paging(device_bytes=3 * 2**20), num_steps=1)
+    _, second = run(Paging(device_bytes=3 * 2**20), num_steps=1)
+    assert memory_report(first).on_host == 0
+    assert memory_report(second).resident == 0
+    release(first), release(second)
+
+
+def test_xla_allocator_holds_no_moments():
+    device = jax.devices("gpu")[0]
+    params = jnp.zeros((64, 1024, 1024), jnp.bfloat16)
+    tx = paged_adamw8bit(1e-3)
+    state = tx.init(params)
+    wait((params, state))
+    before = device.memory_stats()["bytes_in_use"]
+    updates, state = tx.update(params, state, params)
+    del updates
+    wait(state)
+    assert device.memory_stats()["bytes_in_use"] - before < 1 << 20
+    assert memory_report(state).total >= 2 * params.size
+    release(state)
+
+
+def test_release_returns_device_memory():
+    params = jnp.zeros((256, 1024, 1024), jnp.bfloat16)
+    tx = paged_optax.scale_by_paged_adam8bit()
+    _, state = tx.update(params, tx.init(params))
+    wait(state)
+    free = _ext.free_device_bytes(0)
+    nbytes = release(state)
+    assert nbytes >= 2 * params.size
+    assert _ext.free_device_bytes(0) - free >= 0.9 * nbytes
+
+
+def test_step_returns_before_the_device_is_free():
+    @jax.jit
+    def busy(x):
+        for _ in range(60):
+            x = (x @ x) * jnp.bfloat16(1e-2)
+        return x[0, 0].astype(jnp.float32)
+
+    tx = paged_adamw8bit(1e-3)
+    params = {"w": jnp.ones((1024, 1024)), "b": jnp.ones(10)}
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, scale):
+        grads = jax.tree.map(lambda p: p * scale, params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    x = jnp.full((16384, 16384), 1e-2, jnp.bfloat16)
+    wait(busy(x))
+    for _ in range(3):
+        params, state = step(params, state, jnp.float32(1))
+    wait((params, state))
+
+    start = time.perf_counter()
+    y = busy(x)
+    queued = time.perf_counter()
+    params, state = step(params, state, y)
+    returned = time.perf_counter()
+    assert not y.is_ready()
+    wait((params, state))
+    done = time.perf_counter()
+    print(f"busy {done - start:.3f} s, step returned after {1e3 * (returned - queued):.2f} ms")
+    assert done - start > 0.5
+    assert returned - queued < 0.010
+    release(state)
+
+
+def test_stale_state_is_refused_on_the_device(stepped):
+    tx, params, (_, old, newest) = stepped
+    before = moments(newest)
+    update, after = tx.update(params, old)
+    assert not np.asarray(update["w"]).any()  # refused: an update of zero
+    np.testing.assert_array_equal(after[-1], old[-1])
+    with pytest.raises(RAISES, match="not the newest one"):
+        wait(tx.update(params, newest))
+    np.testing.assert_array_equal(moments(newest).mu["w"], before.mu["w"])
+    update, _ = tx.update(params, newest)
+    assert np.asarray(update["w"]).all()
+
+
+def test_refusal_reaches_reports(stepped):
+    tx, params, (_, old, newest) = stepped
+    wait(tx.update(params, old))
+    with pytest.raises(RuntimeError, match="not the newest one"):
+        memory_report(newest)
+    assert memory_report(newest).total > 0
+
+
+def test_changed_shapes_are_refused_on_the_device(stepped):
+    tx, _, (_, _, newest) = stepped
+    wait(tx.update({"w": jnp.ones((64, 65)), "b": jnp.ones(5)}, newest))
+    with pytest.raises(RuntimeError, match=r"shape \(64, 64\).*shape \(64, 65\)"):
+        memory_report(newest)
+    assert not np.any(moments(newest).mu["b"] == 0)
+
+
+def test_released_state_is_refused_on_the_device(stepped):
+    tx, params, (_, _, newest) = stepped
+    release(newest)
+    wait(tx.update(params, newest))
+    with pytest.raises(RuntimeError, match="were released"):
+        _ext.raise_if_rejected()
+
+
+def test_foreign_token_is_refused_on_the_device(stepped):
+    tx, params, (_, _, newest) = stepped
+    wait(tx.update(params, newest._replace(token=jnp.array([5, 1], jnp.int32))))
+    with pytest.raises(RuntimeError, match="not in this process"):
+        _ext.raise_if_rejected()
+
+
+def test_fresh_state_starts_anew(stepped):
+    tx, params, (fresh, _, newest) = stepped
+    first, state = tx.update(params, fresh)
+    np.testing.assert_allclose(np.asarray(first["w"]), 1.0, rtol=1e-5)
+    wait(tx.update(params, newest))
+    with pytest.raises(RuntimeError, match="not the newest one"):
+        memory_report(state)
+
+
+def test_many_leaves():
+    params = [jnp.full((n,), 0.5) for n in range(1, 400)]
+    params += [jnp.full((4096, 2), 0.5, jnp.bfloat16) for _ in range(400)]
+    tx = paged_optax.scale_by_paged_adam8bit()
+    updates, state = jax.jit(tx.update)(params, tx.init(params))
+    for update in updates:
+        np.testing.assert_allclose(np.asarray(update, np.float32), 1.0, rtol=1e-2)
+    release(state)
+
+
+def test_many_states():
+    """The table of arenas on the device grows, and shrinks again."""
+    tx = paged_optax.scale_by_paged_adam8bit()
+    params = jnp.ones(300)
+    arenas = _ext.num_arenas()
+    states = [tx.update(params * (i + 1), tx.init(params))[1] for i in range(150)]
+    assert _ext.num_arenas() == arenas + 150
+    for i in (0, 77, 149):
+        np.testing.assert_allclose(moments(states[i]).mu[0], 0.1 * (i + 1), rtol=1e-5)
+    for state in states:
+        release(state)
+    assert _ext.num_arenas() == arenas
+
+
+def test_fast_math_is_exact_where_it_says_so():
+    """All 2^32 arguments of the GPU's own square root and reciprocal."""
+    assert _ext.count_inexact(0) == 0

@@ -1,0 +1,590 @@
+"""The state is a value: what it holds, when memory is made for it, every way to run an update."""
+
+import functools
+import pickle
+import threading
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import paged_optax
+from paged_optax import Quantization, _ext, moments, release, scale_by_paged_adam8bit
+from paged_optax import _reference as reference
+
+pytestmark = pytest.mark.usefixtures("device")
+
+# Small enough for float32 moments; a partial last block; blocks for several threads.
+LEAVES = {
+    "b": ((7,), jnp.float32),
+    "h": ((5000,), jnp.bfloat16),
+    "w": ((256, 160), jnp.float32),
+}
+NUM_STEPS = 5
+
+
+def make_grads(step):
+    rng = np.random.default_rng(step)
+    return {
+        name: jnp.asarray(rng.standard_normal(shape), dtype)
+        for name, (shape, dtype) in LEAVES.items()
+    }
+
+
+def stack(grads):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads)
+
+
+def assert_trees_equal(actual, desired):
+    assert jax.tree.structure(actual) == jax.tree.structure(desired)
+    jax.tree.map(np.testing.assert_array_equal, actual, desired)
+
+
+class Result(NamedTuple):
+    updates: dict
+    mu: dict
+    nu: dict
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The last updates and the moments after `NUM_STEPS`, from the NumPy specification."""
+    result = Result({}, {}, {})
+    for name, (shape, _) in LEAVES.items():
+        size = int(np.prod(shape))
+        state = reference.init_leaf(size, quantized=size >= Quantization().min_size)
+        for i in range(NUM_STEPS):
+            grad = np.asarray(make_grads(i)[name])
+            result.updates[name], state = reference.step_leaf(
+                grad, state, i, reference.Hyperparams()
+            )
+        for values, signed, moment in ((result.mu, True, state.mu), (result.nu, False, state.nu)):
+            if isinstance(moment, reference.Quantized):
+                moment = reference.dequantize(moment, signed)
+            values[name] = moment[:size].reshape(shape)
+    return result
+
+
+def assert_as_expected(updates, state, expected):
+    assert_trees_equal(jax.tree.map(np.asarray, updates), expected.updates)
+    mu, nu = moments(state)
+    assert_trees_equal(mu, expected.mu)
+    assert_trees_equal(nu, expected.nu)
+    assert int(state.count) == NUM_STEPS
+
+
+@pytest.fixture
+def tx():
+    return scale_by_paged_adam8bit()
+
+
+# --- What the state is --------------------------------------------------------------------------
+
+
+def test_state_is_a_named_tuple_of_int32(tx):
+    state = tx.init(make_grads(0))
+    assert isinstance(state, tuple) and state._fields == ("count", "token")
+    for _ in range(2):
+        assert [(leaf.shape, leaf.dtype) for leaf in state] == [((), jnp.int32), ((2,), jnp.int32)]
+        _, state = tx.update(make_grads(0), state)
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, optax.chain], ids=["bare", "chain"])
+def test_count_is_found_by_optax(tx, wrap):
+    tx = wrap(tx)
+    state = tx.init(make_grads(0))
+    for i in range(3):
+        assert optax.tree.get(state, "count") == i
+        _, state = tx.update(make_grads(i), state)
+
+
+def test_count_stops_at_its_largest_value(tx):
+    _, state = tx.update(make_grads(0), tx.init(make_grads(0)))
+    largest = jnp.iinfo(jnp.int32).max
+    updates, state = tx.update(make_grads(1), optax.tree.set(state, count=jnp.int32(largest)))
+    assert state.count == largest
+    assert all(np.isfinite(u.astype(np.float32)).all() for u in jax.tree.leaves(updates))
+
+
+def test_state_has_the_same_types_before_and_after_an_update(tx):
+    state = tx.init(make_grads(0))
+    _, new_state = jax.jit(tx.update)(make_grads(0), state)
+    assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, new_state)
+    assert jax.eval_shape(tx.init, make_grads(0)) == jax.eval_shape(lambda: new_state)
+
+
+# --- When memory is made ------------------------------------------------------------------------
+
+SHAPES = jax.eval_shape(lambda: make_grads(0))
+
+INITS = {
+    "eager": lambda tx: tx.init(make_grads(0)),
+    "jit": lambda tx: jax.jit(tx.init)(make_grads(0)),
+    "eval_shape": lambda tx: jax.eval_shape(tx.init, make_grads(0)),
+    "ShapeDtypeStruct": lambda tx: tx.init(SHAPES),
+    "no leaves": lambda tx: tx.init({"a": None, "b": ()}),
+    "map_params": lambda tx: optax.tree.map_params(tx, jnp.zeros_like, tx.init(make_grads(0))),
+    "masked": lambda tx: optax.masked(tx, False).init(make_grads(0)),
+    "lowered update": lambda tx: (
+        jax.jit(tx.update).lower(make_grads(0), tx.init(make_grads(0))).compile()
+    ),
+    "eval_shape of update": lambda tx: jax.eval_shape(
+        tx.update, make_grads(0), tx.init(make_grads(0))
+    ),
+}
+
+
+@pytest.mark.parametrize("init", INITS.values(), ids=INITS)
+def test_init_allocates_nothing(tx, init):
+    before = _ext.num_arenas()
+    jax.block_until_ready(init(tx))
+    assert _ext.num_arenas() == before
+
+
+def test_first_update_allocates_once(tx):
+    before = _ext.num_arenas()
+    state = tx.init(make_grads(0))
+    for i in range(3):
+        _, state = tx.update(make_grads(i), state)
+        jax.block_until_ready(state)
+        assert _ext.num_arenas() == before + 1
+    release(state)
+    assert _ext.num_arenas() == before
+
+
+@pytest.mark.parametrize(
+    "tree", [{}, {"a": None, "b": [()]}, optax.MaskedNode()], ids=["dict", "None", "MaskedNode"]
+)
+def test_update_without_leaves(tx, tree):
+    before = _ext.num_arenas()
+    updates, state = jax.jit(tx.update)(tree, tx.init(tree))
+    assert updates == tree
+    assert state.count == 1
+    assert _ext.num_arenas() == before
+
+
+def test_state_of_shapes_can_be_updated(tx, expected):
+    state = tx.init(SHAPES)
+    for i in range(NUM_STEPS):
+        updates, state = tx.update(make_grads(i), state)
+    assert_as_expected(updates, state, expected)
+
+
+def eager_inits(init):
+    return [init(make_grads(0)) for _ in range(3)]
+
+
+def jitted_inits(init):
+    return eager_inits(jax.jit(init))
+
+
+def inits_in_one_program(init):
+    return jax.jit(eager_inits, static_argnums=0)(init)
+
+
+def calls_of_one_jitted_init_in_one_program(init):
+    init = jax.jit(init)
+    return jax.jit(lambda: eager_inits(init))()
+
+
+def inits_in_a_scan(init):
+    states = jax.jit(lambda: jax.lax.scan(lambda _, x: ((), init(make_grads(0))), (), None, 3)[1])()
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], states) for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    "inits",
+    [
+        eager_inits,
+        jitted_inits,
+        inits_in_one_program,
+        calls_of_one_jitted_init_in_one_program,
+        inits_in_a_scan,
+    ],
+    ids=lambda inits: inits.__name__,
+)
+def test_every_init_makes_a_state_of_its_own(tx, inits):
+    states = inits(tx.init)
+    assert len({int(state.token[0]) for state in states}) == 3
+    for i, state in enumerate(states):  # and so does its first update
+        updates, states[i] = tx.update(make_grads(i), state)
+        assert_trees_equal(updates, tx.update(make_grads(i), tx.init(make_grads(i)))[0])
+    tx.update(make_grads(3), states[0])
+
+
+# --- Ways to run it: each must give the bits of the specification -------------------------------
+
+
+def eager(tx, grads):
+    state = tx.init(grads[0])
+    for g in grads:
+        updates, state = tx.update(g, state)
+    return updates, state
+
+
+def with_numpy_gradients(tx, grads):
+    return eager(tx, jax.tree.map(np.asarray, grads))
+
+
+def jit(tx, grads):
+    return eager(tx._replace(update=jax.jit(tx.update)), grads)
+
+
+def jit_and_donate(tx, grads):
+    update = jax.jit(tx.update, donate_argnums=(0, 1))
+    return eager(tx._replace(update=update), jax.tree.map(jnp.copy, grads))
+
+
+def jit_init(tx, grads):
+    return jit(tx._replace(init=jax.jit(tx.init)), grads)
+
+
+def one_program(tx, grads):
+    return jax.jit(functools.partial(eager, tx))(grads)
+
+
+def nested_jit(tx, grads):
+    return jax.jit(functools.partial(jit, tx))(grads)
+
+
+def disable_jit(tx, grads):
+    with jax.disable_jit():
+        return jit(tx, grads)
+
+
+def compiled_ahead(tx, grads):
+    update = jax.jit(tx.update).lower(grads[0], tx.init(grads[0])).compile()
+    return eager(tx._replace(update=update), grads)
+
+
+def scan(tx, grads, state):
+    def body(state, g):
+        updates, state = tx.update(g, state)
+        return state, updates
+
+    state, updates = jax.lax.scan(body, state, stack(grads))
+    return jax.tree.map(lambda u: u[-1], updates), state
+
+
+def scan_with_init_outside(tx, grads):
+    return jax.jit(functools.partial(scan, tx))(grads, tx.init(grads[0]))
+
+
+def scan_with_init_inside(tx, grads):
+    return jax.jit(lambda grads: scan(tx, grads, tx.init(grads[0])))(grads)
+
+
+def unrolled_scan(tx, grads):
+    with jax.disable_jit():
+        return scan(tx, grads, tx.init(grads[0]))
+
+
+def fori_loop(tx, grads):
+    stacked = stack(grads)
+
+    def body(i, carry):
+        return tx.update(jax.tree.map(lambda g: g[i], stacked), carry[1])
+
+    return jax.lax.fori_loop(0, len(grads), body, (grads[0], tx.init(grads[0])))
+
+
+def while_loop(tx, grads):
+    stacked = stack(grads)
+
+    def body(carry):
+        _, state = carry
+        return tx.update(jax.tree.map(lambda g: g[state.count], stacked), state)
+
+    carry = grads[0], tx.init(grads[0])
+    return jax.lax.while_loop(lambda carry: carry[1].count < len(grads), body, carry)
+
+
+def either_branch_of_cond(tx, grads):
+    @jax.jit
+    def update(even, g, state):
+        return jax.lax.cond(even, tx.update, lambda *args: tx.update(*args), g, state)
+
+    state = tx.init(grads[0])
+    for i, g in enumerate(grads):
+        updates, state = update(i % 2 == 0, g, state)
+    return updates, state
+
+
+def skipped_by_cond(tx, grads):
+    @jax.jit
+    def update(wanted, g, state):
+        return jax.lax.cond(wanted, tx.update, lambda g, state: (g, state), g, state)
+
+    state = tx.init(grads[0])
+    for g in grads:
+        _, state = update(False, make_grads(99), state)
+        updates, state = update(True, g, state)
+    return updates, state
+
+
+def switch(tx, grads):
+    @jax.jit
+    def update(i, g, state):
+        return jax.lax.switch(i, [tx.update, lambda g, s: (g, s), tx.update], g, state)
+
+    state = tx.init(grads[0])
+    for i in range(NUM_STEPS):
+        _, state = update(1, grads[i], state)
+        updates, state = update(i % 2 * 2, grads[i], state)
+    return updates, state
+
+
+def checkpoint(tx, grads):
+    return eager(tx._replace(update=jax.jit(jax.checkpoint(tx.update))), grads)
+
+
+def clear_caches(tx, grads):
+    update = jax.jit(tx.update)
+
+    def update_and_clear(g, state):
+        jax.clear_caches()
+        return update(g, state)
+
+    return eager(tx._replace(update=update_and_clear), grads)
+
+
+def init_again(tx, grads):
+    eager(tx, grads[::-1])
+    return eager(tx, grads)
+
+
+def same_fresh_state_again(tx, grads):
+    state = tx.init(grads[0])
+    fresh = tx._replace(init=lambda params: state)
+    eager(fresh, grads[::-1])
+    return eager(fresh, grads)
+
+
+def another_factory_per_step(tx, grads):
+    """As `optax.inject_hyperparams` does."""
+    return eager(tx._replace(update=lambda *args: scale_by_paged_adam8bit().update(*args)), grads)
+
+
+def state_through(convert, tx, grads):
+    def update(g, state):
+        updates, state = tx.update(g, state)
+        return updates, convert(state)
+
+    return eager(tx._replace(update=update), grads)
+
+
+WAYS = [
+    eager,
+    with_numpy_gradients,
+    jit,
+    jit_and_donate,
+    jit_init,
+    one_program,
+    nested_jit,
+    disable_jit,
+    compiled_ahead,
+    scan_with_init_outside,
+    scan_with_init_inside,
+    unrolled_scan,
+    fori_loop,
+    while_loop,
+    either_branch_of_cond,
+    skipped_by_cond,
+    switch,
+    checkpoint,
+    clear_caches,
+    init_again,
+    same_fresh_state_again,
+    another_factory_per_step,
+]
+CONVERSIONS = {
+    "numpy": lambda state: jax.tree.map(np.asarray, state),
+    "pickle": lambda state: pickle.loads(pickle.dumps(state)),
+    "flatten": lambda state: jax.tree.unflatten(*jax.tree.flatten(state)[::-1]),
+    "device_put": jax.device_put,
+}
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_way_to_run(tx, way, expected):
+    grads = [make_grads(i) for i in range(NUM_STEPS)]
+    updates, state = way(tx, grads)
+    assert_as_expected(updates, state, expected)
+    if way is not jit_and_donate:  # the update takes over no buffer that it was not given
+        assert_trees_equal(grads, [make_grads(i) for i in range(NUM_STEPS)])
+
+
+@pytest.mark.parametrize("convert", CONVERSIONS.values(), ids=CONVERSIONS)
+def test_state_survives_conversion(tx, convert, expected):
+    updates, state = state_through(convert, tx, [make_grads(i) for i in range(NUM_STEPS)])
+    assert_as_expected(updates, state, expected)
+
+
+def test_loss_under_checkpoint(tx):
+    """Rematerialization runs the loss twice, not the update."""
+
+    def loss(params, rematerialize):
+        def layer(w):
+            return jnp.sum(jnp.sin(w) ** 2)
+
+        return (jax.checkpoint(layer) if rematerialize else layer)(params["w"])
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def step(params, state, rematerialize):
+        updates, state = tx.update(jax.grad(loss)(params, rematerialize), state)
+        return optax.apply_updates(params, updates), state
+
+    results = []
+    for rematerialize in (False, True):
+        params = {"w": make_grads(0)["w"]}
+        state = tx.init(params)
+        for _ in range(3):
+            params, state = step(params, state, rematerialize)
+        results.append(params["w"])
+        assert state.count == 3
+    np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_two_states_take_turns_in_one_jitted_step(tx, expected):
+    update = jax.jit(tx.update)
+    states = [tx.init(make_grads(0)) for _ in range(2)]
+    updates = [None, None]
+    for i in range(NUM_STEPS):
+        for j in range(2):
+            updates[j], states[j] = update(make_grads(i if j else NUM_STEPS - i), states[j])
+    assert_as_expected(updates[1], states[1], expected)
+    assert not np.array_equal(moments(states[0]).mu["w"], expected.mu["w"])
+
+
+def test_states_side_by_side_in_one_program(tx, expected):
+    """The compiler may run them at the same time."""
+
+    @jax.jit
+    def update(grads, states):
+        return list(zip(*(tx.update(grads, state) for state in states), strict=True))
+
+    states = [tx.init(make_grads(0)) for _ in range(8)]
+    for i in range(NUM_STEPS):
+        updates, states = update(make_grads(i), states)
+    for u, state in zip(updates, states, strict=True):
+        assert_as_expected(u, state, expected)
+
+
+def test_threads_train_states_of_their_own(tx, expected, device):
+    update = jax.jit(tx.update)
+    grads = [make_grads(i) for i in range(NUM_STEPS)]
+    num_threads = 4
+    start = threading.Barrier(num_threads)
+    results = []
+
+    def train():
+        start.wait()
+        with jax.default_device(device):  # holds for one thread
+            for _ in range(10):
+                results.append(eager(tx._replace(update=update), grads))
+
+    threads = [threading.Thread(target=train) for _ in range(num_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 10 * num_threads
+    for updates, state in results:
+        assert_as_expected(updates, state, expected)
+        release(state)
+
+
+# --- What is compiled ---------------------------------------------------------------------------
+
+
+def make_step(tx):
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+@pytest.mark.parametrize("donate", [(), (0, 1)], ids=["", "donated"])
+def test_nothing_is_compiled_after_the_first_step(donate, caplog):
+    tx = optax.chain(optax.clip(1.0), paged_optax.paged_adamw8bit(1e-3))
+    step = jax.jit(make_step(tx), donate_argnums=donate)
+    grads = make_grads(0)
+    params = jax.tree.map(jnp.copy, grads)
+    step(params, tx.init(params), grads)
+    params = jax.tree.map(jnp.copy, grads)
+    caplog.clear()
+    with jax.log_compiles():
+        for _ in range(2):  # the second time with a fresh state
+            state = tx.init(params)
+            for _ in range(3):
+                params, state = step(params, state, grads)
+    assert state[1][0].count == 3
+    assert not [message for message in caplog.messages if "ompil" in message]
+    assert step._cache_size() == 1
+
+
+def test_hyperparameters_do_not_recompile():
+    update = jax.jit(lambda g, s, *hyperparams: scale_by_paged_adam8bit(*hyperparams).update(g, s))
+    grads = make_grads(0)
+    for hyperparams in ((0.9, 0.999, 1e-8, 0.0), (0.7, 0.9, 1e-3, 1e-4)):
+        tx = scale_by_paged_adam8bit(*hyperparams)
+        state, traced_state = tx.init(grads), tx.init(grads)
+        for i in range(3):
+            updates, state = tx.update(make_grads(i), state)
+            traced_updates, traced_state = update(make_grads(i), traced_state, *hyperparams)
+        assert_trees_equal(traced_updates, updates)
+        assert_trees_equal(moments(traced_state), moments(state))
+    assert update._cache_size() == 1
+
+
+def test_update_has_no_jax_effect(tx):
+    grads = make_grads(0)
+    assert not jax.make_jaxpr(tx.init)(grads).effects
+    assert not jax.make_jaxpr(tx.update)(grads, tx.init(grads)).effects
+
+
+def test_update_is_one_custom_call_in_the_gradients_buffers():
+    tx = paged_optax.paged_adamw8bit(1e-3)
+    params = {i: make_grads(i) for i in range(5)}
+    num_leaves = len(jax.tree.leaves(params))
+    lowered = jax.jit(make_step(tx)).lower(params, tx.init(params), params)
+    calls = [line for line in lowered.as_text().splitlines() if "custom_call" in line]
+    assert len(calls) == 1
+    assert "@paged_optax_update" in calls[0]
+    assert "has_side_effect = true" in calls[0]
+    assert calls[0].count("#stablehlo.output_operand_alias<") == num_leaves
+    target = 'custom_call_target="paged_optax_update"'
+    calls = [line for line in lowered.compile().as_text().splitlines() if target in line]
+    assert len(calls) == 1
+    assert "custom_call_has_side_effect=true" in calls[0]
+    assert "output_to_operand_aliasing={{1}: (3, {}), {2}: (4, {})" in calls[0]
+
+
+def test_updates_take_the_place_of_donated_gradients(tx):
+    update = jax.jit(tx.update, donate_argnums=(0, 1))
+    grads = jax.tree.map(jnp.copy, make_grads(0))
+    state = tx.init(grads)
+    where = jax.tree.map(lambda g: g.unsafe_buffer_pointer(), grads)
+    updates, _ = update(grads, state)
+    assert all(g.is_deleted() for g in jax.tree.leaves(grads))
+    assert jax.tree.map(lambda u: u.unsafe_buffer_pointer(), updates) == where
+
+
+def test_update_whose_results_are_not_used_does_not_run(tx):
+    """What JAX drops from a program leaves the state as it was."""
+    _, state = tx.update(make_grads(0), tx.init(make_grads(0)))
+
+    @jax.jit
+    def drop(grads, state):
+        tx.update(grads, state)
+        return state
+
+    state = drop(make_grads(1), state)
+    before = moments(state)
+    _, state = tx.update(make_grads(1), state)
+    assert state.count == 2
+    assert not np.array_equal(moments(state).mu["w"], before.mu["w"])

@@ -1,0 +1,482 @@
+"""The optimizer inside optax and Flax: hyperparameters, wrappers, loops, and finding the state."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import paged_optax
+from paged_optax import (
+    memory_report,
+    moments,
+    paged_adam8bit,
+    paged_adamw8bit,
+    release,
+    scale_by_paged_adam8bit,
+)
+
+pytestmark = pytest.mark.usefixtures("device", "standard_promotion")
+
+NUM_STEPS = 6
+
+
+@pytest.fixture
+def standard_promotion():
+    """As users have it: optax itself does not run under strict promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def make_params(step=0):
+    rng = np.random.default_rng(step)
+    shapes = {"bias": (80,), "kernel": (64, 80)}
+    return {k: jnp.asarray(rng.standard_normal(s), jnp.float32) for k, s in shapes.items()}
+
+
+def make_grads(step):
+    return make_params(1000 + step)
+
+
+def train(tx, num_steps=NUM_STEPS, update=None, params=None):
+    """Parameters and state after steps in the same gradients."""
+    update = jax.jit(tx.update) if update is None else update
+    params = make_params() if params is None else params
+    state = tx.init(params)
+    for i in range(num_steps):
+        updates, state = update(make_grads(i), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def assert_trees_equal(actual, desired):
+    assert jax.tree.structure(actual) == jax.tree.structure(desired)
+    jax.tree.map(np.testing.assert_array_equal, actual, desired)
+
+
+def assert_trees_close(actual, desired, **tolerances):
+    tolerances = {"rtol": 1e-5, "atol": 1e-6} | tolerances
+    assert jax.tree.structure(actual) == jax.tree.structure(desired)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerances), actual, desired)
+
+
+def assert_found_and_freed(container, num_bytes):
+    """The functions that take a state find it in `container`."""
+    assert memory_report(container).total >= num_bytes
+    assert release(container) >= num_bytes
+    with pytest.raises(RuntimeError, match="released"):
+        moments(container)
+
+
+NUM_BYTES = 64 * 80 // 256 * 520 + 2048  # kernel in 8 bits, bias in float32: one block of 256
+
+
+# --- The aliases --------------------------------------------------------------------------------
+
+DECAY_KERNELS = {"bias": False, "kernel": True}
+
+ALIASES = {
+    "adam": (
+        lambda: paged_adam8bit(1e-2, 0.8, 0.99, 1e-6, 1e-9),
+        lambda: optax.chain(
+            scale_by_paged_adam8bit(0.8, 0.99, 1e-6, 1e-9), optax.scale_by_learning_rate(1e-2)
+        ),
+    ),
+    "adam, nesterov": (
+        lambda: paged_adam8bit(1e-2, nesterov=True),
+        lambda: optax.chain(scale_by_paged_adam8bit(nesterov=True), optax.scale(-1e-2)),
+    ),
+    "adamw": (
+        lambda: paged_adamw8bit(1e-2, 0.8, 0.99, 1e-6, 1e-9, 0.1),
+        lambda: optax.chain(
+            scale_by_paged_adam8bit(0.8, 0.99, 1e-6, 1e-9),
+            optax.add_decayed_weights(0.1),
+            optax.scale(-1e-2),
+        ),
+    ),
+    "adamw, masked decay": (
+        lambda: paged_adamw8bit(1e-2, weight_decay=0.1, mask=DECAY_KERNELS),
+        lambda: optax.chain(
+            scale_by_paged_adam8bit(),
+            optax.masked(optax.add_decayed_weights(0.1), DECAY_KERNELS),
+            optax.scale(-1e-2),
+        ),
+    ),
+    "adamw, decay masked by a function": (
+        lambda: paged_adamw8bit(1e-2, weight_decay=0.1, mask=lambda params: DECAY_KERNELS),
+        lambda: paged_adamw8bit(1e-2, weight_decay=0.1, mask=DECAY_KERNELS),
+    ),
+    "adamw, scheduled decay": (
+        lambda: paged_adamw8bit(1e-2, weight_decay=lambda count: 0.1 * (count >= 0)),
+        lambda: paged_adamw8bit(1e-2, weight_decay=0.1),
+    ),
+}
+
+
+@pytest.mark.parametrize("alias, chain", ALIASES.values(), ids=ALIASES)
+def test_alias_is_a_chain(alias, chain):
+    params, state = train(alias())
+    expected_params, expected_state = train(chain())
+    assert_trees_equal(params, expected_params)
+    assert_trees_equal(moments(state), moments(expected_state))
+
+
+def test_defaults_are_those_of_optax():
+    """Leaves that keep float32 moments follow optax.adamw to float32 accuracy."""
+    float32 = paged_optax.Quantization(min_size=1 << 20)
+    for ours, theirs in (
+        (paged_adamw8bit(1e-2, quantization=float32), optax.adamw(1e-2)),
+        (paged_adam8bit(1e-2, quantization=float32), optax.adam(1e-2)),
+        (
+            paged_adamw8bit(1e-2, weight_decay=0.1, nesterov=True, quantization=float32),
+            optax.adamw(1e-2, weight_decay=0.1, nesterov=True),
+        ),
+    ):
+        assert_trees_close(train(ours)[0], train(theirs)[0])
+
+
+def test_training_follows_optax_adamw():
+    """A network of two layers learns a fixed random one; 8-bit moments cost it little."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (256, 64))
+    y = jnp.tanh(x @ jax.random.normal(keys[1], (64, 64)) / 8)
+    init = {
+        "w1": jax.random.normal(keys[2], (64, 128)) / 8,
+        "b1": jnp.zeros(128),
+        "w2": jax.random.normal(keys[3], (128, 64)) / 16,
+    }
+
+    def loss(params):
+        hidden = jax.nn.relu(x @ params["w1"] + params["b1"])
+        return jnp.mean((hidden @ params["w2"] - y) ** 2)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(optimizer):
+        schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 10, 150)
+        tx = optax.chain(optax.clip_by_global_norm(1.0), optimizer(schedule, weight_decay=1e-3))
+
+        def step(carry, _):
+            params, state = carry
+            value, grads = jax.value_and_grad(loss)(params)
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), value
+
+        return jax.lax.scan(step, (init, tx.init(init)), length=150)[1]
+
+    theirs, ours = run(optax.adamw), run(paged_adamw8bit)
+    assert theirs[-1] < theirs[0] / 20
+    np.testing.assert_allclose(ours[-1], theirs[-1], rtol=0.05)
+
+
+# --- Learning rates and other numbers -----------------------------------------------------------
+
+
+def first_update(factory, rate, params):
+    tx = factory(rate)
+    return tx.update(make_grads(0), tx.init(params), params)[0]
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["static", "traced"])
+@pytest.mark.parametrize("factory", [paged_adam8bit, paged_adamw8bit], ids=["adam", "adamw"])
+def test_learning_rate_of_any_kind(factory, transform):
+    params = make_params()
+    tx = scale_by_paged_adam8bit()
+    direction, _ = tx.update(make_grads(0), tx.init(params))
+    decay = 1e-4 if factory is paged_adamw8bit else 0.0
+    expected = jax.tree.map(lambda u, p: -0.1 * (u + decay * p), direction, params)
+    rates = [0.1, np.float32(0.1), jnp.float32(0.1)]
+    if transform is not jax.jit:
+        rates += [lambda count: 0.1 / (count + 1), optax.constant_schedule(0.1)]
+    for rate in rates:
+        updates = transform(lambda rate: first_update(factory, rate, params))(rate)
+        assert_trees_close(updates, expected)
+
+
+def test_schedule_counts_steps():
+    rates = [0.3, 0.2, 0.1]
+    tx = paged_adam8bit(lambda count: jnp.array(rates)[count])
+    plain = scale_by_paged_adam8bit()
+    params = make_params()
+    state, plain_state = tx.init(params), plain.init(params)
+    for i, rate in enumerate(rates):
+        updates, state = tx.update(make_grads(i), state)
+        direction, plain_state = plain.update(make_grads(i), plain_state)
+        assert_trees_close(updates, jax.tree.map(lambda u, rate=rate: -rate * u, direction))
+
+
+INJECTED = {
+    "number": {"learning_rate": 1e-2},
+    "schedule": {"learning_rate": optax.linear_schedule(1e-2, 1e-3, 4), "b1": 0.8},
+    "scheduled b1": {"learning_rate": 1e-2, "b1": optax.linear_schedule(0.8, 0.9, 4)},
+    "static options": {
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "mask": DECAY_KERNELS,
+        "nesterov": True,
+        "quantization": paged_optax.Quantization(min_size=1 << 20),
+        "paging": paged_optax.Paging(),
+    },
+}
+
+
+@pytest.mark.parametrize("hyperparams", INJECTED.values(), ids=INJECTED)
+def test_inject_hyperparams(hyperparams):
+    tx = optax.inject_hyperparams(paged_adamw8bit)(**hyperparams)
+    params, state = train(tx)
+    # The same, built anew for each step from numbers.
+    expected_params = make_params()
+    expected_state = None
+    for i in range(NUM_STEPS):
+        now = {k: v(i) if callable(v) else v for k, v in hyperparams.items()}
+        if expected_state is None:
+            expected_state = paged_adamw8bit(**now).init(expected_params)
+        updates, expected_state = paged_adamw8bit(**now).update(
+            make_grads(i), expected_state, expected_params
+        )
+        expected_params = optax.apply_updates(expected_params, updates)
+    assert_trees_close(params, expected_params)
+    assert_trees_close(moments(state), moments(expected_state))
+    assert_found_and_freed(state, NUM_BYTES)
+
+
+def test_injected_learning_rate_changes_without_compiling():
+    tx = optax.inject_hyperparams(paged_adamw8bit)(learning_rate=0.1, weight_decay=0.0)
+    update = jax.jit(tx.update)
+    params = make_params()
+    state = tx.init(params)
+    grads = jax.tree.map(jnp.ones_like, params)  # so that every direction is 1
+    for rate in (0.1, 0.2, 0.3):
+        state.hyperparams["learning_rate"] = jnp.asarray(rate, jnp.float32)
+        updates, state = update(grads, state, params)
+        np.testing.assert_allclose(updates["bias"], -rate, rtol=1e-5)
+    assert update._cache_size() == 1
+    assert optax.tree.get(state, "learning_rate") == np.float32(0.3)
+
+
+# --- Optax's wrappers: the numbers of the bare optimizer, and a state that is found -------------
+
+
+def both_labels(tx):
+    return optax.partition({"a": tx, "b": tx}, {"bias": "a", "kernel": "b"})
+
+
+WRAPPERS = {
+    "chain": lambda tx: optax.chain(optax.identity(), tx, optax.scale(1.0)),
+    "nested chain": lambda tx: optax.chain(optax.chain(optax.chain(tx))),
+    "named_chain": lambda tx: optax.named_chain(("clip", optax.clip(1e9)), ("adam", tx)),
+    "masked": lambda tx: optax.masked(tx, True),
+    "masked by a tree": lambda tx: optax.masked(tx, {"bias": True, "kernel": True}),
+    "partition, one tx under two labels": both_labels,
+    "partition, one label": lambda tx: optax.partition({"a": tx}, "a"),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 5),
+    "conditionally_transform": lambda tx: optax.conditionally_transform(tx, lambda count: True),
+    "with_extra_args_support": optax.with_extra_args_support,
+    "inject_hyperparams": lambda tx: optax.inject_hyperparams(lambda scale: tx)(scale=1.0),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_wrapper(wrap):
+    make = functools.partial(paged_adamw8bit, 1e-2, weight_decay=0.1)
+    params, state = train(wrap(make()))
+    expected_params, expected_state = train(make())
+    assert_trees_close(params, expected_params)
+    assert_trees_equal(moments(state), moments(expected_state))
+    assert_found_and_freed(state, NUM_BYTES)
+
+
+def test_flatten():
+    """One vector of all leaves: the bias is in 8 bits too."""
+    params, state = train(optax.flatten(paged_adamw8bit(1e-2)))
+    tx = paged_adamw8bit(1e-2)
+
+    def vector(tree):
+        return jnp.concatenate([leaf.ravel() for leaf in tree.values()])
+
+    expected = vector(make_params())
+    expected_state = tx.init(expected)
+    for i in range(NUM_STEPS):
+        updates, expected_state = tx.update(vector(make_grads(i)), expected_state, expected)
+        expected = optax.apply_updates(expected, updates)
+    assert_trees_close(vector(params), expected)
+    assert_trees_equal(moments(state), moments(expected_state))
+    assert memory_report(state).total >= 21 * 520  # blocks of 256
+
+
+def test_masked_leaves_have_no_moments():
+    tx = optax.masked(scale_by_paged_adam8bit(), {"bias": False, "kernel": True})
+    _, state = train(tx)
+    assert moments(state).mu["bias"] == optax.MaskedNode()
+    assert moments(state).mu["kernel"].shape == (64, 80)
+    assert memory_report(state).total < NUM_BYTES
+
+
+def test_partition_with_another_optimizer():
+    tx = optax.partition(
+        {"paged": paged_adamw8bit(1e-2), "plain": optax.sgd(1e-2)},
+        {"bias": "plain", "kernel": "paged"},
+    )
+    params, state = train(tx)
+    assert_trees_close(params["bias"], train(optax.sgd(1e-2))[0]["bias"])
+    assert_trees_close(params["kernel"], train(paged_adamw8bit(1e-2))[0]["kernel"])
+    assert moments(state).mu["kernel"].shape == (64, 80)
+
+
+def test_moments_keep_the_tree_they_were_made_for():
+    """Another tree with the same paths must not take its place."""
+    w, b = make_params()["kernel"], make_params()["bias"]
+    tx = scale_by_paged_adam8bit()
+    trees = [[w, b], (w, b), {"w": w, "b": None}, {"w": w, "b": optax.MaskedNode()}, {"w": w}]
+    states = [tx.update(tree, tx.init(tree))[1] for tree in trees]
+    for tree, state in zip(trees, states, strict=True):
+        assert jax.tree.structure(moments(state).mu) == jax.tree.structure(tree)
+        assert jax.tree.structure(moments(state).nu) == jax.tree.structure(tree)
+
+
+def test_apply_if_finite_skips_a_step():
+    tx = optax.apply_if_finite(paged_adamw8bit(1e-2), 5)
+    update = jax.jit(tx.update)
+    params, state = train(tx, update=update)
+    before = moments(state)
+    bad = {**make_grads(0), "bias": jnp.full(80, jnp.nan)}
+    updates, state = update(bad, state, params)
+    assert not any(np.any(u) for u in jax.tree.leaves(updates))
+    assert_trees_equal(moments(state), before)
+    _, state = update(make_grads(0), state, params)
+    assert optax.tree.get(state, "notfinite_count") == 0
+    assert state.inner_state[0].count == NUM_STEPS + 1
+
+
+def test_extra_arguments_are_accepted():
+    tx = optax.with_extra_args_support(paged_adamw8bit(1e-2))
+    params = make_params()
+    tx.update(make_grads(0), tx.init(params), params, value=1.0, unknown="argument")
+
+
+# --- Flax ---------------------------------------------------------------------------------------
+
+
+class Mlp(nnx.Module):
+    def __init__(self, rngs, linear=nnx.Linear):
+        self.layers = nnx.List([linear(64, 96, rngs=rngs), linear(96, 64, rngs=rngs)])
+
+    def __call__(self, x):
+        return self.layers[1](nnx.relu(self.layers[0](x)))
+
+
+def low_rank_linear(din, dout, rngs):
+    return nnx.LoRALinear(din, dout, lora_rank=64, rngs=rngs)
+
+
+def target(model):
+    x = jax.random.normal(jax.random.key(1), (16, 64))
+    return jnp.mean((model(x) - jnp.sin(x)) ** 2)
+
+
+def nnx_step(model, optimizer, wrt):
+    loss, grads = nnx.value_and_grad(target, argnums=nnx.DiffState(0, wrt))(model)
+    optimizer.update(model, grads)
+    return loss
+
+
+def make_clipped():
+    return optax.chain(optax.clip_by_global_norm(1.0), paged_adamw8bit(1e-2))
+
+
+def train_without_nnx_optimizer(model, wrt):
+    """Plain optax on the model's parameters."""
+    graphdef, params, rest = nnx.split(model, wrt, ...)
+    tx = make_clipped()
+    state = tx.init(params)
+
+    def step(carry, _):
+        params, state = carry
+        loss, grads = jax.value_and_grad(lambda p: target(nnx.merge(graphdef, p, rest)))(params)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), loss
+
+    (_, state), losses = jax.lax.scan(step, (params, state), length=NUM_STEPS)
+    return losses, moments(state)
+
+
+jit_step = functools.partial(nnx.jit, static_argnums=2)
+NNX_LOOPS = {
+    "eager, Param": (lambda step: step, nnx.Param),
+    "nnx.jit, Param": (jit_step, nnx.Param),
+    "nnx.jit donated, LoRAParam": (
+        functools.partial(jit_step, donate_argnums=(0, 1)),
+        nnx.LoRAParam,
+    ),
+}
+
+
+@pytest.mark.parametrize("transform, wrt", NNX_LOOPS.values(), ids=NNX_LOOPS)
+def test_nnx_optimizer(transform, wrt):
+    linear = low_rank_linear if wrt is nnx.LoRAParam else nnx.Linear
+    model = Mlp(nnx.Rngs(0), linear)
+    optimizer = nnx.Optimizer(model, make_clipped(), wrt=wrt)
+    expected, expected_moments = train_without_nnx_optimizer(Mlp(nnx.Rngs(0), linear), wrt)
+    step = transform(nnx_step)
+    losses = [step(model, optimizer, wrt) for _ in range(NUM_STEPS)]
+    np.testing.assert_allclose(losses, expected, rtol=1e-3)
+    assert losses[-1] < losses[0]
+
+    found = moments(optimizer)
+    shapes = jax.tree.map(np.shape, nnx.to_pure_dict(nnx.state(model, wrt)))
+    assert jax.tree.map(np.shape, nnx.to_pure_dict(found.mu)) == shapes
+    assert_trees_close(
+        jax.tree.leaves(found), jax.tree.leaves(expected_moments), rtol=0.05, atol=1e-4
+    )
+    assert_trees_equal(moments(optimizer.opt_state), found)
+    assert_found_and_freed(optimizer, 2 * 64 * 64 // 256 * 520)
+
+
+def test_clone_of_an_nnx_optimizer_is_a_fork():
+    model = Mlp(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, make_clipped(), wrt=nnx.Param)
+    nnx_step(model, optimizer, nnx.Param)
+    clone = nnx.clone(optimizer)
+    nnx_step(model, clone, nnx.Param)
+    with pytest.raises(RuntimeError, match="not the newest"):
+        moments(optimizer)
+    nnx_step(model, clone, nnx.Param)
+    assert moments(clone)
+
+
+def test_linen_train_state():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(64)(nn.relu(nn.Dense(96)(x)))
+
+    model = Model()
+    params = model.init(jax.random.key(0), jnp.ones((1, 64)))["params"]
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state):
+        loss, grads = jax.value_and_grad(
+            lambda params: target(lambda x: state.apply_fn({"params": params}, x))
+        )(state.params)
+        return state.apply_gradients(grads=grads), loss
+
+    def run(tx):
+        state = TrainState.create(
+            apply_fn=model.apply, params=jax.tree.map(jnp.copy, params), tx=tx
+        )
+        losses = []
+        for _ in range(30):
+            state, loss = step(state)
+            losses.append(loss)
+        return state, losses
+
+    state, losses = run(make_clipped())
+    clip = optax.clip_by_global_norm(1.0)
+    _, expected = run(optax.chain(clip, optax.adamw(1e-2)))
+    np.testing.assert_allclose(losses, expected, rtol=0.05)
+    assert jax.tree.map(np.shape, moments(state).nu) == jax.tree.map(np.shape, params)
+    assert_found_and_freed(state, 2 * 64 * 96 // 256 * 520)
