@@ -4,7 +4,7 @@ For every seed one base model is trained and then fine-tuned twice, from the sam
 the same text in the same order; only the optimizer of the adapters differs. Prints the held-out
 losses and exits with status 1 if any pair differs by more than 2 %.
 
-    python benchmarks/lora_quality.py                    # about 8 minutes on 2 CPU cores
+    python benchmarks/lora_quality.py                    # about 8 minutes of CPU time
     python benchmarks/lora_quality.py --steps 300        # options of examples/lora_finetune.py
 """
 

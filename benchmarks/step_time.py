@@ -2,11 +2,11 @@
 
     python benchmarks/step_time.py [--repeats N]
 
-Gradients are made inside the timed program, as a backward pass makes them, and what making them takes
-alone is subtracted. Compares with optax.adamw in the same run, after checking that both took the same
-first step. "kernel" is our update alone, and "of copy" the share of the memory rate of a copy that it
-reaches (12 bytes a parameter for float32: gradient in, update out, 8-bit moments in and out; 8 for
-bfloat16).
+Gradients are made inside the timed program, as a backward pass makes them, and what making them
+takes alone is subtracted. Compares with optax.adamw in the same run, after checking that both
+took the same first step. "kernel" is our update alone, and "of copy" the share of the memory rate
+of a copy that it reaches (12 bytes a parameter for float32: gradient in, update out, 8-bit
+moments in and out; 8 for bfloat16).
 """
 
 import argparse
@@ -19,7 +19,6 @@ import numpy as np
 import optax
 
 from paged_optax import Paging, paged_adamw8bit, scale_by_paged_adam8bit
-
 
 STEPS = 10  # queued in a row and timed together
 
@@ -67,7 +66,8 @@ def full_step(tx, params, source, repeats):
 
 
 def kernel_ms(grads, repeats):
-    """Time of the update alone; it turns its gradients into the next call's, so nothing is copied."""
+    """Time of the update alone; it turns its gradients into the next call's, so nothing is
+    copied."""
     tx = scale_by_paged_adam8bit()
     step = jax.jit(tx.update, donate_argnums=(0, 1))
     return median_ms(step, (jax.tree.map(jnp.copy, grads), tx.init(grads)), repeats)

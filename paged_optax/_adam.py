@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from . import _partition
 from ._options import Paging, Quantization
@@ -27,61 +28,65 @@ def scale_by_paged_adam8bit(
 ) -> optax.GradientTransformation:
     r"""Rescales updates according to the Adam algorithm, with moments outside XLA's memory.
 
-  `optax.scale_by_adam` with both moments stored in 8 bits (2.03 instead of 8 bytes per parameter), in
-  memory that XLA's allocator does not own. For step :math:`t` and gradient :math:`g_t`,
+    `optax.scale_by_adam` with both moments stored in 8 bits (2.03 instead of 8 bytes per
+    parameter), in memory that XLA's allocator does not own. For step :math:`t` and gradient
+    :math:`g_t`,
 
-  .. math::
+    .. math::
 
-    m_t &\leftarrow \beta_1 \cdot m_{t-1} + (1-\beta_1) \cdot g_t \\
-    v_t &\leftarrow \beta_2 \cdot v_{t-1} + (1-\beta_2) \cdot g_t^2 \\
-    u_t &\leftarrow \frac{m_t / (1-\beta_1^t)}{\sqrt{v_t / (1-\beta_2^t) + \bar\varepsilon} + \varepsilon}
+      m_t &\leftarrow \beta_1 \cdot m_{t-1} + (1-\beta_1) \cdot g_t \\
+      v_t &\leftarrow \beta_2 \cdot v_{t-1} + (1-\beta_2) \cdot g_t^2 \\
+      u_t &\leftarrow \frac{m_t / (1-\beta_1^t)}
+        {\sqrt{v_t / (1-\beta_2^t) + \bar\varepsilon} + \varepsilon}
 
-  in float32; :math:`u_t` uses the new moments as they are before they are quantized. A gradient element
-  that is not finite gives a NaN update for that element and leaves its moments alone.
+    in float32; :math:`u_t` uses the new moments as they are before they are quantized. A gradient
+    element that is not finite gives a NaN update for that element and leaves its moments alone.
 
-  Moments change in place: only the newest state can be updated. A state that was rolled back, forked or
-  restored from a checkpoint is refused with an error, and nothing is overwritten. On a GPU that error
-  comes with the next call (the refused step returns an update of zero), because a step never waits for the
-  device.
+    Moments change in place: only the newest state can be updated. A state that was rolled back,
+    forked or restored from a checkpoint is refused with an error, and nothing is overwritten. On a
+    GPU that error comes with the next call (the refused step returns an update of zero), because a
+    step never waits for the device.
 
-  Args:
-    b1: decay rate of the first moment; a float or a traced scalar.
-    b2: decay rate of the second moment; a float or a traced scalar.
-    eps: added to the denominator outside of the square root.
-    eps_root: added to the denominator inside the square root.
-    nesterov: whether to use Nesterov momentum.
-    quantization: how moments are stored; see `Quantization`.
-    paging: where moments live; see `Paging`.
+    Args:
+      b1: decay rate of the first moment; a float or a traced scalar.
+      b2: decay rate of the second moment; a float or a traced scalar.
+      eps: added to the denominator outside of the square root.
+      eps_root: added to the denominator inside the square root.
+      nesterov: whether to use Nesterov momentum.
+      quantization: how moments are stored; see `Quantization`.
+      paging: where moments live; see `Paging`.
 
-  Returns:
-    An `optax.GradientTransformation`. Gradients may be float32, bfloat16 or float16, mixed in one
-    tree, of any shape; updates have their dtypes.
+    Returns:
+      An `optax.GradientTransformation`. Gradients may be float32, bfloat16 or float16, mixed in one
+      tree, of any shape; updates have their dtypes.
 
-  Raises:
-    ValueError: for decay rates outside [0, 1) or negative eps (where given as Python numbers), or when
-      gradients and parameters do not match.
-    TypeError: for gradients of another dtype (float64, complex, integers).
-    RuntimeError or ValueError, from the compiled update: when the state is not the newest, was released,
-      or does not belong to these gradients; or when there is not enough host memory.
+    Raises:
+      ValueError: for decay rates outside [0, 1) or negative eps (where given as Python numbers), or
+        when gradients and parameters do not match.
+      TypeError: for gradients of another dtype (float64, complex, integers).
+      RuntimeError or ValueError, from the compiled update: when the state is not the newest, was
+      released,
+        or does not belong to these gradients; or when there is not enough host memory.
 
-  Example:
-    >>> import jax.numpy as jnp, optax, paged_optax
-    >>> tx = optax.chain(paged_optax.scale_by_paged_adam8bit(), optax.scale(-0.1))
-    >>> params = {"w": jnp.ones((64, 64))}
-    >>> updates, state = tx.update({"w": jnp.full((64, 64), 3.0)}, tx.init(params))
-    >>> params = optax.apply_updates(params, updates)
-    >>> print(params["w"][0, 0].round(4))
-    0.9
+    Example:
+      >>> import jax.numpy as jnp, optax, paged_optax
+      >>> tx = optax.chain(paged_optax.scale_by_paged_adam8bit(), optax.scale(-0.1))
+      >>> params = {"w": jnp.ones((64, 64))}
+      >>> updates, state = tx.update({"w": jnp.full((64, 64), 3.0)}, tx.init(params))
+      >>> params = optax.apply_updates(params, updates)
+      >>> print(params["w"][0, 0].round(4))
+      0.9
 
-  References:
-    Kingma & Ba, `Adam: A Method for Stochastic Optimization <https://arxiv.org/abs/1412.6980>`_, 2014
+    References:
+      Kingma & Ba, `Adam: A Method for Stochastic Optimization <https://arxiv.org/abs/1412.6980>`_,
+      2014
 
-    Dettmers et al., `8-bit Optimizers via Block-wise Quantization <https://arxiv.org/abs/2110.02861>`_,
-    2022
+      Dettmers et al., `8-bit Optimizers via Block-wise Quantization
+      <https://arxiv.org/abs/2110.02861>`_, 2022
 
-  .. note::
-    bitsandbytes erases the moments of an element whose gradient is not finite; here they are kept.
-  """
+    .. note::
+      bitsandbytes erases the moments of an element whose gradient is not finite; here they stay.
+    """
     _check_range("b1", b1, below=1.0)
     _check_range("b2", b2, below=1.0)
     _check_range("eps", eps)
@@ -92,6 +97,7 @@ def scale_by_paged_adam8bit(
     def init_fn(params):
         leaves = jax.tree_util.tree_leaves_with_path(params)
         _check_dtypes("parameter", leaves)
+        _partition.guard(*(leaf for _, leaf in leaves if isinstance(leaf, Tracer)))
         return ScaleByPagedAdam8bitState(
             count=jnp.zeros([], jnp.int32), token=new_token(num_leaves=len(leaves))
         )
@@ -100,7 +106,7 @@ def scale_by_paged_adam8bit(
         leaves, treedef = jax.tree_util.tree_flatten_with_path(updates)
         _check_dtypes("gradient", leaves)
         _check_shapes(leaves, params)
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         if not leaves:
             return updates, ScaleByPagedAdam8bitState(count, state.token)
         paths, grads = zip(
@@ -137,11 +143,11 @@ def paged_adamw8bit(
     quantization: Quantization | None = None,
     paging: Paging | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam with weight decay regularization and 8-bit, paged moments: `optax.adamw` for less memory.
+    r"""Adam with weight decay and 8-bit, paged moments: `optax.adamw` for less memory.
 
     The chain of `scale_by_paged_adam8bit`, `optax.add_decayed_weights` and
-    `optax.scale_by_learning_rate`, so the decay acts on the parameters before the step, as in optax:
-    :math:`\theta_t \leftarrow \theta_{t-1} - \alpha_t (u_t + \lambda \theta_{t-1})`.
+    `optax.scale_by_learning_rate`, so the decay acts on the parameters before the step, as in
+    optax: :math:`\theta_t \leftarrow \theta_{t-1} - \alpha_t (u_t + \lambda \theta_{t-1})`.
 
     Args:
       learning_rate: a global scaling factor, a schedule, or a traced scalar.
@@ -150,8 +156,8 @@ def paged_adamw8bit(
       eps: added to the denominator outside of the square root.
       eps_root: added to the denominator inside the square root.
       weight_decay: strength of the weight decay; it is multiplied by the learning rate.
-      mask: a tree with the same structure as (or a prefix of) the parameters, or a callable that returns
-        one; True where weight decay applies.
+      mask: a tree with the same structure as (or a prefix of) the parameters, or a callable that
+        returns one; True where weight decay applies.
       nesterov: whether to use Nesterov momentum.
       quantization: how moments are stored; see `Quantization`.
       paging: where moments live; see `Paging`.
@@ -179,15 +185,15 @@ def paged_adamw8bit(
       True
 
     References:
-      Loshchilov & Hutter, `Decoupled Weight Decay Regularization <https://arxiv.org/abs/1711.05101>`_,
-      2019
+      Loshchilov & Hutter, `Decoupled Weight Decay Regularization
+      <https://arxiv.org/abs/1711.05101>`_, 2019
 
-      Dettmers et al., `8-bit Optimizers via Block-wise Quantization <https://arxiv.org/abs/2110.02861>`_,
-      2022
+      Dettmers et al., `8-bit Optimizers via Block-wise Quantization
+      <https://arxiv.org/abs/2110.02861>`_, 2022
 
     .. note::
-      bitsandbytes applies the weight decay after the update, to the new parameters; the difference is
-      :math:`\alpha^2 \lambda u_t` per step.
+      bitsandbytes applies the weight decay after the update, to the new parameters; the
+      difference is :math:`\alpha^2 \lambda u_t` per step.
     """
     return optax.chain(
         scale_by_paged_adam8bit(
@@ -238,7 +244,8 @@ def paged_adam8bit(
       -0.1000
 
     References:
-      Kingma & Ba, `Adam: A Method for Stochastic Optimization <https://arxiv.org/abs/1412.6980>`_, 2014
+      Kingma & Ba, `Adam: A Method for Stochastic Optimization
+      <https://arxiv.org/abs/1412.6980>`_, 2014
     """
     return optax.chain(
         scale_by_paged_adam8bit(
@@ -266,24 +273,28 @@ def _check_dtypes(kind: str, leaves: list[tuple[Any, Any]]) -> None:
         dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.asarray(leaf).dtype
         if dtype not in _FLOATS:
             raise TypeError(
-                f"{kind} {jax.tree_util.keystr(path) or 'leaf'} has dtype {dtype}; paged optimizers take float32,"
-                " bfloat16 and float16. Cast it, or keep it out with optax.masked or optax.partition."
+                f"{kind} {_name(path)} has dtype {dtype}; paged optimizers take float32, bfloat16"
+                " and float16. Cast it, or keep it out with optax.masked or optax.partition."
             )
 
 
 def _check_shapes(grads: list[tuple[Any, Any]], params: optax.Params | None) -> None:
-    """Compares gradients with the parameters where they are given; the kernel compares with the moments."""
+    """Compares gradients with the parameters, where given; the kernel compares with the moments."""
     if params is None:
         return
     leaves = jax.tree.leaves(params)
     if len(leaves) != len(grads):
         raise ValueError(
-            f"there are {len(grads)} gradients but {len(leaves)} parameters; pass to update the gradients of"
-            " these parameters"
+            f"there are {len(grads)} gradients but {len(leaves)} parameters; pass to update the"
+            " gradients of these parameters"
         )
     for (path, grad), param in zip(grads, leaves, strict=True):
         if np.shape(grad) != np.shape(param):
             raise ValueError(
-                f"gradient {jax.tree_util.keystr(path) or 'leaf'} has shape {np.shape(grad)} but its parameter"
-                f" has shape {np.shape(param)}"
+                f"gradient {_name(path)} has shape {np.shape(grad)} but its parameter has shape"
+                f" {np.shape(param)}"
             )
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path) or "leaf"

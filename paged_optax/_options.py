@@ -8,10 +8,10 @@ class Quantization:
     """How moments are stored.
 
     Attributes:
-      codec: ``"dynamic"``, the 8-bit code of bitsandbytes: blocks of 256 elements, one float32 scale a
-        block, 2.03 bytes per parameter for both moments.
-      min_size: leaves with fewer elements than this keep float32 moments (8 bytes per parameter). Small
-        leaves are biases and norms, which save nothing and tolerate least.
+      codec: ``"dynamic"``, the 8-bit code of bitsandbytes: blocks of 256 elements, one float32
+        scale a block, 2.03 bytes per parameter for both moments.
+      min_size: leaves with fewer elements than this keep float32 moments (8 bytes per parameter).
+        Small leaves are biases and norms, which save nothing and tolerate least.
 
     Raises:
       ValueError: for an unknown codec or a negative size.
@@ -33,12 +33,13 @@ class Quantization:
 class Paging:
     """Where moments live on a GPU; on a CPU there is one place.
 
-    Moments of one state on one GPU are placed as a whole, when the state is first used: in device memory
-    if they fit, else in host memory, which the GPU then reads and writes in place at every step.
+    Moments of one state on one GPU are placed as a whole, when the state is first used: in device
+    memory if they fit, else in host memory, which the GPU then reads and writes in place at every
+    step.
 
     Attributes:
-      device_bytes: device memory that the moments of all states on a GPU may take together; None for
-        whatever is free, 0 for everything on the host.
+      device_bytes: device memory that the moments of all states on a GPU may take together; None
+        for whatever is free, 0 for everything on the host.
       headroom_bytes: device memory that must stay free beside the moments.
 
     Raises:

@@ -1,12 +1,12 @@
 """The specification of the 8-bit code and of the step, in NumPy.
 
-An independent path to the same bits as the C++ code: the CPU and the GPU implementation must agree with
-it exactly. Written to be read; never on a hot path.
+An independent path to the same bits as the C++ code: the CPU and the GPU implementation must
+agree with it exactly. Written to be read; never on a hot path.
 
 References:
   Dettmers et al., `8-bit Optimizers via Block-wise Quantization
-  <https://arxiv.org/abs/2110.02861>`_, 2022; Kingma & Ba, `Adam: A Method for Stochastic Optimization
-  <https://arxiv.org/abs/1412.6980>`_, 2015.
+  <https://arxiv.org/abs/2110.02861>`_, 2022; Kingma & Ba, `Adam: A Method for Stochastic
+  Optimization <https://arxiv.org/abs/1412.6980>`_, 2015.
 """
 
 from typing import NamedTuple
@@ -56,8 +56,8 @@ class Quantized(NamedTuple):
 def quantize(values: np.ndarray, signed: bool) -> Quantized:
     """Quantizes a flat float32 array block by block: nearest value, ties to the even code.
 
-    Negative first moments never take the code of zero; blocks whose largest magnitude is subnormal count
-    as zero.
+    Negative first moments never take the code of zero; blocks whose largest magnitude is
+    subnormal count as zero.
     """
     blocks = _to_blocks(values)
     scales = np.max(np.abs(blocks), axis=1, initial=np.float32(0))
@@ -99,8 +99,8 @@ def adam(grad, mu, nu, count: int, hyperparams: Hyperparams, nesterov: bool = Fa
       nesterov: whether to use Nesterov momentum (Dozat, 2016).
 
     Returns:
-      ``(update, mu, nu)``, float32. Where a moment would become non-finite, the update is NaN and the
-      moments are unchanged.
+      ``(update, mu, nu)``, float32. Where a moment would become non-finite, the update is NaN and
+      the moments are unchanged.
     """
     f32 = np.float32
     b1, b2, eps, eps_root = (f32(x) for x in hyperparams)
@@ -157,7 +157,7 @@ def step_leaf(grad, state: LeafState, count: int, hyperparams: Hyperparams, nest
     """
     flat = np.asarray(grad).ravel().astype(np.float32)
     size = flat.size
-    if isinstance(state.mu, Quantized):
+    if isinstance(state.mu, Quantized) and isinstance(state.nu, Quantized):
         mu = dequantize(state.mu, signed=True)[:size]
         nu = dequantize(state.nu, signed=False)[:size]
         update, mu, nu = adam(flat, mu, nu, count, hyperparams, nesterov)
@@ -175,7 +175,8 @@ def _to_blocks(values: np.ndarray) -> np.ndarray:
 
 
 def _power(base: np.float32, exponent: int) -> float:
-    """base ** exponent in float64, by squaring: the order of operations is part of the specification."""
+    """base ** exponent in float64, by squaring: the order of operations is part of the
+    specification."""
     result, square = 1.0, float(base)
     while exponent:
         if exponent & 1:

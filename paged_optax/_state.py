@@ -1,8 +1,9 @@
 """The optimizer state, and what can be asked of it.
 
-Moments live outside JAX and change in place. The state holds a token for them: a handle, which memory, and
-a version, which contents of it. Every executed update makes a new version, so a token that is not the newest
-is recognised and refused, and the moments stay as they were. `xla_ffi/README.md` gives the full contract.
+Moments live outside JAX and change in place. The state holds a token for them: a handle, which
+memory, and a version, which contents of it. Every executed update makes a new version, so a token
+that is not the newest is recognised and refused, and the moments stay as they were.
+`xla_ffi/README.md` gives the full contract.
 """
 
 import dataclasses
@@ -15,8 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.core import Tracer
 
-from . import _ext, _ffi
+from . import _ext, _ffi, _partition
 from . import _reference as reference
 
 FLOAT32, DYNAMIC = 0, 1  # enum Codec in xla_ffi/layout.h
@@ -25,7 +28,8 @@ FLOAT32, DYNAMIC = 0, 1  # enum Codec in xla_ffi/layout.h
 class ScaleByPagedAdam8bitState(NamedTuple):
     """State of `scale_by_paged_adam8bit`: a few integers, whatever the size of the model."""
 
-    count: jax.Array  # int32 (): number of updates
+    # `count` hides tuple.count, as in optax's own states.
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  int32 (): updates so far
     token: jax.Array  # int32 (2,): handle of the moments, version of their contents
 
 
@@ -37,7 +41,7 @@ def new_token(num_leaves: int) -> jax.Array:
     """Token of a new state. Without leaves there is nothing to store, so nothing is made."""
     if num_leaves == 0:
         return jnp.zeros(_ffi.TOKEN_SHAPE, jnp.int32)
-    return _ffi.issue(np.array([next(_seeds) % 2**31, 0], np.int32))
+    return _partition.issue(np.array([next(_seeds) % 2**31, 0], np.int32))
 
 
 def name_tree(paths: Sequence[str], treedef: Any) -> int:
@@ -59,15 +63,15 @@ class Moments(NamedTuple):
 def moments(opt_state: Any) -> Moments:
     """Reads the moments of an optimizer state.
 
-    Waits for the updates under way. For looking at and for tests; at 8 bytes per parameter the result is four
-    times as large as what is stored.
+    Waits for the updates under way. For looking at and for tests; at 8 bytes per parameter the
+    result is four times as large as what is stored.
 
     Args:
       opt_state: any optax state, nnx.Optimizer or TrainState with a paged state in it.
 
     Returns:
-      A `Moments` of float32 NumPy arrays in the tree of the updates. States for disjoint parts of one
-      tree (``optax.partition``, ``optax.masked``) are merged.
+      A `Moments` of float32 NumPy arrays in the tree of the updates. States for disjoint parts of
+      one tree (``optax.partition``, ``optax.masked``) are merged.
 
     Raises:
       ValueError: if there is no paged state, or several for the same parameters.
@@ -86,8 +90,8 @@ def moments(opt_state: Any) -> Moments:
         return Moments(*(_merge([tree[i] for tree in trees]) for i in range(2)))
     except _Overlap:
         raise ValueError(
-            f"found {len(trees)} paged states for the same parameters; pass one of them, for example"
-            " opt_state[0]"
+            f"found {len(trees)} paged states for the same parameters; pass one of them, for"
+            " example opt_state[0]"
         ) from None
 
 
@@ -176,7 +180,8 @@ def release(opt_state: Any) -> int:
     """Frees the moments of an optimizer state. The state cannot be updated any more.
 
     Args:
-      opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it, of any version.
+      opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it, of any
+        version.
 
     Returns:
       The number of bytes freed.
@@ -199,7 +204,10 @@ def release(opt_state: Any) -> int:
 def find_states(opt_state: Any) -> list[ScaleByPagedAdam8bitState]:
     """The paged states inside any optimizer state, in tree order."""
     opt_state = getattr(opt_state, "opt_state", opt_state)  # nnx.Optimizer, TrainState
-    is_ours = lambda node: isinstance(node, ScaleByPagedAdam8bitState)
+
+    def is_ours(node):
+        return isinstance(node, ScaleByPagedAdam8bitState)
+
     states = [node for node in jax.tree.leaves(opt_state, is_leaf=is_ours) if is_ours(node)]
     if not states:
         raise ValueError(
@@ -211,18 +219,19 @@ def find_states(opt_state: Any) -> list[ScaleByPagedAdam8bitState]:
 
 def format_bytes(nbytes: int) -> str:
     """Bytes for people: ``2.03 MiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024 or unit == "GiB":
-            return f"{nbytes} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
-        nbytes /= 1024
-    raise AssertionError
+    value, units = float(nbytes), ["B", "KiB", "MiB", "GiB"]
+    while value >= 1024 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{nbytes} B" if units[0] == "B" else f"{value:.2f} {units[0]}"
 
 
 def _read_token(state: ScaleByPagedAdam8bitState) -> tuple[int, int]:
     token = jnp.asarray(state.token)  # opens an nnx.Variable
-    if isinstance(token, jax.core.Tracer):
+    if isinstance(token, Tracer):
         raise TypeError(
-            "the optimizer state is being traced (inside jax.jit or another transformation); call this outside"
+            "the optimizer state is being traced (inside jax.jit or another transformation); call"
+            " this outside of it"
         )
     handle, version = np.asarray(token).tolist()  # waits for the update that made it
     return handle, version
@@ -243,9 +252,8 @@ def _merge(trees: list[Any]) -> Any:
 
     if len(trees) == 1:
         return trees[0]
-    is_mask = lambda node: type(node).__name__ == "MaskedNode"
     try:
-        return jax.tree.map(pick, *trees, is_leaf=is_mask)
+        return jax.tree.map(pick, *trees, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
     except ValueError:
         raise _Overlap from None
 

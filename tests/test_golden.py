@@ -131,7 +131,8 @@ def test_one_step_from_the_state_of_bitsandbytes(optimizer, dtype):
 # ----------------------------------------------------------------------------------- parameters
 
 # Largest difference of a parameter, and root mean square of the differences relative to that of the
-# parameters, after 1, 2, 5 and 25 steps. Measured; asserted with a tenth to spare.
+# parameters, after 1, 2, 5 and 25 steps. Measured on a CPU; asserted with a tenth to spare, in
+# bfloat16 with a half, as a compiler may round less often there than optax's operations ask.
 MEASURED = {
     ("adam8_wd0", "float32"): ((4.5e-8, 3.8e-5, 4.2e-5, 1.1e-4), (3.0e-7, 4.3e-6, 8.5e-6, 1.5e-5)),
     ("adamw8", "float32"): ((1.5e-7, 1.6e-4, 3.1e-4, 7.1e-4), (1.3e-6, 1.8e-5, 4.7e-5, 9.2e-5)),
@@ -185,9 +186,9 @@ def test_distance_of_parameters_from_bitsandbytes(optimizer, dtype, device):
             largest.append(np.abs(difference).max())
             relative.append(rms(difference) / rms(theirs))
     release(state)
-    print(f"{optimizer} {dtype}: largest {largest}, relative {relative}")
-    np.testing.assert_array_less(largest, 1.1 * np.array(MEASURED[optimizer, dtype][0]))
-    np.testing.assert_array_less(relative, 1.1 * np.array(MEASURED[optimizer, dtype][1]))
+    print(f"{optimizer} {dtype}: largest, relative {np.array([largest, relative])}")
+    limits = {"float32": 1.1, "bfloat16": 1.5}[dtype] * np.array(MEASURED[optimizer, dtype])
+    np.testing.assert_array_less([largest, relative], limits)
 
 
 @every_optimizer

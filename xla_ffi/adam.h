@@ -1,8 +1,9 @@
-// Adam for one element, and the coefficients that one step shares. Used by the CPU loop and the CUDA
-// kernel; specified in NumPy by paged_optax/_reference.py.
+// Adam for one element, and the coefficients that one step shares. Used by the CPU loop and the
+// CUDA kernel; specified in NumPy by paged_optax/_reference.py.
 //
-// Source: D. Kingma, J. Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015 (arXiv:1412.6980),
-// algorithm 1; T. Dozat, "Incorporating Nesterov Momentum into Adam", 2016, for `nesterov`.
+// Source: D. Kingma, J. Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015
+// (arXiv:1412.6980), algorithm 1; T. Dozat, "Incorporating Nesterov Momentum into Adam", 2016, for
+// `nesterov`.
 //
 // Every operation is one IEEE float32 rounding (the build forbids contraction to fma), so all
 // implementations agree to the last bit.
@@ -42,8 +43,9 @@ PAGED_HD AdamStep MakeAdamStep(const float* hyperparams, int32_t count, bool nes
   step.b2 = hyperparams[1];
   step.eps = hyperparams[2];
   step.eps_root = hyperparams[3];
-  // A decay rate outside [0, 1) can only come from a traced value, a schedule gone wrong. NaN here makes
-  // every update NaN and keeps every moment: what is stored stays finite, and nu non-negative.
+  // A decay rate outside [0, 1) can only come from a traced value, a schedule gone wrong. NaN here
+  // makes every update NaN and keeps every moment: what is stored stays finite, and nu
+  // non-negative.
   const bool is_valid = step.b1 >= 0.0f && step.b1 < 1.0f && step.b2 >= 0.0f && step.b2 < 1.0f;
   step.one_minus_b1 = 1.0f - step.b1;
   step.one_minus_b2 = is_valid ? 1.0f - step.b2 : FloatOf(0x7fc00000u);
@@ -67,8 +69,8 @@ struct IeeeMath {
   PAGED_HD float Reciprocal(float x) { return 1.0f / x; }
 };
 
-// Advances the moments of one element and returns the bias-corrected first moment. A gradient that would
-// make a moment non-finite gives NaN and leaves the moments as they were.
+// Advances the moments of one element and returns the bias-corrected first moment. A gradient that
+// would make a moment non-finite gives NaN and leaves the moments as they were.
 PAGED_HD float AdvanceMoments(const AdamStep& step, float grad, float* mu, float* nu) {
   const float new_mu = step.b1 * *mu + step.one_minus_b1 * grad;
   const float new_nu = step.b2 * *nu + step.one_minus_b2 * grad * grad;

@@ -71,8 +71,9 @@ int64_t Layout::Append(Codec codec, const int64_t* dims, int64_t rank) {
   const int64_t first_block = blocks;
   blocks += NumBlocks(size);
   if (blocks >= kMaxBlocks) {
-    throw StatusError(StatusCode::kInvalidArgument,
-                      "a state of more than 10^12 elements on one device is not supported; shard it");
+    throw StatusError(
+        StatusCode::kInvalidArgument,
+        "a state of more than 10^12 elements on one device is not supported; shard it");
   }
   return first_block;
 }
@@ -108,8 +109,8 @@ Registry& Registry::Get() {
   return *registry;
 }
 
-// Handles start at a random number, so that a token from another process, restored without its moments,
-// is recognised instead of finding somebody else's.
+// Handles start at a random number, so that a token from another process, restored without its
+// moments, is recognised instead of finding somebody else's.
 Registry::Registry()
     : first_handle_(static_cast<int32_t>(std::random_device{}() % (1u << 30) + (1u << 20))),
       next_handle_(first_handle_) {}
@@ -202,7 +203,8 @@ std::string Registry::Explain(Verdict verdict, DeviceId device, Token token, int
     text << "this optimizer state is not the newest one: its moments were at version "
          << token.version << ", and a later step has since moved them to version " << version
          << ". The state was used twice: rolled back, forked into two, kept by jnp.where or "
-            "optax.MultiSteps after its update had run, or a step was tried again. Moments change in "
+            "optax.MultiSteps after its update had run, or a step was tried again. Moments change "
+            "in "
             "place, so only the newest state can go on. Go on from that, or from a new "
             "init(params); choose whether to step with jax.lax.cond around tx.update, and to "
             "accumulate gradients, average them before tx.update. The moments were left as they "
@@ -476,11 +478,10 @@ void Registry::ThrowIfRejected(DeviceTable& table) {
     if (!table.TakeRejection(&rejection)) return;
   }
   const DeviceId device{Platform::kCuda, table.ordinal};
-  throw StatusError(StatusCode::kFailedPrecondition,
-                    Explain(rejection.verdict, device, rejection.token, rejection.version,
-                            rejection.layout) +
-                        " (An earlier step on " + Name(device) +
-                        " was refused and returned an update of zero.)");
+  throw StatusError(
+      StatusCode::kFailedPrecondition,
+      Explain(rejection.verdict, device, rejection.token, rejection.version, rejection.layout) +
+          " (An earlier step on " + Name(device) + " was refused and returned an update of zero.)");
 }
 
 void Registry::ThrowIfRejected() {

@@ -1,5 +1,5 @@
-// Owner of the moments: arenas, the versions of their contents, and the registry that finds the arena
-// of a token. Used by module.cc.
+// Owner of the moments: arenas, the versions of their contents, and the registry that finds the
+// arena of a token. Used by module.cc.
 #pragma once
 
 #include <atomic>
@@ -64,7 +64,7 @@ struct Arena {
   DeviceId device;
   Header header;  // on the GPU only a copy: the device's own is in the DeviceTable
   Layout layout;
-  int64_t tree;   // names the tree structure to the Python side
+  int64_t tree;  // names the tree structure to the Python side
   Memory memory;
   std::mutex mutex;  // CPU: held while a step or a read uses the contents
 };
@@ -89,8 +89,8 @@ struct ArenaReport {
 };
 
 #if PAGED_OPTAX_CUDA
-// The headers of all arenas of one GPU, in device memory, and the mailbox for refused steps. Members are
-// used with `mutex` held.
+// The headers of all arenas of one GPU, in device memory, and the mailbox for refused steps.
+// Members are used with `mutex` held.
 struct DeviceTable {
   explicit DeviceTable(int ordinal);
 
@@ -114,8 +114,8 @@ struct DeviceTable {
 };
 #endif
 
-// Process-wide, never destroyed: nothing calls CUDA while the process exits. Thread-safe; where two locks
-// are held, the contents' (an arena's or a table's) was taken before the registry's own.
+// Process-wide, never destroyed: nothing calls CUDA while the process exits. Thread-safe; where two
+// locks are held, the contents' (an arena's or a table's) was taken before the registry's own.
 class Registry {
  public:
   static Registry& Get();
@@ -131,9 +131,9 @@ class Registry {
                       uint64_t call_layout);
 
 #if PAGED_OPTAX_CUDA
-  // Whether a token may belong to a state that has no arena here yet and so has to be looked at on the
-  // host: some state was made and never used, or another device was first in this same execution.
-  // `table.mutex` must be held.
+  // Whether a token may belong to a state that has no arena here yet and so has to be looked at on
+  // the host: some state was made and never used, or another device was first in this same
+  // execution. `table.mutex` must be held.
   bool MayBeFirstUse(int64_t run, const DeviceTable& table);
   DeviceTable& Table(int ordinal);
   // Makes the arena of a fresh token if this is its first use. `table.mutex` must be held.
@@ -147,7 +147,8 @@ class Registry {
   // Remembers the layout, for Explain.
   void RememberLayout(const Layout& layout, uint64_t fingerprint);
 
-  // All arenas of a state; waits for the device. Throws if there is none although the state was used.
+  // All arenas of a state; waits for the device. Throws if there is none although the state was
+  // used.
   std::vector<ArenaReport> Describe(Token token);
 
   // Bytes [offset, offset + nbytes) of an arena, checked against the token.
@@ -181,9 +182,9 @@ class Registry {
   std::mutex mutex_;
   const int32_t first_handle_;
   int32_t next_handle_;
-  std::deque<Issue> issues_;        // recent
-  std::set<int32_t> unused_;        // issued, no arena on any device yet
-  std::deque<Bound> bound_;         // recent
+  std::deque<Issue> issues_;  // recent
+  std::set<int32_t> unused_;  // issued, no arena on any device yet
+  std::deque<Bound> bound_;   // recent
   std::atomic<int64_t> last_run_bound_{-1};
   std::atomic<int64_t> num_unused_{0};
   std::map<std::pair<DeviceId, int32_t>, std::shared_ptr<Arena>> cpu_arenas_;

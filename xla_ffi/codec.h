@@ -1,6 +1,6 @@
-// The `dynamic` 8-bit code for moments: a block of values is stored as one float32 scale (its largest
-// magnitude) and one byte per value. Used by the CPU loop and the CUDA kernel; specified in NumPy by
-// paged_optax/_reference.py.
+// The `dynamic` 8-bit code for moments: a block of values is stored as one float32 scale (its
+// largest magnitude) and one byte per value. Used by the CPU loop and the CUDA kernel; specified in
+// NumPy by paged_optax/_reference.py.
 //
 // Source: T. Dettmers, M. Lewis, S. Shleifer, L. Zettlemoyer, "8-bit Optimizers via Block-wise
 // Quantization", ICLR 2022 (arXiv:2110.02861), section 2.2; the rounding of the table is that of
@@ -8,8 +8,8 @@
 //
 // The map holds 0, 1 and, for each decade 10^(i-6), i = 0..6, the centres of N_i equal bins of
 // [0.1, 1] times 10^(i-6), with N_i = 2^i per sign for the first moment (signed) and N_i = 2^(i+1)
-// for the second (unsigned). Call the non-negative values, in order, levels: the first moment has levels
-// 0 (the value 0) to 128 (the value 1), the second 0 to 255.
+// for the second (unsigned). Call the non-negative values, in order, levels: the first moment has
+// levels 0 (the value 0) to 128 (the value 1), the second 0 to 255.
 #pragma once
 
 #include "portable.h"
@@ -18,14 +18,14 @@ namespace paged_optax {
 
 inline constexpr int kDecades = 7;
 
-// Encoding looks a magnitude's level up by its leading 16 bits (exponent and 7 bits of fraction), which
-// is right or one too low, and lets one comparison decide. Magnitudes below 2^-23 are level 0, those from
-// 1 on (1 itself, and what rounding makes of it) share the last entry.
+// Encoding looks a magnitude's level up by its leading 16 bits (exponent and 7 bits of fraction),
+// which is right or one too low, and lets one comparison decide. Magnitudes below 2^-23 are level
+// 0, those from 1 on (1 itself, and what rounding makes of it) share the last entry.
 inline constexpr uint32_t kFirstPrefix = (127 - 23) << 7;
 inline constexpr uint32_t kLastPrefix = 127 << 7;
 
-// Everything that encoding and decoding one kind of moment looks up. `Level` is the type of the table's
-// entries: a byte where shared memory is short, an int where vector units gather.
+// Everything that encoding and decoding one kind of moment looks up. `Level` is the type of the
+// table's entries: a byte where shared memory is short, an int where vector units gather.
 template <class Level>
 struct DynamicMap {
   float value[256];  // value of a code
@@ -121,8 +121,8 @@ PAGED_HD int NearestLevel(const DynamicMap<Level>& map, float magnitude) {
 // reciprocal would overflow; such blocks count as zero.
 PAGED_HD float InverseScale(float scale) { return scale >= 1.17549435e-38f ? 1.0f / scale : 0.0f; }
 
-// First moments. A value with its sign bit set never becomes code 127 (zero): the original's rule. -1 has
-// no code.
+// First moments. A value with its sign bit set never becomes code 127 (zero): the original's rule.
+// -1 has no code.
 template <class Level>
 PAGED_HD uint8_t EncodeMu(const DynamicMap<Level>& map, float value, float inverse_scale) {
   const float x = value * inverse_scale;

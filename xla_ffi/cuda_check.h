@@ -12,16 +12,17 @@ namespace paged_optax {
 inline void ThrowCudaError(cudaError_t error, const char* call) {
   (void)cudaGetLastError();  // a failed call must not be reported a second time by the next one
   const bool out_of_memory = error == cudaErrorMemoryAllocation;
-  throw StatusError(out_of_memory ? StatusCode::kResourceExhausted : StatusCode::kInternal,
-                    std::string("CUDA call failed: ") + cudaGetErrorString(error) + " (" + call + ")");
+  throw StatusError(
+      out_of_memory ? StatusCode::kResourceExhausted : StatusCode::kInternal,
+      std::string("CUDA call failed: ") + cudaGetErrorString(error) + " (" + call + ")");
 }
 
-#define CUDA_CHECK(call)                                                  \
-  do {                                                                    \
-    const cudaError_t cuda_check_error = (call);                          \
-    if (cuda_check_error != cudaSuccess) {                                \
-      ::paged_optax::ThrowCudaError(cuda_check_error, #call);             \
-    }                                                                     \
+#define CUDA_CHECK(call)                                      \
+  do {                                                        \
+    const cudaError_t cuda_check_error = (call);              \
+    if (cuda_check_error != cudaSuccess) {                    \
+      ::paged_optax::ThrowCudaError(cuda_check_error, #call); \
+    }                                                         \
   } while (0)
 
 // Makes `device` current for the calling thread and restores the former one.

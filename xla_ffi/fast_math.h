@@ -1,10 +1,12 @@
-// Square roots and reciprocals for the GPU, rounded as IEEE 754 asks, without a branch for each. The
-// compiler's own versions jump to a slow path for unusual arguments, one by one; these only note that an
-// argument was unusual, so that a whole lane is computed again, once. Used by step_cuda.cu.
+// Square roots and reciprocals for the GPU, rounded as IEEE 754 asks, without a branch for each.
+// The compiler's own versions jump to a slow path for unusual arguments, one by one; these only
+// note that an argument was unusual, so that a whole lane is computed again, once. Used by
+// step_cuda.cu.
 //
-// Method: the hardware's approximation and one Newton step whose residual a fused multiply-add computes
-// exactly (P. Markstein, "IA-64 and Elementary Functions", 2000, chapters 8 and 9); correct to the last
-// bit for all arguments that are not noted as unusual, which tests/test_gpu.py checks one by one.
+// Method: the hardware's approximation and one Newton step whose residual a fused multiply-add
+// computes exactly (P. Markstein, "IA-64 and Elementary Functions", 2000, chapters 8 and 9);
+// correct to the last bit for all arguments that are not noted as unusual, which tests/test_gpu.py
+// checks one by one.
 #pragma once
 
 #include "portable.h"
@@ -29,7 +31,8 @@ struct FastMath {
     float r;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     const float residual = __fmaf_rn(-x, r, 1.0f);
-    // Normal numbers below 2^125: neither x nor the result is subnormal. Negative ones do not occur.
+    // Normal numbers below 2^125: neither x nor the result is subnormal. Negative ones do not
+    // occur.
     is_exact &= BitsOf(x) - 0x00800000u < 0x7e000000u - 0x00800000u;
     return __fmaf_rn(r, residual, r);
   }

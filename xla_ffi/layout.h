@@ -1,11 +1,11 @@
 // Where the bytes of a block of moments lie in an arena. Used by both step implementations and by
 // whoever reads moments out.
 //
-// Leaves are cut into blocks of 256 elements, each leaf starting a new block, and blocks are numbered
-// through the tree per codec. An arena is a row of 2 MiB chunks (the granularity in which CUDA moves
-// managed memory); a chunk keeps its blocks' codes and scales together, so that any leading part of
-// the arena is a self-contained part of the state. First come all `dynamic` blocks, then all float32
-// blocks; the last chunk of each is as long as its blocks need.
+// Leaves are cut into blocks of 256 elements, each leaf starting a new block, and blocks are
+// numbered through the tree per codec. An arena is a row of 2 MiB chunks (the granularity in which
+// CUDA moves managed memory); a chunk keeps its blocks' codes and scales together, so that any
+// leading part of the arena is a self-contained part of the state. First come all `dynamic` blocks,
+// then all float32 blocks; the last chunk of each is as long as its blocks need.
 //
 //   dynamic chunk: [mu codes: n x 256][nu codes: n x 256][mu scales: n x 4][nu scales: n x 4]
 //   float32 chunk: [mu: n x 1024][nu: n x 1024]
@@ -24,7 +24,8 @@ inline constexpr int64_t kFloat32BlockBytes = 2 * kBlockSize * sizeof(float);
 inline constexpr int64_t kDynamicBlocksPerChunk = kChunkBytes / kDynamicBlockBytes;
 inline constexpr int64_t kFloat32BlocksPerChunk = kChunkBytes / kFloat32BlockBytes;
 
-inline constexpr int64_t kMaxBlocks = int64_t{1} << 32;  // of one codec in one arena: 10^12 elements
+inline constexpr int64_t kMaxBlocks = int64_t{1}
+                                      << 32;  // of one codec in one arena: 10^12 elements
 
 PAGED_HD int64_t NumBlocks(int64_t size) { return (size + kBlockSize - 1) / kBlockSize; }
 
@@ -60,8 +61,10 @@ struct ArenaExtent {
   }
 
   PAGED_HD DynamicBlock LocateDynamic(uint8_t* base, int64_t block) const {
-    // 32 bits: a division that a GPU does in a few instructions. Arenas have fewer blocks (kMaxBlocks).
-    const int64_t chunk = static_cast<uint32_t>(block) / static_cast<uint32_t>(kDynamicBlocksPerChunk);
+    // 32 bits: a division that a GPU does in a few instructions. Arenas have fewer blocks
+    // (kMaxBlocks).
+    const int64_t chunk =
+        static_cast<uint32_t>(block) / static_cast<uint32_t>(kDynamicBlocksPerChunk);
     const int64_t first = chunk * kDynamicBlocksPerChunk;
     const int64_t i = block - first;
     const int64_t left = num_dynamic_blocks - first;
@@ -73,7 +76,8 @@ struct ArenaExtent {
   }
 
   PAGED_HD Float32Block LocateFloat32(uint8_t* base, int64_t block) const {
-    const int64_t chunk = static_cast<uint32_t>(block) / static_cast<uint32_t>(kFloat32BlocksPerChunk);
+    const int64_t chunk =
+        static_cast<uint32_t>(block) / static_cast<uint32_t>(kFloat32BlocksPerChunk);
     const int64_t first = chunk * kFloat32BlocksPerChunk;
     const int64_t i = block - first;
     const int64_t left = num_float32_blocks - first;

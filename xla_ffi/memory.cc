@@ -71,13 +71,13 @@ int64_t ControlGroupAvailableBytes() {
     if (path == "/") path.clear();
     if (controllers.empty()) {
       const std::string root = "/sys/fs/cgroup";
-      available = std::min(
-          available, GroupAvailableBytes(root + path, root, "memory.max", "memory.current"));
+      available = std::min(available,
+                           GroupAvailableBytes(root + path, root, "memory.max", "memory.current"));
     } else if (controllers.find("memory") != std::string::npos) {
       const std::string root = "/sys/fs/cgroup/memory";
-      available = std::min(available,
-                           GroupAvailableBytes(root + path, root, "memory.limit_in_bytes",
-                                               "memory.usage_in_bytes"));
+      available = std::min(
+          available,
+          GroupAvailableBytes(root + path, root, "memory.limit_in_bytes", "memory.usage_in_bytes"));
     }
   }
   return available;
@@ -103,11 +103,12 @@ void CheckHostMemory(int64_t nbytes) {
   const int64_t available = AvailableHostBytes();
   if (nbytes <= available) return;
   std::ostringstream message;
-  message << "the optimizer's moments need " << FormatBytes(nbytes) << " of host memory but "
-          << FormatBytes(available)
-          << " are available (system and control group limits counted). Free host memory, release() "
-             "optimizer states that are no longer used, or shard the parameters over more devices. "
-             "Nothing was allocated.";
+  message
+      << "the optimizer's moments need " << FormatBytes(nbytes) << " of host memory but "
+      << FormatBytes(available)
+      << " are available (system and control group limits counted). Free host memory, release() "
+         "optimizer states that are no longer used, or shard the parameters over more devices. "
+         "Nothing was allocated.";
   throw StatusError(StatusCode::kResourceExhausted, message.str());
 }
 
@@ -147,8 +148,8 @@ Memory::~Memory() {
 void Memory::Read(int64_t offset, int64_t nbytes, void* destination) const {
 #if PAGED_OPTAX_CUDA
   if (kind_ == Kind::kManaged) {
-    // A copy by the driver leaves resident pages where they are; a plain read by the CPU would fault
-    // them over to the host one by one.
+    // A copy by the driver leaves resident pages where they are; a plain read by the CPU would
+    // fault them over to the host one by one.
     ScopedDevice device(device_);
     CUDA_CHECK(cudaMemcpy(destination, data_ + offset, nbytes, cudaMemcpyDefault));
     return;
@@ -196,8 +197,8 @@ int Location(Placement placement, int device) {
 
 void PrefetchToDevice(void* data, int64_t nbytes, int device, cudaStream_t stream) {
 #if CUDART_VERSION >= 13000
-  CUDA_CHECK(
-      cudaMemPrefetchAsync(data, nbytes, Location(Placement::kDevice, device), /*flags=*/0, stream));
+  CUDA_CHECK(cudaMemPrefetchAsync(data, nbytes, Location(Placement::kDevice, device), /*flags=*/0,
+                                  stream));
 #else
   CUDA_CHECK(cudaMemPrefetchAsync(data, nbytes, device, stream));
 #endif
@@ -211,8 +212,8 @@ Memory Memory::Managed(int64_t nbytes, int device, Placement placement, void* st
   CheckHostMemory(nbytes);
   ScopedDevice scope(device);
   Memory memory;
-  CUDA_CHECK(cudaMallocManaged(reinterpret_cast<void**>(&memory.data_), nbytes,
-                               cudaMemAttachGlobal));
+  CUDA_CHECK(
+      cudaMallocManaged(reinterpret_cast<void**>(&memory.data_), nbytes, cudaMemAttachGlobal));
   memory.kind_ = Kind::kManaged;
   memory.nbytes_ = nbytes;
   memory.device_ = device;

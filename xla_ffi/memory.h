@@ -1,5 +1,5 @@
-// Memory that XLA's allocator does not own. The only caller of the CUDA allocation, advice and prefetch
-// functions, with a host twin for the CPU; used by arena.cc.
+// Memory that XLA's allocator does not own. The only caller of the CUDA allocation, advice and
+// prefetch functions, with a host twin for the CPU; used by arena.cc.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@
 
 namespace paged_optax {
 
-// Where the pages of an allocation live. On the CPU there is one kind of memory, which counts as the
-// device's own.
+// Where the pages of an allocation live. On the CPU there is one kind of memory, which counts as
+// the device's own.
 enum class Placement { kDevice, kHost };
 
 // Owner of one zero-initialised-on-first-touch range of moments. Move-only; frees on destruction.
@@ -17,8 +17,8 @@ class Memory {
   // Anonymous mapping, populated by the operating system as it is touched.
   static Memory Anonymous(int64_t nbytes);
 
-  // CUDA managed memory. kDevice: preferred location is the GPU and the pages are there on return of
-  // the stream; kHost: pages stay in host memory and the GPU reads and writes them in place.
+  // CUDA managed memory. kDevice: preferred location is the GPU and the pages are there on return
+  // of the stream; kHost: pages stay in host memory and the GPU reads and writes them in place.
   static Memory Managed(int64_t nbytes, int device, Placement placement, void* stream);
 
   Memory() = default;
@@ -42,8 +42,8 @@ class Memory {
   Placement placement_ = Placement::kDevice;
 };
 
-// Bytes of host memory that can still be had: the smaller of what the system reports available and what
-// is left below the limits of the control groups this process is in.
+// Bytes of host memory that can still be had: the smaller of what the system reports available and
+// what is left below the limits of the control groups this process is in.
 int64_t AvailableHostBytes();
 
 // Throws with the numbers and the remedy when `nbytes` more of host memory are not to be had.
@@ -59,8 +59,8 @@ int64_t FreeDeviceBytes(int device);
 // Throws if managed memory on this device cannot be read and written by CPU and GPU together.
 void CheckManagedMemory(int device);
 
-// Small arrays beside the moments; RAII owner of `count` bytes of plain device or pinned, mapped host
-// memory.
+// Small arrays beside the moments; RAII owner of `count` bytes of plain device or pinned, mapped
+// host memory.
 class DeviceBuffer {
  public:
   explicit DeviceBuffer(int64_t nbytes);

@@ -1,5 +1,5 @@
-// The XLA handlers and the Python module: decodes calls, picks the device's way, maps exceptions. The only
-// file that includes XLA or Python.
+// The XLA handlers and the Python module: decodes calls, picks the device's way, maps exceptions.
+// The only file that includes XLA or Python.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -83,8 +83,8 @@ DType DTypeOf(ffi::DataType dtype) {
   }
 }
 
-// The operands of an update: token s32[2], count s32[], hyperparams f32[4], then one gradient a leaf.
-// Its results: token s32[2], then one update a leaf, each in its gradient's buffer.
+// The operands of an update: token s32[2], count s32[], hyperparams f32[4], then one gradient a
+// leaf. Its results: token s32[2], then one update a leaf.
 struct UpdateCall {
   const Token* token;
   const int32_t* count;
@@ -110,7 +110,8 @@ UpdateCall Parse(ffi::Span<const int8_t> codecs, const ffi::RemainingArgs& args,
                  const ffi::RemainingRets& rets) {
   constexpr size_t kOperands = 3;
   if (args.size() != codecs.size() + kOperands || rets.size() != codecs.size() + 1) {
-    throw StatusError(StatusCode::kInvalidArgument, "update called with a wrong number of operands");
+    throw StatusError(StatusCode::kInvalidArgument,
+                      "update called with a wrong number of operands");
   }
   UpdateCall call;
   call.token = Operand<const Token*>(args, 0, ffi::DataType::S32, 2);
@@ -122,13 +123,11 @@ UpdateCall Parse(ffi::Span<const int8_t> codecs, const ffi::RemainingArgs& args,
   for (size_t i = 0; i < codecs.size(); ++i) {
     const ffi::AnyBuffer grad = *args.get<ffi::AnyBuffer>(i + kOperands);
     auto update = *rets.get<ffi::AnyBuffer>(i + 1);
-    if (grad.untyped_data() != update->untyped_data()) {
-      throw StatusError(StatusCode::kInternal, "an update does not share its gradient's buffer");
-    }
     const auto dims = grad.dimensions();
     const Codec codec = static_cast<Codec>(codecs[i]);
     Leaf leaf;
-    leaf.values = grad.untyped_data();
+    leaf.grads = grad.untyped_data();
+    leaf.updates = update->untyped_data();
     leaf.size = static_cast<int64_t>(grad.element_count());
     leaf.first_block = call.layout.Append(codec, dims.begin(), static_cast<int64_t>(dims.size()));
     leaf.first_work = call.num_work;
@@ -142,9 +141,9 @@ UpdateCall Parse(ffi::Span<const int8_t> codecs, const ffi::RemainingArgs& args,
   return call;
 }
 
-// Runs body(0) .. body(count - 1) on the calling thread and on whichever threads of the pool are free.
-// The caller never waits for a task that has not started: pool threads may all be busy with other
-// handlers that wait in the same way.
+// Runs body(0) .. body(count - 1) on the calling thread and on whichever threads of the pool are
+// free. The caller never waits for a task that has not started: pool threads may all be busy with
+// other handlers that wait in the same way.
 template <class F>
 void ParallelFor(ffi::ThreadPool& pool, int64_t count, const F& body) {
   struct Progress {
@@ -181,8 +180,8 @@ ffi::Error IssueCpu(ffi::RunId run, int32_t device, ffi::BufferR1<ffi::S32> /*se
                     ffi::Result<ffi::BufferR1<ffi::S32>> token) {
   return Guarded([&] {
     const DeviceId id{Platform::kCpu, device};
-    *reinterpret_cast<Token*>(token->typed_data()) = {
-        Registry::Get().IssueHandle(id, run.run_id), 0};
+    *reinterpret_cast<Token*>(token->typed_data()) = {Registry::Get().IssueHandle(id, run.run_id),
+                                                      0};
   });
 }
 
@@ -195,9 +194,9 @@ ffi::Error UpdateCpu(ffi::ThreadPool pool, ffi::RunId run, int32_t device,
     Registry& registry = Registry::Get();
     const DeviceId id{Platform::kCpu, device};
     const Token token = *call.token;
-    const auto arena = registry.Open({id, run.run_id, tree, {device_bytes, headroom_bytes},
-                                      &call.layout, call.fingerprint},
-                                     token);
+    const auto arena = registry.Open(
+        {id, run.run_id, tree, {device_bytes, headroom_bytes}, &call.layout, call.fingerprint},
+        token);
     std::unique_lock<std::mutex> lock(arena->mutex);
     const Verdict verdict = Judge(&arena->header, token, call.fingerprint);
     if (!IsAccepted(verdict)) {
@@ -207,8 +206,9 @@ ffi::Error UpdateCpu(ffi::ThreadPool pool, ffi::RunId run, int32_t device,
                         registry.Explain(verdict, id, token, version, call.fingerprint));
     }
     const AdamStep step = MakeAdamStep(call.hyperparams, *call.count, nesterov);
-    const Work work{call.leaves.data(), static_cast<int64_t>(call.leaves.size()), call.num_work,
-                    arena->memory.data(), call.layout.extent(), verdict == Verdict::kFresh};
+    const Work work{call.leaves.data(),   static_cast<int64_t>(call.leaves.size()),
+                    call.num_work,        arena->memory.data(),
+                    call.layout.extent(), verdict == Verdict::kFresh};
     const int64_t num_tasks = (call.num_work + kBlocksPerTask - 1) / kBlocksPerTask;
     ParallelFor(pool, num_tasks, [&](int64_t task) {
       StepBlocksCpu(step, work, task * kBlocksPerTask,
@@ -263,7 +263,8 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
     if (registry.MayBeFirstUse(run.run_id, table)) {
       // Only now does the host wait for the device.
       Token token;
-      CUDA_CHECK(cudaMemcpyAsync(&token, call.token, sizeof(token), cudaMemcpyDeviceToHost, stream));
+      CUDA_CHECK(
+          cudaMemcpyAsync(&token, call.token, sizeof(token), cudaMemcpyDeviceToHost, stream));
       CUDA_CHECK(cudaStreamSynchronize(stream));
       registry.BindOnFirstUse({{Platform::kCuda, device},
                                run.run_id,
@@ -421,8 +422,8 @@ py::list Describe(int32_t handle, int32_t version) {
   return result;
 }
 
-// The stored moments of one leaf: (mu, nu) float32, or (mu codes, nu codes, mu scales, nu scales), blocks
-// concatenated, padding included.
+// The stored moments of one leaf: (mu, nu) float32, or (mu codes, nu codes, mu scales, nu scales),
+// blocks concatenated, padding included.
 py::tuple ReadLeaf(const std::string& platform, int ordinal, int32_t handle, int32_t version,
                    size_t index) {
   const DeviceId device = ParseDevice(platform, ordinal);
@@ -447,8 +448,8 @@ py::tuple ReadLeaf(const std::string& platform, int ordinal, int32_t handle, int
     if (leaf.codec == Codec::kFloat32) {
       py::array_t<float> mu(blocks * kBlockSize), nu(blocks * kBlockSize);
       for (int64_t b = 0, run; b < blocks; b += run) {
-        run = std::min(blocks - b, kFloat32BlocksPerChunk -
-                                       (leaf.first_block + b) % kFloat32BlocksPerChunk);
+        run = std::min(blocks - b,
+                       kFloat32BlocksPerChunk - (leaf.first_block + b) % kFloat32BlocksPerChunk);
         const Float32Block block = extent.LocateFloat32(nullptr, leaf.first_block + b);
         read(block.mu, run * kBlockSize * 4, mu.mutable_data() + b * kBlockSize);
         read(block.nu, run * kBlockSize * 4, nu.mutable_data() + b * kBlockSize);
@@ -488,8 +489,13 @@ void StepLeaf(py::buffer values, int dtype, int codec, py::buffer arena, int64_t
               bool fresh) {
   const py::buffer_info values_info = values.request(/*writable=*/true);
   const py::buffer_info arena_info = arena.request(/*writable=*/true);
-  Leaf leaf{values_info.ptr, values_info.size * values_info.itemsize, 0, 0,
-            static_cast<DType>(dtype), static_cast<Codec>(codec)};
+  Leaf leaf{values_info.ptr,
+            values_info.ptr,
+            values_info.size * values_info.itemsize,
+            0,
+            0,
+            static_cast<DType>(dtype),
+            static_cast<Codec>(codec)};
   leaf.size /= SizeOf(leaf.dtype);
   ArenaExtent extent;
   const int64_t blocks = NumBlocks(leaf.size);

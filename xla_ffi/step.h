@@ -1,6 +1,6 @@
-// One optimizer step over blocks of moments. The arithmetic of a block stands here once, as a template
-// over the number of elements that one lane holds; step_cpu.cc (one lane of 256) and step_cuda.cu (32
-// lanes of 8) add only loops, loads and stores.
+// One optimizer step over blocks of moments. The arithmetic of a block stands here once, as a
+// template over the number of elements that one lane holds; step_cpu.cc (one lane of 256) and
+// step_cuda.cu (32 lanes of 8) add only loops, loads and stores.
 #pragma once
 
 #include "adam.h"
@@ -10,9 +10,11 @@
 
 namespace paged_optax {
 
-// One leaf of the tree: gradients on entry, updates on return, in the same buffer.
+// One leaf of the tree. Gradients and updates share a buffer (the call aliases them) except where
+// XLA feeds a slice of something larger, as in a scan over stacked gradients.
 struct Leaf {
-  void* values;
+  const void* grads;
+  void* updates;
   int64_t size;         // elements
   int64_t first_block;  // number of its first block among the blocks of its codec
   int64_t first_work;   // number of its first block among all blocks of the call
@@ -29,8 +31,8 @@ PAGED_HD void UpdateLane(IeeeMath math, const AdamStep& step, const float (&nu)[
 }
 
 // `values` are gradients on entry and updates on return. `BlockMax` maps the maximum over a lane's
-// elements to that over the block. It compares bit patterns, which order non-negative floats as their
-// values do: exact in any order of evaluation.
+// elements to that over the block. It compares bit patterns, which order non-negative floats as
+// their values do: exact in any order of evaluation.
 template <int K, class Math, class Level, class BlockMax>
 PAGED_HD void StepDynamicBlock(Math math, const AdamStep& step, const DynamicMaps<Level>& maps,
                                float (&values)[K], uint8_t (&mu_codes)[K], uint8_t (&nu_codes)[K],

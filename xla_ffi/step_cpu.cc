@@ -1,5 +1,5 @@
-// The step on the CPU: a loop over blocks, compiled for several instruction sets. Called from the CPU
-// handler in module.cc, on many threads with disjoint ranges.
+// The step on the CPU: a loop over blocks, compiled for several instruction sets. Called from the
+// CPU handler in module.cc, on many threads with disjoint ranges.
 #include <cstring>
 
 #include "step.h"
@@ -37,7 +37,8 @@ class ScopedIeeeMode {
 
 // One clone per instruction set, chosen at load time. Results do not depend on the clone: every
 // operation is a single IEEE rounding.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__)
 #define PAGED_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define PAGED_CLONES
@@ -48,10 +49,10 @@ constexpr int kLane = static_cast<int>(kBlockSize);
 PAGED_HD void Load(const Leaf& leaf, int64_t start, int count, float (&values)[kLane]) {
   if (count < kLane) std::memset(values, 0, sizeof(values));
   if (leaf.dtype == DType::kFloat32) {
-    std::memcpy(values, static_cast<const float*>(leaf.values) + start, count * sizeof(float));
+    std::memcpy(values, static_cast<const float*>(leaf.grads) + start, count * sizeof(float));
     return;
   }
-  const uint16_t* halves = static_cast<const uint16_t*>(leaf.values) + start;
+  const uint16_t* halves = static_cast<const uint16_t*>(leaf.grads) + start;
   if (leaf.dtype == DType::kBFloat16) {
     for (int k = 0; k < count; ++k) values[k] = FromBFloat16(halves[k]);
   } else {
@@ -61,10 +62,10 @@ PAGED_HD void Load(const Leaf& leaf, int64_t start, int count, float (&values)[k
 
 PAGED_HD void Store(const Leaf& leaf, int64_t start, int count, const float (&values)[kLane]) {
   if (leaf.dtype == DType::kFloat32) {
-    std::memcpy(static_cast<float*>(leaf.values) + start, values, count * sizeof(float));
+    std::memcpy(static_cast<float*>(leaf.updates) + start, values, count * sizeof(float));
     return;
   }
-  uint16_t* halves = static_cast<uint16_t*>(leaf.values) + start;
+  uint16_t* halves = static_cast<uint16_t*>(leaf.updates) + start;
   if (leaf.dtype == DType::kBFloat16) {
     for (int k = 0; k < count; ++k) halves[k] = ToBFloat16(values[k]);
   } else {
@@ -92,8 +93,8 @@ PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begi
         *block.mu_scale = *block.nu_scale = 0.0f;
       }
       StepDynamicBlock<kLane>(IeeeMath(), step, kMaps, values,
-                              *reinterpret_cast<uint8_t(*)[kLane]>(block.mu),
-                              *reinterpret_cast<uint8_t(*)[kLane]>(block.nu), *block.mu_scale,
+                              *reinterpret_cast<uint8_t (*)[kLane]>(block.mu),
+                              *reinterpret_cast<uint8_t (*)[kLane]>(block.nu), *block.mu_scale,
                               *block.nu_scale, [](uint32_t lane_max) { return lane_max; });
     } else {
       const Float32Block block = work.extent.LocateFloat32(work.base, leaf.first_block + in_leaf);
@@ -101,8 +102,9 @@ PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begi
         std::memset(block.mu, 0, kBlockSize * sizeof(float));
         std::memset(block.nu, 0, kBlockSize * sizeof(float));
       }
-      StepFloat32Block<kLane>(IeeeMath(), step, values, *reinterpret_cast<float(*)[kLane]>(block.mu),
-                              *reinterpret_cast<float(*)[kLane]>(block.nu));
+      StepFloat32Block<kLane>(IeeeMath(), step, values,
+                              *reinterpret_cast<float (*)[kLane]>(block.mu),
+                              *reinterpret_cast<float (*)[kLane]>(block.nu));
     }
     Store(leaf, start, count, values);
   }

@@ -1,5 +1,5 @@
-// The step on the GPU: one kernel that checks the token and one that runs a warp per block of moments.
-// Adds to step.h only the launch, the loads and the stores.
+// The step on the GPU: one kernel that checks the token and one that runs a warp per block of
+// moments. Adds to step.h only the launch, the loads and the stores.
 #include <algorithm>
 
 #include "cuda_check.h"
@@ -47,8 +47,8 @@ struct ResolveArgs {
   uint64_t layout;
 };
 
-// One warp: finds the arena that the token names, judges the token, advances the version. Everything
-// behind it on the stream sees the outcome.
+// One warp: finds the arena that the token names, judges the token, advances the version.
+// Everything behind it on the stream sees the outcome.
 __global__ void ResolveKernel(ResolveArgs args) {
   const Token token = *args.token;
   int found = -1;
@@ -83,7 +83,7 @@ __global__ void ResolveKernel(ResolveArgs args) {
 }
 
 // Leaves travel to the kernel by value: nothing to stage, nothing to keep alive.
-constexpr int kLeavesPerLaunch = 96;
+constexpr int kLeavesPerLaunch = 80;
 struct StepArgs {
   Leaf leaves[kLeavesPerLaunch];
   int64_t num_leaves;
@@ -95,7 +95,7 @@ static_assert(sizeof(StepArgs) <= 4096, "kernel parameters that every CUDA versi
 
 __device__ void Load(const Leaf& leaf, int64_t start, int count, float (&values)[kLane]) {
   if (leaf.dtype == DType::kFloat32) {
-    const float* source = static_cast<const float*>(leaf.values) + start;
+    const float* source = static_cast<const float*>(leaf.grads) + start;
     if (count == kLane) {
       *reinterpret_cast<float4*>(&values[0]) = *reinterpret_cast<const float4*>(source);
       *reinterpret_cast<float4*>(&values[4]) = *reinterpret_cast<const float4*>(source + 4);
@@ -105,7 +105,7 @@ __device__ void Load(const Leaf& leaf, int64_t start, int count, float (&values)
     for (int k = 0; k < kLane; ++k) values[k] = k < count ? source[k] : 0.0f;
     return;
   }
-  const uint16_t* source = static_cast<const uint16_t*>(leaf.values) + start;
+  const uint16_t* source = static_cast<const uint16_t*>(leaf.grads) + start;
   uint4 packed = {0, 0, 0, 0};
   uint16_t* halves = reinterpret_cast<uint16_t*>(&packed);
   if (count == kLane) {
@@ -125,7 +125,7 @@ __device__ void Load(const Leaf& leaf, int64_t start, int count, float (&values)
 
 __device__ void Store(const Leaf& leaf, int64_t start, int count, const float (&values)[kLane]) {
   if (leaf.dtype == DType::kFloat32) {
-    float* target = static_cast<float*>(leaf.values) + start;
+    float* target = static_cast<float*>(leaf.updates) + start;
     if (count == kLane) {
       *reinterpret_cast<float4*>(target) = *reinterpret_cast<const float4*>(&values[0]);
       *reinterpret_cast<float4*>(target + 4) = *reinterpret_cast<const float4*>(&values[4]);
@@ -146,7 +146,7 @@ __device__ void Store(const Leaf& leaf, int64_t start, int count, const float (&
 #pragma unroll
     for (int k = 0; k < kLane; ++k) halves[k] = ToFloat16(values[k]);
   }
-  uint16_t* target = static_cast<uint16_t*>(leaf.values) + start;
+  uint16_t* target = static_cast<uint16_t*>(leaf.updates) + start;
   if (count == kLane) {
     *reinterpret_cast<uint4*>(target) = packed;
     return;
@@ -160,7 +160,7 @@ __device__ void Store(const Leaf& leaf, int64_t start, int count, const float (&
 __device__ uint32_t WarpMax(uint32_t lane_max) { return __reduce_max_sync(0xffffffffu, lane_max); }
 
 // One warp per block of moments, striding over the blocks of the launch.
-__global__ void __launch_bounds__(kThreads, 5) StepKernel(const __grid_constant__ StepArgs args) {
+__global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ StepArgs args) {
   __shared__ Maps maps;
   __shared__ AdamStep step;
   static_assert(sizeof(Maps) % sizeof(float) == 0);
@@ -202,10 +202,9 @@ __global__ void __launch_bounds__(kThreads, 5) StepKernel(const __grid_constant_
         mu_scale = *block.mu_scale;
         nu_scale = *block.nu_scale;
       }
-      StepDynamicBlock<kLane>(FastMath(), step, maps, values,
-                              reinterpret_cast<uint8_t(&)[kLane]>(packed_mu),
-                              reinterpret_cast<uint8_t(&)[kLane]>(packed_nu), mu_scale, nu_scale,
-                              WarpMax);
+      StepDynamicBlock<kLane>(
+          FastMath(), step, maps, values, reinterpret_cast<uint8_t (&)[kLane]>(packed_mu),
+          reinterpret_cast<uint8_t (&)[kLane]>(packed_nu), mu_scale, nu_scale, WarpMax);
       *reinterpret_cast<uint2*>(block.mu + lane * kLane) = packed_mu;
       *reinterpret_cast<uint2*>(block.nu + lane * kLane) = packed_nu;
       if (lane == 0) {
@@ -291,7 +290,8 @@ void LaunchUpdate(const CudaUpdate& update, int device, void* stream) {
     const int64_t first_work = update.leaves[begin].first_work;
     StepArgs args{};
     args.num_leaves = end - begin;
-    args.num_work = (end == num_leaves ? update.num_work : update.leaves[end].first_work) - first_work;
+    args.num_work =
+        (end == num_leaves ? update.num_work : update.leaves[end].first_work) - first_work;
     args.extent = update.extent;
     args.resolved = update.resolved;
     for (int64_t i = begin; i < end; ++i) {

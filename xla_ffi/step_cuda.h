@@ -1,5 +1,5 @@
-// Launches one optimizer step on a stream. Implemented by step_cuda.cu, called by the CUDA handler in
-// module.cc.
+// Launches one optimizer step on a stream. Implemented by step_cuda.cu, called by the CUDA handler
+// in module.cc.
 #pragma once
 
 #include <vector>
@@ -39,7 +39,8 @@ void LaunchUpdate(const CudaUpdate& update, int device, void* stream);
 // Writes a token that the host knows to device memory.
 void LaunchWriteToken(Token token, Token* destination, int device, void* stream);
 
-// Number of float32 arguments for which fast_math.h is wrong where it claims to be exact; for the tests.
+// Number of float32 arguments for which fast_math.h is wrong where it claims to be exact; for the
+// tests.
 int64_t CountInexact(int device);
 
 }  // namespace paged_optax
