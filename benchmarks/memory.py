@@ -23,7 +23,7 @@ def bytes_in_use() -> int | None:
 def measure(tx: optax.GradientTransformation, num_params: int) -> tuple[int | None, object]:
     """Bytes of XLA's memory that the state takes after one step, and the state."""
     width = 8192
-    params = {"w": jnp.ones((num_params // width, width), jnp.bfloat16)}
+    params = {"w": jnp.ones((num_params // width, width), jnp.float32)}
     jax.block_until_ready(params)
     before = bytes_in_use()
     state = jax.jit(tx.init)(params)
@@ -39,7 +39,7 @@ def measure(tx: optax.GradientTransformation, num_params: int) -> tuple[int | No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--params", type=float, default=1e9, help="number of bf16 parameters")
+    parser.add_argument("--params", type=float, default=1e9, help="number of float32 parameters")
     parser.add_argument("--device-bytes", type=int, help="budget for resident moments")
     args = parser.parse_args()
     num_params = int(args.params)
@@ -49,7 +49,7 @@ def main() -> None:
     paging = Paging(device_bytes=args.device_bytes)
     optimizers = {
         "optax.adamw": optax.adamw(1e-3),
-        "optax.adamw(float32 moments)": optax.adamw(1e-3, mu_dtype=jnp.float32),
+        "optax.adamw(mu_dtype=bfloat16)": optax.adamw(1e-3, mu_dtype=jnp.bfloat16),
         "paged_adamw8bit": paged_adamw8bit(1e-3, paging=paging),
     }
     for name, tx in optimizers.items():

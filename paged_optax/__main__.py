@@ -57,8 +57,9 @@ def _check(gpus: list[dict], build: dict, format_bytes) -> list[str]:
 
     try:
         devices = jax.local_devices()
-    except RuntimeError as error:
-        return [f"JAX finds no device: {error}"]
+    except (AssertionError, RuntimeError) as error:  # jax asserts that a platform's plugin is here
+        platforms = jax.config.jax_platforms
+        return [f"JAX finds no device: {str(error) or f'JAX_PLATFORMS={platforms} is not here'}"]
     problems = []
     for index, gpu in enumerate(gpus):
         major, minor = gpu["compute_capability"]

@@ -52,8 +52,11 @@ def _lower_update(ctx, *operands, codecs, nesterov, tree, device_bytes, headroom
     lowering = jax.ffi.ffi_lowering(
         _UPDATE_TARGET, has_side_effect=True, operand_output_aliases=aliases
     )
-    return lowering(
-        ctx,
+    # One more result, an XLA token, which nothing takes. XLA leaves calls with one alone where it
+    # would otherwise fuse a slice of a loop's output into a copy of the call, so that it ran twice.
+    (xla_token,) = jax.make_jaxpr(jax.lax.create_token)().out_avals
+    *results, _ = lowering(
+        ctx.replace(avals_out=[*ctx.avals_out, xla_token]),
         *operands,
         codecs=np.array(codecs, np.int8),
         nesterov=nesterov,
@@ -61,6 +64,7 @@ def _lower_update(ctx, *operands, codecs, nesterov, tree, device_bytes, headroom
         device_bytes=np.int64(device_bytes),
         headroom_bytes=np.int64(headroom_bytes),
     )
+    return results
 
 
 def _no_cuda(ctx, *operands, **static) -> NoReturn:

@@ -9,6 +9,7 @@ References:
   Optimization <https://arxiv.org/abs/1412.6980>`_, 2015.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ _DECADES = 7
 _SMALLEST_NORMAL = np.float32(2.0**-126)
 
 
+@functools.cache
 def dynamic_map(signed: bool) -> np.ndarray:
     """Values of the 256 codes of the ``dynamic`` map, ascending.
 
@@ -25,7 +27,7 @@ def dynamic_map(signed: bool) -> np.ndarray:
       signed: True for first moments, False for second moments.
 
     Returns:
-      float32 array of shape (256,), bit for bit that of bitsandbytes.
+      Read-only float32 array of shape (256,), bit for bit that of bitsandbytes.
     """
     f32, f64 = np.float32, np.float64
     positive = []
@@ -43,7 +45,9 @@ def dynamic_map(signed: bool) -> np.ndarray:
             f32(power * f32(f32(a + b) / f32(2))) for a, b in zip(edges, edges[1:], strict=False)
         ]
     negative = [-x for x in positive] if signed else []
-    return np.sort(np.array([*negative, 0.0, *positive, 1.0], np.float32))
+    table = np.sort(np.array([*negative, 0.0, *positive, 1.0], np.float32))
+    table.setflags(write=False)
+    return table
 
 
 class Quantized(NamedTuple):
