@@ -2,9 +2,12 @@
 
 The only module that imports the extension's handlers. Each call is a primitive of its own, because
 ``jax.ffi.ffi_call(has_side_effect=True)`` adds a JAX effect, and a program with an effect leaves
-JAX's fast dispatch path, cannot be sharded and is not ordered either. Here the effect is in the
-compiled program only, so that XLA neither drops, merges nor hoists the call, and the order comes
-from the token, which every update takes and returns.
+JAX's fast dispatch path, cannot be sharded and is not ordered either.
+
+An update is a function of its token: it takes the contents that the token names to the next ones, and
+returns their token. So the compiler may treat it as pure. It may drop an update that nobody uses and
+merge two that are the same; order comes from the token. Issuing a token is not a function of anything,
+so that call is marked as a side effect in the compiled program, and only there.
 """
 
 from typing import NoReturn
@@ -49,14 +52,10 @@ def _lower_issue(ctx, seed):
 
 def _lower_update(ctx, *operands, codecs, nesterov, tree, device_bytes, headroom_bytes):
     aliases = {NUM_SCALARS + i: 1 + i for i in range(len(codecs))}
-    lowering = jax.ffi.ffi_lowering(
-        _UPDATE_TARGET, has_side_effect=True, operand_output_aliases=aliases
-    )
-    # One more result, an XLA token, which nothing takes. XLA leaves calls with one alone where it
-    # would otherwise fuse a slice of a loop's output into a copy of the call, so that it ran twice.
-    (xla_token,) = jax.make_jaxpr(jax.lax.create_token)().out_avals
-    *results, _ = lowering(
-        ctx.replace(avals_out=[*ctx.avals_out, xla_token]),
+    # No effect here either: what the call does, it does to the contents that its token names.
+    lowering = jax.ffi.ffi_lowering(_UPDATE_TARGET, operand_output_aliases=aliases)
+    return lowering(
+        ctx,
         *operands,
         codecs=np.array(codecs, np.int8),
         nesterov=nesterov,
@@ -64,7 +63,6 @@ def _lower_update(ctx, *operands, codecs, nesterov, tree, device_bytes, headroom
         device_bytes=np.int64(device_bytes),
         headroom_bytes=np.int64(headroom_bytes),
     )
-    return results
 
 
 def _no_cuda(ctx, *operands, **static) -> NoReturn:

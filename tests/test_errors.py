@@ -114,11 +114,11 @@ def test_fork(tx, states):
 
 def test_fork_in_one_program(tx, states):
     @jax.jit
-    def both(grads, state):
-        return tx.update(grads, state), tx.update(grads, state)
+    def both(grads, others, state):
+        return tx.update(grads, state), tx.update(others, state)
 
     with pytest.raises(RAISES, match=NOT_THE_NEWEST):
-        jax.block_until_ready(both(make_grads(), states[-1]))
+        jax.block_until_ready(both(make_grads(1), make_grads(2), states[-1]))
 
 
 def test_fork_of_a_fresh_state(tx):
@@ -251,22 +251,24 @@ def test_release_while_another_thread_steps(tx):
     grads = {"w": jnp.ones((256, 160))}
     before = _ext.num_arenas()
 
-    def step_until_refused(state, stepping, errors):
+    def step(state, stepping, released, errors):
         with jax.default_device(jax.devices("cpu")[0]):
             try:
-                while True:
+                while not released.is_set():
                     _, state = jax.block_until_ready(update(grads, state))
                     stepping.set()
+                jax.block_until_ready(update(grads, state))
             except RAISES as error:
                 errors.append(str(error))
 
     for _ in range(10):
         _, state = update(grads, tx.init(grads))
-        stepping, errors = threading.Event(), []
-        thread = threading.Thread(target=step_until_refused, args=(state, stepping, errors))
+        stepping, released, errors = threading.Event(), threading.Event(), []
+        thread = threading.Thread(target=step, args=(state, stepping, released, errors))
         thread.start()
         stepping.wait()
         assert release(state) > 0
+        released.set()
         thread.join()
         assert len(errors) == 1 and re.search(RELEASED, errors[0])
     assert _ext.num_arenas() == before

@@ -555,13 +555,36 @@ def test_update_is_one_custom_call_in_the_gradients_buffers():
     calls = [line for line in lowered.as_text().splitlines() if "custom_call" in line]
     assert len(calls) == 1
     assert "@paged_optax_update" in calls[0]
-    assert "has_side_effect = true" in calls[0]
+    assert "has_side_effect = true" not in calls[0]
     assert calls[0].count("#stablehlo.output_operand_alias<") == num_leaves
     target = 'custom_call_target="paged_optax_update"'
     calls = [line for line in lowered.compile().as_text().splitlines() if target in line]
     assert len(calls) == 1
-    assert "custom_call_has_side_effect=true" in calls[0]
+    assert "custom_call_has_side_effect=true" not in calls[0]
     assert "output_to_operand_aliasing={{1}: (3, {}), {2}: (4, {})" in calls[0]
+
+
+def test_equal_updates_in_one_program_are_one(tx):
+    """What a pure function promises: the same token and gradients give the same results."""
+    grads = make_grads(0)
+    _, state = tx.update(grads, tx.init(grads))
+    once, again = jax.jit(lambda g, s: (tx.update(g, s), tx.update(g, s)))(grads, state)
+    assert_trees_equal(once, again)
+    tx.update(grads, again[1])
+
+
+def test_update_that_nobody_uses_does_not_happen(tx):
+    grads = make_grads(0)
+    _, state = tx.update(grads, tx.init(grads))
+
+    @jax.jit
+    def probe(grads, state):
+        tx.update(grads, state)
+        return state
+
+    expected, _ = tx.update(grads, tx.update(grads, tx.init(grads))[1])
+    updates, _ = tx.update(grads, probe(grads, state))
+    assert_trees_equal(updates, expected)
 
 
 def test_updates_take_the_place_of_donated_gradients(tx):

@@ -313,7 +313,9 @@ def test_masked_leaves_have_no_moments():
     _, state = train(tx)
     assert moments(state).mu["bias"] == optax.MaskedNode()
     assert moments(state).mu["kernel"].shape == (64, 80)
-    assert memory_report(state).total < NUM_BYTES
+    (device,) = memory_report(state).devices
+    if device.device.startswith("cpu"):  # a GPU gives memory in units of 2 MiB
+        assert device.total < NUM_BYTES
 
 
 def test_partition_with_another_optimizer():

@@ -109,7 +109,7 @@ T Operand(const ffi::RemainingArgs& args, size_t index, ffi::DataType dtype, siz
 UpdateCall Parse(ffi::Span<const int8_t> codecs, const ffi::RemainingArgs& args,
                  const ffi::RemainingRets& rets) {
   constexpr size_t kOperands = 3;
-  if (args.size() != codecs.size() + kOperands || rets.size() != codecs.size() + 2) {
+  if (args.size() != codecs.size() + kOperands || rets.size() != codecs.size() + 1) {
     throw StatusError(StatusCode::kInvalidArgument,
                       "update called with a wrong number of operands");
   }
@@ -237,7 +237,7 @@ XLA_FFI_DEFINE_HANDLER(kUpdateCpu, UpdateCpu,
                            .Attr<int64_t>("device_bytes")
                            .Attr<int64_t>("headroom_bytes")
                            .RemainingArgs()    // token, count, hyperparams, gradients
-                           .RemainingRets());  // token, updates, XLA token
+                           .RemainingRets());  // token, updates
 
 #if PAGED_OPTAX_CUDA
 
@@ -307,7 +307,7 @@ XLA_FFI_DEFINE_HANDLER(kUpdateCuda, UpdateCuda,
                            .Attr<int64_t>("device_bytes")
                            .Attr<int64_t>("headroom_bytes")
                            .RemainingArgs()    // token, count, hyperparams, gradients
-                           .RemainingRets());  // token, updates, XLA token
+                           .RemainingRets());  // token, updates
 
 #endif  // PAGED_OPTAX_CUDA
 
