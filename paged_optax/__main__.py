@@ -1,6 +1,7 @@
 """``python -m paged_optax``: what was built, what is here, and whether the two fit."""
 
 import importlib.metadata
+import os
 import platform
 import sys
 
@@ -58,8 +59,8 @@ def _check(gpus: list[dict], build: dict, format_bytes) -> list[str]:
     try:
         devices = jax.local_devices()
     except (AssertionError, RuntimeError) as error:  # jax asserts that a platform's plugin is here
-        platforms = jax.config.jax_platforms
-        return [f"JAX finds no device: {str(error) or f'JAX_PLATFORMS={platforms} is not here'}"]
+        reason = str(error) or f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')} is not here"
+        return [f"JAX finds no device: {reason}"]
     problems = []
     for index, gpu in enumerate(gpus):
         major, minor = gpu["compute_capability"]

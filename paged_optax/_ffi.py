@@ -4,10 +4,11 @@ The only module that imports the extension's handlers. Each call is a primitive 
 ``jax.ffi.ffi_call(has_side_effect=True)`` adds a JAX effect, and a program with an effect leaves
 JAX's fast dispatch path, cannot be sharded and is not ordered either.
 
-An update is a function of its token: it takes the contents that the token names to the next ones, and
-returns their token. So the compiler may treat it as pure. It may drop an update that nobody uses and
-merge two that are the same; order comes from the token. Issuing a token is not a function of anything,
-so that call is marked as a side effect in the compiled program, and only there.
+An update is a function of its token: it takes the contents that the token names to the next ones,
+and returns their token. So the compiler may treat it as pure. It may drop an update that nobody
+uses and merge two that are the same; order comes from the token. Issuing a token is not a
+function of anything, so that call is marked as a side effect in the compiled program, and only
+there.
 """
 
 from typing import NoReturn
