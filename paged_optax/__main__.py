@@ -40,8 +40,9 @@ def main() -> int:
     if "devices" in cuda:
         major, minor = divmod(cuda["driver"], 1000)
         _line("NVIDIA driver", f"for CUDA up to {major}.{minor // 10}")
-    elif build["cuda"]:
+    else:
         _line("NVIDIA driver", cuda["error"])
+        _line("managed memory", "not used: moments lie in the CPU's ordinary memory here")
     print()
     problems = _check(cuda.get("devices", []), build, format_bytes)
     for problem in problems:

@@ -263,7 +263,7 @@ def _stack(scalars: list[jax.typing.ArrayLike]) -> jax.typing.ArrayLike:
 
 
 def _check_range(name: str, value: jax.typing.ArrayLike, below: float = np.inf) -> None:
-    if isinstance(value, float | int) and not 0 <= value < below:
+    if isinstance(value, float | int | np.floating) and not 0 <= float(value) < below:
         allowed = "at least 0" if below == np.inf else "in [0, 1)"
         raise ValueError(f"{name} is {value}; it must be {allowed}")
 
