@@ -16,6 +16,15 @@ moments          total    resident     on host
 ...
 """
 
+try:
+    from . import _ext as _ext
+except ImportError as error:
+    raise ImportError(
+        f"paged_optax has no usable extension in {__path__[0]} ({error}). If that is the source"
+        " folder, run Python from another folder or with -P, which leaves the current one out; or"
+        " install with: pip install -e ."
+    ) from error
+
 from ._adam import paged_adam8bit, paged_adamw8bit, scale_by_paged_adam8bit
 from ._options import Paging, Quantization
 from ._state import (

@@ -10,8 +10,9 @@ import optax
 from jax.core import Tracer
 
 from . import _partition
+from ._ffi import TOKEN_SHAPE
 from ._options import Paging, Quantization
-from ._state import DYNAMIC, FLOAT32, ScaleByPagedAdam8bitState, name_tree, new_token
+from ._state import DYNAMIC, FLOAT32, ScaleByPagedAdam8bitState, name_paths, name_tree, new_token
 
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -64,9 +65,8 @@ def scale_by_paged_adam8bit(
       ValueError: for decay rates outside [0, 1) or negative eps (where given as Python numbers), or
         when gradients and parameters do not match.
       TypeError: for gradients of another dtype (float64, complex, integers).
-      RuntimeError or ValueError, from the compiled update: when the state is not the newest, was
-      released,
-        or does not belong to these gradients; or when there is not enough host memory.
+      RuntimeError or ValueError: from the compiled update, when the state is not the newest, was
+        released, or does not belong to these gradients, or when host memory is short.
 
     Example:
       >>> import jax.numpy as jnp, optax, paged_optax
@@ -87,6 +87,7 @@ def scale_by_paged_adam8bit(
     .. note::
       bitsandbytes erases the moments of an element whose gradient is not finite; here they stay.
     """
+    _check_options(quantization, paging)
     _check_range("b1", b1, below=1.0)
     _check_range("b2", b2, below=1.0)
     _check_range("eps", eps)
@@ -103,6 +104,7 @@ def scale_by_paged_adam8bit(
         )
 
     def update_fn(updates, state, params=None):
+        _check_state(state)
         leaves, treedef = jax.tree_util.tree_flatten_with_path(updates)
         _check_dtypes("gradient", leaves)
         _check_shapes(leaves, params)
@@ -120,8 +122,9 @@ def scale_by_paged_adam8bit(
             codecs=tuple(
                 DYNAMIC if np.size(g) >= quantization.min_size else FLOAT32 for g in grads
             ),
-            nesterov=nesterov,
+            nesterov=bool(nesterov),
             tree=name_tree(paths, treedef),
+            paths=name_paths(paths),
             device_bytes=-1 if paging.device_bytes is None else paging.device_bytes,
             headroom_bytes=paging.headroom_bytes,
         )
@@ -195,6 +198,16 @@ def paged_adamw8bit(
       bitsandbytes applies the weight decay after the update, to the new parameters; the
       difference is :math:`\alpha^2 \lambda u_t` per step.
     """
+    if (
+        isinstance(weight_decay, type | np.dtype)
+        or hasattr(weight_decay, "dtype")
+        and callable(weight_decay)
+    ):
+        raise TypeError(
+            f"weight_decay is {weight_decay}, a dtype: optax.adamw has mu_dtype in this place,"
+            " which paged optimizers do not take (moments have 8 bits). Pass weight_decay and mask"
+            " by keyword."
+        )
     return optax.chain(
         scale_by_paged_adam8bit(
             b1, b2, eps, eps_root, nesterov=nesterov, quantization=quantization, paging=paging
@@ -263,9 +276,44 @@ def _stack(scalars: list[jax.typing.ArrayLike]) -> jax.typing.ArrayLike:
 
 
 def _check_range(name: str, value: jax.typing.ArrayLike, below: float = np.inf) -> None:
-    if isinstance(value, float | int | np.floating) and not 0 <= float(value) < below:
-        allowed = "at least 0" if below == np.inf else "in [0, 1)"
+    if np.ndim(value) != 0:
+        raise ValueError(f"{name} has shape {np.shape(value)}; it must be a scalar")
+    if callable(value) or value is None:
+        raise TypeError(
+            f"{name} is {value}; it must be a number. For a schedule use"
+            " optax.inject_hyperparams(...)"
+        )
+    # float32, as the kernel sees it: 0.99999999 is 1 there.
+    if isinstance(value, float | int | np.floating) and not 0 <= float(np.float32(value)) < below:
+        allowed = "at least 0" if below == np.inf else "in [0, 1) as float32"
         raise ValueError(f"{name} is {value}; it must be {allowed}")
+
+
+def _check_options(quantization: Quantization | None, paging: Paging | None) -> None:
+    for name, value, kind in (
+        ("quantization", quantization, Quantization),
+        ("paging", paging, Paging),
+    ):
+        if not isinstance(value, kind | None):
+            raise TypeError(f"{name} is {value!r}; it must be a paged_optax.{kind.__name__}")
+
+
+def _check_state(state: Any) -> None:
+    if not isinstance(state, ScaleByPagedAdam8bitState):
+        raise TypeError(
+            f"the optimizer state is a {type(state).__name__}, not one that this optimizer's init"
+            " returned. Moments of another optimizer cannot be taken over: start with init(params)."
+        )
+    if state.token.dtype != jnp.int32 or state.token.shape != TOKEN_SHAPE:
+        raise ValueError(
+            f"the optimizer state's token is {state.token.dtype}{list(state.token.shape)}, and must"
+            " be int32[2] as init returned it; was the whole state cast, stacked or mapped over?"
+        )
+    if state.count.dtype != jnp.int32 or state.count.shape != ():
+        raise ValueError(
+            f"the optimizer state's count is {state.count.dtype}{list(state.count.shape)}, and must"
+            " be int32[] as init returned it; was the whole state cast, stacked or mapped over?"
+        )
 
 
 def _check_dtypes(kind: str, leaves: list[tuple[Any, Any]]) -> None:

@@ -4,11 +4,8 @@ The only module that imports the extension's handlers. Each call is a primitive 
 ``jax.ffi.ffi_call(has_side_effect=True)`` adds a JAX effect, and a program with an effect leaves
 JAX's fast dispatch path, cannot be sharded and is not ordered either.
 
-An update is a function of its token: it takes the contents that the token names to the next ones,
-and returns their token. So the compiler may treat it as pure. It may drop an update that nobody
-uses and merge two that are the same; order comes from the token. Issuing a token is not a
-function of anything, so that call is marked as a side effect in the compiled program, and only
-there.
+Here the effect is in the compiled program only, so that XLA neither drops, merges nor hoists the
+calls; the order of updates comes from the token, which every update takes and returns.
 """
 
 from typing import NoReturn
@@ -51,16 +48,18 @@ def _lower_issue(ctx, seed):
     return jax.ffi.ffi_lowering(_ISSUE_TARGET, has_side_effect=True)(ctx, seed)
 
 
-def _lower_update(ctx, *operands, codecs, nesterov, tree, device_bytes, headroom_bytes):
+def _lower_update(ctx, *operands, codecs, nesterov, tree, paths, device_bytes, headroom_bytes):
     aliases = {NUM_SCALARS + i: 1 + i for i in range(len(codecs))}
-    # No effect here either: what the call does, it does to the contents that its token names.
-    lowering = jax.ffi.ffi_lowering(_UPDATE_TARGET, operand_output_aliases=aliases)
+    lowering = jax.ffi.ffi_lowering(
+        _UPDATE_TARGET, has_side_effect=True, operand_output_aliases=aliases
+    )
     return lowering(
         ctx,
         *operands,
         codecs=np.array(codecs, np.int8),
         nesterov=nesterov,
         tree=np.int64(tree),
+        paths=np.int64(paths),
         device_bytes=np.int64(device_bytes),
         headroom_bytes=np.int64(headroom_bytes),
     )

@@ -21,6 +21,8 @@ class Quantization:
     min_size: int = 4096
 
     def __post_init__(self):
+        if not isinstance(self.min_size, int):
+            raise TypeError(f"min_size is {self.min_size!r}; it must be an int")
         if self.codec != "dynamic":
             raise ValueError(f"unknown codec {self.codec!r}; the only one is 'dynamic'")
         if self.min_size < 0:
@@ -44,6 +46,7 @@ class Paging:
 
     Raises:
       ValueError: for negative numbers of bytes.
+      TypeError: for anything but ints (device_bytes may be None).
     """
 
     device_bytes: int | None = None
@@ -52,5 +55,9 @@ class Paging:
     def __post_init__(self):
         for name in ("device_bytes", "headroom_bytes"):
             value = getattr(self, name)
+            if not isinstance(value, int) and (value is not None or name == "headroom_bytes"):
+                raise TypeError(f"{name} is {value!r}; it must be an int, a number of bytes")
+            if value is not None and value >= 2**63:
+                raise ValueError(f"{name} is {value}; no machine has 2**63 bytes")
             if value is not None and value < 0:
                 raise ValueError(f"{name} is {value}; it counts bytes and cannot be negative")

@@ -75,11 +75,11 @@ def _spread(call_p, operands: Sequence[jax.Array], num_replicated: int, **static
     mesh = jax.sharding.get_abstract_mesh()
     axis_types = set() if mesh.empty else set(mesh.axis_types)
     if axis_types == {AxisType.Manual}:
-        return call_p.bind(*operands, **static)
+        return _call(call_p, operands, static)
     if axis_types == {AxisType.Explicit}:
         specs = [jax.typeof(grad).sharding.spec for grad in operands[num_replicated:]]
         return jax.shard_map(
-            functools.partial(call_p.bind, **static),
+            lambda *shards: _call(call_p, shards, static),
             in_specs=(*[P()] * num_replicated, *specs),
             out_specs=[P(), *specs],
             check_vma=False,
@@ -88,10 +88,20 @@ def _spread(call_p, operands: Sequence[jax.Array], num_replicated: int, **static
         return _automatic(call_p, num_replicated, tuple(sorted(static.items())))(*operands)
 
 
+def _call(call_p, operands: Sequence[jax.Array], static: dict[str, Any]):
+    """The custom call between barriers, which cost nothing at run time.
+
+    XLA:GPU fuses slices of operands and results into a copy of a call. Where the call has a side
+    effect, some versions leave the original in place as well, and it runs twice.
+    """
+    operands = jax.lax.optimization_barrier(tuple(operands))
+    return jax.lax.optimization_barrier(call_p.bind(*operands, **static))
+
+
 @functools.lru_cache(maxsize=256)
 def _automatic(call_p, num_replicated: int, static: tuple[tuple[str, Any], ...]):
     def call(*operands):
-        return call_p.bind(*operands, **dict(static))
+        return _call(call_p, operands, dict(static))
 
     def partition(mesh, operands, results):
         del results

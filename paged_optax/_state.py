@@ -7,9 +7,11 @@ that is not the newest is recognised and refused, and the moments stay as they w
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -44,13 +46,22 @@ def new_token(num_leaves: int) -> jax.Array:
     return _partition.issue(np.array([next(_seeds) % 2**31, 0], np.int32))
 
 
+def name_paths(paths: Sequence[str]) -> int:
+    """A number for the leaves of a tree: which there are, and in which order."""
+    return _number("\n".join(paths))
+
+
 def name_tree(paths: Sequence[str], treedef: Any) -> int:
-    """A number for a tree structure, the same in every process, to be kept beside the moments."""
-    # Paths alone do not tell a list from a tuple, nor where a None or MaskedNode is.
-    digest = hashlib.sha256("\n".join([*paths, str(treedef)]).encode()).digest()
-    name = int.from_bytes(digest[:8], "little", signed=True)
+    """A number for a tree structure, to be kept beside the moments: how to show them as a tree."""
+    # Without the addresses of objects, which would differ from process to process.
+    containers = re.sub(r" at 0x[0-9a-f]+", "", str(treedef))
+    name = _number("\n".join([*paths, containers]))
     _trees[name] = treedef
     return name
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
 
 
 class Moments(NamedTuple):
@@ -87,7 +98,7 @@ def moments(opt_state: Any) -> Moments:
     """
     trees = [_read_state(*_read_token(state)) for state in find_states(opt_state)]
     try:
-        return Moments(*(_merge([tree[i] for tree in trees]) for i in range(2)))
+        return Moments(*(functools.reduce(_merge, [tree[i] for tree in trees]) for i in range(2)))
     except _Overlap:
         raise ValueError(
             f"found {len(trees)} paged states for the same parameters; pass one of them, for"
@@ -241,21 +252,19 @@ class _Overlap(Exception):
     pass
 
 
-def _merge(trees: list[Any]) -> Any:
-    """One tree out of trees that have MaskedNode where another one has the leaf."""
-
-    def pick(*candidates):
-        found = [c for c in candidates if jax.tree.leaves(c)]
-        if len(found) > 1:
-            raise _Overlap
-        return found[0] if found else candidates[0]
-
-    if len(trees) == 1:
-        return trees[0]
-    try:
-        return jax.tree.map(pick, *trees, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-    except ValueError:
-        raise _Overlap from None
+def _merge(one: Any, other: Any) -> Any:
+    """One tree out of two where either has MaskedNode, for a leaf or a subtree, or they agree."""
+    if isinstance(one, optax.MaskedNode):
+        return other
+    if isinstance(other, optax.MaskedNode):
+        return one
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        raise _Overlap
+    ones, treedef = jax.tree.flatten(one, is_leaf=lambda node: node is not one)
+    others = jax.tree.leaves(other, is_leaf=lambda node: node is not other)
+    if len(ones) != len(others):
+        raise _Overlap
+    return jax.tree.unflatten(treedef, [_merge(*pair) for pair in zip(ones, others, strict=True)])
 
 
 def _read_state(handle: int, version: int) -> tuple[Any, Any]:

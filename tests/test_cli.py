@@ -2,8 +2,11 @@
 
 import importlib.metadata
 import os
+import pathlib
+import shutil
 import subprocess
 import sys
+import textwrap
 
 import jax
 import pytest
@@ -126,3 +129,20 @@ def test_describes_the_gpu(tmp_path):
     for word in ("NVIDIA driver for CUDA", "GPU 0", "memory", "link", "managed memory"):
         assert word in words
     assert "step on cuda:0 works" in words
+
+
+def test_in_a_source_folder_without_the_extension(tmp_path):
+    """What a regular install meets in a checkout: the folder beside it comes first."""
+    (tmp_path / "paged_optax").mkdir()
+    for file in pathlib.Path(paged_optax.__file__).parent.glob("*.py"):
+        shutil.copy(file, tmp_path / "paged_optax")
+    program = """
+        import sys
+        # The finder of an editable install would come first.
+        sys.meta_path[:] = [f for f in sys.meta_path if "Redirecting" not in type(f).__name__]
+        sys.path.insert(0, "")
+        import paged_optax
+    """
+    process = run(tmp_path, "-c", textwrap.dedent(program), JAX_PLATFORMS="cpu")
+    assert process.returncode != 0
+    assert "run Python from another folder or with -P" in process.stderr

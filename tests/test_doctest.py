@@ -72,3 +72,10 @@ def test_readme(tmp_path):
         timeout=120,
     )
     assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.skipif(not README.exists(), reason="tests without the source tree")
+def test_documents_are_filled_in():
+    """No placeholder of a number that was to be measured."""
+    for path in [README, *README.parent.glob("docs/*.md"), *README.parent.glob("xla_ffi/*.md")]:
+        assert not re.findall(r"\{[a-z_]+\}", path.read_text(encoding="utf-8")), path

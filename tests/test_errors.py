@@ -4,6 +4,7 @@ On the CPU, where a refused step fails by itself. On a GPU the device refuses it
 reports that: test_gpu.py.
 """
 
+import functools
 import os
 import pickle
 import re
@@ -19,6 +20,7 @@ import optax
 import pytest
 from flax import nnx
 
+import paged_optax
 from paged_optax import (
     Paging,
     Quantization,
@@ -743,3 +745,76 @@ def test_program_for_another_platform(tx, platform, function):
     match = f"CPU and on NVIDIA GPUs, not on {platform}.*optax.adamw.*JAX_PLATFORMS=cpu"
     with pytest.raises(NotImplementedError, match=match):
         lower(tx, platform, function)
+
+
+# --- What a script that moves here may get wrong -------------------------------------------------
+
+
+def test_other_names_for_the_same_shapes(tx):
+    grads = {"v": jnp.ones((64, 64)), "w": jnp.ones((64, 64))}
+    for other in ({"v": grads["v"], "x": grads["w"]}, list(grads.values())):
+        _, state = tx.update(grads, tx.init(grads))
+        assert_refused(functools.partial(tx.update, other, state), state, "other names")
+
+
+def test_mu_dtype_in_its_place_in_optax():
+    with pytest.raises(TypeError, match="mu_dtype"):
+        paged_optax.paged_adamw8bit(1e-3, 0.9, 0.95, 1e-8, 0.0, jnp.bfloat16, 0.1)
+    with pytest.raises(TypeError, match="mu_dtype"):
+        paged_optax.paged_adamw8bit(1e-3, weight_decay=np.dtype("float32"))
+
+
+def test_state_of_another_optimizer(tx):
+    grads = {"w": jnp.ones(3)}
+    with pytest.raises(TypeError, match=r"ScaleByAdamState.*init\(params\)"):
+        tx.update(grads, optax.scale_by_adam().init(grads))
+
+
+@pytest.mark.parametrize("field", ["count", "token"])
+@pytest.mark.parametrize("how", ["cast", "stacked"])
+def test_state_that_was_mapped_over(tx, field, how):
+    grads = {"w": jnp.ones(3)}
+    state = tx.init(grads)
+    leaf = getattr(state, field)
+    wrong = leaf.astype(jnp.float32) if how == "cast" else jnp.stack([leaf, leaf])
+    with pytest.raises(ValueError, match=f"{field} is .* must be int32"):
+        tx.update(grads, state._replace(**{field: wrong}))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"b2": 0.99999999}, ValueError, "b2 is 0.99999999"),
+        ({"b1": np.float32(1.5)}, ValueError, "b1 is 1.5"),
+        ({"b1": None}, TypeError, "b1 is None"),
+        ({"b1": optax.constant_schedule(0.9)}, TypeError, "inject_hyperparams"),
+        ({"eps": np.ones(4)}, ValueError, r"eps has shape \(4,\)"),
+        ({"quantization": "dynamic"}, TypeError, "must be a paged_optax.Quantization"),
+        ({"paging": 0}, TypeError, "must be a paged_optax.Paging"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_named(options, error, text):
+    with pytest.raises(error, match=text):
+        scale_by_paged_adam8bit(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"device_bytes": "1GB"}, TypeError),
+        ({"headroom_bytes": None}, TypeError),
+        ({"device_bytes": 2**70}, ValueError),
+    ],
+    ids=str,
+)
+def test_bad_bytes_are_named(options, error):
+    with pytest.raises(error, match=f"{next(iter(options))} is"):
+        paged_optax.Paging(**options)
+
+
+def test_nesterov_may_be_any_truth_value():
+    grads = {"w": jnp.ones(3)}
+    for nesterov in (1, np.True_):
+        tx = scale_by_paged_adam8bit(nesterov=nesterov)
+        jax.block_until_ready(tx.update(grads, tx.init(grads)))

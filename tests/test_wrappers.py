@@ -482,3 +482,24 @@ def test_linen_train_state():
     np.testing.assert_allclose(losses, expected, rtol=0.05)
     assert jax.tree.map(np.shape, moments(state).nu) == jax.tree.map(np.shape, params)
     assert_found_and_freed(state, 2 * 64 * 96 // 256 * 520)
+
+
+# --- moments() puts disjoint states together ----------------------------------------------------
+
+NESTED = {"a": {"x": (64, 64), "y": (3,)}, "b": {"z": (70, 70)}}
+
+
+@pytest.mark.parametrize("how", ["partition", "masked"])
+def test_moments_of_states_for_whole_subtrees(how):
+    grads = jax.tree.map(jnp.ones, NESTED, is_leaf=lambda x: isinstance(x, tuple))
+    inner = scale_by_paged_adam8bit()
+    if how == "partition":
+        tx = optax.partition({"u": inner, "v": inner}, {"a": "u", "b": "v"})
+    else:
+        first, second = {"a": True, "b": False}, {"a": False, "b": True}
+        tx = optax.chain(optax.masked(inner, first), optax.masked(inner, second))
+    _, state = tx.update(grads, tx.init(grads))
+    mu = moments(state).mu
+    assert jax.tree.map(np.shape, mu) == NESTED
+    for leaf in jax.tree.leaves(mu):
+        np.testing.assert_allclose(leaf, 0.1, rtol=1e-6)

@@ -53,6 +53,11 @@ std::string Difference(const Layout& moments, const Layout& call) {
       }
     }
   }
+  if (text.str().empty()) {
+    text << "the gradients have the shapes that the moments were made for, but other names or "
+            "another "
+            "structure";
+  }
   text << " (was the model or the optimizer's `quantization` changed?). Make a new state with "
           "init(params). The moments were left as they were.";
   return text.str();
@@ -79,7 +84,8 @@ int64_t Layout::Append(Codec codec, const int64_t* dims, int64_t rank) {
 }
 
 uint64_t Layout::Fingerprint() const {
-  uint64_t hash = 0xcbf29ce484222325u;  // FNV-1a over words, with a final mix of the high bits
+  // FNV-1a over words, with a mix of the high bits.
+  uint64_t hash = 0xcbf29ce484222325u ^ static_cast<uint64_t>(paths_);
   for (const int64_t word : words_) {
     hash = (hash ^ static_cast<uint64_t>(word)) * 0x100000001b3u;
     hash ^= hash >> 29;
@@ -115,13 +121,15 @@ Registry::Registry()
     : first_handle_(static_cast<int32_t>(std::random_device{}() % (1u << 30) + (1u << 20))),
       next_handle_(first_handle_) {}
 
-int32_t Registry::IssueHandle(DeviceId device, int64_t run) {
+int32_t Registry::IssueHandle(DeviceId device, int64_t run, int32_t seed) {
   std::lock_guard<std::mutex> lock(mutex_);
   for (Issue& issue : issues_) {
-    if (issue.run == run && issue.devices.insert(device).second) return issue.handle;
+    if (issue.run == run && issue.seed == seed && issue.devices.insert(device).second) {
+      return issue.handle;
+    }
   }
   const int32_t handle = next_handle_++;
-  issues_.push_back({run, handle, {device}});
+  issues_.push_back({run, seed, handle, {device}});
   if (issues_.size() > kRecent) issues_.pop_front();
   unused_.insert(handle);
   num_unused_ = static_cast<int64_t>(unused_.size());
@@ -140,13 +148,12 @@ void Registry::NoteBound(int32_t handle, int64_t run) {
   if (unused_.erase(handle) == 0) return;
   bound_.push_back({handle, run});
   if (bound_.size() > kRecent) bound_.pop_front();
-  last_run_bound_ = run;
   num_unused_ = static_cast<int64_t>(unused_.size());
 }
 
 void Registry::RememberLayout(const Layout& layout, uint64_t fingerprint) {
   std::lock_guard<std::mutex> lock(mutex_);
-  layouts_.emplace(fingerprint, layout);
+  layouts_.try_emplace(fingerprint, layout);
 }
 
 std::shared_ptr<Arena> Registry::Open(const Request& request, Token token) {
@@ -375,6 +382,8 @@ void DeviceTable::Append(std::shared_ptr<Arena> arena) {
     capacity = grown;
   }
   CUDA_CHECK(cudaMemcpy(headers() + count, &arena->header, sizeof(Header), cudaMemcpyDefault));
+  // Such copies may return before they are done, and XLA's streams do not wait for this one.
+  CUDA_CHECK(cudaStreamSynchronize(cudaStreamLegacy));
   arenas.push_back(std::move(arena));
 }
 
@@ -384,6 +393,7 @@ void DeviceTable::Remove(int32_t handle) {
     if (i + 1 < arenas.size()) {
       CUDA_CHECK(cudaMemcpy(headers() + i, headers() + arenas.size() - 1, sizeof(Header),
                             cudaMemcpyDefault));
+      CUDA_CHECK(cudaStreamSynchronize(cudaStreamLegacy));
       arenas[i] = arenas.back();
     }
     arenas.pop_back();
@@ -426,7 +436,6 @@ DeviceTable& Registry::Table(int ordinal) {
 
 bool Registry::MayBeFirstUse(int64_t run, const DeviceTable& table) {
   if (num_unused_ > 0) return true;
-  if (last_run_bound_ != run) return false;
   std::lock_guard<std::mutex> lock(mutex_);
   return std::any_of(bound_.begin(), bound_.end(), [&](const Bound& bound) {
     return bound.run == run && table.Find(bound.handle) == nullptr;

@@ -44,12 +44,15 @@ class Layout {
 
   // Returns the number of the leaf's first block among the blocks of its codec.
   int64_t Append(Codec codec, const int64_t* dims, int64_t rank);
+  // `paths` names the leaves; layouts that differ in it are different.
+  void SetPaths(int64_t paths) { paths_ = paths; }
   uint64_t Fingerprint() const;
   std::vector<LeafInfo> Leaves() const;
   const ArenaExtent& extent() const { return extent_; }
 
  private:
   std::vector<int64_t> words_;  // per leaf: codec, rank, dims
+  int64_t paths_ = 0;
   ArenaExtent extent_;
 };
 
@@ -121,7 +124,8 @@ class Registry {
   static Registry& Get();
 
   // Handle of a new state. Devices that take part in one execution get the same handle.
-  int32_t IssueHandle(DeviceId device, int64_t run);
+  // Within one, calls are told apart by `seed` and, for the same seed (a loop), by their order.
+  int32_t IssueHandle(DeviceId device, int64_t run, int32_t seed);
 
   // The arena for a token on the CPU, made at its first use. Throws what Explain says.
   std::shared_ptr<Arena> Open(const Request& request, Token token);
@@ -171,6 +175,7 @@ class Registry {
 
   struct Issue {
     int64_t run;
+    int32_t seed;
     int32_t handle;
     std::set<DeviceId> devices;
   };
@@ -185,7 +190,6 @@ class Registry {
   std::deque<Issue> issues_;  // recent
   std::set<int32_t> unused_;  // issued, no arena on any device yet
   std::deque<Bound> bound_;   // recent
-  std::atomic<int64_t> last_run_bound_{-1};
   std::atomic<int64_t> num_unused_{0};
   std::map<std::pair<DeviceId, int32_t>, std::shared_ptr<Arena>> cpu_arenas_;
   std::unordered_map<uint64_t, Layout> layouts_;

@@ -42,6 +42,17 @@ int64_t SystemAvailableBytes() {
   return static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
 }
 
+// Bytes of page cache in a control group that the kernel gives up when asked for memory.
+int64_t ReclaimableBytes(const std::string& directory) {
+  std::ifstream file(directory + "/memory.stat");
+  std::string key;
+  int64_t value;
+  while (file >> key >> value) {
+    if (key == "inactive_file") return value;
+  }
+  return 0;
+}
+
 // Room below the limit of the control group `directory` and of every group above it.
 int64_t GroupAvailableBytes(std::string directory, const std::string& root, const char* limit_file,
                             const char* usage_file) {
@@ -50,7 +61,8 @@ int64_t GroupAvailableBytes(std::string directory, const std::string& root, cons
     const int64_t limit = ReadNumber(directory + "/" + limit_file);
     const int64_t usage = ReadNumber(directory + "/" + usage_file);
     if (limit != kUnlimited && usage != kUnlimited) {
-      available = std::min(available, std::max<int64_t>(0, limit - usage));
+      available =
+          std::min(available, std::max<int64_t>(0, limit - usage + ReclaimableBytes(directory)));
     }
     if (directory.size() <= root.size()) return available;
     directory.erase(directory.find_last_of('/'));

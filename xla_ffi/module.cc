@@ -106,7 +106,7 @@ T Operand(const ffi::RemainingArgs& args, size_t index, ffi::DataType dtype, siz
   return static_cast<T>(buffer->untyped_data());
 }
 
-UpdateCall Parse(ffi::Span<const int8_t> codecs, const ffi::RemainingArgs& args,
+UpdateCall Parse(ffi::Span<const int8_t> codecs, int64_t paths, const ffi::RemainingArgs& args,
                  const ffi::RemainingRets& rets) {
   constexpr size_t kOperands = 3;
   if (args.size() != codecs.size() + kOperands || rets.size() != codecs.size() + 1) {
@@ -136,6 +136,7 @@ UpdateCall Parse(ffi::Span<const int8_t> codecs, const ffi::RemainingArgs& args,
     call.num_work += NumBlocks(leaf.size);
     call.leaves.push_back(leaf);
   }
+  call.layout.SetPaths(paths);
   call.fingerprint = call.layout.Fingerprint();
   Registry::Get().RememberLayout(call.layout, call.fingerprint);
   return call;
@@ -175,22 +176,22 @@ constexpr int64_t kBlocksPerTask = 64;
 // Handlers
 // ---------------------------------------------------------------------------------------------------
 
-// The operand is not read: it only tells apart two calls of one program.
-ffi::Error IssueCpu(ffi::RunId run, int32_t device, ffi::BufferR1<ffi::S32> /*seed*/,
+// The seed tells apart two calls of one program.
+ffi::Error IssueCpu(ffi::RunId run, int32_t device, ffi::BufferR1<ffi::S32> seed,
                     ffi::Result<ffi::BufferR1<ffi::S32>> token) {
   return Guarded([&] {
     const DeviceId id{Platform::kCpu, device};
-    *reinterpret_cast<Token*>(token->typed_data()) = {Registry::Get().IssueHandle(id, run.run_id),
-                                                      0};
+    const int32_t handle = Registry::Get().IssueHandle(id, run.run_id, *seed.typed_data());
+    *reinterpret_cast<Token*>(token->typed_data()) = {handle, 0};
   });
 }
 
 ffi::Error UpdateCpu(ffi::ThreadPool pool, ffi::RunId run, int32_t device,
-                     ffi::Span<const int8_t> codecs, bool nesterov, int64_t tree,
+                     ffi::Span<const int8_t> codecs, bool nesterov, int64_t tree, int64_t paths,
                      int64_t device_bytes, int64_t headroom_bytes, ffi::RemainingArgs args,
                      ffi::RemainingRets rets) {
   return Guarded([&] {
-    const UpdateCall call = Parse(codecs, args, rets);
+    const UpdateCall call = Parse(codecs, paths, args, rets);
     Registry& registry = Registry::Get();
     const DeviceId id{Platform::kCpu, device};
     const Token token = *call.token;
@@ -234,6 +235,7 @@ XLA_FFI_DEFINE_HANDLER(kUpdateCpu, UpdateCpu,
                            .Attr<ffi::Span<const int8_t>>("codecs")
                            .Attr<bool>("nesterov")
                            .Attr<int64_t>("tree")
+                           .Attr<int64_t>("paths")
                            .Attr<int64_t>("device_bytes")
                            .Attr<int64_t>("headroom_bytes")
                            .RemainingArgs()    // token, count, hyperparams, gradients
@@ -241,21 +243,22 @@ XLA_FFI_DEFINE_HANDLER(kUpdateCpu, UpdateCpu,
 
 #if PAGED_OPTAX_CUDA
 
+// The seed is in device memory; but the calls of a program run in the same order on every GPU.
 ffi::Error IssueCuda(cudaStream_t stream, ffi::RunId run, int32_t device,
                      ffi::BufferR1<ffi::S32> /*seed*/, ffi::Result<ffi::BufferR1<ffi::S32>> token) {
   return Guarded([&] {
     const DeviceId id{Platform::kCuda, device};
-    const Token issued{Registry::Get().IssueHandle(id, run.run_id), 0};
-    LaunchWriteToken(issued, reinterpret_cast<Token*>(token->typed_data()), device, stream);
+    const int32_t handle = Registry::Get().IssueHandle(id, run.run_id, /*seed=*/0);
+    LaunchWriteToken({handle, 0}, reinterpret_cast<Token*>(token->typed_data()), device, stream);
   });
 }
 
 ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::RunId run,
                       int32_t device, ffi::Span<const int8_t> codecs, bool nesterov, int64_t tree,
-                      int64_t device_bytes, int64_t headroom_bytes, ffi::RemainingArgs args,
-                      ffi::RemainingRets rets) {
+                      int64_t paths, int64_t device_bytes, int64_t headroom_bytes,
+                      ffi::RemainingArgs args, ffi::RemainingRets rets) {
   return Guarded([&] {
-    UpdateCall call = Parse(codecs, args, rets);
+    UpdateCall call = Parse(codecs, paths, args, rets);
     Registry& registry = Registry::Get();
     DeviceTable& table = registry.Table(device);
     registry.ThrowIfRejected(table);
@@ -304,6 +307,7 @@ XLA_FFI_DEFINE_HANDLER(kUpdateCuda, UpdateCuda,
                            .Attr<ffi::Span<const int8_t>>("codecs")
                            .Attr<bool>("nesterov")
                            .Attr<int64_t>("tree")
+                           .Attr<int64_t>("paths")
                            .Attr<int64_t>("device_bytes")
                            .Attr<int64_t>("headroom_bytes")
                            .RemainingArgs()    // token, count, hyperparams, gradients
@@ -429,7 +433,12 @@ py::tuple ReadLeaf(const std::string& platform, int ordinal, int32_t handle, int
   const DeviceId device = ParseDevice(platform, ordinal);
   const Token token{handle, version};
   Registry& registry = Registry::Get();
-  for (const ArenaReport& report : registry.Describe(token)) {
+  std::vector<ArenaReport> reports;
+  {
+    py::gil_scoped_release unlocked;
+    reports = registry.Describe(token);
+  }
+  for (const ArenaReport& report : reports) {
     if (!(report.device == device) || index >= report.leaves.size()) continue;
     const Layout::LeafInfo& leaf = report.leaves[index];
     ArenaExtent extent;
@@ -443,6 +452,7 @@ py::tuple ReadLeaf(const std::string& platform, int ordinal, int32_t handle, int
       return static_cast<int64_t>(reinterpret_cast<uintptr_t>(address));
     };
     const auto read = [&](const void* address, int64_t nbytes, void* destination) {
+      py::gil_scoped_release unlocked;
       registry.Read(device, token, offset(address), nbytes, destination);
     };
     if (leaf.codec == Codec::kFloat32) {
@@ -547,7 +557,9 @@ PYBIND11_MODULE(_ext, module) {
 #if PAGED_OPTAX_CUDA
   module.def("count_inexact", &CountInexact, py::arg("ordinal"));
 #endif
-  module.def("raise_if_rejected", [] { Registry::Get().ThrowIfRejected(); });
+  module.def(
+      "raise_if_rejected", [] { Registry::Get().ThrowIfRejected(); },
+      py::call_guard<py::gil_scoped_release>());
   module.def("num_arenas", [] { return Registry::Get().NumArenas(); });
   module.def("num_unused", [] { return Registry::Get().NumUnused(); });
 }

@@ -93,10 +93,15 @@ struct StepArgs {
 };
 static_assert(sizeof(StepArgs) <= 4096, "kernel parameters that every CUDA version accepts");
 
+// XLA aligns buffers, and slices that it hands over; this is for the case that it does not.
+__device__ bool IsAligned(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % 16 == 0;
+}
+
 __device__ void Load(const Leaf& leaf, int64_t start, int count, float (&values)[kLane]) {
   if (leaf.dtype == DType::kFloat32) {
     const float* source = static_cast<const float*>(leaf.grads) + start;
-    if (count == kLane) {
+    if (count == kLane && IsAligned(source)) {
       *reinterpret_cast<float4*>(&values[0]) = *reinterpret_cast<const float4*>(source);
       *reinterpret_cast<float4*>(&values[4]) = *reinterpret_cast<const float4*>(source + 4);
       return;
@@ -108,7 +113,7 @@ __device__ void Load(const Leaf& leaf, int64_t start, int count, float (&values)
   const uint16_t* source = static_cast<const uint16_t*>(leaf.grads) + start;
   uint4 packed = {0, 0, 0, 0};
   uint16_t* halves = reinterpret_cast<uint16_t*>(&packed);
-  if (count == kLane) {
+  if (count == kLane && IsAligned(source)) {
     packed = *reinterpret_cast<const uint4*>(source);
   } else {
 #pragma unroll
@@ -126,7 +131,7 @@ __device__ void Load(const Leaf& leaf, int64_t start, int count, float (&values)
 __device__ void Store(const Leaf& leaf, int64_t start, int count, const float (&values)[kLane]) {
   if (leaf.dtype == DType::kFloat32) {
     float* target = static_cast<float*>(leaf.updates) + start;
-    if (count == kLane) {
+    if (count == kLane && IsAligned(target)) {
       *reinterpret_cast<float4*>(target) = *reinterpret_cast<const float4*>(&values[0]);
       *reinterpret_cast<float4*>(target + 4) = *reinterpret_cast<const float4*>(&values[4]);
       return;
@@ -147,7 +152,7 @@ __device__ void Store(const Leaf& leaf, int64_t start, int count, const float (&
     for (int k = 0; k < kLane; ++k) halves[k] = ToFloat16(values[k]);
   }
   uint16_t* target = static_cast<uint16_t*>(leaf.updates) + start;
-  if (count == kLane) {
+  if (count == kLane && IsAligned(target)) {
     *reinterpret_cast<uint4*>(target) = packed;
     return;
   }
