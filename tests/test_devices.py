@@ -66,10 +66,11 @@ MANY_INITS = """
 """
 
 
-def run(program):
+def run(tmp_path, program):
     flags = "--xla_force_host_platform_device_count=8"
     process = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=tmp_path,  # not a checkout, whose source folder would be imported
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
         capture_output=True,
         text=True,
@@ -79,9 +80,9 @@ def run(program):
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_shards_are_updated_where_they_are(kind):
-    run(PROGRAM.replace("KIND", f"AxisType.{kind}"))
+def test_shards_are_updated_where_they_are(tmp_path, kind):
+    run(tmp_path, PROGRAM.replace("KIND", f"AxisType.{kind}"))
 
 
-def test_states_made_in_one_program_have_one_handle_on_all_devices():
-    run(MANY_INITS)
+def test_states_made_in_one_program_have_one_handle_on_all_devices(tmp_path):
+    run(tmp_path, MANY_INITS)
