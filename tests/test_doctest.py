@@ -79,3 +79,10 @@ def test_documents_are_filled_in():
     """No placeholder of a number that was to be measured."""
     for path in [README, *README.parent.glob("docs/*.md"), *README.parent.glob("xla_ffi/*.md")]:
         assert not re.findall(r"\{[a-z_]+\}", path.read_text(encoding="utf-8")), path
+
+
+@pytest.mark.skipif(not README.exists(), reason="tests without the source tree")
+def test_quickstart_is_what_the_readme_shows():
+    quickstart = (README.parent / "examples" / "quickstart.py").read_text(encoding="utf-8")
+    (block,) = python_blocks(README.read_text(encoding="utf-8"))
+    assert block in quickstart
