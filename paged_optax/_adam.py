@@ -24,6 +24,7 @@ def scale_by_paged_adam8bit(
     eps_root: jax.typing.ArrayLike = 0.0,
     *,
     nesterov: bool = False,
+    replay: bool = False,
     quantization: Quantization | None = None,
     paging: Paging | None = None,
 ) -> optax.GradientTransformation:
@@ -44,9 +45,12 @@ def scale_by_paged_adam8bit(
     element that is not finite gives a NaN update for that element and leaves its moments alone.
 
     Moments change in place: only the newest state can be updated. A state that was rolled back,
-    forked or restored from a checkpoint is refused with an error, and nothing is overwritten. On a
-    GPU that error comes with the next call (the refused step returns an update of zero), because a
-    step never waits for the device.
+    forked or restored from a checkpoint is refused with an error, and nothing is overwritten. With
+    ``replay=True`` moments are kept twice (4.06 bytes per parameter), and the state before the last
+    step can be updated as well, for whoever runs a step and then drops its result
+    (``optax.MultiSteps``, ``jnp.where`` over the state, a step that is tried again). On a GPU the
+    error comes with the next call (the refused step returns an update of zero), because a step
+    never waits for the device.
 
     Args:
       b1: decay rate of the first moment; a float or a traced scalar.
@@ -54,6 +58,7 @@ def scale_by_paged_adam8bit(
       eps: added to the denominator outside of the square root.
       eps_root: added to the denominator inside the square root.
       nesterov: whether to use Nesterov momentum.
+      replay: whether the last step may be discarded and run again; doubles the moments' memory.
       quantization: how moments are stored; see `Quantization`.
       paging: where moments live; see `Paging`.
 
@@ -119,10 +124,12 @@ def scale_by_paged_adam8bit(
             state.count,
             _stack([b1, b2, eps, eps_root]),
             [jnp.asarray(grad) for grad in grads],
+            jax.tree.leaves(params),
             codecs=tuple(
                 DYNAMIC if np.size(g) >= quantization.min_size else FLOAT32 for g in grads
             ),
             nesterov=bool(nesterov),
+            replay=bool(replay),
             tree=name_tree(paths, treedef),
             paths=name_paths(paths),
             device_bytes=-1 if paging.device_bytes is None else paging.device_bytes,
@@ -143,6 +150,7 @@ def paged_adamw8bit(
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
     nesterov: bool = False,
+    replay: bool = False,
     quantization: Quantization | None = None,
     paging: Paging | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -162,6 +170,7 @@ def paged_adamw8bit(
       mask: a tree with the same structure as (or a prefix of) the parameters, or a callable that
         returns one; True where weight decay applies.
       nesterov: whether to use Nesterov momentum.
+      replay: whether the last step may be discarded and run again; doubles the moments' memory.
       quantization: how moments are stored; see `Quantization`.
       paging: where moments live; see `Paging`.
 
@@ -210,7 +219,14 @@ def paged_adamw8bit(
         )
     return optax.chain(
         scale_by_paged_adam8bit(
-            b1, b2, eps, eps_root, nesterov=nesterov, quantization=quantization, paging=paging
+            b1,
+            b2,
+            eps,
+            eps_root,
+            nesterov=nesterov,
+            replay=replay,
+            quantization=quantization,
+            paging=paging,
         ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
@@ -225,6 +241,7 @@ def paged_adam8bit(
     eps_root: jax.typing.ArrayLike = 0.0,
     *,
     nesterov: bool = False,
+    replay: bool = False,
     quantization: Quantization | None = None,
     paging: Paging | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -239,6 +256,7 @@ def paged_adam8bit(
       eps: added to the denominator outside of the square root.
       eps_root: added to the denominator inside the square root.
       nesterov: whether to use Nesterov momentum.
+      replay: whether the last step may be discarded and run again; doubles the moments' memory.
       quantization: how moments are stored; see `Quantization`.
       paging: where moments live; see `Paging`.
 
@@ -262,7 +280,14 @@ def paged_adam8bit(
     """
     return optax.chain(
         scale_by_paged_adam8bit(
-            b1, b2, eps, eps_root, nesterov=nesterov, quantization=quantization, paging=paging
+            b1,
+            b2,
+            eps,
+            eps_root,
+            nesterov=nesterov,
+            replay=replay,
+            quantization=quantization,
+            paging=paging,
         ),
         optax.scale_by_learning_rate(learning_rate),
     )

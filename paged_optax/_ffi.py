@@ -27,14 +27,17 @@ for _name, _platform, _handler in _ext.targets():
     jax.ffi.register_ffi_target(_name, _handler, platform=_platform)
 
 # issue_call_p: a seed, int32 (2,), that only tells apart two calls of one program -> a new token.
+# Static: `shared` (bool), whether other processes take part in the program.
 issue_call_p = jax.extend.core.Primitive("paged_optax_issue_call")
 # update_call_p: token, count, hyperparams, gradients -> the advanced token, updates.
+# Static: the members of UpdateAttrs in xla_ffi/handlers.cc.
 update_call_p = jax.extend.core.Primitive("paged_optax_update_call")
 issue_call_p.multiple_results = update_call_p.multiple_results = True
 
 
 @issue_call_p.def_abstract_eval
-def _issue_avals(seed):
+def _issue_avals(seed, *, shared):
+    del shared
     return [seed]
 
 
@@ -44,25 +47,23 @@ def _update_avals(token, count, hyperparams, *grads, **static):
     return [token, *grads]
 
 
-def _lower_issue(ctx, seed):
-    return jax.ffi.ffi_lowering(_ISSUE_TARGET, has_side_effect=True)(ctx, seed)
+def _lower_issue(ctx, seed, *, shared):
+    return jax.ffi.ffi_lowering(_ISSUE_TARGET, has_side_effect=True)(ctx, seed, shared=shared)
 
 
-def _lower_update(ctx, *operands, codecs, nesterov, tree, paths, device_bytes, headroom_bytes):
-    aliases = {NUM_SCALARS + i: 1 + i for i in range(len(codecs))}
+def _lower_update(ctx, *operands, **attrs):
+    aliases = {NUM_SCALARS + i: 1 + i for i in range(len(attrs["codecs"]))}
     lowering = jax.ffi.ffi_lowering(
         _UPDATE_TARGET, has_side_effect=True, operand_output_aliases=aliases
     )
-    return lowering(
-        ctx,
-        *operands,
-        codecs=np.array(codecs, np.int8),
-        nesterov=nesterov,
-        tree=np.int64(tree),
-        paths=np.int64(paths),
-        device_bytes=np.int64(device_bytes),
-        headroom_bytes=np.int64(headroom_bytes),
-    )
+    return lowering(ctx, *operands, **{name: _attribute(x) for name, x in attrs.items()})
+
+
+def _attribute(value):
+    """Integers as the 64 bits that the handler decodes, and codecs as an array."""
+    if isinstance(value, tuple):
+        return np.array(value, np.int8)
+    return np.int64(value) if type(value) is int else value
 
 
 def _no_cuda(ctx, *operands, **static) -> NoReturn:

@@ -1,26 +1,88 @@
 """How one call is spread over devices: each works on its own shards, and no data moves.
 
 A bare custom call on sharded operands is compiled as an all-gather and the whole work on every
-device. There are three cases to keep it local: inside `jax.shard_map` operands are shards
-already; on a mesh of Explicit axes the specs are in the types, and `jax.shard_map` cuts along
-them; otherwise `custom_partitioning` tells the partitioner that every dimension may be sharded in
-any way. Tokens are replicated: every device keeps the moments of its shards under the same handle.
+device. To keep it local, mesh axes are dealt with by their type. Explicit axes are in the types of
+the operands, and `jax.shard_map` cuts along them. Auto axes are settled by the compiler, and
+`custom_partitioning` tells it that every dimension may be cut in any way. Manual axes have been cut
+already, by the user or by the first rule. A mesh may have axes of all three types.
+
+Tokens are replicated: every device keeps the moments of its shards under the same handle.
 """
 
+import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax
 import jax.extend
 import jax.numpy as jnp
+from jax._src import distributed
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
-from . import _ffi
+from . import _ext, _ffi
+
+# The mesh axes that each dimension of each leaf is cut along, the slowest varying first.
+Cuts = tuple[tuple[tuple[str, ...], ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """What a compiled call knows of the devices that its program runs on."""
+
+    num_devices: int = 1
+    shared: bool = False  # other processes take part
+    shards: str = ""  # see `Shards`; empty where that is not known, or the device is the only one
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """Which part of each leaf a device has. Travels through the compiled program as text.
+
+    Attributes:
+      axes: sizes of the mesh axes by name, the slowest varying first.
+      cuts: the axes that each dimension of each leaf is cut along.
+    """
+
+    axes: dict[str, int]
+    cuts: Cuts
+
+    def encode(self) -> str:
+        kinds = list(dict.fromkeys(self.cuts))  # many leaves, few ways to cut them
+        leaves = [kinds.index(cut) for cut in self.cuts]
+        return json.dumps([self.axes, kinds, leaves])
+
+    @classmethod
+    def decode(cls, text: str) -> "Shards":
+        axes, kinds, leaves = json.loads(text)
+        return cls(axes, tuple(tuple(map(tuple, kinds[i])) for i in leaves))
+
+    def index(self, leaf: int, position: int, shape: Sequence[int]) -> tuple[slice, ...]:
+        """Where the shard, of `shape`, of the device at `position` lies in the whole leaf."""
+        coordinates = {}
+        for name, size in reversed(self.axes.items()):
+            position, coordinates[name] = divmod(position, size)
+        index = []
+        for names, size in zip(self.cuts[leaf], shape, strict=True):
+            offset = 0
+            for name in names:
+                offset = offset * self.axes[name] + coordinates[name]
+            index.append(slice(offset * size, (offset + 1) * size))
+        return tuple(index)
+
+    def whole(self, leaf: int, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the whole leaf, whose shards have `shape`."""
+        return tuple(
+            size * math.prod(self.axes[name] for name in names)
+            for names, size in zip(self.cuts[leaf], shape, strict=True)
+        )
 
 
 def issue(seed: jax.typing.ArrayLike) -> jax.Array:
@@ -33,7 +95,9 @@ def issue(seed: jax.typing.ArrayLike) -> jax.Array:
     Returns:
       int32 of shape (2,): a handle that no other state has, and version 0.
     """
-    (token,) = _spread(_ffi.issue_call_p, (jnp.asarray(seed),), num_replicated=1)
+    if jax.distributed.is_initialized():
+        _share_base()
+    (token,) = _spread(_issue, (jnp.asarray(seed),), num_replicated=1)
     return token
 
 
@@ -42,6 +106,7 @@ def update(
     count: jax.Array,
     hyperparams: jax.typing.ArrayLike,
     grads: Sequence[jax.Array],
+    params: Sequence[jax.Array],
     **static: Any,
 ) -> tuple[jax.Array, list[jax.Array]]:
     """Advances the moments of `token` by one step.
@@ -51,8 +116,11 @@ def update(
       count: int32 of shape (), the number of steps already taken.
       hyperparams: float32 of shape (4,): b1, b2, eps, eps_root.
       grads: gradients, in tree order.
-      **static: ``codecs`` (tuple of int, the codec of each leaf), ``nesterov`` (bool), ``tree``
-        (int, names the tree structure), ``device_bytes`` and ``headroom_bytes`` (int).
+      params: their parameters, or nothing. Only their shardings matter: where the compiler decides,
+        gradients are cut as their parameters are.
+      **static: ``codecs`` (tuple of int, the codec of each leaf), ``nesterov`` (bool), ``replay``
+        (bool), ``tree`` (int, names the tree structure), ``paths`` (int, names the leaves),
+        ``device_bytes`` and ``headroom_bytes`` (int).
 
     Returns:
       The token of the advanced moments, and the updates with the gradients' shapes and dtypes.
@@ -61,8 +129,11 @@ def update(
       NotImplementedError: under `jax.vmap`.
       TypeError: under differentiation.
     """
-    operands = guard(token, count, jnp.asarray(hyperparams), *grads)
-    token, *updates = _spread(_ffi.update_call_p, operands, _ffi.NUM_SCALARS, **static)
+    models = map(jax.lax.stop_gradient, params)  # a step does not depend on their values
+    operands = guard(token, count, jnp.asarray(hyperparams), *grads, *models)
+    call = functools.partial(_update, tuple(sorted(static.items())))
+    end = _ffi.NUM_SCALARS + len(grads)
+    token, *updates = _spread(call, operands[:end], _ffi.NUM_SCALARS, operands[end:])
     return token, updates
 
 
@@ -71,54 +142,145 @@ def guard(*operands: jax.Array) -> list[jax.Array]:
     return _guard_p.bind(*operands)
 
 
-def _spread(call_p, operands: Sequence[jax.Array], num_replicated: int, **static):
-    mesh = jax.sharding.get_abstract_mesh()
-    axis_types = set() if mesh.empty else set(mesh.axis_types)
-    if axis_types == {AxisType.Manual}:
-        return _call(call_p, operands, static)
-    if axis_types == {AxisType.Explicit}:
-        specs = [jax.typeof(grad).sharding.spec for grad in operands[num_replicated:]]
-        return jax.shard_map(
-            lambda *shards: _call(call_p, shards, static),
-            in_specs=(*[P()] * num_replicated, *specs),
-            out_specs=[P(), *specs],
-            check_vma=False,
-        )(*operands)
-    with jax.disable_jit(False):  # a custom call has to be compiled, also under jax.disable_jit()
-        return _automatic(call_p, num_replicated, tuple(sorted(static.items())))(*operands)
+@functools.cache
+def _share_base() -> None:
+    """Has all processes count the handles of states that they share from one random number."""
+    client, key = distributed.global_state.client, "paged_optax/base"
+    assert client is not None
+    try:
+        client.key_value_set(key, str(random.SystemRandom().getrandbits(29)))
+    except jax.errors.JaxRuntimeError:
+        pass  # another process was first
+    _ext.set_shared_base(int(client.blocking_key_value_get(key, 60_000)))
 
 
-def _call(call_p, operands: Sequence[jax.Array], static: dict[str, Any]):
-    """The custom call between barriers, which cost nothing at run time.
+def _issue(place: _Place, seed: jax.Array):
+    return _fence(functools.partial(_ffi.issue_call_p.bind, shared=place.shared), seed)
+
+
+def _update(static: tuple[tuple[str, Any], ...], place: _Place, *operands: jax.Array):
+    call = functools.partial(
+        _ffi.update_call_p.bind,
+        num_devices=place.num_devices,
+        shards=place.shards,
+        **dict(static),
+    )
+    return _fence(call, *operands)
+
+
+def _fence(call, *operands):
+    """A custom call between barriers, which cost nothing at run time.
 
     XLA:GPU fuses slices of operands and results into a copy of a call. Where the call has a side
     effect, some versions leave the original in place as well, and it runs twice.
     """
-    operands = jax.lax.optimization_barrier(tuple(operands))
-    return jax.lax.optimization_barrier(call_p.bind(*operands, **static))
+    return tuple(jax.lax.optimization_barrier(call(*jax.lax.optimization_barrier(operands))))
+
+
+def _spread(
+    call,
+    operands: Sequence[jax.Array],
+    num_replicated: int,
+    models: Sequence[jax.Array] = (),
+    cuts: Cuts | None = None,
+):
+    """Calls `call(place, *operands)` on every device with its shards of the operands.
+
+    Args:
+      call: a hashable function of a `_Place` and operands.
+      operands: arrays; the first `num_replicated` are the same on every device.
+      num_replicated: as many as that; of the results, the first one is.
+      models: arrays to be cut like, for the operands behind those, or nothing.
+      cuts: how the operands behind those were cut already, if that is known.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    explicit = {
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    }
+    if explicit:
+        specs = [jax.typeof(x).sharding.spec for x in operands[num_replicated:]]
+        cuts = tuple(
+            _cut(spec, x.ndim) for spec, x in zip(specs, operands[num_replicated:], strict=True)
+        )
+        return jax.shard_map(
+            lambda *shards: _spread(call, shards, num_replicated, cuts=cuts),
+            in_specs=(*[P()] * num_replicated, *specs),
+            out_specs=(P(), *specs),
+            axis_names=explicit,
+            check_vma=False,
+        )(*operands)
+    if not mesh.empty and AxisType.Auto not in mesh.axis_types:
+        return call(_place(mesh.size, mesh, cuts), *operands)
+    with jax.disable_jit(False):  # a custom call has to be compiled, also under jax.disable_jit()
+        return _automatic(call, num_replicated, len(models))(*operands, *models)
+
+
+def _place(num_devices: int, mesh: Any, cuts: Cuts | None) -> _Place:
+    # Devices are not known while a program is traced or compiled, only how many there are.
+    shared = jax.distributed.is_initialized() and num_devices > jax.local_device_count()
+    shards = "" if cuts is None else Shards(dict(mesh.shape), cuts).encode()
+    return _Place(num_devices, shared, shards)
+
+
+def _cut(spec: P, ndim: int) -> tuple[tuple[str, ...], ...]:
+    entries = [*spec, *[None] * (ndim - len(spec))]
+    return tuple(
+        () if names is None else (names,) if isinstance(names, str) else tuple(names)
+        for names in entries
+    )
 
 
 @functools.lru_cache(maxsize=256)
-def _automatic(call_p, num_replicated: int, static: tuple[tuple[str, Any], ...]):
-    def call(*operands):
-        return _call(call_p, operands, dict(static))
-
+def _automatic(call: Callable, num_replicated: int, num_models: int):
     def partition(mesh, operands, results):
         del results
+        # A model's sharding goes before that of its leaf.
+        end = len(operands) - num_models
+        leaves = operands[end:] if num_models else operands[num_replicated:]
+        shardings = [_even(mesh, leaf.sharding, leaf.shape) for leaf in leaves]
+        cuts = None
+        if not mesh.empty:  # it is where some axes are manual: shardings then do not name axes
+            dims = [len(leaf.shape) for leaf in leaves]
+            cuts = tuple(_cut(x.spec, ndim) for x, ndim in zip(shardings, dims, strict=True))
+        place = _place(operands[0].sharding.num_devices, mesh, cuts)
         everywhere = NamedSharding(mesh, P())
-        shards = [operand.sharding for operand in operands[num_replicated:]]
-        return mesh, call, [everywhere, *shards], (*[everywhere] * num_replicated, *shards)
+        return (
+            mesh,
+            lambda *operands: call(place, *operands[:end]),
+            (everywhere, *shardings),
+            (*[everywhere] * num_replicated, *shardings, *shardings[:num_models]),
+        )
 
     def sharding_rule(mesh, operand_types, result_types):
         del mesh, result_types
-        # A factor of its own for every dimension; a result's are those of its operand.
+        # A factor of its own for every dimension; a result's and a model's are those of its leaf.
         factors = (f"f{i}" for i in itertools.count())
         terms = [" ".join(next(factors) for _ in operand.shape) for operand in operand_types]
-        return f"{', '.join(terms)} -> {', '.join([terms[0], *terms[num_replicated:]])}"
+        terms = terms[: len(terms) - num_models]
+        leaves = terms[num_replicated:]
+        operands = [*terms, *leaves[:num_models]]
+        return f"{', '.join(operands)} -> {', '.join([terms[0], *leaves])}"
 
-    function = custom_partitioning(call)
+    def everywhere(*operands):
+        return call(_Place(), *operands[: len(operands) - num_models])
+
+    function = custom_partitioning(everywhere)
     function.def_partition(partition=partition, sharding_rule=sharding_rule)
     return jax.jit(function)
+
+
+def _even(mesh: Mesh, sharding: Sharding, shape: Sequence[int]) -> Sharding:
+    """The sharding, or none at all for parts of unequal size, which would be padded with garbage.
+
+    Blocks of moments must not see that. Users cannot cut an array so, but the compiler does.
+    """
+    try:
+        sharding.shard_shape(tuple(shape))
+    except ValueError:
+        return NamedSharding(mesh, P())
+    return sharding
 
 
 _guard_p = jax.extend.core.Primitive("paged_optax_guard")

@@ -96,7 +96,7 @@ def moments(opt_state: Any) -> Moments:
       >>> print(paged_optax.moments(state).mu["w"][0, 0].round(4))
       0.2
     """
-    trees = [_read_state(*_read_token(state)) for state in find_states(opt_state)]
+    trees = [_read_state(state) for state in find_states(opt_state)]
     try:
         return Moments(*(functools.reduce(_merge, [tree[i] for tree in trees]) for i in range(2)))
     except _Overlap:
@@ -108,11 +108,19 @@ def moments(opt_state: Any) -> Moments:
 
 @dataclasses.dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes of moments on one device."""
+    """Bytes of moments on one device.
+
+    Attributes:
+      device: platform and number, such as ``cuda:0``.
+      total: all bytes.
+      resident: those in the device's own memory.
+      replay: those of the second copy that ``replay=True`` keeps; part of the total.
+    """
 
     device: str
     total: int
     resident: int
+    replay: int = 0
 
     @property
     def on_host(self) -> int:
@@ -144,13 +152,20 @@ class MemoryReport:
         """Bytes of moments in host memory that a GPU reaches over its link."""
         return sum(device.on_host for device in self.devices)
 
+    @property
+    def replay(self) -> int:
+        """Bytes of the second copies that ``replay=True`` keeps; part of the total."""
+        return sum(device.replay for device in self.devices)
+
     def __str__(self) -> str:
-        rows = [(d.device, d.total, d.resident, d.on_host) for d in self.devices]
+        columns = ["total", "resident", "on_host", *["replay"] * (self.replay > 0)]
+        rows = [(device.device, device) for device in self.devices]
         if len(rows) != 1:
-            rows.append(("all", self.total, self.resident, self.on_host))
-        lines = [f"{'moments':<10}{'total':>12}{'resident':>12}{'on host':>12}"]
-        for name, *numbers in rows:
-            lines.append(f"{name:<10}" + "".join(f"{format_bytes(n):>12}" for n in numbers))
+            rows.append(("all", self))
+        lines = [f"{'moments':<10}" + "".join(f"{c.replace('_', ' '):>12}" for c in columns)]
+        for name, row in rows:
+            numbers = "".join(f"{format_bytes(getattr(row, c)):>12}" for c in columns)
+            lines.append(f"{name:<10}{numbers}")
         return "\n".join(lines)
 
 
@@ -181,9 +196,10 @@ def memory_report(opt_state: Any) -> MemoryReport:
     tokens = dict(_read_token(state) for state in find_states(opt_state))
     for token in tokens.items():  # several versions of one state count once
         for report in _ext.describe(*token):
-            numbers = devices.setdefault(f"{report['platform']}:{report['ordinal']}", [0, 0])
-            numbers[0] += report["total"]
-            numbers[1] += report["resident"]
+            name = f"{report['platform']}:{report['ordinal']}"
+            numbers = devices.setdefault(name, [0, 0, 0])
+            for i, kind in enumerate(["total", "resident", "replay"]):
+                numbers[i] += report[kind]
     return MemoryReport(tuple(DeviceMemory(name, *numbers) for name, numbers in devices.items()))
 
 
@@ -267,20 +283,59 @@ def _merge(one: Any, other: Any) -> Any:
     return jax.tree.unflatten(treedef, [_merge(*pair) for pair in zip(ones, others, strict=True)])
 
 
-def _read_state(handle: int, version: int) -> tuple[Any, Any]:
+def _read_state(state: ScaleByPagedAdam8bitState) -> tuple[Any, Any]:
+    handle, version = _read_token(state)
     reports = _ext.describe(handle, version)
     if not reports:
         raise RuntimeError(
             "this optimizer state was never updated: its moments are zero and have no memory yet"
         )
-    if len(reports) > 1:
-        raise NotImplementedError(
-            f"moments() reads states on one device; this one is on {len(reports)} devices"
-        )
-    report = reports[0]
-    if report["tree"] not in _trees:
+    first = reports[0]
+    if first["tree"] not in _trees:
         raise RuntimeError("the tree of the parameters is unknown: the update was not traced here")
-    mu, nu = [], []
+    if first["num_devices"] == 1:
+        parts = [_read_shards(first, handle, version)]
+        leaves = parts[0]
+    else:
+        positions, shards = _positions(state, reports)
+        leaves = [
+            [np.empty(shards.whole(i, shape), np.float32) for _ in range(2)]
+            for i, (_, shape) in enumerate(first["leaves"])
+        ]
+        for report in reports:
+            position = positions[report["ordinal"]]
+            for i, part in enumerate(_read_shards(report, handle, version)):
+                index = shards.index(i, position, part[0].shape)
+                for whole, shard in zip(leaves[i], part, strict=True):
+                    whole[index] = shard
+    mu, nu = zip(*leaves, strict=True)
+    treedef = _trees[first["tree"]]
+    return jax.tree.unflatten(treedef, mu), jax.tree.unflatten(treedef, nu)
+
+
+def _positions(
+    state: ScaleByPagedAdam8bitState, reports: list[dict[str, Any]]
+) -> tuple[dict[int, int], _partition.Shards]:
+    """Where in the mesh each local device is, by its ordinal, and how leaves are cut along it."""
+    if not reports[0]["shards"]:
+        raise NotImplementedError(
+            "moments() does not know which part of the parameters each device has: the state was"
+            " updated inside jax.shard_map. Update it under jax.jit with sharded arrays instead."
+        )
+    shards = _partition.Shards.decode(reports[0]["shards"])
+    ids = [device.id for device in state.token.sharding.mesh.devices.flat]
+    if len(reports) < len(ids):
+        raise RuntimeError(
+            f"{len(ids) - len(reports)} of the {len(ids)} devices with moments of this state belong"
+            " to other processes, and moments() reads those of its own only"
+        )
+    local = jax.local_devices(backend=reports[0]["platform"])
+    return {d.local_hardware_id: ids.index(d.id) for d in local if d.id in ids}, shards
+
+
+def _read_shards(report: dict[str, Any], handle: int, version: int) -> list[list[np.ndarray]]:
+    """Dequantized mu and nu of every leaf on one device."""
+    leaves = []
     for index, (codec, shape) in enumerate(report["leaves"]):
         parts = _ext.read_leaf(report["platform"], report["ordinal"], handle, version, index)
         if codec == DYNAMIC:
@@ -289,7 +344,5 @@ def _read_state(handle: int, version: int) -> tuple[Any, Any]:
                 reference.dequantize(reference.Quantized(mu_codes, mu_scales), signed=True),
                 reference.dequantize(reference.Quantized(nu_codes, nu_scales), signed=False),
             )
-        for leaves, flat in zip((mu, nu), parts, strict=True):
-            leaves.append(flat[: math.prod(shape)].reshape(shape))
-    treedef = _trees[report["tree"]]
-    return jax.tree.unflatten(treedef, mu), jax.tree.unflatten(treedef, nu)
+        leaves.append([flat[: math.prod(shape)].reshape(shape) for flat in parts])
+    return leaves

@@ -9,6 +9,7 @@
 
 #if PAGED_OPTAX_CUDA
 #include "cuda_check.h"
+#include "device_table.h"
 #endif
 
 namespace paged_optax {
@@ -20,95 +21,27 @@ std::string Name(DeviceId device) {
   return (device.platform == Platform::kCpu ? "cpu:" : "cuda:") + std::to_string(device.ordinal);
 }
 
-std::string ShapeText(const Layout::LeafInfo& leaf) {
-  std::ostringstream text;
-  text << "(";
-  for (size_t i = 0; i < leaf.dims.size(); ++i) {
-    text << (i ? ", " : "") << leaf.dims[i] << (leaf.dims.size() == 1 ? "," : "");
-  }
-  text << ")";
-  return text.str();
+// A slot of an arena starts at a multiple of `granularity`.
+int64_t SlotBytes(const Signature& signature, int64_t granularity) {
+  return RoundUp(std::max<int64_t>(1, signature.extent().NumBytes()), granularity);
 }
 
-// The first difference between the leaves that moments were made for and those of a call.
-std::string Difference(const Layout& moments, const Layout& call) {
-  const auto ours = moments.Leaves(), theirs = call.Leaves();
-  std::ostringstream text;
-  if (ours.size() != theirs.size()) {
-    text << "the moments belong to " << ours.size() << " leaves but the gradients have "
-         << theirs.size();
-  } else {
-    for (size_t i = 0; i < ours.size(); ++i) {
-      if (ours[i].dims != theirs[i].dims) {
-        text << "the moments of leaf " << i << " have shape " << ShapeText(ours[i])
-             << " but its gradient has shape " << ShapeText(theirs[i]);
-        break;
-      }
-      if (ours[i].codec != theirs[i].codec) {
-        text << "the moments of leaf " << i << " are stored "
-             << (ours[i].codec == Codec::kDynamic ? "in 8 bits" : "as float32")
-             << " but this step wants them "
-             << (theirs[i].codec == Codec::kDynamic ? "in 8 bits" : "as float32");
-        break;
-      }
-    }
+std::shared_ptr<Arena> MakeArena(const Request& request, Token token, Memory memory) {
+  const int32_t num_slots = request.signature->num_slots();
+  Header header{token.handle, 0, num_slots, {0, 0}, {nullptr, nullptr}, request.fingerprint};
+  for (int32_t slot = 0; slot < num_slots; ++slot) {
+    header.bases[slot] = memory.data() + memory.nbytes() / num_slots * slot;
   }
-  if (text.str().empty()) {
-    text << "the gradients have the shapes that the moments were made for, but other names or "
-            "another "
-            "structure";
-  }
-  text << " (was the model or the optimizer's `quantization` changed?). Make a new state with "
-          "init(params). The moments were left as they were.";
-  return text.str();
+  return std::shared_ptr<Arena>(new Arena{request.device,
+                                          header,
+                                          *request.signature,
+                                          request.tree,
+                                          std::string(request.shards),
+                                          std::move(memory),
+                                          {}});
 }
 
 }  // namespace
-
-int64_t Layout::Append(Codec codec, const int64_t* dims, int64_t rank) {
-  words_.push_back(static_cast<int64_t>(codec));
-  words_.push_back(rank);
-  words_.insert(words_.end(), dims, dims + rank);
-  int64_t size = 1;
-  for (int64_t i = 0; i < rank; ++i) size *= dims[i];
-  int64_t& blocks =
-      codec == Codec::kDynamic ? extent_.num_dynamic_blocks : extent_.num_float32_blocks;
-  const int64_t first_block = blocks;
-  blocks += NumBlocks(size);
-  if (blocks >= kMaxBlocks) {
-    throw StatusError(
-        StatusCode::kInvalidArgument,
-        "a state of more than 10^12 elements on one device is not supported; shard it");
-  }
-  return first_block;
-}
-
-uint64_t Layout::Fingerprint() const {
-  // FNV-1a over words, with a mix of the high bits.
-  uint64_t hash = 0xcbf29ce484222325u ^ static_cast<uint64_t>(paths_);
-  for (const int64_t word : words_) {
-    hash = (hash ^ static_cast<uint64_t>(word)) * 0x100000001b3u;
-    hash ^= hash >> 29;
-  }
-  return hash;
-}
-
-std::vector<Layout::LeafInfo> Layout::Leaves() const {
-  std::vector<LeafInfo> leaves;
-  int64_t blocks[2] = {0, 0};
-  for (size_t i = 0; i < words_.size(); i += 2 + words_[i + 1]) {
-    LeafInfo leaf;
-    leaf.codec = static_cast<Codec>(words_[i]);
-    leaf.dims.assign(words_.begin() + i + 2, words_.begin() + i + 2 + words_[i + 1]);
-    leaf.size = 1;
-    for (const int64_t dim : leaf.dims) leaf.size *= dim;
-    int64_t& next = blocks[leaf.codec == Codec::kDynamic];
-    leaf.first_block = next;
-    next += NumBlocks(leaf.size);
-    leaves.push_back(std::move(leaf));
-  }
-  return leaves;
-}
 
 Registry& Registry::Get() {
   static Registry* registry = new Registry();
@@ -118,17 +51,29 @@ Registry& Registry::Get() {
 // Handles start at a random number, so that a token from another process, restored without its
 // moments, is recognised instead of finding somebody else's.
 Registry::Registry()
-    : first_handle_(static_cast<int32_t>(std::random_device{}() % (1u << 30) + (1u << 20))),
-      next_handle_(first_handle_) {}
+    : own_{static_cast<int32_t>(std::random_device{}() % (1u << 29) + (1u << 20)), 0} {
+  own_.next = own_.first;
+}
 
-int32_t Registry::IssueHandle(DeviceId device, int64_t run, int32_t seed) {
+// Above all handles that a process issues on its own.
+void Registry::SetSharedBase(int32_t random) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (shared_.first != 0) return;
+  shared_.first = shared_.next = (1 << 30) + (random & ((1 << 29) - 1));
+}
+
+bool Registry::WasIssuedHere(int32_t handle) const {
+  return own_.Contains(handle) || shared_.Contains(handle);
+}
+
+int32_t Registry::IssueHandle(DeviceId device, int64_t run, int32_t seed, bool shared) {
   std::lock_guard<std::mutex> lock(mutex_);
   for (Issue& issue : issues_) {
     if (issue.run == run && issue.seed == seed && issue.devices.insert(device).second) {
       return issue.handle;
     }
   }
-  const int32_t handle = next_handle_++;
+  const int32_t handle = (shared && shared_.first != 0 ? shared_ : own_).next++;
   issues_.push_back({run, seed, handle, {device}});
   if (issues_.size() > kRecent) issues_.pop_front();
   unused_.insert(handle);
@@ -151,9 +96,9 @@ void Registry::NoteBound(int32_t handle, int64_t run) {
   num_unused_ = static_cast<int64_t>(unused_.size());
 }
 
-void Registry::RememberLayout(const Layout& layout, uint64_t fingerprint) {
+void Registry::Remember(const Signature& signature, uint64_t fingerprint) {
   std::lock_guard<std::mutex> lock(mutex_);
-  layouts_.try_emplace(fingerprint, layout);
+  signatures_.try_emplace(fingerprint, signature);
 }
 
 std::shared_ptr<Arena> Registry::Open(const Request& request, Token token) {
@@ -163,12 +108,9 @@ std::shared_ptr<Arena> Registry::Open(const Request& request, Token token) {
     const auto found = cpu_arenas_.find(key);
     if (found != cpu_arenas_.end()) return found->second;
     if (token.version == 0 && IsFirstUse(token.handle, request.run)) {
-      auto arena = std::make_shared<Arena>();
-      arena->memory = Memory::Anonymous(std::max<int64_t>(1, request.layout->extent().NumBytes()));
-      arena->device = request.device;
-      arena->header = {token.handle, 0, request.fingerprint, arena->memory.data()};
-      arena->layout = *request.layout;
-      arena->tree = request.tree;
+      const int64_t slot_bytes = SlotBytes(*request.signature, /*granularity=*/512);
+      const auto arena =
+          MakeArena(request, token, Memory::Anonymous(slot_bytes * request.signature->num_slots()));
       cpu_arenas_.emplace(key, arena);
       NoteBound(token.handle, request.run);
       return arena;
@@ -203,28 +145,36 @@ std::vector<std::shared_ptr<Arena>> Registry::FindAll(int32_t handle) {
 }
 
 std::string Registry::Explain(Verdict verdict, DeviceId device, Token token, int32_t version,
-                              uint64_t call_layout) {
+                              uint64_t call_fingerprint) {
   std::ostringstream text;
   text << "paged_optax: ";
   if (verdict == Verdict::kStale) {
+    const std::shared_ptr<Arena> arena = Find(device, token.handle);
+    const bool replay = arena != nullptr && arena->signature.num_slots() > 1;
     text << "this optimizer state is not the newest one: its moments were at version "
-         << token.version << ", and a later step has since moved them to version " << version
-         << ". The state was used twice: rolled back, forked into two, kept by jnp.where or "
-            "optax.MultiSteps after its update had run, or a step was tried again. Moments change "
-            "in "
-            "place, so only the newest state can go on. Go on from that, or from a new "
-            "init(params); choose whether to step with jax.lax.cond around tx.update, and to "
-            "accumulate gradients, average them before tx.update. The moments were left as they "
-            "were.";
+         << token.version << ", and later steps have since moved them to version " << version
+         << ". Moments change in place. ";
+    if (replay) {
+      text << "With replay=True the last step can be run again, but no step before it, and a state"
+              " cannot go on in two branches. ";
+    } else {
+      text << "The state was used twice: rolled back, forked into two, kept by jnp.where or"
+              " optax.MultiSteps after its update had run, or a step was tried again. To run the"
+              " last step again, build the optimizer with replay=True, which keeps two copies of"
+              " the moments; to accumulate gradients use paged_optax.MultiSteps; to skip steps put"
+              " jax.lax.cond around tx.update. ";
+    }
+    text << "Go on from the newest state or from a new init(params). The moments were left as they"
+            " were.";
     return text.str();
   }
   const auto arenas = FindAll(token.handle);
   std::lock_guard<std::mutex> lock(mutex_);
   if (verdict == Verdict::kOtherLayout) {
-    const auto call = layouts_.find(call_layout);
+    const auto call = signatures_.find(call_fingerprint);
     for (const auto& arena : arenas) {
-      if (arena->device == device && call != layouts_.end()) {
-        text << Difference(arena->layout, call->second);
+      if (arena->device == device && call != signatures_.end()) {
+        text << Signature::Difference(arena->signature, call->second);
         return text.str();
       }
     }
@@ -232,7 +182,7 @@ std::string Registry::Explain(Verdict verdict, DeviceId device, Token token, int
             "with init(params).";
     return text.str();
   }
-  const bool issued_here = token.handle >= first_handle_ && token.handle < next_handle_;
+  const bool issued_here = WasIssuedHere(token.handle);
   if (!arenas.empty()) {
     text << "the moments of this optimizer state are on " << Name(arenas[0]->device)
          << " but the step ran on " << Name(device)
@@ -267,13 +217,13 @@ std::unique_lock<std::mutex> Registry::LockContents(Arena& arena) {
 }
 
 // Contents must be locked.
-int32_t Registry::CurrentVersion(const Arena& arena) {
+Header Registry::CurrentHeader(const Arena& arena) {
 #if PAGED_OPTAX_CUDA
   if (arena.device.platform == Platform::kCuda) {
-    return Table(arena.device.ordinal).ReadHeader(arena.header.handle).version;
+    return Table(arena.device.ordinal).ReadHeader(arena.header.handle);
   }
 #endif
-  return arena.header.version;
+  return arena.header;
 }
 
 std::vector<ArenaReport> Registry::Describe(Token token) {
@@ -281,9 +231,11 @@ std::vector<ArenaReport> Registry::Describe(Token token) {
   std::vector<ArenaReport> reports;
   for (const auto& arena : FindAll(token.handle)) {
     const std::unique_lock<std::mutex> lock = LockContents(*arena);
-    const int32_t version = CurrentVersion(*arena);
-    reports.push_back({arena->device, version, arena->tree, arena->memory.placement(),
-                       arena->memory.nbytes(), arena->layout.Leaves()});
+    const int32_t version = CurrentHeader(*arena).version;
+    reports.push_back({arena->device, version, arena->tree, arena->shards,
+                       arena->memory.placement(), arena->memory.nbytes(),
+                       arena->signature.num_slots(), arena->signature.num_devices(),
+                       arena->signature.Leaves()});
   }
   if (reports.empty() && token.version != 0) {
     throw StatusError(StatusCode::kFailedPrecondition,
@@ -299,17 +251,20 @@ void Registry::Read(DeviceId device, Token token, int64_t offset, int64_t nbytes
     throw StatusError(StatusCode::kFailedPrecondition,
                       Explain(Verdict::kUnknown, device, token, 0, 0));
   }
-  if (offset < 0 || nbytes < 0 || offset + nbytes > arena->memory.nbytes()) {
+  const int64_t slot_bytes = arena->memory.nbytes() / arena->signature.num_slots();
+  if (offset < 0 || nbytes < 0 || offset + nbytes > slot_bytes) {
     throw StatusError(StatusCode::kInvalidArgument, "read outside the arena");
   }
   // Held during the copy: no step may start meanwhile.
-  const std::unique_lock<std::mutex> lock = LockContents(*arena);
-  const int32_t version = CurrentVersion(*arena);
-  if (version != token.version) {
+  std::unique_lock<std::mutex> lock = LockContents(*arena);
+  const Header header = CurrentHeader(*arena);
+  const int32_t slot = token.version == 0 ? -1 : FindSlot(header, token.version);
+  if (slot < 0) {
+    lock.unlock();  // Explain takes it
     throw StatusError(StatusCode::kFailedPrecondition,
-                      Explain(Verdict::kStale, device, token, version, 0));
+                      Explain(Verdict::kStale, device, token, header.version, 0));
   }
-  arena->memory.Read(offset, nbytes, destination);
+  arena->memory.Read(slot * slot_bytes + offset, nbytes, destination);
 }
 
 int64_t Registry::Release(int32_t handle) {
@@ -359,71 +314,6 @@ int64_t Registry::NumUnused() { return num_unused_; }
 
 #if PAGED_OPTAX_CUDA
 
-DeviceTable::DeviceTable(int ordinal) : ordinal(ordinal), mailbox(sizeof(Rejection)) {}
-
-std::shared_ptr<Arena> DeviceTable::Find(int32_t handle) const {
-  for (const auto& arena : arenas) {
-    if (arena->header.handle == handle) return arena;
-  }
-  return nullptr;
-}
-
-void DeviceTable::Append(std::shared_ptr<Arena> arena) {
-  const int64_t count = static_cast<int64_t>(arenas.size());
-  if (count == capacity) {
-    const int64_t grown = std::max<int64_t>(64, 2 * capacity);
-    auto buffer = std::make_unique<DeviceBuffer>(grown * sizeof(Header));
-    if (count > 0) {
-      // Versions advance on the device, so the copy must come after every queued step.
-      CUDA_CHECK(cudaDeviceSynchronize());
-      CUDA_CHECK(cudaMemcpy(buffer->data(), headers(), count * sizeof(Header), cudaMemcpyDefault));
-    }
-    buffers.push_back(std::move(buffer));
-    capacity = grown;
-  }
-  CUDA_CHECK(cudaMemcpy(headers() + count, &arena->header, sizeof(Header), cudaMemcpyDefault));
-  // Such copies may return before they are done, and XLA's streams do not wait for this one.
-  CUDA_CHECK(cudaStreamSynchronize(cudaStreamLegacy));
-  arenas.push_back(std::move(arena));
-}
-
-void DeviceTable::Remove(int32_t handle) {
-  for (size_t i = 0; i < arenas.size(); ++i) {
-    if (arenas[i]->header.handle != handle) continue;
-    if (i + 1 < arenas.size()) {
-      CUDA_CHECK(cudaMemcpy(headers() + i, headers() + arenas.size() - 1, sizeof(Header),
-                            cudaMemcpyDefault));
-      CUDA_CHECK(cudaStreamSynchronize(cudaStreamLegacy));
-      arenas[i] = arenas.back();
-    }
-    arenas.pop_back();
-    return;
-  }
-}
-
-Header DeviceTable::ReadHeader(int32_t handle) const {
-  for (size_t i = 0; i < arenas.size(); ++i) {
-    if (arenas[i]->header.handle != handle) continue;
-    ScopedDevice scope(ordinal);
-    Header header;
-    CUDA_CHECK(cudaMemcpy(&header, headers() + i, sizeof(Header), cudaMemcpyDefault));
-    return header;
-  }
-  return {handle, 0, 0, nullptr};
-}
-
-bool DeviceTable::TakeRejection(Rejection* rejection) {
-  volatile Rejection* report = static_cast<Rejection*>(mailbox.host());
-  if (report->verdict == Verdict::kAccept) return false;
-  rejection->token.handle = report->token.handle;
-  rejection->token.version = report->token.version;
-  rejection->version = report->version;
-  rejection->layout = report->layout;
-  rejection->verdict = report->verdict;
-  report->verdict = Verdict::kAccept;
-  return true;
-}
-
 DeviceTable& Registry::Table(int ordinal) {
   std::lock_guard<std::mutex> lock(mutex_);
   std::unique_ptr<DeviceTable>& table = tables_[ordinal];
@@ -450,7 +340,7 @@ void Registry::BindOnFirstUse(const Request& request, Token token, DeviceTable& 
     if (!IsFirstUse(token.handle, request.run)) return;
   }
   const int64_t nbytes =
-      RoundUp(std::max<int64_t>(1, request.layout->extent().NumBytes()), kChunkBytes);
+      SlotBytes(*request.signature, kChunkBytes) * request.signature->num_slots();
   const PlacementPolicy& policy = request.policy;
   int64_t resident = 0;
   for (const auto& arena : table.arenas) {
@@ -460,14 +350,10 @@ void Registry::BindOnFirstUse(const Request& request, Token token, DeviceTable& 
   const bool fits_budget = policy.device_bytes < 0 || resident + nbytes <= policy.device_bytes;
 
   ScopedDevice scope(table.ordinal);
-  auto arena = std::make_shared<Arena>();
-  arena->memory =
+  const auto arena = MakeArena(
+      request, token,
       Memory::Managed(nbytes, table.ordinal,
-                      fits_device && fits_budget ? Placement::kDevice : Placement::kHost, stream);
-  arena->device = request.device;
-  arena->header = {token.handle, 0, request.fingerprint, arena->memory.data()};
-  arena->layout = *request.layout;
-  arena->tree = request.tree;
+                      fits_device && fits_budget ? Placement::kDevice : Placement::kHost, stream));
   table.Append(arena);
   std::lock_guard<std::mutex> lock(mutex_);
   NoteBound(token.handle, request.run);

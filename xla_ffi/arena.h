@@ -10,11 +10,12 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <string_view>
 #include <unordered_map>
 #include <vector>
 
-#include "layout.h"
 #include "memory.h"
+#include "signature.h"
 #include "token.h"
 
 namespace paged_optax {
@@ -32,30 +33,6 @@ struct DeviceId {
   }
 };
 
-// Shapes and codecs of the leaves of one call, in tree order.
-class Layout {
- public:
-  struct LeafInfo {
-    Codec codec;
-    std::vector<int64_t> dims;
-    int64_t size;
-    int64_t first_block;
-  };
-
-  // Returns the number of the leaf's first block among the blocks of its codec.
-  int64_t Append(Codec codec, const int64_t* dims, int64_t rank);
-  // `paths` names the leaves; layouts that differ in it are different.
-  void SetPaths(int64_t paths) { paths_ = paths; }
-  uint64_t Fingerprint() const;
-  std::vector<LeafInfo> Leaves() const;
-  const ArenaExtent& extent() const { return extent_; }
-
- private:
-  std::vector<int64_t> words_;  // per leaf: codec, rank, dims
-  int64_t paths_ = 0;
-  ArenaExtent extent_;
-};
-
 // Where a new arena may live.
 struct PlacementPolicy {
   int64_t device_bytes;    // budget for resident moments on a device; negative: what is free
@@ -66,8 +43,9 @@ struct PlacementPolicy {
 struct Arena {
   DeviceId device;
   Header header;  // on the GPU only a copy: the device's own is in the DeviceTable
-  Layout layout;
-  int64_t tree;  // names the tree structure to the Python side
+  Signature signature;
+  int64_t tree;        // names the tree structure to the Python side
+  std::string shards;  // tells the Python side which parts of the leaves are on which device
   Memory memory;
   std::mutex mutex;  // CPU: held while a step or a read uses the contents
 };
@@ -77,8 +55,9 @@ struct Request {
   DeviceId device;
   int64_t run;  // names the execution of the program; the same on all devices that take part
   int64_t tree;
+  std::string_view shards;
   PlacementPolicy policy;
-  const Layout* layout;
+  const Signature* signature;
   uint64_t fingerprint;
 };
 
@@ -86,35 +65,16 @@ struct ArenaReport {
   DeviceId device;
   int32_t version;
   int64_t tree;
+  std::string shards;
   Placement placement;
-  int64_t nbytes;
-  std::vector<Layout::LeafInfo> leaves;
+  int64_t nbytes;  // of all slots
+  int32_t num_slots;
+  int64_t num_devices;
+  std::vector<Signature::LeafInfo> leaves;
 };
 
 #if PAGED_OPTAX_CUDA
-// The headers of all arenas of one GPU, in device memory, and the mailbox for refused steps.
-// Members are used with `mutex` held.
-struct DeviceTable {
-  explicit DeviceTable(int ordinal);
-
-  void Append(std::shared_ptr<Arena> arena);
-  void Remove(int32_t handle);  // the device must be idle
-  Header ReadHeader(int32_t handle) const;
-  std::shared_ptr<Arena> Find(int32_t handle) const;
-
-  Header* headers() const { return static_cast<Header*>(buffers.back()->data()); }
-  Rejection* device_rejection() const { return static_cast<Rejection*>(mailbox.device()); }
-  // Returns the report of a refused step and clears it.
-  bool TakeRejection(Rejection* rejection);
-
-  const int ordinal;
-  std::mutex mutex;
-  std::vector<std::shared_ptr<Arena>> arenas;  // in the order of the headers
-  // Outgrown tables stay until the process ends: a queued kernel may still read one.
-  std::vector<std::unique_ptr<DeviceBuffer>> buffers;
-  int64_t capacity = 0;
-  MappedBuffer mailbox;
-};
+struct DeviceTable;
 #endif
 
 // Process-wide, never destroyed: nothing calls CUDA while the process exits. Thread-safe; where two
@@ -125,14 +85,17 @@ class Registry {
 
   // Handle of a new state. Devices that take part in one execution get the same handle.
   // Within one, calls are told apart by `seed` and, for the same seed (a loop), by their order.
-  int32_t IssueHandle(DeviceId device, int64_t run, int32_t seed);
+  // `shared`: other processes take part as well, and all of them count from the shared base.
+  int32_t IssueHandle(DeviceId device, int64_t run, int32_t seed, bool shared);
+  // A random number that the processes of this job have in common; later calls change nothing.
+  void SetSharedBase(int32_t random);
 
   // The arena for a token on the CPU, made at its first use. Throws what Explain says.
   std::shared_ptr<Arena> Open(const Request& request, Token token);
 
   // Why a token was refused, for the user.
   std::string Explain(Verdict verdict, DeviceId device, Token token, int32_t version,
-                      uint64_t call_layout);
+                      uint64_t call_fingerprint);
 
 #if PAGED_OPTAX_CUDA
   // Whether a token may belong to a state that has no arena here yet and so has to be looked at on
@@ -148,14 +111,14 @@ class Registry {
   // Same for every device.
   void ThrowIfRejected();
 
-  // Remembers the layout, for Explain.
-  void RememberLayout(const Layout& layout, uint64_t fingerprint);
+  // For Explain.
+  void Remember(const Signature& signature, uint64_t fingerprint);
 
   // All arenas of a state; waits for the device. Throws if there is none although the state was
   // used.
   std::vector<ArenaReport> Describe(Token token);
 
-  // Bytes [offset, offset + nbytes) of an arena, checked against the token.
+  // Bytes [offset, offset + nbytes) of the slot that holds the token's contents.
   void Read(DeviceId device, Token token, int64_t offset, int64_t nbytes, void* destination);
 
   // Frees every arena of a state, waiting for steps under way. Returns the bytes freed.
@@ -171,7 +134,8 @@ class Registry {
   std::shared_ptr<Arena> Find(DeviceId device, int32_t handle);
   std::vector<std::shared_ptr<Arena>> FindAll(int32_t handle);
   std::unique_lock<std::mutex> LockContents(Arena& arena);
-  int32_t CurrentVersion(const Arena& arena);
+  Header CurrentHeader(const Arena& arena);  // contents locked
+  bool WasIssuedHere(int32_t handle) const;  // mutex_ held
 
   struct Issue {
     int64_t run;
@@ -184,15 +148,21 @@ class Registry {
     int64_t run;
   };
 
+  struct HandleRange {
+    int32_t first;
+    int32_t next;
+    bool Contains(int32_t handle) const { return first <= handle && handle < next; }
+  };
+
   std::mutex mutex_;
-  const int32_t first_handle_;
-  int32_t next_handle_;
+  HandleRange own_;
+  HandleRange shared_{0, 0};  // {0, 0}: not set
   std::deque<Issue> issues_;  // recent
   std::set<int32_t> unused_;  // issued, no arena on any device yet
   std::deque<Bound> bound_;   // recent
   std::atomic<int64_t> num_unused_{0};
   std::map<std::pair<DeviceId, int32_t>, std::shared_ptr<Arena>> cpu_arenas_;
-  std::unordered_map<uint64_t, Layout> layouts_;
+  std::unordered_map<uint64_t, Signature> signatures_;
 #if PAGED_OPTAX_CUDA
   std::vector<DeviceTable*> Tables();
   std::map<int, std::unique_ptr<DeviceTable>> tables_;

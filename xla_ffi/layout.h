@@ -11,6 +11,8 @@
 //   float32 chunk: [mu: n x 1024][nu: n x 1024]
 #pragma once
 
+#include <type_traits>
+
 #include "portable.h"
 
 namespace paged_optax {
@@ -33,16 +35,21 @@ PAGED_HD int64_t RoundUp(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
+// Addresses of a block's parts. Byte is uint8_t, or const uint8_t to read only.
+template <class Byte>
 struct DynamicBlock {
-  uint8_t* mu;
-  uint8_t* nu;
-  float* mu_scale;
-  float* nu_scale;
+  using Float = std::conditional_t<std::is_const_v<Byte>, const float, float>;
+  Byte* mu;
+  Byte* nu;
+  Float* mu_scale;
+  Float* nu_scale;
 };
 
+template <class Byte>
 struct Float32Block {
-  float* mu;
-  float* nu;
+  using Float = typename DynamicBlock<Byte>::Float;
+  Float* mu;
+  Float* nu;
 };
 
 // The extent of an arena; with its base address it locates every block.
@@ -60,7 +67,8 @@ struct ArenaExtent {
     return Float32Offset() + num_float32_blocks * kFloat32BlockBytes;
   }
 
-  PAGED_HD DynamicBlock LocateDynamic(uint8_t* base, int64_t block) const {
+  template <class Byte>
+  PAGED_HD DynamicBlock<Byte> LocateDynamic(Byte* base, int64_t block) const {
     // 32 bits: a division that a GPU does in a few instructions. Arenas have fewer blocks
     // (kMaxBlocks).
     const int64_t chunk =
@@ -69,20 +77,22 @@ struct ArenaExtent {
     const int64_t i = block - first;
     const int64_t left = num_dynamic_blocks - first;
     const int64_t n = left < kDynamicBlocksPerChunk ? left : kDynamicBlocksPerChunk;
-    uint8_t* mu = base + chunk * kChunkBytes;
-    uint8_t* nu = mu + n * kBlockSize;
-    float* mu_scales = reinterpret_cast<float*>(nu + n * kBlockSize);
+    Byte* mu = base + chunk * kChunkBytes;
+    Byte* nu = mu + n * kBlockSize;
+    auto* mu_scales = reinterpret_cast<typename DynamicBlock<Byte>::Float*>(nu + n * kBlockSize);
     return {mu + i * kBlockSize, nu + i * kBlockSize, mu_scales + i, mu_scales + n + i};
   }
 
-  PAGED_HD Float32Block LocateFloat32(uint8_t* base, int64_t block) const {
+  template <class Byte>
+  PAGED_HD Float32Block<Byte> LocateFloat32(Byte* base, int64_t block) const {
     const int64_t chunk =
         static_cast<uint32_t>(block) / static_cast<uint32_t>(kFloat32BlocksPerChunk);
     const int64_t first = chunk * kFloat32BlocksPerChunk;
     const int64_t i = block - first;
     const int64_t left = num_float32_blocks - first;
     const int64_t n = left < kFloat32BlocksPerChunk ? left : kFloat32BlocksPerChunk;
-    float* mu = reinterpret_cast<float*>(base + Float32Offset() + chunk * kChunkBytes);
+    auto* mu = reinterpret_cast<typename Float32Block<Byte>::Float*>(base + Float32Offset() +
+                                                                     chunk * kChunkBytes);
     return {mu + i * kBlockSize, mu + (n + i) * kBlockSize};
   }
 };

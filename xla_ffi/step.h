@@ -76,9 +76,9 @@ struct Work {
   const Leaf* leaves;
   int64_t num_leaves;
   int64_t num_work;
-  uint8_t* base;  // of the arena
+  const uint8_t* source;  // base of the slot that is read; nullptr for a fresh state's zeros
+  uint8_t* target;        // base of the slot that is written; may be the source
   ArenaExtent extent;
-  bool fresh;  // moments count as zero; what the arena holds is not read
 };
 
 // Leaf that block number `work` belongs to: the last one that starts at or before it.

@@ -85,26 +85,38 @@ PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begi
     const int64_t left = leaf.size - start;
     const int count = left < kLane ? static_cast<int>(left) : kLane;
     Load(leaf, start, count, values);
+    const int64_t block = leaf.first_block + in_leaf;
     if (leaf.codec == Codec::kDynamic) {
-      const DynamicBlock block = work.extent.LocateDynamic(work.base, leaf.first_block + in_leaf);
-      if (work.fresh) {
-        std::memset(block.mu, kZeroMu, kBlockSize);
-        std::memset(block.nu, kZeroNu, kBlockSize);
-        *block.mu_scale = *block.nu_scale = 0.0f;
+      alignas(64) uint8_t mu[kLane], nu[kLane];
+      float mu_scale = 0.0f, nu_scale = 0.0f;
+      if (work.source == nullptr) {
+        std::memset(mu, kZeroMu, sizeof(mu));
+        std::memset(nu, kZeroNu, sizeof(nu));
+      } else {
+        const auto source = work.extent.LocateDynamic(work.source, block);
+        std::memcpy(mu, source.mu, sizeof(mu));
+        std::memcpy(nu, source.nu, sizeof(nu));
+        mu_scale = *source.mu_scale;
+        nu_scale = *source.nu_scale;
       }
-      StepDynamicBlock<kLane>(IeeeMath(), step, kMaps, values,
-                              *reinterpret_cast<uint8_t (*)[kLane]>(block.mu),
-                              *reinterpret_cast<uint8_t (*)[kLane]>(block.nu), *block.mu_scale,
-                              *block.nu_scale, [](uint32_t lane_max) { return lane_max; });
+      StepDynamicBlock<kLane>(IeeeMath(), step, kMaps, values, mu, nu, mu_scale, nu_scale,
+                              [](uint32_t lane_max) { return lane_max; });
+      const auto target = work.extent.LocateDynamic(work.target, block);
+      std::memcpy(target.mu, mu, sizeof(mu));
+      std::memcpy(target.nu, nu, sizeof(nu));
+      *target.mu_scale = mu_scale;
+      *target.nu_scale = nu_scale;
     } else {
-      const Float32Block block = work.extent.LocateFloat32(work.base, leaf.first_block + in_leaf);
-      if (work.fresh) {
-        std::memset(block.mu, 0, kBlockSize * sizeof(float));
-        std::memset(block.nu, 0, kBlockSize * sizeof(float));
+      alignas(64) float mu[kLane] = {}, nu[kLane] = {};
+      if (work.source != nullptr) {
+        const auto source = work.extent.LocateFloat32(work.source, block);
+        std::memcpy(mu, source.mu, sizeof(mu));
+        std::memcpy(nu, source.nu, sizeof(nu));
       }
-      StepFloat32Block<kLane>(IeeeMath(), step, values,
-                              *reinterpret_cast<float (*)[kLane]>(block.mu),
-                              *reinterpret_cast<float (*)[kLane]>(block.nu));
+      StepFloat32Block<kLane>(IeeeMath(), step, values, mu, nu);
+      const auto target = work.extent.LocateFloat32(work.target, block);
+      std::memcpy(target.mu, mu, sizeof(mu));
+      std::memcpy(target.nu, nu, sizeof(nu));
     }
     Store(leaf, start, count, values);
   }

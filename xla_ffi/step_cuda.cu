@@ -59,15 +59,15 @@ __global__ void ResolveKernel(ResolveArgs args) {
   if (threadIdx.x != 0) return;
 
   Header* header = found < 0 ? nullptr : &args.headers[found];
-  const Verdict verdict = Judge(header, token, args.layout);
+  const Judgement judgement = Judge(header, token, args.layout);
   ResolvedStep& resolved = *args.resolved;
-  resolved.accepted = IsAccepted(verdict);
+  resolved.accepted = IsAccepted(judgement.verdict);
   if (resolved.accepted) {
     resolved.step = MakeAdamStep(args.hyperparams, *args.count, args.nesterov);
-    resolved.base = header->base;
-    resolved.fresh = verdict == Verdict::kFresh;
-    header->version = NextVersion(header->version);
-    *args.new_token = {token.handle, header->version};
+    resolved.source =
+        judgement.verdict == Verdict::kFresh ? nullptr : header->bases[judgement.source];
+    resolved.target = header->bases[judgement.target];
+    *args.new_token = Advance(header, judgement);
     return;
   }
   *args.new_token = token;
@@ -79,7 +79,7 @@ __global__ void ResolveKernel(ResolveArgs args) {
   report->version = header == nullptr ? 0 : header->version;
   report->layout = args.layout;
   __threadfence_system();
-  report->verdict = verdict;
+  report->verdict = judgement.verdict;
 }
 
 // Leaves travel to the kernel by value: nothing to stage, nothing to keep alive.
@@ -98,12 +98,26 @@ __device__ bool IsAligned(const void* address) {
   return reinterpret_cast<uintptr_t>(address) % 16 == 0;
 }
 
+// All of a thread's floats at once; aligned.
+__device__ void LoadFloats(const float* source, float (&values)[kLane]) {
+#pragma unroll
+  for (int k = 0; k < kLane; k += 4) {
+    *reinterpret_cast<float4*>(&values[k]) = *reinterpret_cast<const float4*>(source + k);
+  }
+}
+
+__device__ void StoreFloats(const float (&values)[kLane], float* target) {
+#pragma unroll
+  for (int k = 0; k < kLane; k += 4) {
+    *reinterpret_cast<float4*>(target + k) = *reinterpret_cast<const float4*>(&values[k]);
+  }
+}
+
 __device__ void Load(const Leaf& leaf, int64_t start, int count, float (&values)[kLane]) {
   if (leaf.dtype == DType::kFloat32) {
     const float* source = static_cast<const float*>(leaf.grads) + start;
     if (count == kLane && IsAligned(source)) {
-      *reinterpret_cast<float4*>(&values[0]) = *reinterpret_cast<const float4*>(source);
-      *reinterpret_cast<float4*>(&values[4]) = *reinterpret_cast<const float4*>(source + 4);
+      LoadFloats(source, values);
       return;
     }
 #pragma unroll
@@ -132,8 +146,7 @@ __device__ void Store(const Leaf& leaf, int64_t start, int count, const float (&
   if (leaf.dtype == DType::kFloat32) {
     float* target = static_cast<float*>(leaf.updates) + start;
     if (count == kLane && IsAligned(target)) {
-      *reinterpret_cast<float4*>(target) = *reinterpret_cast<const float4*>(&values[0]);
-      *reinterpret_cast<float4*>(target + 4) = *reinterpret_cast<const float4*>(&values[4]);
+      StoreFloats(values, target);
       return;
     }
 #pragma unroll
@@ -174,8 +187,8 @@ __global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ S
   }
   if (threadIdx.x == 0) step = args.resolved->step;
   const bool accepted = args.resolved->accepted;
-  const bool fresh = args.resolved->fresh;
-  uint8_t* base = args.resolved->base;
+  const uint8_t* source_base = args.resolved->source;
+  uint8_t* target_base = args.resolved->target;
   __syncthreads();
 
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
@@ -196,44 +209,39 @@ __global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ S
       continue;
     }
     Load(leaf, start, count, values);
+    const int64_t block = leaf.first_block + in_leaf;
     if (leaf.codec == Codec::kDynamic) {
-      const DynamicBlock block = args.extent.LocateDynamic(base, leaf.first_block + in_leaf);
       constexpr uint32_t kZeroMus = kZeroMu * 0x01010101u, kZeroNus = kZeroNu * 0x01010101u;
-      uint2 packed_mu{kZeroMus, kZeroMus}, packed_nu{kZeroNus, kZeroNus};
+      uint2 mu{kZeroMus, kZeroMus}, nu{kZeroNus, kZeroNus};
       float mu_scale = 0.0f, nu_scale = 0.0f;
-      if (!fresh) {
-        packed_mu = *reinterpret_cast<const uint2*>(block.mu + lane * kLane);
-        packed_nu = *reinterpret_cast<const uint2*>(block.nu + lane * kLane);
-        mu_scale = *block.mu_scale;
-        nu_scale = *block.nu_scale;
+      if (source_base != nullptr) {
+        const auto source = args.extent.LocateDynamic(source_base, block);
+        mu = *reinterpret_cast<const uint2*>(source.mu + lane * kLane);
+        nu = *reinterpret_cast<const uint2*>(source.nu + lane * kLane);
+        mu_scale = *source.mu_scale;
+        nu_scale = *source.nu_scale;
       }
       StepDynamicBlock<kLane>(
-          FastMath(), step, maps, values, reinterpret_cast<uint8_t (&)[kLane]>(packed_mu),
-          reinterpret_cast<uint8_t (&)[kLane]>(packed_nu), mu_scale, nu_scale, WarpMax);
-      *reinterpret_cast<uint2*>(block.mu + lane * kLane) = packed_mu;
-      *reinterpret_cast<uint2*>(block.nu + lane * kLane) = packed_nu;
+          FastMath(), step, maps, values, reinterpret_cast<uint8_t (&)[kLane]>(mu),
+          reinterpret_cast<uint8_t (&)[kLane]>(nu), mu_scale, nu_scale, WarpMax);
+      const auto target = args.extent.LocateDynamic(target_base, block);
+      *reinterpret_cast<uint2*>(target.mu + lane * kLane) = mu;
+      *reinterpret_cast<uint2*>(target.nu + lane * kLane) = nu;
       if (lane == 0) {
-        *block.mu_scale = mu_scale;
-        *block.nu_scale = nu_scale;
+        *target.mu_scale = mu_scale;
+        *target.nu_scale = nu_scale;
       }
     } else {
-      const Float32Block block = args.extent.LocateFloat32(base, leaf.first_block + in_leaf);
-      float4* mu_target = reinterpret_cast<float4*>(block.mu + lane * kLane);
-      float4* nu_target = reinterpret_cast<float4*>(block.nu + lane * kLane);
       alignas(16) float mu[kLane] = {}, nu[kLane] = {};
-      if (!fresh) {
-#pragma unroll
-        for (int k = 0; k < kLane / 4; ++k) {
-          reinterpret_cast<float4*>(mu)[k] = mu_target[k];
-          reinterpret_cast<float4*>(nu)[k] = nu_target[k];
-        }
+      if (source_base != nullptr) {
+        const auto source = args.extent.LocateFloat32(source_base, block);
+        LoadFloats(source.mu + lane * kLane, mu);
+        LoadFloats(source.nu + lane * kLane, nu);
       }
       StepFloat32Block<kLane>(FastMath(), step, values, mu, nu);
-#pragma unroll
-      for (int k = 0; k < kLane / 4; ++k) {
-        mu_target[k] = reinterpret_cast<float4*>(mu)[k];
-        nu_target[k] = reinterpret_cast<float4*>(nu)[k];
-      }
+      const auto target = args.extent.LocateFloat32(target_base, block);
+      StoreFloats(mu, target.mu + lane * kLane);
+      StoreFloats(nu, target.nu + lane * kLane);
     }
     Store(leaf, start, count, values);
   }

@@ -12,9 +12,9 @@ namespace paged_optax {
 // What the first kernel finds out for the others; lies in scratch memory of the call.
 struct ResolvedStep {
   AdamStep step;
-  uint8_t* base;
+  const uint8_t* source;  // as in Work
+  uint8_t* target;
   bool accepted;
-  bool fresh;
 };
 
 // All pointers but `leaves` point to device memory or to host memory that the device can access.

@@ -1,0 +1,259 @@
+"""`replay=True`: the last step may be discarded and run again, and no step before it.
+
+The oracle is the NumPy specification, whose states are values that can be kept and reused freely.
+"""
+
+import functools
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import paged_optax
+from paged_optax import (
+    Paging,
+    _ext,
+    memory_report,
+    moments,
+    paged_adam8bit,
+    paged_adamw8bit,
+    release,
+    scale_by_paged_adam8bit,
+)
+from paged_optax import _reference as reference
+
+# From compiled code: JaxRuntimeError, or ValueError on the fast path of a jitted function.
+RAISES = (RuntimeError, ValueError)
+
+SHAPES = {"b": (7,), "w": (64, 80)}  # float32 moments, 8-bit moments
+
+
+def make_grads(step):
+    rng = np.random.default_rng(step)
+    return {k: jnp.asarray(rng.standard_normal(s), jnp.float32) for k, s in SHAPES.items()}
+
+
+@pytest.fixture
+def tx(device):
+    del device
+    return scale_by_paged_adam8bit(replay=True)
+
+
+def assert_trees_equal(actual, desired):
+    assert jax.tree.structure(actual) == jax.tree.structure(desired)
+    jax.tree.map(np.testing.assert_array_equal, actual, desired)
+
+
+class Specification:
+    """One state as the NumPy reference has it: a value."""
+
+    def __init__(self, leaves=None, count=0):
+        sizes = {k: int(np.prod(s)) for k, s in SHAPES.items()}
+        self.leaves = leaves or {
+            k: reference.init_leaf(n, quantized=n >= 4096) for k, n in sizes.items()
+        }
+        self.count = count
+
+    def update(self, grads):
+        steps = {
+            k: reference.step_leaf(
+                np.asarray(g), self.leaves[k], self.count, reference.Hyperparams()
+            )
+            for k, g in grads.items()
+        }
+        leaves = {k: leaf for k, (_, leaf) in steps.items()}
+        return {k: u for k, (u, _) in steps.items()}, Specification(leaves, self.count + 1)
+
+
+def assert_refused(call):
+    """On the CPU at once; on a GPU the update is zero and the next call of the library raises."""
+    if jax.config.jax_default_device.platform == "cpu":
+        with pytest.raises(RAISES, match="not the newest one"):
+            jax.block_until_ready(call())
+        return
+    updates, _ = jax.block_until_ready(call())
+    assert not any(np.any(u) for u in jax.tree.leaves(updates))
+    with pytest.raises(RuntimeError, match="not the newest one"):
+        _ext.raise_if_rejected()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_walk(tx, seed):
+    """Steps from any state ever seen: from the last two it runs, from others it is refused."""
+    chance = random.Random(seed)
+    update = jax.jit(tx.update)
+    states = [(tx.init(make_grads(0)), Specification())]
+    source, newest, refusals = 0, 0, 0  # the state that the last step started from, and its result
+    for step in range(40):
+        near = chance.random() < 0.7
+        index = chance.choice([source, newest]) if near else chance.randrange(len(states))
+        state, specification = states[index]
+        grads = make_grads(chance.randrange(1000))
+        if index in (source, newest) or index == 0:  # a fresh state may always start again
+            updates, state = update(grads, state)
+            expected, specification = specification.update(grads)
+            assert_trees_equal(jax.tree.map(np.asarray, updates), expected)
+            states.append((state, specification))
+            source, newest = index, len(states) - 1
+        else:
+            refusals += 1
+            assert_refused(functools.partial(update, grads, state))
+    assert refusals > 0
+    release(states[0][0])
+
+
+def test_last_step_runs_again_any_number_of_times(tx):
+    state = tx.init(make_grads(0))
+    for step in range(4):
+        results = [tx.update(make_grads(step), state) for _ in range(3)]
+        assert_trees_equal(results[0][0], results[1][0])
+        assert_trees_equal(results[0][0], results[2][0])
+        state = results[2][1]
+    release(state)
+
+
+def test_both_states_can_be_read(tx):
+    state = tx.init(make_grads(0))
+    _, old = tx.update(make_grads(0), state)
+    before = moments(old)
+    _, new = tx.update(make_grads(1), old)
+    assert_trees_equal(moments(old), before)
+    assert np.any(moments(new).mu["w"] != before.mu["w"])
+    _, newer = tx.update(make_grads(2), new)
+    with pytest.raises(RuntimeError, match="no step before it"):
+        moments(old)
+    release(newer)
+
+
+def test_new_life_ends_the_one_before(tx):
+    fresh = tx.init(make_grads(0))
+    _, one = tx.update(make_grads(0), fresh)
+    _, two = tx.update(make_grads(1), one)
+    tx.update(make_grads(2), fresh)
+    for state in (one, two):
+        with pytest.raises(RuntimeError, match="not the newest one"):
+            moments(state)
+    release(fresh)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_steps_with_bad_gradients_are_skipped_by_where(device, transform):
+    """The pattern of Flax's DynamicScale: everything of the step is computed, then selected."""
+    del device
+    tx = paged_adamw8bit(1e-2, replay=True)
+
+    @transform
+    def step(params, state, grads):
+        finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]))
+        updates, new_state = tx.update(grads, state, params)
+        new = (optax.apply_updates(params, updates), new_state)
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (params, state))
+
+    def train(bad_steps):
+        params = make_grads(100)
+        state = tx.init(params)
+        for i in range(8):
+            if i in bad_steps:
+                grads = jax.tree.map(lambda g: g.at[0].set(jnp.nan), make_grads(50 + i))
+                params, state = step(params, state, grads)
+                params, state = step(params, state, grads)
+            params, state = step(params, state, make_grads(i))
+        result = params, moments(state)
+        release(state)
+        return result
+
+    assert_trees_equal(train(bad_steps=[0, 1, 4, 7]), train(bad_steps=[]))
+
+
+@pytest.mark.parametrize("every_k", [1, 2, 3])
+def test_optax_multi_steps(device, every_k):
+    """Against the same optimizer fed with the mean gradients."""
+    del device
+    params = make_grads(100)
+    with jax.numpy_dtype_promotion("standard"):  # optax.MultiSteps needs it
+        tx = optax.MultiSteps(paged_adamw8bit(1e-2, replay=True), every_k)
+        accumulated, state = params, tx.init(params)
+        update = jax.jit(tx.update)
+        for i in range(4 * every_k):
+            updates, state = update(make_grads(i), state, accumulated)
+            accumulated = optax.apply_updates(accumulated, updates)
+
+    tx = paged_adamw8bit(1e-2)
+    averaged, inner = params, tx.init(params)
+    for i in range(4):
+        grads = [make_grads(i * every_k + j) for j in range(every_k)]
+        updates, inner = tx.update(
+            jax.tree.map(lambda *g: sum(g) / every_k, *grads), inner, averaged
+        )
+        averaged = optax.apply_updates(averaged, updates)
+    # The two means round differently, and a code may then fall on the other side of a boundary.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-3), accumulated, averaged
+    )
+    for held in (state, inner):
+        release(held)
+
+
+def test_memory_is_doubled_and_reported(tx):
+    plain = scale_by_paged_adam8bit()
+    _, single = plain.update(make_grads(0), plain.init(make_grads(0)))
+    _, double = tx.update(make_grads(0), tx.init(make_grads(0)))
+    one, two = memory_report(single), memory_report(double)
+    assert two.total == 2 * one.total
+    assert two.replay == one.total
+    assert one.replay == 0
+    assert "replay" in str(two) and "replay" not in str(one)
+    assert release(double) == two.total
+    release(single)
+
+
+@pytest.mark.parametrize("made_with", [False, True])
+def test_option_cannot_change_within_a_run(made_with):
+    with jax.default_device(jax.devices("cpu")[0]):
+        tx, other = (
+            scale_by_paged_adam8bit(replay=replay) for replay in (made_with, not made_with)
+        )
+        _, state = tx.update(make_grads(0), tx.init(make_grads(0)))
+        before = moments(state)
+        text = f"made with replay={made_with} and this step has replay={not made_with}"
+        with pytest.raises(RAISES, match=text):
+            jax.block_until_ready(other.update(make_grads(1), state))
+        assert_trees_equal(moments(state), before)
+        release(state)
+
+
+@pytest.mark.parametrize("factory", [scale_by_paged_adam8bit, paged_adam8bit, paged_adamw8bit])
+def test_replay_is_static_under_inject_hyperparams(device, factory):
+    del device
+    rate = {} if factory is scale_by_paged_adam8bit else {"learning_rate": 1e-2}
+    with jax.numpy_dtype_promotion("standard"):
+        tx = optax.inject_hyperparams(factory)(**rate, replay=True)
+        params = make_grads(0)
+        state = tx.init(params)
+        assert "replay" not in state.hyperparams
+        update = jax.jit(tx.update)
+        _, first = update(make_grads(1), state, params)
+        again = [update(make_grads(2), first, params)[0] for _ in range(2)]
+    assert_trees_equal(*again)
+    release(state)
+
+
+@pytest.mark.gpu
+def test_placement_changes_no_bit():
+    def train(device_bytes):
+        tx = paged_optax.scale_by_paged_adam8bit(
+            replay=True, paging=Paging(device_bytes=device_bytes)
+        )
+        state = tx.init(make_grads(0))
+        for i in range(6):
+            tx.update(make_grads(90 + i), state)
+            updates, state = tx.update(make_grads(i), state)
+        result = updates, moments(state)
+        assert memory_report(state).resident == (0 if device_bytes == 0 else release(state))
+        release(state)
+        return result
+
+    assert_trees_equal(train(None), train(0))

@@ -1,0 +1,341 @@
+// See handlers.h. The only file that includes XLA.
+#include "handlers.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "arena.h"
+#include "status.h"
+#include "step.h"
+#include "xla/ffi/api/ffi.h"
+
+#if PAGED_OPTAX_CUDA
+#include "cuda_check.h"
+#include "device_table.h"
+#include "step_cuda.h"
+#endif
+
+namespace ffi = ::xla::ffi;
+
+namespace paged_optax {
+
+// What the compiled program says of an update.
+struct UpdateAttrs {
+  ffi::Span<const int8_t> codecs;  // of the leaves
+  int64_t device_bytes;            // budget, -1 for none
+  int64_t headroom_bytes;
+  bool nesterov;
+  int64_t num_devices;  // that the program runs on
+  int64_t paths;        // a number for the names of the leaves
+  bool replay;
+  std::string_view shards;  // for Python: which part of the leaves a device has
+  int64_t tree;             // a number for the tree structure, for Python
+};
+
+}  // namespace paged_optax
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    paged_optax::UpdateAttrs, ffi::StructMember<ffi::Span<const int8_t>>("codecs"),
+    ffi::StructMember<int64_t>("device_bytes"), ffi::StructMember<int64_t>("headroom_bytes"),
+    ffi::StructMember<bool>("nesterov"), ffi::StructMember<int64_t>("num_devices"),
+    ffi::StructMember<int64_t>("paths"), ffi::StructMember<bool>("replay"),
+    ffi::StructMember<std::string_view>("shards"), ffi::StructMember<int64_t>("tree"));
+
+namespace paged_optax {
+namespace {
+
+// ---------------------------------------------------------------------------------------------------
+// Calls
+// ---------------------------------------------------------------------------------------------------
+
+ffi::ErrorCode CodeOf(const StatusError& error) {
+  switch (error.code()) {
+    case StatusCode::kInvalidArgument:
+      return ffi::ErrorCode::kInvalidArgument;
+    case StatusCode::kFailedPrecondition:
+      return ffi::ErrorCode::kFailedPrecondition;
+    case StatusCode::kResourceExhausted:
+      return ffi::ErrorCode::kResourceExhausted;
+    case StatusCode::kInternal:
+      break;
+  }
+  return ffi::ErrorCode::kInternal;
+}
+
+// No exception leaves a handler.
+template <class F>
+ffi::Error Guarded(F&& body) {
+  try {
+    body();
+    return ffi::Error::Success();
+  } catch (const StatusError& error) {
+    return ffi::Error(CodeOf(error), error.what());
+  } catch (const std::exception& error) {
+    return ffi::Error::Internal(std::string("paged_optax: ") + error.what());
+  }
+}
+
+DType DTypeOf(ffi::DataType dtype) {
+  switch (dtype) {
+    case ffi::DataType::F32:
+      return DType::kFloat32;
+    case ffi::DataType::BF16:
+      return DType::kBFloat16;
+    case ffi::DataType::F16:
+      return DType::kFloat16;
+    default:
+      throw StatusError(StatusCode::kInvalidArgument,
+                        "gradients must be float32, bfloat16 or float16");
+  }
+}
+
+// The operands of an update: token s32[2], count s32[], hyperparams f32[4], then one gradient a
+// leaf. Its results: token s32[2], then one update a leaf.
+struct UpdateCall {
+  Signature signature;
+  uint64_t fingerprint = 0;
+  const Token* token = nullptr;
+  const int32_t* count = nullptr;
+  const float* hyperparams = nullptr;
+  Token* new_token = nullptr;
+  std::vector<Leaf> leaves;
+  int64_t num_work = 0;
+};
+
+template <class T>
+T Operand(const ffi::RemainingArgs& args, size_t index, ffi::DataType dtype, size_t count) {
+  const auto buffer = args.get<ffi::AnyBuffer>(index);
+  if (!buffer.has_value() || buffer->element_type() != dtype || buffer->element_count() != count) {
+    throw StatusError(StatusCode::kInvalidArgument,
+                      "operand " + std::to_string(index) + " of the update is malformed");
+  }
+  return static_cast<T>(buffer->untyped_data());
+}
+
+UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
+                 const ffi::RemainingRets& rets) {
+  const ffi::Span<const int8_t> codecs = attrs.codecs;
+  constexpr size_t kOperands = 3;
+  if (args.size() != codecs.size() + kOperands || rets.size() != codecs.size() + 1) {
+    throw StatusError(StatusCode::kInvalidArgument,
+                      "update called with a wrong number of operands");
+  }
+  UpdateCall call{Signature(attrs.paths, attrs.replay ? 2 : 1, attrs.num_devices)};
+  call.token = Operand<const Token*>(args, 0, ffi::DataType::S32, 2);
+  call.count = Operand<const int32_t*>(args, 1, ffi::DataType::S32, 1);
+  call.hyperparams =
+      Operand<const float*>(args, 2, ffi::DataType::F32, static_cast<size_t>(kNumHyperparams));
+  call.new_token = static_cast<Token*>((*rets.get<ffi::AnyBuffer>(0))->untyped_data());
+  call.leaves.reserve(codecs.size());
+  for (size_t i = 0; i < codecs.size(); ++i) {
+    const ffi::AnyBuffer grad = *args.get<ffi::AnyBuffer>(i + kOperands);
+    auto update = *rets.get<ffi::AnyBuffer>(i + 1);
+    const auto dims = grad.dimensions();
+    const Codec codec = static_cast<Codec>(codecs[i]);
+    Leaf leaf;
+    leaf.grads = grad.untyped_data();
+    leaf.updates = update->untyped_data();
+    leaf.size = static_cast<int64_t>(grad.element_count());
+    leaf.first_block =
+        call.signature.Append(codec, dims.begin(), static_cast<int64_t>(dims.size()));
+    leaf.first_work = call.num_work;
+    leaf.dtype = DTypeOf(grad.element_type());
+    leaf.codec = codec;
+    call.num_work += NumBlocks(leaf.size);
+    call.leaves.push_back(leaf);
+  }
+  call.fingerprint = call.signature.Fingerprint();
+  Registry::Get().Remember(call.signature, call.fingerprint);
+  return call;
+}
+
+Request MakeRequest(DeviceId device, int64_t run, const UpdateAttrs& attrs,
+                    const UpdateCall& call) {
+  return {device,
+          run,
+          attrs.tree,
+          attrs.shards,
+          {attrs.device_bytes, attrs.headroom_bytes},
+          &call.signature,
+          call.fingerprint};
+}
+
+// Runs body(0) .. body(count - 1) on the calling thread and on whichever threads of the pool are
+// free. The caller never waits for a task that has not started: pool threads may all be busy with
+// other handlers that wait in the same way.
+template <class F>
+void ParallelFor(ffi::ThreadPool& pool, int64_t count, const F& body) {
+  struct Progress {
+    std::atomic<int64_t> next{0};
+    int64_t done = 0;
+    std::mutex mutex;
+    std::condition_variable all_done;
+  };
+  auto progress = std::make_shared<Progress>();
+  const F* shared_body = &body;  // valid while tasks remain, and only then used
+  auto work = [progress, shared_body, count] {
+    int64_t finished = 0;
+    for (int64_t i; (i = progress->next++) < count; ++finished) (*shared_body)(i);
+    if (finished == 0) return;
+    std::lock_guard<std::mutex> lock(progress->mutex);
+    progress->done += finished;
+    if (progress->done == count) progress->all_done.notify_all();
+  };
+  const int64_t helpers = std::min(pool.num_threads(), count) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(decltype(work)(work));
+  work();
+  std::unique_lock<std::mutex> lock(progress->mutex);
+  progress->all_done.wait(lock, [&] { return progress->done == count; });
+}
+
+constexpr int64_t kBlocksPerTask = 64;
+
+// ---------------------------------------------------------------------------------------------------
+// Handlers
+// ---------------------------------------------------------------------------------------------------
+
+// The seed tells apart two calls of one program.
+ffi::Error IssueCpu(ffi::RunId run, int32_t device, bool shared, ffi::BufferR1<ffi::S32> seed,
+                    ffi::Result<ffi::BufferR1<ffi::S32>> token) {
+  return Guarded([&] {
+    const DeviceId id{Platform::kCpu, device};
+    const int32_t handle = Registry::Get().IssueHandle(id, run.run_id, *seed.typed_data(), shared);
+    *reinterpret_cast<Token*>(token->typed_data()) = {handle, 0};
+  });
+}
+
+ffi::Error UpdateCpu(ffi::ThreadPool pool, ffi::RunId run, int32_t device, UpdateAttrs attrs,
+                     ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  return Guarded([&] {
+    const UpdateCall call = Parse(attrs, args, rets);
+    Registry& registry = Registry::Get();
+    const DeviceId id{Platform::kCpu, device};
+    const Token token = *call.token;
+    const auto arena = registry.Open(MakeRequest(id, run.run_id, attrs, call), token);
+    std::unique_lock<std::mutex> lock(arena->mutex);
+    const Judgement judgement = Judge(&arena->header, token, call.fingerprint);
+    if (!IsAccepted(judgement.verdict)) {
+      const int32_t version = arena->header.version;
+      lock.unlock();
+      throw StatusError(StatusCode::kFailedPrecondition,
+                        registry.Explain(judgement.verdict, id, token, version, call.fingerprint));
+    }
+    const AdamStep step = MakeAdamStep(call.hyperparams, *call.count, attrs.nesterov);
+    uint8_t* const* bases = arena->header.bases;
+    const bool fresh = judgement.verdict == Verdict::kFresh;
+    const Work work{call.leaves.data(),      static_cast<int64_t>(call.leaves.size()),
+                    call.num_work,           fresh ? nullptr : bases[judgement.source],
+                    bases[judgement.target], call.signature.extent()};
+    const int64_t num_tasks = (call.num_work + kBlocksPerTask - 1) / kBlocksPerTask;
+    ParallelFor(pool, num_tasks, [&](int64_t task) {
+      StepBlocksCpu(step, work, task * kBlocksPerTask,
+                    std::min((task + 1) * kBlocksPerTask, call.num_work));
+    });
+    *call.new_token = Advance(&arena->header, judgement);
+  });
+}
+
+XLA_FFI_DEFINE_HANDLER(kIssueCpu, IssueCpu,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::RunId>()
+                           .Ctx<ffi::DeviceOrdinal>()
+                           .Attr<bool>("shared")
+                           .Arg<ffi::BufferR1<ffi::S32>>()    // seed
+                           .Ret<ffi::BufferR1<ffi::S32>>());  // token
+
+XLA_FFI_DEFINE_HANDLER(kUpdateCpu, UpdateCpu,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Ctx<ffi::RunId>()
+                           .Ctx<ffi::DeviceOrdinal>()
+                           .Attrs<UpdateAttrs>()
+                           .RemainingArgs()    // token, count, hyperparams, gradients
+                           .RemainingRets());  // token, updates
+
+#if PAGED_OPTAX_CUDA
+
+// The seed is in device memory; but the calls of a program run in the same order on every GPU.
+ffi::Error IssueCuda(cudaStream_t stream, ffi::RunId run, int32_t device, bool shared,
+                     ffi::BufferR1<ffi::S32> /*seed*/, ffi::Result<ffi::BufferR1<ffi::S32>> token) {
+  return Guarded([&] {
+    const DeviceId id{Platform::kCuda, device};
+    const int32_t handle = Registry::Get().IssueHandle(id, run.run_id, /*seed=*/0, shared);
+    LaunchWriteToken({handle, 0}, reinterpret_cast<Token*>(token->typed_data()), device, stream);
+  });
+}
+
+ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::RunId run,
+                      int32_t device, UpdateAttrs attrs, ffi::RemainingArgs args,
+                      ffi::RemainingRets rets) {
+  return Guarded([&] {
+    UpdateCall call = Parse(attrs, args, rets);
+    Registry& registry = Registry::Get();
+    DeviceTable& table = registry.Table(device);
+    registry.ThrowIfRejected(table);
+    std::lock_guard<std::mutex> lock(table.mutex);
+    if (registry.MayBeFirstUse(run.run_id, table)) {
+      // Only now does the host wait for the device.
+      Token token;
+      CUDA_CHECK(
+          cudaMemcpyAsync(&token, call.token, sizeof(token), cudaMemcpyDeviceToHost, stream));
+      CUDA_CHECK(cudaStreamSynchronize(stream));
+      registry.BindOnFirstUse(MakeRequest({Platform::kCuda, device}, run.run_id, attrs, call),
+                              token, table, stream);
+    }
+    const auto resolved = scratch.Allocate(sizeof(ResolvedStep), alignof(ResolvedStep));
+    if (!resolved.has_value()) {
+      throw StatusError(StatusCode::kResourceExhausted, "XLA has no scratch memory left");
+    }
+    const bool has_arena = !table.arenas.empty();
+    LaunchUpdate({has_arena ? table.headers() : nullptr, static_cast<int>(table.arenas.size()),
+                  call.token, call.count, call.hyperparams, call.new_token,
+                  table.device_rejection(), static_cast<ResolvedStep*>(*resolved), attrs.nesterov,
+                  call.fingerprint, call.signature.extent(), std::move(call.leaves), call.num_work},
+                 device, stream);
+  });
+}
+
+XLA_FFI_DEFINE_HANDLER(kIssueCuda, IssueCuda,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                           .Ctx<ffi::RunId>()
+                           .Ctx<ffi::DeviceOrdinal>()
+                           .Attr<bool>("shared")
+                           .Arg<ffi::BufferR1<ffi::S32>>()    // seed
+                           .Ret<ffi::BufferR1<ffi::S32>>());  // token
+
+XLA_FFI_DEFINE_HANDLER(kUpdateCuda, UpdateCuda,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                           .Ctx<ffi::ScratchAllocator>()
+                           .Ctx<ffi::RunId>()
+                           .Ctx<ffi::DeviceOrdinal>()
+                           .Attrs<UpdateAttrs>()
+                           .RemainingArgs()    // token, count, hyperparams, gradients
+                           .RemainingRets());  // token, updates
+
+#endif  // PAGED_OPTAX_CUDA
+
+}  // namespace
+
+std::vector<HandlerEntry> Handlers() {
+  return {
+      {"paged_optax_issue", "cpu", reinterpret_cast<void*>(kIssueCpu)},
+      {"paged_optax_update", "cpu", reinterpret_cast<void*>(kUpdateCpu)},
+#if PAGED_OPTAX_CUDA
+      {"paged_optax_issue", "CUDA", reinterpret_cast<void*>(kIssueCuda)},
+      {"paged_optax_update", "CUDA", reinterpret_cast<void*>(kUpdateCuda)},
+#endif
+  };
+}
+
+std::pair<int, int> FfiApiVersion() { return {XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR}; }
+
+}  // namespace paged_optax

@@ -1,0 +1,21 @@
+// The XLA custom calls: decode what XLA hands over, pick the device's way, return errors. Used by
+// module.cc.
+#pragma once
+
+#include <utility>
+#include <vector>
+
+namespace paged_optax {
+
+struct HandlerEntry {
+  const char* target;
+  const char* platform;
+  void* handler;  // XLA_FFI_Handler*
+};
+
+std::vector<HandlerEntry> Handlers();
+
+// Of the headers that this was built with: major, minor.
+std::pair<int, int> FfiApiVersion();
+
+}  // namespace paged_optax

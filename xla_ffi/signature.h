@@ -1,0 +1,46 @@
+// What a call must have in common with the moments that it steps: used by handlers.cc, which builds
+// one a call, and by arena.cc, which compares.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "layout.h"
+
+namespace paged_optax {
+
+class Signature {
+ public:
+  struct LeafInfo {
+    Codec codec;
+    std::vector<int64_t> dims;
+    int64_t size;
+    int64_t first_block;
+  };
+
+  // `paths` names the leaves; `num_devices` is how many devices the program runs on.
+  Signature(int64_t paths, int32_t num_slots, int64_t num_devices)
+      : paths_(paths), num_slots_(num_slots), num_devices_(num_devices) {}
+
+  // Adds a leaf, in tree order. Returns the number of its first block among those of its codec.
+  int64_t Append(Codec codec, const int64_t* dims, int64_t rank);
+
+  uint64_t Fingerprint() const;
+  std::vector<LeafInfo> Leaves() const;
+  const ArenaExtent& extent() const { return extent_; }
+  int32_t num_slots() const { return num_slots_; }
+  int64_t num_devices() const { return num_devices_; }
+
+  // For the user: the first thing in which a call differs from the moments.
+  static std::string Difference(const Signature& moments, const Signature& call);
+
+ private:
+  int64_t paths_;
+  int32_t num_slots_;
+  int64_t num_devices_;
+  std::vector<int64_t> words_;  // per leaf: codec, rank, dims
+  ArenaExtent extent_;
+};
+
+}  // namespace paged_optax
