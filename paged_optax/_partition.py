@@ -242,8 +242,9 @@ def _automatic(call: Callable, num_replicated: int, num_models: int):
         shardings = [_even(mesh, leaf.sharding, leaf.shape) for leaf in leaves]
         cuts = None
         if not mesh.empty:  # it is where some axes are manual: shardings then do not name axes
+            named: list[Any] = shardings
             dims = [len(leaf.shape) for leaf in leaves]
-            cuts = tuple(_cut(x.spec, ndim) for x, ndim in zip(shardings, dims, strict=True))
+            cuts = tuple(_cut(x.spec, ndim) for x, ndim in zip(named, dims, strict=True))
         place = _place(operands[0].sharding.num_devices, mesh, cuts)
         everywhere = NamedSharding(mesh, P())
         return (

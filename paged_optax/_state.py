@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+from jax.sharding import NamedSharding
 
 from . import _ext, _ffi, _partition
 from . import _reference as reference
@@ -159,13 +160,13 @@ class MemoryReport:
 
     def __str__(self) -> str:
         columns = ["total", "resident", "on_host", *["replay"] * (self.replay > 0)]
-        rows = [(device.device, device) for device in self.devices]
+        rows = list(self.devices)
         if len(rows) != 1:
-            rows.append(("all", self))
+            rows.append(DeviceMemory("all", self.total, self.resident, self.replay))
         lines = [f"{'moments':<10}" + "".join(f"{c.replace('_', ' '):>12}" for c in columns)]
-        for name, row in rows:
+        for row in rows:
             numbers = "".join(f"{format_bytes(getattr(row, c)):>12}" for c in columns)
-            lines.append(f"{name:<10}{numbers}")
+            lines.append(f"{row.device:<10}{numbers}")
         return "\n".join(lines)
 
 
@@ -320,10 +321,17 @@ def _positions(
     if not reports[0]["shards"]:
         raise NotImplementedError(
             "moments() does not know which part of the parameters each device has: the state was"
-            " updated inside jax.shard_map. Update it under jax.jit with sharded arrays instead."
+            " updated inside jax.shard_map, or on a mesh with axes of several types. Update it"
+            " under jax.jit with sharded arrays on a mesh of one type instead."
         )
     shards = _partition.Shards.decode(reports[0]["shards"])
-    ids = [device.id for device in state.token.sharding.mesh.devices.flat]
+    sharding = jnp.asarray(state.token).sharding  # opens an nnx.Variable
+    if not isinstance(sharding, NamedSharding) or dict(sharding.mesh.shape) != shards.axes:
+        raise RuntimeError(
+            f"the state was updated on a mesh of {shards.axes}, but its token has the sharding"
+            f" {sharding}; pass the state as update returned it"
+        )
+    ids = [device.id for device in np.ravel(np.asarray(sharding.mesh.devices))]
     if len(reports) < len(ids):
         raise RuntimeError(
             f"{len(ids) - len(reports)} of the {len(ids)} devices with moments of this state belong"

@@ -15,6 +15,7 @@ import pytest
 from paged_optax import _ext
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_num_cpu_devices", 8)  # most tests use the first; those of meshes use all
 
 hypothesis.settings.register_profile(
     "repeatable",

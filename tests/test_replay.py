@@ -87,7 +87,7 @@ def test_random_walk(tx, seed):
     update = jax.jit(tx.update)
     states = [(tx.init(make_grads(0)), Specification())]
     source, newest, refusals = 0, 0, 0  # the state that the last step started from, and its result
-    for step in range(40):
+    for _ in range(40):
         near = chance.random() < 0.7
         index = chance.choice([source, newest]) if near else chance.randrange(len(states))
         state, specification = states[index]
