@@ -105,7 +105,7 @@ struct UpdateCall {
   const int32_t* count = nullptr;
   const float* hyperparams = nullptr;
   Token* new_token = nullptr;
-  std::vector<Leaf> leaves;
+  std::vector<Leaf> leaves = {};
   int64_t num_work = 0;
 };
 
