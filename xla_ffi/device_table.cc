@@ -57,7 +57,9 @@ Header DeviceTable::ReadHeader(int32_t handle) const {
     CUDA_CHECK(cudaMemcpy(&header, headers() + i, sizeof(Header), cudaMemcpyDefault));
     return header;
   }
-  return {handle, 0, 0, nullptr};
+  Header absent{};
+  absent.handle = handle;
+  return absent;
 }
 
 bool DeviceTable::TakeRejection(Rejection* rejection) {
