@@ -35,6 +35,7 @@ from ._state import (
     memory_report,
     moments,
     release,
+    release_all,
 )
 
 __version__ = "0.1.0"
@@ -51,5 +52,6 @@ __all__ = [
     "paged_adam8bit",
     "paged_adamw8bit",
     "release",
+    "release_all",
     "scale_by_paged_adam8bit",
 ]

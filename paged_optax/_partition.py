@@ -194,11 +194,8 @@ def _spread(
       cuts: how the operands behind those were cut already, if that is known.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    explicit = {
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Explicit
-    }
+    axes = list(zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True))
+    explicit = {name for name, _, kind in axes if kind == AxisType.Explicit}
     if explicit:
         specs = [jax.typeof(x).sharding.spec for x in operands[num_replicated:]]
         cuts = tuple(
@@ -211,7 +208,9 @@ def _spread(
             axis_names=explicit,
             check_vma=False,
         )(*operands)
-    if not mesh.empty and AxisType.Auto not in mesh.axis_types:
+    # custom_partitioning fails where some axes are manual and the others leave nothing to cut.
+    nothing_left = all(kind == AxisType.Manual or size == 1 for _, size, kind in axes)
+    if AxisType.Manual in mesh.axis_types and nothing_left:
         return call(_place(mesh.size, mesh, cuts), *operands)
     with jax.disable_jit(False):  # a custom call has to be compiled, also under jax.disable_jit()
         return _automatic(call, num_replicated, len(models))(*operands, *models)

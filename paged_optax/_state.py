@@ -229,6 +229,27 @@ def release(opt_state: Any) -> int:
     return sum(_ext.release(handle) for handle in handles)
 
 
+def release_all() -> int:
+    """Frees the moments of every optimizer state of this process, also of states that are lost.
+
+    For notebooks, where states get lost when a cell runs again. No state made so far can be
+    updated any more.
+
+    Returns:
+      The number of bytes freed.
+
+    Example:
+      >>> import jax.numpy as jnp, paged_optax
+      >>> tx = paged_optax.scale_by_paged_adam8bit()
+      >>> params = {"w": jnp.ones((1024, 1024))}
+      >>> for _ in range(2):
+      ...   _, state = tx.update(params, tx.init(params))
+      >>> paged_optax.release_all() >= 2 * 2 * 1024**2
+      True
+    """
+    return _ext.release_all()
+
+
 def find_states(opt_state: Any) -> list[ScaleByPagedAdam8bitState]:
     """The paged states inside any optimizer state, in tree order."""
     opt_state = getattr(opt_state, "opt_state", opt_state)  # nnx.Optimizer, TrainState

@@ -49,6 +49,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(why_no_gpu())
 
 
+@pytest.fixture(autouse=True)
+def leave_no_states():
+    """States that a test drops keep memory, and unused ones make the steps of later tests wait."""
+    yield
+    _ext.release_all()
+
+
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request):
     """Runs a test on the CPU and, where there is one, on a GPU: new arrays are made there."""

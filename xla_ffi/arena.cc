@@ -295,6 +295,24 @@ int64_t Registry::Release(int32_t handle) {
   return nbytes;
 }
 
+int64_t Registry::ReleaseAll() {
+  std::set<int32_t> handles;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    handles = unused_;
+    for (const auto& [key, arena] : cpu_arenas_) handles.insert(key.second);
+  }
+#if PAGED_OPTAX_CUDA
+  for (DeviceTable* table : Tables()) {
+    std::lock_guard<std::mutex> lock(table->mutex);
+    for (const auto& arena : table->arenas) handles.insert(arena->header.handle);
+  }
+#endif
+  int64_t nbytes = 0;
+  for (const int32_t handle : handles) nbytes += Release(handle);
+  return nbytes;
+}
+
 int64_t Registry::NumArenas() {
   int64_t count = 0;
   {

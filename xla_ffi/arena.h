@@ -123,6 +123,7 @@ class Registry {
 
   // Frees every arena of a state, waiting for steps under way. Returns the bytes freed.
   int64_t Release(int32_t handle);
+  int64_t ReleaseAll();
 
   int64_t NumArenas();
   int64_t NumUnused();

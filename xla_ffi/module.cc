@@ -257,6 +257,9 @@ PYBIND11_MODULE(_ext, module) {
   module.def(
       "release", [](int32_t handle) { return Registry::Get().Release(handle); }, py::arg("handle"),
       py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "release_all", [] { return Registry::Get().ReleaseAll(); },
+      py::call_guard<py::gil_scoped_release>());
   module.def("encode", &Encode, py::arg("values"), py::arg("signed"));
   module.def("step_leaf", &StepLeaf, py::arg("values"), py::arg("dtype"), py::arg("codec"),
              py::arg("arena"), py::arg("begin"), py::arg("end"), py::arg("hyperparams"),
