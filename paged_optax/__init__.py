@@ -25,6 +25,7 @@ except ImportError as error:
         " install with: pip install -e ."
     ) from error
 
+from ._accumulate import MultiSteps
 from ._adam import paged_adam8bit, paged_adamw8bit, scale_by_paged_adam8bit
 from ._options import Paging, Quantization
 from ._state import (
@@ -44,6 +45,7 @@ __all__ = [
     "DeviceMemory",
     "MemoryReport",
     "Moments",
+    "MultiSteps",
     "Paging",
     "Quantization",
     "ScaleByPagedAdam8bitState",
