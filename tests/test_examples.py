@@ -1,0 +1,58 @@
+"""The multi-device example runs, and its devices keep shards only."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+FSDP = """
+    import collections, re, sys
+    sys.path.insert(0, sys.argv[1])
+    import jax, numpy as np
+    from flax import nnx
+    import finetuning, fsdp_finetune, tiny_llama
+    from paged_optax import paged_adamw8bit
+
+    result = fsdp_finetune.main(["--devices=8", "--pretrain-steps=10", "--steps=10"])
+    assert result.after < result.before < 5.0
+    assert len(result.state_bytes) == 8
+
+    args = fsdp_finetune.parse_args(["--devices=8"])
+    with jax.set_mesh(fsdp_finetune.make_mesh(args)):
+        model = fsdp_finetune.make_model(0)
+        optimizer = nnx.Optimizer(model, paged_adamw8bit(1e-3), wrt=nnx.Param)
+        ids = finetuning.windows(np.zeros(256, np.uint8), np.zeros((2, 8), int), 128)
+        lowered = tiny_llama.train_step.lower(model, optimizer, ids, "bfloat16")
+    program = lowered.compile().as_text()
+    (call,) = (line for line in program.splitlines() if '="paged_optax_update' in line)
+    shapes = re.findall(r"f32.([0-9,]+)", call.split("operand_layout_constraints=")[1])
+    operands = [tuple(map(int, shape.split(","))) for shape in shapes]
+    parameters = jax.tree.leaves(nnx.state(model))
+    shards = [x.addressable_shards[0].data.shape for x in parameters]
+    assert not collections.Counter(shards) - collections.Counter(operands), (shards, operands)
+    assert not {x.shape for x in parameters} & set(operands), operands
+    # A gradient is reduced and scattered at once, so that it is whole on no device.
+    assert len(re.findall(r" reduce-scatter\\(", program)) == len(parameters)
+"""
+
+
+@pytest.mark.slow
+def test_fsdp_keeps_gradients_in_shards(tmp_path):
+    for module in "matplotlib", "psutil", "tqdm":
+        pytest.importorskip(module)
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(FSDP), str(EXAMPLES)],
+        cwd=tmp_path,  # not a checkout, whose source folder would be imported; takes the plot
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert process.returncode == 0, process.stderr
+    assert "1/8 of them" in process.stdout
+    assert (tmp_path / "fsdp_finetune.png").exists()
