@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -253,17 +253,45 @@ def release_all() -> int:
 def find_states(opt_state: Any) -> list[ScaleByPagedAdam8bitState]:
     """The paged states inside any optimizer state, in tree order."""
     opt_state = getattr(opt_state, "opt_state", opt_state)  # nnx.Optimizer, TrainState
-
-    def is_ours(node):
-        return isinstance(node, ScaleByPagedAdam8bitState)
-
-    states = [node for node in jax.tree.leaves(opt_state, is_leaf=is_ours) if is_ours(node)]
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: _as_state(node) is not None)
+    states = [state for state in map(_as_state, nodes) if state is not None]
     if not states:
         raise ValueError(
             f"there is no paged optimizer state in this {type(opt_state).__name__}; pass what the"
             " optimizer's init or update returned (not the parameters)"
         )
+    for state in states:
+        _check_token(state.token)
     return states
+
+
+def _as_state(node: Any) -> ScaleByPagedAdam8bitState | None:
+    """The paged state that a node is, also where nnx.split or a state dict made a mapping of it."""
+    if isinstance(node, Mapping) and set(node) == set(ScaleByPagedAdam8bitState._fields):
+        state = ScaleByPagedAdam8bitState(**node)
+    elif isinstance(node, ScaleByPagedAdam8bitState):
+        state = node
+    else:
+        return None
+    leaves = jax.tree.leaves(state.token)  # opens an nnx.Variable
+    if len(leaves) == 1 and getattr(leaves[0], "dtype", None) == jnp.int32:
+        return state._replace(token=leaves[0])
+    return state if state is node else None  # None: parameters of these names
+
+
+def _check_token(token: Any) -> None:
+    if isinstance(token, jax.ShapeDtypeStruct):
+        raise TypeError(
+            "the optimizer state has shapes and no values (from jax.eval_shape?); pass one that"
+            " init or update returned"
+        )
+    dtype, shape = getattr(token, "dtype", type(token).__name__), np.shape(token)
+    if dtype != jnp.int32 or shape != _ffi.TOKEN_SHAPE:
+        raise ValueError(
+            f"the optimizer state's token is {dtype}{list(shape)}, and must be int32[2] as init"
+            " returned it; of states that were stacked (jax.pmap, jax.lax.scan) pass one:"
+            " jax.tree.map(lambda leaf: leaf[0], opt_state)"
+        )
 
 
 def format_bytes(nbytes: int) -> str:
@@ -276,7 +304,7 @@ def format_bytes(nbytes: int) -> str:
 
 
 def _read_token(state: ScaleByPagedAdam8bitState) -> tuple[int, int]:
-    token = jnp.asarray(state.token)  # opens an nnx.Variable
+    token = jnp.asarray(state.token)
     if isinstance(token, Tracer):
         raise TypeError(
             "the optimizer state is being traced (inside jax.jit or another transformation); call"
@@ -346,7 +374,7 @@ def _positions(
             " under jax.jit with sharded arrays on a mesh of one type instead."
         )
     shards = _partition.Shards.decode(reports[0]["shards"])
-    sharding = jnp.asarray(state.token).sharding  # opens an nnx.Variable
+    sharding = jnp.asarray(state.token).sharding
     if not isinstance(sharding, NamedSharding) or dict(sharding.mesh.shape) != shards.axes:
         raise RuntimeError(
             f"the state was updated on a mesh of {shards.axes}, but its token has the sharding"

@@ -376,3 +376,30 @@ def test_nothing_is_compiled_after_the_first_step(devices, caplog):
         _, state = update(params, state, params)
     assert not [r.getMessage() for r in caplog.records if "ompil" in r.getMessage()]
     release(state)
+
+
+def test_pmap(devices):
+    """Data parallelism of old: every device has all parameters, and moments of its own for them."""
+    tx = paged_optax.scale_by_paged_adam8bit()
+    count = len(devices)
+    grads = make_tree(1, {"w": (count, 64, 80)})
+    update = jax.pmap(
+        lambda g, state: tx.update(jax.lax.pmean(g, "devices"), state), "devices", devices=devices
+    )
+    mean = {"w": grads["w"].mean(0)}
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * count), tx.init(mean))
+    single = tx.init(mean)
+    for _ in range(3):
+        updates, stacked = update(grads, stacked)
+        expected, single = jax.jit(tx.update)(mean, single)
+    for i in range(count):
+        np.testing.assert_allclose(updates["w"][i], expected["w"], rtol=1e-5)
+    state = jax.tree.map(lambda leaf: leaf[0], stacked)
+    report = memory_report(state)
+    assert [d.total for d in report.devices] == [memory_report(single).total] * count
+    with pytest.raises(ValueError, match="pass one: jax.tree.map"):
+        memory_report(stacked)
+    with pytest.raises(NotImplementedError, match="which part of the parameters each device has"):
+        moments(state)
+    release(state)
+    release(single)

@@ -1,5 +1,6 @@
 """The examples in docstrings and in README run."""
 
+import ast
 import doctest
 import importlib
 import os
@@ -15,6 +16,7 @@ import pytest
 import paged_optax
 
 README = Path(__file__).parent.parent / "README.md"
+COMPATIBILITY = README.parent / "docs" / "compatibility.md"
 
 MODULES = ["paged_optax"] + [
     f"paged_optax.{module.name}"
@@ -79,6 +81,36 @@ def test_documents_are_filled_in():
     """No placeholder of a number that was to be measured."""
     for path in [README, *README.parent.glob("docs/*.md"), *README.parent.glob("xla_ffi/*.md")]:
         assert not re.findall(r"\{[a-z_]+\}", path.read_text(encoding="utf-8")), path
+
+
+def names_in(path):
+    """Names of a file's functions and classes, and its strings: parts of them are parts of ids."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    functions = {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    attributes = {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+    strings = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    return functions, functions | attributes | strings
+
+
+@pytest.mark.skipif(not COMPATIBILITY.exists(), reason="tests without the source tree")
+def test_every_claim_of_compatibility_names_its_tests():
+    tables = re.findall(
+        r"^\|[^\n]*\| test \|\n\| [- |]+\n((?:^\|.*\n)+)",
+        COMPATIBILITY.read_text(encoding="utf-8"),
+        flags=re.MULTILINE,
+    )
+    assert len(tables) >= 5
+    known = {}
+    for row in "".join(tables).splitlines():
+        names = re.findall(r"`(test_\w+\.py)::(\w+)(?:\[([^]]+)\])?`", row)
+        assert names and row.split("|")[-2].count("`") == 2 * len(names), row
+        for file, test, case in names:
+            path = COMPATIBILITY.parent.parent / "tests" / file
+            if file not in known:
+                known[file] = names_in(path)
+            functions, words = known[file]
+            assert test in functions, f"{file}::{test}"
+            assert not case or case in words, f"{file}::{test}[{case}]"
 
 
 @pytest.mark.skipif(not README.exists(), reason="tests without the source tree")

@@ -163,6 +163,50 @@ def test_multi_steps(tx):
             jax.block_until_ready(state)
 
 
+def test_sam():
+    """`optax.contrib.sam` selects between an old and a new state by arithmetic."""
+    ascent = optax.chain(optax.contrib.normalize(), optax.sgd(0.1))
+    params = make_grads()
+
+    def train(**options):
+        tx = optax.contrib.sam(paged_adamw8bit(1e-2, **options), ascent, sync_period=2)
+        state = tx.init(params)
+        for i in range(4):
+            _, state = tx.update(make_grads(i), state, params)
+            jax.block_until_ready(state)
+        return state
+
+    with jax.numpy_dtype_promotion("standard"):
+        with pytest.raises(RAISES, match=NOT_THE_NEWEST):
+            train()
+        assert train(replay=True).opt_state[0].count == 2  # the remedy
+
+
+@pytest.mark.parametrize("replay", [False, True], ids=["one slot", "replay"])
+def test_debug_nans(replay):
+    """JAX finds the NaN, and runs the step again to name where it came from.
+
+    By then the state has moved on; with `replay=True` it can be used all the same.
+    """
+    tx = scale_by_paged_adam8bit(replay=replay)
+
+    @jax.jit
+    def step(x, state):
+        return tx.update(jax.grad(lambda w: jnp.sum(jnp.log(w) ** 2))(x), state)
+
+    x = jnp.ones((64, 64))
+    _, state = step(x, tx.init(x))
+    with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan.* in log"):
+        step(-x, state)
+    if replay:
+        updates, state = step(x, state)
+        assert state.count == 2 and np.isfinite(updates).all()
+        assert moments(state).mu.shape == (64, 64)
+    else:
+        with pytest.raises(RAISES, match=NOT_THE_NEWEST):
+            jax.block_until_ready(step(x, state))
+
+
 def test_scan_over_a_stale_state(tx, states):
     @jax.jit
     def run(state):
@@ -677,12 +721,47 @@ QUESTIONS = [moments, memory_report, release]
         {"w": np.ones(3)},
         optax.adam(1e-3).init({"w": np.ones(3, np.float32)}),
         optax.EmptyState(),
+        {"count": np.ones((), np.float32), "token": np.ones(2, np.float32)},
+        {"count": {"w": np.ones(2, np.int32)}, "token": {"v": np.ones(2), "w": np.ones(2)}},
     ],
-    ids=["None", "tuple", "parameters", "optax.adam", "EmptyState"],
+    ids=[
+        "None",
+        "tuple",
+        "parameters",
+        "optax.adam",
+        "EmptyState",
+        "parameters named as the state",
+        "modules named as the state",
+    ],
 )
 def test_question_about_another_thing(question, thing):
     with pytest.raises(ValueError, match=r"no paged optimizer state in this .*not the parameters"):
         question(thing)
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("container", [lambda s: s, lambda s: s._asdict()], ids=["state", "dict"])
+def test_question_about_stacked_states(states, question, container):
+    """As `jax.pmap` and `jax.lax.scan` return them."""
+    stacked = container(stack(states[-1]))
+    match = r"token is int32\[3, 2\], and must be int32\[2\].*pass one: jax.tree.map"
+    with pytest.raises(ValueError, match=match):
+        question(stacked)
+    one = jax.tree.map(lambda leaf: leaf[0], stacked)  # the remedy
+    assert memory_report(one) == memory_report(states[-1])
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda f: f.__name__)
+def test_question_about_shapes(tx, question):
+    with pytest.raises(TypeError, match="shapes and no values.*init or update returned"):
+        question(jax.eval_shape(tx.init, make_grads()))
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda f: f.__name__)
+def test_question_about_a_state_that_was_cast(states, question):
+    cast = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), states[-1])
+    with pytest.raises(ValueError, match=r"token is float32\[2\], and must be int32\[2\]"):
+        question(cast)
 
 
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda f: f.__name__)

@@ -341,6 +341,37 @@ def checkpoint(tx, grads):
     return eager(tx._replace(update=jax.jit(jax.checkpoint(tx.update))), grads)
 
 
+def custom_vjp(tx, grads):
+    """A step whose derivative is given beside it."""
+    update = jax.custom_vjp(lambda g, state: tx.update(g, state))
+    update.defvjp(lambda g, state: (tx.update(g, state), None), lambda _, cotangents: cotangents)
+    eager(tx._replace(update=update), grads)
+    return eager(tx._replace(update=jax.jit(update)), grads)
+
+
+def differentiated_custom_vjp(tx, grads):
+    """Straight through: the updates' cotangents are passed on as the gradients'."""
+
+    def backward(state, cotangents):
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), state)
+        return cotangents[0], zeros
+
+    update = jax.custom_vjp(lambda g, state: tx.update(g, state))
+    update.defvjp(lambda g, state: (tx.update(g, state), state), backward)
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def differentiate(grads, state):
+        updates, state = update(grads, state)
+        return sum(jnp.sum(u.astype(jnp.float32)) for u in updates.values()), (updates, state)
+
+    state = tx.init(grads[0])
+    for g in grads:
+        derivatives, (updates, state) = differentiate(g, state)
+        assert all(np.all(d == 1) for d in jax.tree.leaves(derivatives))
+    return updates, state
+
+
 def clear_caches(tx, grads):
     update = jax.jit(tx.update)
 
@@ -365,7 +396,13 @@ def same_fresh_state_again(tx, grads):
 
 def another_factory_per_step(tx, grads):
     """As `optax.inject_hyperparams` does."""
-    return eager(tx._replace(update=lambda *args: scale_by_paged_adam8bit().update(*args)), grads)
+    _, state = tx.update(grads[0], tx.init(grads[0]))
+    replay = paged_optax.memory_report(state).replay > 0
+
+    def update(g, state):
+        return scale_by_paged_adam8bit(replay=replay).update(g, state)
+
+    return eager(tx._replace(update=update), grads)
 
 
 def state_through(convert, tx, grads):
@@ -395,6 +432,8 @@ WAYS = [
     skipped_by_cond,
     switch,
     checkpoint,
+    custom_vjp,
+    differentiated_custom_vjp,
     clear_caches,
     init_again,
     same_fresh_state_again,
@@ -408,8 +447,10 @@ CONVERSIONS = {
 }
 
 
+@pytest.mark.parametrize("replay", [False, True], ids=["", "replay"])
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_way_to_run(tx, way, expected):
+def test_way_to_run(way, replay, expected):
+    tx = scale_by_paged_adam8bit(replay=replay)
     grads = [make_grads(i) for i in range(NUM_STEPS)]
     updates, state = way(tx, grads)
     assert_as_expected(updates, state, expected)

@@ -1,15 +1,15 @@
-"""The optimizer inside optax and Flax: hyperparameters, wrappers, loops, and finding the state."""
+"""The optimizer inside optax: hyperparameters, wrappers, and finding the state."""
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
-from flax.training.train_state import TrainState
+from optax import contrib
 
 import paged_optax
 from paged_optax import (
@@ -280,10 +280,11 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.parametrize("replay", [False, True], ids=["", "replay"])
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-def test_wrapper(wrap):
+def test_wrapper(wrap, replay):
     make = functools.partial(paged_adamw8bit, 1e-2, weight_decay=0.1)
-    params, state = train(wrap(make()))
+    params, state = train(wrap(make(replay=replay)))
     expected_params, expected_state = train(make())
     assert_trees_close(params, expected_params)
     assert_trees_equal(moments(state), moments(expected_state))
@@ -360,128 +361,258 @@ def test_extra_arguments_are_accepted():
     tx.update(make_grads(0), tx.init(params), params, value=1.0, unknown="argument")
 
 
-# --- Flax ---------------------------------------------------------------------------------------
+# --- Optax's wrappers that change numbers: parameters, moments and their own state as with optax -
 
 
-class Mlp(nnx.Module):
-    def __init__(self, rngs, linear=nnx.Linear):
-        self.layers = nnx.List([linear(64, 96, rngs=rngs), linear(96, 64, rngs=rngs)])
-
-    def __call__(self, x):
-        return self.layers[1](nnx.relu(self.layers[0](x)))
+def normalized_ascent():
+    return optax.chain(contrib.normalize(), optax.sgd(0.1))
 
 
-def low_rank_linear(din, dout, rngs):
-    return nnx.LoRALinear(din, dout, lora_rank=64, rngs=rngs)
+def in_lookahead(reset_state=False):
+    return lambda tx: optax.lookahead(tx, 3, 0.5, reset_state)
 
 
-def target(model):
-    x = jax.random.normal(jax.random.key(1), (16, 64))
-    return jnp.mean((model(x) - jnp.sin(x)) ** 2)
+def on_plateau(tx):
+    return optax.chain(tx, contrib.reduce_on_plateau(0.5, patience=2))
 
 
-def nnx_step(model, optimizer, wrt):
-    loss, grads = nnx.value_and_grad(target, argnums=nnx.DiffState(0, wrt))(model)
-    optimizer.update(model, grads)
-    return loss
+def then(transformation):
+    return lambda tx: optax.chain(tx, transformation)
 
 
-def make_clipped():
-    return optax.chain(optax.clip_by_global_norm(1.0), paged_adamw8bit(1e-2))
+def in_multi_steps(tx):
+    """Cycles of two micro-steps; those that are not finite do not count."""
+    return optax.MultiSteps(tx, 2, should_skip_update_fn=optax.skip_not_finite)
 
 
-def train_without_nnx_optimizer(model, wrt):
-    """Plain optax on the model's parameters."""
-    graphdef, params, rest = nnx.split(model, wrt, ...)
-    tx = make_clipped()
-    state = tx.init(params)
-
-    def step(carry, _):
-        params, state = carry
-        loss, grads = jax.value_and_grad(lambda p: target(nnx.merge(graphdef, p, rest)))(params)
-        updates, state = tx.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), loss
-
-    (_, state), losses = jax.lax.scan(step, (params, state), length=NUM_STEPS)
-    return losses, moments(state)
+FREEZE_BIAS = {"bias": True, "kernel": False}
 
 
-jit_step = functools.partial(nnx.jit, static_argnums=2)
-NNX_LOOPS = {
-    "eager, Param": (lambda step: step, nnx.Param),
-    "nnx.jit, Param": (jit_step, nnx.Param),
-    "nnx.jit donated, LoRAParam": (
-        functools.partial(jit_step, donate_argnums=(0, 1)),
-        nnx.LoRAParam,
+class Around(NamedTuple):
+    """How `wrap` is run.
+
+    Attributes:
+      wrap: from an optimizer to a transformation.
+      discards: whether it throws results of updates away, for which ``replay=True`` is made.
+      options: keyword arguments of the optimizer.
+      params: from parameters to those that `wrap` wants.
+      extra: keyword arguments of the update.
+      bad_steps: those whose gradients are NaN.
+    """
+
+    wrap: Callable[[optax.GradientTransformation], Any]
+    discards: bool = False
+    options: dict[str, Any] = {}
+    params: Callable[[Any], Any] = lambda params: params
+    extra: dict[str, Any] = {}
+    bad_steps: tuple[int, ...] = ()
+
+
+AROUND = {
+    "lookahead": Around(in_lookahead(), params=optax.LookaheadParams.init_synced),
+    "lookahead with reset_state": Around(
+        in_lookahead(reset_state=True), params=optax.LookaheadParams.init_synced
+    ),
+    "schedule_free": Around(lambda tx: contrib.schedule_free(tx, 1e-2), options={"b1": 0.0}),
+    "mechanize": Around(contrib.mechanize),
+    "reduce_on_plateau": Around(on_plateau, extra={"value": 1.0}),
+    "sam": Around(lambda tx: contrib.sam(tx, normalized_ascent(), sync_period=3), discards=True),
+    "sam in opaque mode": Around(
+        lambda tx: contrib.sam(tx, normalized_ascent(), sync_period=3, opaque_mode=True),
+        extra={"grad_fn": lambda params, step: jax.tree.map(lambda p: jnp.sin(3 * p), params)},
+    ),
+    "ema": Around(then(optax.ema(0.9))),
+    "apply_every": Around(then(optax.apply_every(3))),
+    "keep_params_nonnegative": Around(
+        then(optax.keep_params_nonnegative()), params=lambda params: jax.tree.map(jnp.abs, params)
+    ),
+    "conditionally_mask": Around(lambda tx: optax.conditionally_mask(tx, lambda i: i % 2 == 0)),
+    "conditionally_transform": Around(
+        lambda tx: optax.conditionally_transform(tx, lambda i: i % 2 == 0)
+    ),
+    "selective_transform": Around(
+        lambda tx: optax.selective_transform(tx, freeze_mask=FREEZE_BIAS)
+    ),
+    "apply_if_finite": Around(lambda tx: optax.apply_if_finite(tx, 5), bad_steps=(0, 2, 5)),
+    "optax.MultiSteps": Around(in_multi_steps, discards=True, bad_steps=(2, 5)),
+    "scale_by_galore": Around(lambda tx: contrib.scale_by_galore(64, base_optimizer=tx)),
+    "split_real_and_imaginary": Around(
+        contrib.split_real_and_imaginary, params=lambda params: jax.tree.map(make_complex, params)
     ),
 }
 
 
-@pytest.mark.parametrize("transform, wrt", NNX_LOOPS.values(), ids=NNX_LOOPS)
-def test_nnx_optimizer(transform, wrt):
-    linear = low_rank_linear if wrt is nnx.LoRAParam else nnx.Linear
-    model = Mlp(nnx.Rngs(0), linear)
-    optimizer = nnx.Optimizer(model, make_clipped(), wrt=wrt)
-    expected, expected_moments = train_without_nnx_optimizer(Mlp(nnx.Rngs(0), linear), wrt)
-    step = transform(nnx_step)
-    losses = [step(model, optimizer, wrt) for _ in range(NUM_STEPS)]
-    np.testing.assert_allclose(losses, expected, rtol=1e-3)
-    assert losses[-1] < losses[0]
+def make_complex(leaf):
+    return leaf + 1j * leaf[::-1]
 
-    found = moments(optimizer)
-    shapes = jax.tree.map(np.shape, nnx.to_pure_dict(nnx.state(model, wrt)))
-    assert jax.tree.map(np.shape, nnx.to_pure_dict(found.mu)) == shapes
-    assert_trees_close(
-        jax.tree.leaves(found), jax.tree.leaves(expected_moments), rtol=0.05, atol=1e-4
+
+def train_around(around, tx):
+    """As `train`, with gradients for the parameters that the wrapper wants."""
+    tx = around.wrap(tx)
+    params = around.params(make_params())
+    update = jax.jit(lambda g, s, p: tx.update(g, s, p, **around.extra))
+    state = tx.init(params)
+    for i in range(10):
+        grads = make_grads(i)
+        if jax.tree.leaves(params)[0].dtype == jnp.complex64:
+            grads = jax.tree.map(make_complex, grads)
+        if i in around.bad_steps:
+            grads = jax.tree.map(lambda g: g * jnp.nan, grads)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+FLOAT32 = paged_optax.Quantization(min_size=1 << 20)
+
+
+def split_off_adam(state):
+    """The state with a count in the place of Adam's, and the moments, where they are optax's."""
+
+    def is_adam(node):
+        return isinstance(node, optax.ScaleByAdamState | paged_optax.ScaleByPagedAdam8bitState)
+
+    nodes, treedef = jax.tree.flatten(state, is_leaf=is_adam)
+    ((mu, nu),) = [
+        (node.mu, node.nu) if isinstance(node, optax.ScaleByAdamState) else (None, None)
+        for node in nodes
+        if is_adam(node)
+    ]
+    return jax.tree.unflatten(treedef, [n.count if is_adam(n) else n for n in nodes]), (mu, nu)
+
+
+@functools.cache
+def adam_around(name, device):
+    del device  # for the cache
+    return train_around(AROUND[name], optax.adam(1e-2, **AROUND[name].options))
+
+
+REPLAYS = [
+    (name, replay) for name, around in AROUND.items() for replay in sorted({around.discards, True})
+]
+
+
+@pytest.mark.parametrize("name, replay", REPLAYS)
+def test_wrapper_as_around_adam(name, replay, device):
+    """Float32 moments, so that all numbers follow optax.adam's."""
+    around = AROUND[name]
+    tx = paged_adam8bit(1e-2, quantization=FLOAT32, replay=replay, **around.options)
+    params, state = train_around(around, tx)
+    expected_params, expected_state = adam_around(name, device)
+    assert_trees_close(params, expected_params, rtol=2e-5)
+    state_of_wrapper, _ = split_off_adam(state)
+    expected_state_of_wrapper, expected_moments = split_off_adam(expected_state)
+    assert_trees_close(state_of_wrapper, expected_state_of_wrapper, rtol=2e-5)
+    assert_trees_close(tuple(moments(state)), expected_moments)
+    assert_found_and_freed(state, 8 * 64 * 64)
+
+
+def test_lookahead_that_resets_leaves_moments_behind():
+    """A reset begins a new state, and the old one keeps its memory until it is released."""
+    tx = optax.lookahead(paged_adam8bit(1e-2), 2, 0.5, reset_state=True)
+    params = optax.LookaheadParams.init_synced(make_params())
+    state = tx.init(params)
+    for i in range(6):
+        before = state
+        updates, state = tx.update(make_grads(i), state, params)
+        params = optax.apply_updates(params, updates)
+        if i % 2:  # reset
+            assert optax.tree.get(state, "token")[0] != optax.tree.get(before, "token")[0]
+            assert release(before) >= NUM_BYTES
+            with pytest.raises(RuntimeError, match="never updated"):
+                moments(state)
+
+
+INJECTED_AS_OPTAX = {
+    "numbers": {"learning_rate": 1e-2, "weight_decay": 0.1},
+    "schedules": {
+        "learning_rate": optax.linear_schedule(1e-2, 1e-3, 4),
+        "b1": optax.linear_schedule(0.8, 0.9, 4),
+        "eps": 1e-6,
+    },
+    "static options": {"learning_rate": 1e-2, "nesterov": True, "mask": DECAY_KERNELS},
+}
+
+
+@pytest.mark.parametrize("hyperparams", INJECTED_AS_OPTAX.values(), ids=INJECTED_AS_OPTAX)
+def test_inject_hyperparams_as_with_optax(hyperparams):
+    """Parameters, moments, and names, dtypes and values of the hyperparameters in the state."""
+    paged = functools.partial(paged_adamw8bit, quantization=FLOAT32)
+    params, state = train(optax.inject_hyperparams(paged)(**hyperparams))
+    expected_params, expected_state = train(optax.inject_hyperparams(optax.adamw)(**hyperparams))
+    assert_trees_close(params, expected_params)
+    state_of_wrapper, _ = split_off_adam(state)
+    expected_state_of_wrapper, expected_moments = split_off_adam(expected_state)
+    assert_trees_close(state_of_wrapper, expected_state_of_wrapper)
+    assert jax.tree.map(jnp.result_type, state.hyperparams) == jax.tree.map(
+        jnp.result_type, expected_state.hyperparams
     )
-    assert_trees_equal(moments(optimizer.opt_state), found)
-    assert_found_and_freed(optimizer, 2 * 64 * 64 // 256 * 520)
+    assert_trees_close(tuple(moments(state)), expected_moments)
 
 
-def test_clone_of_an_nnx_optimizer_is_a_fork():
-    model = Mlp(nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, make_clipped(), wrt=nnx.Param)
-    nnx_step(model, optimizer, nnx.Param)
-    clone = nnx.clone(optimizer)
-    nnx_step(model, clone, nnx.Param)
-    with pytest.raises(RuntimeError, match="not the newest"):
-        moments(optimizer)
-    nnx_step(model, clone, nnx.Param)
-    assert moments(clone)
+# --- optax.tree ---------------------------------------------------------------------------------
+
+TREES = {
+    "chain": lambda tx: optax.chain(optax.clip(1.0), tx),
+    "masked": lambda tx: optax.masked(tx, {"bias": True, "kernel": False}),
+    "inject_hyperparams": lambda tx: optax.inject_hyperparams(lambda scale: tx)(scale=1.0),
+}
 
 
-def test_linen_train_state():
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.Dense(64)(nn.relu(nn.Dense(96)(x)))
+@pytest.mark.parametrize("wrap", TREES.values(), ids=TREES)
+def test_map_params_touches_no_paged_state(wrap):
+    """None of its leaves is for a parameter; so are all sharding rules of users: replicate it."""
+    tx = wrap(optax.chain(paged_adamw8bit(1e-2), optax.trace(0.9)))
+    params = make_params()
+    state = tx.init(params)
+    specs = jax.tree.map(lambda leaf: f"like {leaf.shape}", params)
+    rules = optax.tree.map_params(
+        tx,
+        lambda leaf, spec: leaf if isinstance(leaf, optax.MaskedNode) else spec,
+        state,
+        specs,
+        transform_non_params=lambda leaf: "replicated",
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+    )
+    assert jax.tree.structure(rules) == jax.tree.structure(state)
+    (paged,) = optax.tree.get_all_with_path(rules, "ScaleByPagedAdam8bitState")
+    assert tuple(paged[1]) == ("replicated", "replicated")
+    assert "like (80,)" in jax.tree.leaves(rules)
 
-    model = Model()
-    params = model.init(jax.random.key(0), jnp.ones((1, 64)))["params"]
+    doubled = optax.tree.map_params(tx, lambda leaf: 2 * leaf, state)
+    updates, _ = tx.update(make_grads(0), doubled, params)
+    assert_trees_equal(updates, tx.update(make_grads(0), tx.init(params), params)[0])
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state):
-        loss, grads = jax.value_and_grad(
-            lambda params: target(lambda x: state.apply_fn({"params": params}, x))
-        )(state.params)
-        return state.apply_gradients(grads=grads), loss
 
-    def run(tx):
-        state = TrainState.create(
-            apply_fn=model.apply, params=jax.tree.map(jnp.copy, params), tx=tx
-        )
-        losses = []
-        for _ in range(30):
-            state, loss = step(state)
-            losses.append(loss)
-        return state, losses
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_get_and_set(wrap):
+    """By name, in whatever the optimizer is wrapped."""
+    tx = wrap(scale_by_paged_adam8bit())
+    params, state = train(tx, num_steps=2)
 
-    state, losses = run(make_clipped())
-    clip = optax.clip_by_global_norm(1.0)
-    _, expected = run(optax.chain(clip, optax.adamw(1e-2)))
-    np.testing.assert_allclose(losses, expected, rtol=0.05)
-    assert jax.tree.map(np.shape, moments(state).nu) == jax.tree.map(np.shape, params)
-    assert_found_and_freed(state, 2 * 64 * 96 // 256 * 520)
+    def is_ours(path, value):
+        del value
+        return getattr(path[-1], "tuple_name", "") == "ScaleByPagedAdam8bitState"
+
+    counts = optax.tree.get_all_with_path(state, "count", is_ours)
+    assert counts and all(count == 2 for _, count in counts)
+    state = optax.tree.set(state, is_ours, count=jnp.int32(5))
+    _, state = tx.update(make_grads(2), state, params)
+    counts = optax.tree.get_all_with_path(state, "count", is_ours)
+    assert counts and all(count == 6 for _, count in counts)
+
+
+def test_optax_tree_set_puts_a_whole_state_in_place():
+    """The state of one optimizer goes on in another that wraps it otherwise."""
+    tx, wrapped = paged_adamw8bit(1e-2), optax.chain(optax.identity(), paged_adamw8bit(1e-2))
+    params, state = train(tx)
+    inner = optax.tree.get(state, "ScaleByPagedAdam8bitState")
+    moved = optax.tree.set(wrapped.init(params), ScaleByPagedAdam8bitState=inner)
+    updates, moved = wrapped.update(make_grads(9), moved, params)
+    expected_params, expected_state = train(tx)
+    expected, expected_state = tx.update(make_grads(9), expected_state, expected_params)
+    assert_trees_equal(updates, expected)
+    assert_trees_equal(moments(moved), moments(expected_state))
 
 
 # --- moments() puts disjoint states together ----------------------------------------------------
