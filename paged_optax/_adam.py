@@ -344,6 +344,8 @@ def _check_state(state: Any) -> None:
 def _check_dtypes(kind: str, leaves: list[tuple[Any, Any]]) -> None:
     for path, leaf in leaves:
         dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.asarray(leaf).dtype
+        if isinstance(leaf, np.ndarray | np.generic):
+            dtype = jax.dtypes.canonicalize_dtype(dtype)  # as jax will take it
         if dtype not in _FLOATS:
             raise TypeError(
                 f"{kind} {_name(path)} has dtype {dtype}; paged optimizers take float32, bfloat16"

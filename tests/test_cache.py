@@ -13,6 +13,8 @@ import pytest
 
 from paged_optax import moments, scale_by_paged_adam8bit
 
+pytestmark = pytest.mark.slow
+
 # Run twice. Prints, for each way to spread the state, how often a program was in the cache.
 PROGRAM = """
     import collections

@@ -36,6 +36,7 @@ FUNCTIONS = [
     paged_optax.scale_by_paged_adam8bit,
     paged_optax.paged_adamw8bit,
     paged_optax.paged_adam8bit,
+    paged_optax.MultiSteps,
     paged_optax.moments,
     paged_optax.memory_report,
     paged_optax.release,

@@ -20,7 +20,7 @@ from flax.training.train_state import TrainState
 import paged_optax
 from paged_optax import memory_report, moments, paged_adamw8bit, release
 
-pytestmark = pytest.mark.usefixtures("device", "standard_promotion")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("device", "standard_promotion")]
 
 # From compiled code: JaxRuntimeError, or ValueError on the fast path of a jitted function.
 RAISES = (RuntimeError, ValueError)

@@ -25,7 +25,7 @@ from paged_optax import (
     scale_by_paged_adam8bit,
 )
 
-pytestmark = pytest.mark.usefixtures("device", "standard_promotion")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("device", "standard_promotion")]
 
 RAISES = (RuntimeError, ValueError)  # JAX reports a handler's error as either
 

@@ -32,6 +32,8 @@ import pytest
 import paged_optax
 from paged_optax import Quantization, ScaleByPagedAdam8bitState
 
+pytestmark = pytest.mark.slow
+
 OPTAX = importlib.metadata.version("optax")
 KNOWN_OPTAX = "0.2.8"  # what the tables below were written for
 ADAM = r"\b(scale_by_)?n?adamw?\b"
@@ -64,7 +66,6 @@ class Suite(NamedTuple):
       instead: what else to replace, and how: by the optimizer of that name in `PAGED`, or by a
         method of `Substitution`.
       variants: which of `VARIANTS` run, each with a regular expression like `tests`.
-      slow: regular expression for those to mark as slow.
     """
 
     module: str
@@ -72,7 +73,6 @@ class Suite(NamedTuple):
     tables: dict[str, tuple[str, ...]] = {}
     instead: dict[str, str] = {}
     variants: dict[str, str] = {"8bit": ""}
-    slow: str | None = None
 
 
 ALIASES = ("adam", "adamw", "nadam", "nadamw")
@@ -152,7 +152,6 @@ SUITES = (
         {"OPTIMIZERS_TO_TEST": ("adam",)},
         {"MultiSteps": "jit", **BESIDE_SGD},
         variants={"8bit": "(?!.*precision0)", "replay": ""},
-        slow=".*precision0",
     ),
     Suite("transforms._combining_test", COMBINING, instead=BESIDE_SGD),
     Suite(
@@ -267,14 +266,6 @@ LEFT_OUT = (
         "has dtype float64",
     ),
     LeftOut(
-        "_src.lookahead_test LookaheadTest.test_lookahead_state_reset",
-        "with a reset",
-        "NumPy's float64 parameters, outside `jax.jit`",
-        "True",
-        TypeError,
-        "has dtype float64",
-    ),
-    LeftOut(
         "_src.transform_test TransformTest.test_rms_match_adam",
         "rtol=1e-6; 2e-5 holds",
         "optax's first update is off by 6e-6: `1 - b2**t` is computed in float32, `1 - b2` is not",
@@ -382,14 +373,6 @@ LEFT_OUT = (
         "",
         TypeError,
         "has dtype int32",
-    ),
-    LeftOut(
-        "transforms._freezing_test SelectiveTransformTest",
-        "tests that train leaves of `np.zeros` or `np.ones`",
-        "NumPy's float64 parameters, outside `jax.jit`",
-        "test_nested_train_all|test_selective_transform_effect(?!_flat_freeze_all)",
-        TypeError,
-        "has dtype float64",
     ),
     LeftOut(
         "tree_utils._state_utils_test StateUtilsTest",
@@ -646,12 +629,6 @@ class Case:
         module = self.suite.module.split(".")[-1].removesuffix("_test")
         return f"{module}-{self.variant}-{self.description.split(' ')[0]}"
 
-    @property
-    def slow(self) -> bool:
-        return (
-            self.suite.slow is not None and re.match(self.suite.slow, self.description) is not None
-        )
-
     def left_out(self) -> LeftOut | None:
         rows = [row for row in LEFT_OUT if row.has(self)]
         assert len(rows) < 2, rows
@@ -726,10 +703,7 @@ def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
         metafunc.parametrize(
             "case",
-            [
-                pytest.param(case, marks=pytest.mark.slow if case.slow else (), id=str(case))
-                for case in all_cases()
-            ],
+            [pytest.param(case, id=str(case)) for case in all_cases()],
         )
 
 

@@ -9,6 +9,8 @@ import textwrap
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 # Run by each process, and once more by one process with all devices.
 PROGRAM = """
     import sys

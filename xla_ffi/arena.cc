@@ -104,7 +104,7 @@ void Registry::Remember(const Signature& signature, uint64_t fingerprint) {
 std::shared_ptr<Arena> Registry::Open(const Request& request, Token token) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    const auto key = std::make_pair(request.device, token.handle);
+    const auto key = std::make_pair(token.handle, request.device);
     const auto found = cpu_arenas_.find(key);
     if (found != cpu_arenas_.end()) return found->second;
     if (token.version == 0 && IsFirstUse(token.handle, request.run)) {
@@ -131,8 +131,10 @@ std::vector<std::shared_ptr<Arena>> Registry::FindAll(int32_t handle) {
   std::vector<std::shared_ptr<Arena>> arenas;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (auto& [key, arena] : cpu_arenas_) {
-      if (key.second == handle) arenas.push_back(arena);
+    const DeviceId first{Platform::kCpu, 0};
+    for (auto found = cpu_arenas_.lower_bound({handle, first});
+         found != cpu_arenas_.end() && found->first.first == handle; ++found) {
+      arenas.push_back(found->second);
     }
   }
 #if PAGED_OPTAX_CUDA
@@ -285,7 +287,7 @@ int64_t Registry::Release(int32_t handle) {
   }
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (const auto& arena : freed) cpu_arenas_.erase({arena->device, handle});
+    for (const auto& arena : freed) cpu_arenas_.erase({handle, arena->device});
     unused_.erase(handle);
     num_unused_ = static_cast<int64_t>(unused_.size());
   }
@@ -300,7 +302,7 @@ int64_t Registry::ReleaseAll() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     handles = unused_;
-    for (const auto& [key, arena] : cpu_arenas_) handles.insert(key.second);
+    for (const auto& [key, arena] : cpu_arenas_) handles.insert(key.first);
   }
 #if PAGED_OPTAX_CUDA
   for (DeviceTable* table : Tables()) {

@@ -162,7 +162,7 @@ class Registry {
   std::set<int32_t> unused_;  // issued, no arena on any device yet
   std::deque<Bound> bound_;   // recent
   std::atomic<int64_t> num_unused_{0};
-  std::map<std::pair<DeviceId, int32_t>, std::shared_ptr<Arena>> cpu_arenas_;
+  std::map<std::pair<int32_t, DeviceId>, std::shared_ptr<Arena>> cpu_arenas_;
   std::unordered_map<uint64_t, Signature> signatures_;
 #if PAGED_OPTAX_CUDA
   std::vector<DeviceTable*> Tables();
