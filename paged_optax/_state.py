@@ -370,8 +370,8 @@ def _positions(
     if not reports[0]["shards"]:
         raise NotImplementedError(
             "moments() does not know which part of the parameters each device has: the state was"
-            " updated inside jax.shard_map or jax.pmap, or on a mesh with axes of several types. Update it"
-            " under jax.jit with sharded arrays on a mesh of one type instead."
+            " updated inside jax.shard_map or jax.pmap, or on a mesh with axes of several types."
+            " Update it under jax.jit with sharded arrays on a mesh of one type instead."
         )
     shards = _partition.Shards.decode(reports[0]["shards"])
     sharding = jnp.asarray(state.token).sharding
