@@ -310,7 +310,8 @@ def _read_token(state: ScaleByPagedAdam8bitState) -> tuple[int, int]:
             "the optimizer state is being traced (inside jax.jit or another transformation); call"
             " this outside of it"
         )
-    handle, version = np.asarray(token).tolist()  # waits for the update that made it
+    token.block_until_ready()  # for the update that made it, on every device and not just the first
+    handle, version = np.asarray(token).tolist()
     return handle, version
 
 
