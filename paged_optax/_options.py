@@ -11,7 +11,8 @@ class Quantization:
       codec: ``"dynamic"``, the 8-bit code of bitsandbytes: blocks of 256 elements, one float32
         scale a block, 2.03 bytes per parameter for both moments.
       min_size: leaves with fewer elements than this keep float32 moments (8 bytes per parameter).
-        Small leaves are biases and norms, which save nothing and tolerate least.
+        Small leaves are biases and norms, which save nothing and tolerate least. Inside
+        `jax.shard_map` a leaf is the device's part of it.
 
     Raises:
       ValueError: for an unknown codec or a negative size.

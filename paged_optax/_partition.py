@@ -29,8 +29,11 @@ from jax.sharding import PartitionSpec as P
 
 from . import _ext, _ffi
 
-# The mesh axes that each dimension of each leaf is cut along, the slowest varying first.
-Cuts = tuple[tuple[tuple[str, ...], ...], ...]
+# How one dimension of a leaf is cut: (parts, stride) per mesh axis, the slowest varying first. A
+# device at `position` in the mesh has part position // stride % parts.
+Cut = tuple[tuple[int, int], ...]
+# Of each dimension of each leaf.
+Cuts = tuple[tuple[Cut, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,42 +49,35 @@ class _Place:
 class Shards:
     """Which part of each leaf a device has. Travels through the compiled program as text.
 
-    Attributes:
-      axes: sizes of the mesh axes by name, the slowest varying first.
-      cuts: the axes that each dimension of each leaf is cut along.
+    Texts are equal if all devices have the same parts, whatever the mesh axes are called.
     """
 
-    axes: dict[str, int]
     cuts: Cuts
 
     def encode(self) -> str:
         kinds = list(dict.fromkeys(self.cuts))  # many leaves, few ways to cut them
-        leaves = [kinds.index(cut) for cut in self.cuts]
-        return json.dumps([self.axes, kinds, leaves])
+        return json.dumps([kinds, [kinds.index(cut) for cut in self.cuts]])
 
     @classmethod
     def decode(cls, text: str) -> "Shards":
-        axes, kinds, leaves = json.loads(text)
-        return cls(axes, tuple(tuple(map(tuple, kinds[i])) for i in leaves))
+        kinds, leaves = json.loads(text)
+        return cls(tuple(tuple(tuple(map(tuple, cut)) for cut in kinds[i]) for i in leaves))
 
     def index(self, leaf: int, position: int, shape: Sequence[int]) -> tuple[slice, ...]:
         """Where the shard, of `shape`, of the device at `position` lies in the whole leaf."""
-        coordinates = {}
-        for name, size in reversed(self.axes.items()):
-            position, coordinates[name] = divmod(position, size)
         index = []
-        for names, size in zip(self.cuts[leaf], shape, strict=True):
-            offset = 0
-            for name in names:
-                offset = offset * self.axes[name] + coordinates[name]
-            index.append(slice(offset * size, (offset + 1) * size))
+        for cut, size in zip(self.cuts[leaf], shape, strict=True):
+            part = 0
+            for parts, stride in cut:
+                part = part * parts + position // stride % parts
+            index.append(slice(part * size, (part + 1) * size))
         return tuple(index)
 
     def whole(self, leaf: int, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of the whole leaf, whose shards have `shape`."""
         return tuple(
-            size * math.prod(self.axes[name] for name in names)
-            for names, size in zip(self.cuts[leaf], shape, strict=True)
+            size * math.prod(parts for parts, _ in cut)
+            for cut, size in zip(self.cuts[leaf], shape, strict=True)
         )
 
 
@@ -97,7 +93,7 @@ def issue(seed: jax.typing.ArrayLike) -> jax.Array:
     """
     if jax.distributed.is_initialized():
         _share_base()
-    (token,) = _spread(_issue, (jnp.asarray(seed),), num_replicated=1)
+    (token,) = _spread(_Issue(), (jnp.asarray(seed),), num_replicated=1)
     return token
 
 
@@ -131,7 +127,7 @@ def update(
     """
     models = map(jax.lax.stop_gradient, params)  # a step does not depend on their values
     operands = guard(token, count, jnp.asarray(hyperparams), *grads, *models)
-    call = functools.partial(_update, tuple(sorted(static.items())))
+    call = _Update(tuple(sorted(static.items())))
     end = _ffi.NUM_SCALARS + len(grads)
     token, *updates = _spread(call, operands[:end], _ffi.NUM_SCALARS, operands[end:])
     return token, updates
@@ -154,18 +150,27 @@ def _share_base() -> None:
     _ext.set_shared_base(int(client.blocking_key_value_get(key, 60_000)))
 
 
-def _issue(place: _Place, seed: jax.Array):
-    return _fence(functools.partial(_ffi.issue_call_p.bind, shared=place.shared), seed)
+# Calls are values: equal ones are traced and compiled once.
 
 
-def _update(static: tuple[tuple[str, Any], ...], place: _Place, *operands: jax.Array):
-    call = functools.partial(
-        _ffi.update_call_p.bind,
-        num_devices=place.num_devices,
-        shards=place.shards,
-        **dict(static),
-    )
-    return _fence(call, *operands)
+@dataclasses.dataclass(frozen=True)
+class _Issue:
+    def __call__(self, place: _Place, seed: jax.Array):
+        return _fence(functools.partial(_ffi.issue_call_p.bind, shared=place.shared), seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Update:
+    static: tuple[tuple[str, Any], ...]
+
+    def __call__(self, place: _Place, *operands: jax.Array):
+        call = functools.partial(
+            _ffi.update_call_p.bind,
+            num_devices=place.num_devices,
+            shards=place.shards,
+            **dict(self.static),
+        )
+        return _fence(call, *operands)
 
 
 def _fence(call, *operands):
@@ -196,39 +201,64 @@ def _spread(
     mesh = jax.sharding.get_abstract_mesh()
     axes = list(zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True))
     explicit = {name for name, _, kind in axes if kind == AxisType.Explicit}
-    if explicit:
-        specs = [jax.typeof(x).sharding.spec for x in operands[num_replicated:]]
-        cuts = tuple(
-            _cut(spec, x.ndim) for spec, x in zip(specs, operands[num_replicated:], strict=True)
-        )
+    with jax.disable_jit(False):  # a custom call has to be compiled, also under jax.disable_jit()
+        if explicit:
+            leaves = operands[num_replicated:]
+            specs = tuple(jax.typeof(x).sharding.spec for x in models or leaves)
+            return _explicit(call, num_replicated, frozenset(explicit), specs)(*operands)
+        # custom_partitioning fails where some axes are manual and the others leave nothing to cut.
+        nothing_left = all(kind == AxisType.Manual or size == 1 for _, size, kind in axes)
+        if AxisType.Manual in mesh.axis_types and nothing_left:
+            return call(_place(mesh.size, cuts), *operands)
+        return _automatic(call, num_replicated, len(models))(*operands, *models)
+
+
+@functools.lru_cache(maxsize=256)
+def _explicit(call: Callable, num_replicated: int, explicit: frozenset[str], specs: tuple[P, ...]):
+    @jax.jit  # shard_map over some axes of several has to be compiled
+    def function(*operands):
+        mesh = jax.sharding.get_abstract_mesh()
+        leaves = [
+            jax.sharding.reshard(leaf, spec)
+            for leaf, spec in zip(operands[num_replicated:], specs, strict=True)
+        ]
+        cuts = tuple(_cuts(mesh, spec, x.ndim) for spec, x in zip(specs, leaves, strict=True))
         return jax.shard_map(
             lambda *shards: _spread(call, shards, num_replicated, cuts=cuts),
             in_specs=(*[P()] * num_replicated, *specs),
             out_specs=(P(), *specs),
             axis_names=explicit,
             check_vma=False,
-        )(*operands)
-    # custom_partitioning fails where some axes are manual and the others leave nothing to cut.
-    nothing_left = all(kind == AxisType.Manual or size == 1 for _, size, kind in axes)
-    if AxisType.Manual in mesh.axis_types and nothing_left:
-        return call(_place(mesh.size, mesh, cuts), *operands)
-    with jax.disable_jit(False):  # a custom call has to be compiled, also under jax.disable_jit()
-        return _automatic(call, num_replicated, len(models))(*operands, *models)
+        )(*operands[:num_replicated], *leaves)
+
+    return function
 
 
-def _place(num_devices: int, mesh: Any, cuts: Cuts | None) -> _Place:
+def _place(num_devices: int, cuts: Cuts | None) -> _Place:
     # Devices are not known while a program is traced or compiled, only how many there are.
     shared = jax.distributed.is_initialized() and num_devices > jax.local_device_count()
-    shards = "" if cuts is None else Shards(dict(mesh.shape), cuts).encode()
-    return _Place(num_devices, shared, shards)
+    return _Place(num_devices, shared, "" if cuts is None else Shards(cuts).encode())
 
 
-def _cut(spec: P, ndim: int) -> tuple[tuple[str, ...], ...]:
-    entries = [*spec, *[None] * (ndim - len(spec))]
-    return tuple(
-        () if names is None else (names,) if isinstance(names, str) else tuple(names)
-        for names in entries
-    )
+def _cuts(mesh: Any, spec: P, ndim: int) -> tuple[Cut, ...]:
+    sizes = dict(mesh.shape)
+    strides = dict(zip(sizes, _strides(list(sizes.values())), strict=True))
+    dims = []
+    for entry in [*spec, *[None] * (ndim - len(spec))]:
+        names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+        cut: list[tuple[int, int]] = []
+        for name in names:
+            parts, stride = sizes[name], strides[name]
+            if cut and cut[-1][1] == parts * stride:  # as one axis of the product of their sizes
+                parts *= cut.pop()[0]
+            if parts > 1:
+                cut.append((parts, stride))
+        dims.append(tuple(cut))
+    return tuple(dims)
+
+
+def _strides(sizes: Sequence[int]) -> list[int]:
+    return [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
 
 
 @functools.lru_cache(maxsize=256)
@@ -243,8 +273,8 @@ def _automatic(call: Callable, num_replicated: int, num_models: int):
         if not mesh.empty:  # it is where some axes are manual: shardings then do not name axes
             named: list[Any] = shardings
             dims = [len(leaf.shape) for leaf in leaves]
-            cuts = tuple(_cut(x.spec, ndim) for x, ndim in zip(named, dims, strict=True))
-        place = _place(operands[0].sharding.num_devices, mesh, cuts)
+            cuts = tuple(_cuts(mesh, x.spec, ndim) for x, ndim in zip(named, dims, strict=True))
+        place = _place(operands[0].sharding.num_devices, cuts)
         everywhere = NamedSharding(mesh, P())
         return (
             mesh,

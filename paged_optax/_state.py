@@ -311,7 +311,13 @@ def _read_token(state: ScaleByPagedAdam8bitState) -> tuple[int, int]:
             " this outside of it"
         )
     token.block_until_ready()  # for the update that made it, on every device and not just the first
-    handle, version = np.asarray(token).tolist()
+    copies = {tuple(np.asarray(shard.data).tolist()) for shard in token.addressable_shards}
+    if len(copies) > 1:
+        raise RuntimeError(
+            f"the devices disagree about this optimizer state ({sorted(copies)}): a step was"
+            " refused on some of them and ran on others. Make a new state with init(params)."
+        )
+    ((handle, version),) = copies
     return handle, version
 
 
@@ -376,9 +382,10 @@ def _positions(
         )
     shards = _partition.Shards.decode(reports[0]["shards"])
     sharding = jnp.asarray(state.token).sharding
-    if not isinstance(sharding, NamedSharding) or dict(sharding.mesh.shape) != shards.axes:
+    num_devices = reports[0]["num_devices"]
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.size != num_devices:
         raise RuntimeError(
-            f"the state was updated on a mesh of {shards.axes}, but its token has the sharding"
+            f"the state was updated on {num_devices} devices, but its token has the sharding"
             f" {sharding}; pass the state as update returned it"
         )
     ids = [device.id for device in np.ravel(np.asarray(sharding.mesh.devices))]

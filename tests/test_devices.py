@@ -200,10 +200,11 @@ def test_update_where_some_axes_are_manual(devices):
     release(single)
 
 
-def test_moments_follow_parameters_and_not_gradients(devices):
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_moments_follow_parameters_and_not_gradients(devices, kind):
     """Gradients of a program of their own often come out replicated."""
     tx = paged_adamw8bit(1e-2)
-    mesh = make_mesh(devices, "Auto", "Auto")
+    mesh = make_mesh(devices, kind, kind)
     params, grads = place(make_tree(0), mesh), place(make_tree(1), mesh, dict.fromkeys(SPECS, P()))
     updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
     assert_sharded(updates, mesh)
@@ -291,6 +292,86 @@ def test_state_of_other_devices_is_refused_and_not_lost(devices, kind):
     _, state = update(place(make_tree(1, shapes), few, specs), state)
     assert int(state.token[1]) == 2
     release(state)
+
+
+OTHER_CUTS = {  # of the same size on every device
+    "another axis": (((2, 2, 2), "xyz", P("x")), ((2, 2, 2), "xyz", P("y"))),
+    "axes in another order": (((4, 2), "xy", P(("x", "y"))), ((4, 2), "xy", P(("y", "x")))),
+    "another mesh": (((4, 2), "xy", P("x")), ((2, 4), "yx", P("x"))),
+    "another dimension": (((4, 2), "xy", P("x", "y")), ((2, 4), "xy", P("y", "x"))),
+}
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("cuts", OTHER_CUTS.values(), ids=OTHER_CUTS)
+def test_other_parts_of_the_same_size_are_refused(cuts, kind):
+    """Devices would step parts that they do not have the moments of."""
+    devices = jax.devices("cpu")[:8]
+    tx = paged_optax.scale_by_paged_adam8bit()
+    update = jax.jit(tx.update)
+    shapes = {"w": (64, 1024)}
+
+    def put(seed, cut):
+        shape, names, spec = cut
+        kinds = (getattr(AxisType, kind),) * len(shape)
+        mesh = jax.make_mesh(shape, tuple(names), axis_types=kinds, devices=devices)
+        return place(make_tree(seed, shapes), mesh, {"w": spec})
+
+    _, state = update(put(0, cuts[0]), tx.init(make_tree(0, shapes)))
+    before = moments(state)
+    with pytest.raises(RAISES, match="cut over the devices in another way.*left as they were"):
+        jax.block_until_ready(update(put(1, cuts[1]), jax.device_get(state)))
+    assert_trees_equal(moments(state), before)
+    _, state = update(put(1, cuts[0]), state)
+    assert int(state.token[1]) == 2
+
+
+def test_equal_cuts_of_other_meshes_go_on():
+    """Eight devices in one axis or two: the same parts in the same places."""
+    devices = jax.devices("cpu")[:8]
+    tx = paged_optax.scale_by_paged_adam8bit()
+    update = jax.jit(tx.update)
+    shapes = {"w": (64, 1024)}
+    one, two = make_mesh(devices, "Auto"), make_mesh(devices, "Auto", "Auto")
+    _, state = update(
+        place(make_tree(0, shapes), one, {"w": P("x")}), tx.init(make_tree(0, shapes))
+    )
+    grads = place(make_tree(1, shapes), two, {"w": P(("x", "y"))})
+    updates, state = update(grads, jax.device_get(state))
+    _, single = tx.update(make_tree(0, shapes), tx.init(make_tree(0, shapes)))
+    expected, single = tx.update(make_tree(1, shapes), single)
+    assert_trees_equal(updates, expected)
+    assert_trees_equal(moments(state), moments(single))
+
+
+def test_devices_that_disagree_are_noticed():
+    """Two of four devices are in the next mesh too: those step, the others refuse."""
+    devices = jax.devices("cpu")
+    tx = paged_optax.scale_by_paged_adam8bit(replay=True)
+    update = jax.jit(tx.update)
+    shapes, specs = {"w": (64, 1024)}, {"w": P("x")}
+    here, there = make_mesh(devices[:4], "Auto"), make_mesh(devices[2:6], "Auto")
+    _, state = update(place(make_tree(0, shapes), here, specs), tx.init(make_tree(0, shapes)))
+    with pytest.raises(RAISES, match="not in this process|are on cpu:0"):
+        grads = place(make_tree(1, shapes), there, specs)
+        jax.block_until_ready(update(grads, jax.device_get(state)))
+    _, state = update(place(make_tree(2, shapes), here, specs), state)
+    with pytest.raises(RuntimeError, match="the devices disagree about this optimizer state"):
+        moments(state)
+
+
+@pytest.mark.parametrize("kinds", list(itertools.product(["Auto", "Explicit"], repeat=2)), ids=str)
+def test_eager_steps_on_a_mesh_compile_once(kinds, caplog):
+    mesh = make_mesh(jax.devices("cpu")[:8], *kinds)
+    tx = paged_optax.scale_by_paged_adam8bit()
+    params = place(make_tree(0), mesh)
+    with jax.set_mesh(mesh):
+        _, state = tx.update(params, tx.init(params), params)
+        _, state = tx.update(params, state, params)  # the state's sharding is now the mesh's
+        with jax.log_compiles(), caplog.at_level("WARNING"):
+            _, state = tx.update(params, state, params)
+    assert not [r.getMessage() for r in caplog.records if "ompil" in r.getMessage()]
+    assert_each_holds_its_shards(state, mesh)
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])

@@ -35,7 +35,7 @@ struct UpdateAttrs {
   int64_t num_devices;  // that the program runs on
   int64_t paths;        // a number for the names of the leaves
   bool replay;
-  std::string_view shards;  // for Python: which part of the leaves a device has
+  std::string_view shards;  // which part of the leaves each device has; empty if not known
   int64_t tree;             // a number for the tree structure, for Python
 };
 
@@ -127,7 +127,7 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
     throw StatusError(StatusCode::kInvalidArgument,
                       "update called with a wrong number of operands");
   }
-  UpdateCall call{Signature(attrs.paths, attrs.replay ? 2 : 1, attrs.num_devices)};
+  UpdateCall call{Signature(attrs.paths, attrs.replay ? 2 : 1, attrs.num_devices, attrs.shards)};
   call.token = Operand<const Token*>(args, 0, ffi::DataType::S32, 2);
   call.count = Operand<const int32_t*>(args, 1, ffi::DataType::S32, 1);
   call.hyperparams =

@@ -73,6 +73,7 @@ uint64_t Signature::Fingerprint() const {
   };
   mix(num_slots_);
   mix(num_devices_);
+  for (const char c : shards_) mix(c);
   for (const int64_t word : words_) mix(word);
   return hash;
 }
@@ -112,6 +113,14 @@ std::string Signature::Difference(const Signature& moments, const Signature& cal
     return text.str();
   }
   const std::string difference = LeafDifference(moments.Leaves(), call.Leaves());
+  if (difference.empty() && moments.shards_ != call.shards_) {
+    text << "the gradients are cut over the devices in another way than at the first step, so that"
+            " devices would step other parts than those that they have the moments of. Keep the"
+            " parameters' sharding and pass them to update (or gradients sharded as before), or"
+            " make a new state with init(params). "
+         << kUntouched;
+    return text.str();
+  }
   text << (difference.empty() ? "the gradients have the shapes that the moments were made for, but"
                                 " other names or another structure"
                               : difference)

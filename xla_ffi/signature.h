@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "layout.h"
@@ -19,9 +20,10 @@ class Signature {
     int64_t first_block;
   };
 
-  // `paths` names the leaves; `num_devices` is how many devices the program runs on.
-  Signature(int64_t paths, int32_t num_slots, int64_t num_devices)
-      : paths_(paths), num_slots_(num_slots), num_devices_(num_devices) {}
+  // `paths` names the leaves; `num_devices` is how many devices the program runs on; `shards` says
+  // which parts of the leaves they have.
+  Signature(int64_t paths, int32_t num_slots, int64_t num_devices, std::string_view shards)
+      : paths_(paths), num_slots_(num_slots), num_devices_(num_devices), shards_(shards) {}
 
   // Adds a leaf, in tree order. Returns the number of its first block among those of its codec.
   int64_t Append(Codec codec, const int64_t* dims, int64_t rank);
@@ -39,6 +41,7 @@ class Signature {
   int64_t paths_;
   int32_t num_slots_;
   int64_t num_devices_;
+  std::string shards_;
   std::vector<int64_t> words_;  // per leaf: codec, rank, dims
   ArenaExtent extent_;
 };
