@@ -222,7 +222,9 @@ def _explicit(call: Callable, num_replicated: int, explicit: frozenset[str], spe
             jax.sharding.reshard(leaf, spec)
             for leaf, spec in zip(operands[num_replicated:], specs, strict=True)
         ]
-        cuts = tuple(_cuts(mesh, spec, x.ndim) for spec, x in zip(specs, leaves, strict=True))
+        cuts = None
+        if AxisType.Manual not in mesh.axis_types:  # along those, the user has cut already
+            cuts = tuple(_cuts(mesh, spec, x.ndim) for spec, x in zip(specs, leaves, strict=True))
         return jax.shard_map(
             lambda *shards: _spread(call, shards, num_replicated, cuts=cuts),
             in_specs=(*[P()] * num_replicated, *specs),
