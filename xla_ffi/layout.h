@@ -5,10 +5,11 @@
 // numbered through the tree per codec. An arena is a row of 2 MiB chunks (the granularity in which
 // CUDA moves managed memory); a chunk keeps its blocks' codes and scales together, so that any
 // leading part of the arena is a self-contained part of the state. First come all `dynamic` blocks,
-// then all float32 blocks; the last chunk of each is as long as its blocks need.
+// the last chunk being as long as they need; then, one behind the other, all float32 blocks, none of
+// which lies across the border of two chunks.
 //
 //   dynamic chunk: [mu codes: n x 256][nu codes: n x 256][mu scales: n x 4][nu scales: n x 4]
-//   float32 chunk: [mu: n x 1024][nu: n x 1024]
+//   float32 block: [mu: 1024][nu: 1024]
 #pragma once
 
 #include <type_traits>
@@ -24,7 +25,7 @@ inline constexpr int64_t kChunkBytes = int64_t{2} << 20;
 inline constexpr int64_t kDynamicBlockBytes = 2 * kBlockSize + 2 * sizeof(float);
 inline constexpr int64_t kFloat32BlockBytes = 2 * kBlockSize * sizeof(float);
 inline constexpr int64_t kDynamicBlocksPerChunk = kChunkBytes / kDynamicBlockBytes;
-inline constexpr int64_t kFloat32BlocksPerChunk = kChunkBytes / kFloat32BlockBytes;
+static_assert(kChunkBytes % kFloat32BlockBytes == 0);
 
 inline constexpr int64_t kMaxBlocks = int64_t{1}
                                       << 32;  // of one codec in one arena: 10^12 elements
@@ -57,14 +58,27 @@ struct ArenaExtent {
   int64_t num_dynamic_blocks = 0;
   int64_t num_float32_blocks = 0;
 
-  PAGED_HD int64_t Float32Offset() const {
+  PAGED_HD int64_t DynamicBytes() const {
     const int64_t chunks = num_dynamic_blocks / kDynamicBlocksPerChunk;
     const int64_t rest = num_dynamic_blocks % kDynamicBlocksPerChunk;
     return RoundUp(chunks * kChunkBytes + rest * kDynamicBlockBytes, 512);
   }
 
+  PAGED_HD int64_t Float32Offset() const { return RoundUp(DynamicBytes(), kFloat32BlockBytes); }
+
   PAGED_HD int64_t NumBytes() const {
+    if (num_float32_blocks == 0) return DynamicBytes();
     return Float32Offset() + num_float32_blocks * kFloat32BlockBytes;
+  }
+
+  // Of the blocks in arena order (dynamic ones, then float32 ones), how many of the first lie wholly
+  // below `nbytes`, a multiple of the chunk size.
+  PAGED_HD int64_t BlocksBelow(int64_t nbytes) const {
+    const int64_t dynamic = nbytes / kChunkBytes * kDynamicBlocksPerChunk;
+    if (dynamic < num_dynamic_blocks) return dynamic;
+    const int64_t float32 = (nbytes - Float32Offset()) / kFloat32BlockBytes;
+    if (float32 <= 0) return num_dynamic_blocks;
+    return num_dynamic_blocks + (float32 < num_float32_blocks ? float32 : num_float32_blocks);
   }
 
   template <class Byte>
@@ -85,15 +99,9 @@ struct ArenaExtent {
 
   template <class Byte>
   PAGED_HD Float32Block<Byte> LocateFloat32(Byte* base, int64_t block) const {
-    const int64_t chunk =
-        static_cast<uint32_t>(block) / static_cast<uint32_t>(kFloat32BlocksPerChunk);
-    const int64_t first = chunk * kFloat32BlocksPerChunk;
-    const int64_t i = block - first;
-    const int64_t left = num_float32_blocks - first;
-    const int64_t n = left < kFloat32BlocksPerChunk ? left : kFloat32BlocksPerChunk;
     auto* mu = reinterpret_cast<typename Float32Block<Byte>::Float*>(base + Float32Offset() +
-                                                                     chunk * kChunkBytes);
-    return {mu + i * kBlockSize, mu + (n + i) * kBlockSize};
+                                                                     block * kFloat32BlockBytes);
+    return {mu, mu + kBlockSize};
   }
 };
 

@@ -166,12 +166,10 @@ py::tuple ReadLeaf(const std::string& platform, int ordinal, int32_t handle, int
     };
     if (leaf.codec == Codec::kFloat32) {
       py::array_t<float> mu(blocks * kBlockSize), nu(blocks * kBlockSize);
-      for (int64_t b = 0, run; b < blocks; b += run) {
-        run = std::min(blocks - b,
-                       kFloat32BlocksPerChunk - (leaf.first_block + b) % kFloat32BlocksPerChunk);
+      for (int64_t b = 0; b < blocks; ++b) {
         const auto block = extent.LocateFloat32(origin, leaf.first_block + b);
-        read(block.mu, run * kBlockSize * 4, mu.mutable_data() + b * kBlockSize);
-        read(block.nu, run * kBlockSize * 4, nu.mutable_data() + b * kBlockSize);
+        read(block.mu, kBlockSize * 4, mu.mutable_data() + b * kBlockSize);
+        read(block.nu, kBlockSize * 4, nu.mutable_data() + b * kBlockSize);
       }
       return py::make_tuple(mu, nu);
     }
