@@ -1,5 +1,6 @@
 """Adam and AdamW with 8-bit, paged moments, as optax gradient transformations."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -134,6 +135,9 @@ def scale_by_paged_adam8bit(
             paths=name_paths(paths),
             device_bytes=-1 if paging.device_bytes is None else paging.device_bytes,
             headroom_bytes=paging.headroom_bytes,
+            pinned=paging.memory == "pinned",
+            # Where the program runs from must not matter later: a jitted step keeps the text.
+            directory="" if paging.directory is None else os.path.abspath(paging.directory),
         )
         return jax.tree.unflatten(treedef, scaled), ScaleByPagedAdam8bitState(count, token)
 

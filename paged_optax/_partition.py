@@ -116,7 +116,7 @@ def update(
         gradients are cut as their parameters are.
       **static: ``codecs`` (tuple of int, the codec of each leaf), ``nesterov`` (bool), ``replay``
         (bool), ``tree`` (int, names the tree structure), ``paths`` (int, names the leaves),
-        ``device_bytes`` and ``headroom_bytes`` (int).
+        ``device_bytes`` and ``headroom_bytes`` (int), ``pinned`` (bool), ``directory`` (str).
 
     Returns:
       The token of the advanced moments, and the updates with the gradients' shapes and dtypes.

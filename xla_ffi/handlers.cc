@@ -30,10 +30,12 @@ namespace paged_optax {
 struct UpdateAttrs {
   ffi::Span<const int8_t> codecs;  // of the leaves
   int64_t device_bytes;            // budget, -1 for none
+  std::string_view directory;      // CPU: of the file that holds the moments; empty for none
   int64_t headroom_bytes;
   bool nesterov;
   int64_t num_devices;  // that the program runs on
   int64_t paths;        // a number for the names of the leaves
+  bool pinned;          // memory instead of managed memory
   bool replay;
   std::string_view shards;  // which part of the leaves each device has; empty if not known
   int64_t tree;             // a number for the tree structure, for Python
@@ -43,9 +45,10 @@ struct UpdateAttrs {
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     paged_optax::UpdateAttrs, ffi::StructMember<ffi::Span<const int8_t>>("codecs"),
-    ffi::StructMember<int64_t>("device_bytes"), ffi::StructMember<int64_t>("headroom_bytes"),
-    ffi::StructMember<bool>("nesterov"), ffi::StructMember<int64_t>("num_devices"),
-    ffi::StructMember<int64_t>("paths"), ffi::StructMember<bool>("replay"),
+    ffi::StructMember<int64_t>("device_bytes"), ffi::StructMember<std::string_view>("directory"),
+    ffi::StructMember<int64_t>("headroom_bytes"), ffi::StructMember<bool>("nesterov"),
+    ffi::StructMember<int64_t>("num_devices"), ffi::StructMember<int64_t>("paths"),
+    ffi::StructMember<bool>("pinned"), ffi::StructMember<bool>("replay"),
     ffi::StructMember<std::string_view>("shards"), ffi::StructMember<int64_t>("tree"));
 
 namespace paged_optax {
@@ -145,11 +148,16 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
     leaf.size = static_cast<int64_t>(grad.element_count());
     leaf.first_block =
         call.signature.Append(codec, dims.begin(), static_cast<int64_t>(dims.size()));
-    leaf.first_work = call.num_work;
     leaf.dtype = DTypeOf(grad.element_type());
     leaf.codec = codec;
-    call.num_work += NumBlocks(leaf.size);
     call.leaves.push_back(leaf);
+  }
+  // In the order of the arena, so that what is resident comes first.
+  std::stable_partition(call.leaves.begin(), call.leaves.end(),
+                        [](const Leaf& leaf) { return leaf.codec == Codec::kDynamic; });
+  for (Leaf& leaf : call.leaves) {
+    leaf.first_work = call.num_work;
+    call.num_work += NumBlocks(leaf.size);
   }
   call.fingerprint = call.signature.Fingerprint();
   Registry::Get().Remember(call.signature, call.fingerprint);
@@ -162,7 +170,7 @@ Request MakeRequest(DeviceId device, int64_t run, const UpdateAttrs& attrs,
           run,
           attrs.tree,
           attrs.shards,
-          {attrs.device_bytes, attrs.headroom_bytes},
+          {attrs.device_bytes, attrs.headroom_bytes, attrs.pinned, std::string(attrs.directory)},
           &call.signature,
           call.fingerprint};
 }
@@ -228,11 +236,11 @@ ffi::Error UpdateCpu(ffi::ThreadPool pool, ffi::RunId run, int32_t device, Updat
                         registry.Explain(judgement.verdict, id, token, version, call.fingerprint));
     }
     const AdamStep step = MakeAdamStep(call.hyperparams, *call.count, attrs.nesterov);
-    uint8_t* const* bases = arena->header.bases;
+    const auto& bases = arena->segments.bases;  // of one segment
     const bool fresh = judgement.verdict == Verdict::kFresh;
-    const Work work{call.leaves.data(),      static_cast<int64_t>(call.leaves.size()),
-                    call.num_work,           fresh ? nullptr : bases[judgement.source],
-                    bases[judgement.target], call.signature.extent()};
+    const Work work{call.leaves.data(),         static_cast<int64_t>(call.leaves.size()),
+                    call.num_work,              fresh ? nullptr : bases[judgement.source][0],
+                    bases[judgement.target][0], call.signature.extent()};
     const int64_t num_tasks = (call.num_work + kBlocksPerTask - 1) / kBlocksPerTask;
     ParallelFor(pool, num_tasks, [&](int64_t task) {
       StepBlocksCpu(step, work, task * kBlocksPerTask,
@@ -293,12 +301,14 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
     if (!resolved.has_value()) {
       throw StatusError(StatusCode::kResourceExhausted, "XLA has no scratch memory left");
     }
+    table.pager.BeforeStep(stream);
     const bool has_arena = !table.arenas.empty();
     LaunchUpdate({has_arena ? table.headers() : nullptr, static_cast<int>(table.arenas.size()),
                   call.token, call.count, call.hyperparams, call.new_token,
                   table.device_rejection(), static_cast<ResolvedStep*>(*resolved), attrs.nesterov,
                   call.fingerprint, call.signature.extent(), std::move(call.leaves), call.num_work},
                  device, stream);
+    table.pager.AfterStep(stream);
   });
 }
 

@@ -81,12 +81,20 @@ struct ArenaExtent {
     return num_dynamic_blocks + (float32 < num_float32_blocks ? float32 : num_float32_blocks);
   }
 
-  template <class Byte>
-  PAGED_HD DynamicBlock<Byte> LocateDynamic(Byte* base, int64_t block) const {
+  // Number of the chunk that a block lies in.
+  PAGED_HD int64_t DynamicChunk(int64_t block) const {
     // 32 bits: a division that a GPU does in a few instructions. Arenas have fewer blocks
     // (kMaxBlocks).
-    const int64_t chunk =
-        static_cast<uint32_t>(block) / static_cast<uint32_t>(kDynamicBlocksPerChunk);
+    return static_cast<uint32_t>(block) / static_cast<uint32_t>(kDynamicBlocksPerChunk);
+  }
+
+  PAGED_HD int64_t Float32Chunk(int64_t block) const {
+    return (Float32Offset() + block * kFloat32BlockBytes) / kChunkBytes;
+  }
+
+  template <class Byte>
+  PAGED_HD DynamicBlock<Byte> LocateDynamic(Byte* base, int64_t block) const {
+    const int64_t chunk = DynamicChunk(block);
     const int64_t first = chunk * kDynamicBlocksPerChunk;
     const int64_t i = block - first;
     const int64_t left = num_dynamic_blocks - first;

@@ -6,12 +6,17 @@
 
 #include <algorithm>
 #include <array>
+#include <deque>
+#include <mutex>
 #include <string>
 #include <vector>
 
 #include "arena.h"
 #include "handlers.h"
 #include "memory.h"
+#include "notice.h"
+#include "placement.h"
+#include "preflight.h"
 #include "status.h"
 #include "step.h"
 
@@ -105,6 +110,18 @@ DeviceId ParseDevice(const std::string& platform, int ordinal) {
   return {platform == "cpu" ? Platform::kCpu : Platform::kCuda, ordinal};
 }
 
+// Bytes of a leaf's blocks, and of those that are resident.
+std::pair<int64_t, int64_t> LeafBytes(const ArenaReport& report, const Signature::LeafInfo& leaf) {
+  const bool is_dynamic = leaf.codec == Codec::kDynamic;
+  const int64_t first = leaf.first_block + (is_dynamic ? 0 : report.extent.num_dynamic_blocks);
+  const int64_t blocks = NumBlocks(leaf.size);
+  const int64_t nbytes =
+      (is_dynamic ? kDynamicBlockBytes : kFloat32BlockBytes) * report.num_slots;
+  const int64_t resident =
+      std::clamp<int64_t>(report.resident_blocks - first, 0, blocks);
+  return {blocks * nbytes, resident * nbytes};
+}
+
 py::list Describe(int32_t handle, int32_t version) {
   std::vector<ArenaReport> reports;
   {
@@ -113,11 +130,12 @@ py::list Describe(int32_t handle, int32_t version) {
   }
   py::list result;
   for (const ArenaReport& report : reports) {
-    py::list leaves;
+    py::list leaves, leaf_bytes;
     for (const Signature::LeafInfo& leaf : report.leaves) {
       leaves.append(py::make_tuple(static_cast<int>(leaf.codec), py::tuple(py::cast(leaf.dims))));
+      const auto [total, resident] = LeafBytes(report, leaf);
+      leaf_bytes.append(py::make_tuple(total, resident));
     }
-    const bool resident = report.placement == Placement::kDevice;
     py::dict item;
     item["platform"] = report.device.platform == Platform::kCpu ? "cpu" : "cuda";
     item["ordinal"] = report.device.ordinal;
@@ -125,10 +143,15 @@ py::list Describe(int32_t handle, int32_t version) {
     item["tree"] = report.tree;
     item["shards"] = report.shards;
     item["num_devices"] = report.num_devices;
+    item["memory"] = Name(report.kind);
     item["total"] = report.nbytes;
     item["replay"] = report.nbytes / report.num_slots * (report.num_slots - 1);
-    item["resident"] = resident ? report.nbytes : 0;
+    item["resident"] = report.resident_bytes;
+    item["budget"] = report.budget;
+    item["moved"] = report.residency.moved_bytes;
+    item["moving_seconds"] = report.residency.moving_seconds;
     item["leaves"] = leaves;
+    item["leaf_bytes"] = leaf_bytes;
     result.append(item);
   }
   return result;
@@ -149,11 +172,7 @@ py::tuple ReadLeaf(const std::string& platform, int ordinal, int32_t handle, int
   for (const ArenaReport& report : reports) {
     if (!(report.device == device) || index >= report.leaves.size()) continue;
     const Signature::LeafInfo& leaf = report.leaves[index];
-    ArenaExtent extent;
-    for (const auto& other : report.leaves) {
-      (other.codec == Codec::kDynamic ? extent.num_dynamic_blocks : extent.num_float32_blocks) +=
-          NumBlocks(other.size);
-    }
+    const ArenaExtent& extent = report.extent;
     const int64_t blocks = NumBlocks(leaf.size);
     // Addresses relative to the arena, from the same arithmetic that the kernels use.
     const uint8_t* origin = nullptr;
@@ -225,7 +244,49 @@ void StepLeaf(py::buffer values, int dtype, int codec, py::buffer arena, int64_t
   StepBlocksCpu(MakeAdamStep(hyperparams.data(), count, nesterov), work, begin, end);
 }
 
+// Notices wait here until the interpreter's main thread passes by; posting one takes no GIL, since
+// its holder may be waiting for the very lock that the poster has.
+struct Notices {
+  std::mutex mutex;
+  std::deque<Notice> queue;
+  PyObject* handler = nullptr;  // called with ordinal, missing_bytes, text
+};
+
+Notices& AllNotices() {
+  static Notices* notices = new Notices();
+  return *notices;
+}
+
+int DeliverNotices(void*) {
+  Notices& notices = AllNotices();
+  for (;;) {
+    Notice notice;
+    {
+      std::lock_guard<std::mutex> lock(notices.mutex);
+      if (notices.queue.empty() || notices.handler == nullptr) return 0;
+      notice = std::move(notices.queue.front());
+      notices.queue.pop_front();
+    }
+    try {
+      py::handle(notices.handler)(notice.ordinal, notice.missing_bytes, notice.text);
+    } catch (py::error_already_set& error) {
+      // Where warnings are errors. This may be any place of the user's program: nothing to unwind.
+      error.discard_as_unraisable("a notice of paged_optax");
+    }
+  }
+}
+
 }  // namespace
+
+void PostNotice(Notice notice) {
+  Notices& notices = AllNotices();
+  {
+    std::lock_guard<std::mutex> lock(notices.mutex);
+    notices.queue.push_back(std::move(notice));
+  }
+  Py_AddPendingCall(&DeliverNotices, nullptr);
+}
+
 }  // namespace paged_optax
 
 PYBIND11_MODULE(_ext, module) {
@@ -258,6 +319,37 @@ PYBIND11_MODULE(_ext, module) {
   module.def(
       "release_all", [] { return Registry::Get().ReleaseAll(); },
       py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "limit",
+      [](int32_t handle, int32_t version, int64_t device_bytes) {
+        return Registry::Get().Limit({handle, version}, device_bytes);
+      },
+      py::arg("handle"), py::arg("version"), py::arg("device_bytes"),
+      py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "stop_pagers", [] { Registry::Get().StopPagers(); },
+      py::call_guard<py::gil_scoped_release>());
+  module.def("set_notice_handler", [](const py::object& handler) {
+    std::lock_guard<std::mutex> lock(AllNotices().mutex);
+    AllNotices().handler = py::object(handler).release().ptr();  // kept until the process ends
+  });
+  module.def("deliver_notices", [] { DeliverNotices(nullptr); });
+  // For the tests.
+  module.def("post_notice", [](int ordinal, int64_t missing_bytes, const std::string& text) {
+    PostNotice({ordinal, missing_bytes, text});
+  });
+  module.def("fair_shares",
+             [](const std::vector<std::pair<int64_t, int64_t>>& demands, int64_t capacity) {
+               std::vector<Demand> converted;
+               for (const auto& [wanted, budget] : demands) converted.push_back({wanted, budget});
+               return FairShares(converted, capacity);
+             });
+  module.def("steady_capacity", [](const std::vector<int64_t>& capacities) {
+    SteadyCapacity steady;
+    std::vector<int64_t> seen;
+    for (const int64_t capacity : capacities) seen.push_back(steady.Observe(capacity));
+    return seen;
+  });
   module.def("encode", &Encode, py::arg("values"), py::arg("signed"));
   module.def("step_leaf", &StepLeaf, py::arg("values"), py::arg("dtype"), py::arg("codec"),
              py::arg("arena"), py::arg("begin"), py::arg("end"), py::arg("hyperparams"),
@@ -267,6 +359,7 @@ PYBIND11_MODULE(_ext, module) {
   });
 #if PAGED_OPTAX_CUDA
   module.def("count_inexact", &CountInexact, py::arg("ordinal"));
+  module.def("pretend_not_managed", &PretendNotManaged, py::arg("pretend"));
 #endif
   module.def(
       "raise_if_rejected", [] { Registry::Get().ThrowIfRejected(); },

@@ -45,6 +45,7 @@ struct ResolveArgs {
   ResolvedStep* resolved;
   bool nesterov;
   uint64_t layout;
+  ArenaExtent extent;
 };
 
 // One warp: finds the arena that the token names, judges the token, advances the version.
@@ -64,9 +65,14 @@ __global__ void ResolveKernel(ResolveArgs args) {
   resolved.accepted = IsAccepted(judgement.verdict);
   if (resolved.accepted) {
     resolved.step = MakeAdamStep(args.hyperparams, *args.count, args.nesterov);
-    resolved.source =
-        judgement.verdict == Verdict::kFresh ? nullptr : header->bases[judgement.source];
-    resolved.target = header->bases[judgement.target];
+    const SegmentTable& segments = *header->segments;
+    const bool is_fresh = judgement.verdict == Verdict::kFresh;
+    resolved.source = is_fresh ? nullptr : segments.bases[judgement.source];
+    resolved.target = segments.bases[judgement.target];
+    resolved.log2_chunks = segments.log2_chunks;
+    resolved.resident_blocks =
+        args.extent.BlocksBelow((int64_t{segments.num_resident} << segments.log2_chunks) *
+                                kChunkBytes);
     *args.new_token = Advance(header, judgement);
     return;
   }
@@ -87,6 +93,7 @@ constexpr int kLeavesPerLaunch = 80;
 struct StepArgs {
   Leaf leaves[kLeavesPerLaunch];
   int64_t num_leaves;
+  int64_t work_before;  // in earlier launches of the call
   int64_t num_work;
   ArenaExtent extent;
   const ResolvedStep* resolved;
@@ -177,24 +184,60 @@ __device__ void Store(const Leaf& leaf, int64_t start, int count, const float (&
 
 __device__ uint32_t WarpMax(uint32_t lane_max) { return __reduce_max_sync(0xffffffffu, lane_max); }
 
-// One warp per block of moments, striding over the blocks of the launch.
+// Blocks in host memory are left to a team of this many thread blocks: enough to keep the link busy,
+// and more would only queue up at it while the others finish what is in device memory. One block
+// there takes the time of about kHostCost in device memory.
+#ifndef PAGED_HOST_TEAM
+#define PAGED_HOST_TEAM 32
+#endif
+constexpr int64_t kHostTeam = PAGED_HOST_TEAM;
+constexpr int64_t kHostCost = 10;
+
+// What one warp works on: first, first + stride, ... below end.
+struct Range {
+  int64_t first, stride, end;
+};
+
+// Deals out the blocks of a launch, of which the first `num_resident` are in device memory.
+__device__ Range MyRange(int64_t num_resident, int64_t num_work) {
+  const int64_t warp = threadIdx.x / kWarpSize, grid = gridDim.x;
+  const int64_t num_hosted = num_work - num_resident;
+  if (num_hosted == 0 || grid == 1) return {blockIdx.x * kWarps + warp, grid * kWarps, num_work};
+  const int64_t fair = grid * kHostCost * num_hosted / (kHostCost * num_hosted + num_resident);
+  const int64_t most = min(kHostTeam, num_resident == 0 ? grid : grid - 1);
+  const int64_t team = min(max(fair, int64_t{1}), most);
+  if (blockIdx.x < team) {
+    return {num_resident + blockIdx.x * kWarps + warp, team * kWarps, num_work};
+  }
+  return {(blockIdx.x - team) * kWarps + warp, (grid - team) * kWarps, num_resident};
+}
+
+// One warp per block of moments, striding over its share of the blocks of the launch.
 __global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ StepArgs args) {
   __shared__ Maps maps;
   __shared__ AdamStep step;
+  __shared__ const uint8_t* sources[kMaxSegments];
+  __shared__ uint8_t* targets[kMaxSegments];
   static_assert(sizeof(Maps) % sizeof(float) == 0);
   for (int i = threadIdx.x; i < static_cast<int>(sizeof(Maps) / sizeof(float)); i += kThreads) {
     reinterpret_cast<float*>(&maps)[i] = reinterpret_cast<const float*>(&kMaps)[i];
   }
-  if (threadIdx.x == 0) step = args.resolved->step;
-  const bool accepted = args.resolved->accepted;
-  const uint8_t* source_base = args.resolved->source;
-  uint8_t* target_base = args.resolved->target;
+  const ResolvedStep& resolved = *args.resolved;
+  const bool accepted = resolved.accepted, is_fresh = resolved.source == nullptr;
+  if (threadIdx.x == 0) step = resolved.step;
+  for (int i = threadIdx.x; accepted && i < kMaxSegments; i += kThreads) {
+    if (!is_fresh) sources[i] = resolved.source[i];
+    targets[i] = resolved.target[i];
+  }
+  const int log2_chunks = resolved.log2_chunks;
+  const int64_t num_resident =
+      accepted ? min(max(resolved.resident_blocks - args.work_before, int64_t{0}), args.num_work)
+               : args.num_work;
   __syncthreads();
 
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps;
-  for (int64_t work = first; work < args.num_work; work += stride) {
+  const Range range = MyRange(num_resident, args.num_work);
+  for (int64_t work = range.first; work < range.end; work += range.stride) {
     const Leaf& leaf = args.leaves[FindLeaf(args.leaves, args.num_leaves, work)];
     const int64_t in_leaf = work - leaf.first_work;
     const int64_t start = in_leaf * kBlockSize + lane * kLane;
@@ -211,11 +254,12 @@ __global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ S
     Load(leaf, start, count, values);
     const int64_t block = leaf.first_block + in_leaf;
     if (leaf.codec == Codec::kDynamic) {
+      const int64_t segment = args.extent.DynamicChunk(block) >> log2_chunks;
       constexpr uint32_t kZeroMus = kZeroMu * 0x01010101u, kZeroNus = kZeroNu * 0x01010101u;
       uint2 mu{kZeroMus, kZeroMus}, nu{kZeroNus, kZeroNus};
       float mu_scale = 0.0f, nu_scale = 0.0f;
-      if (source_base != nullptr) {
-        const auto source = args.extent.LocateDynamic(source_base, block);
+      if (!is_fresh) {
+        const auto source = args.extent.LocateDynamic(sources[segment], block);
         mu = *reinterpret_cast<const uint2*>(source.mu + lane * kLane);
         nu = *reinterpret_cast<const uint2*>(source.nu + lane * kLane);
         mu_scale = *source.mu_scale;
@@ -224,7 +268,7 @@ __global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ S
       StepDynamicBlock<kLane>(
           FastMath(), step, maps, values, reinterpret_cast<uint8_t (&)[kLane]>(mu),
           reinterpret_cast<uint8_t (&)[kLane]>(nu), mu_scale, nu_scale, WarpMax);
-      const auto target = args.extent.LocateDynamic(target_base, block);
+      const auto target = args.extent.LocateDynamic(targets[segment], block);
       *reinterpret_cast<uint2*>(target.mu + lane * kLane) = mu;
       *reinterpret_cast<uint2*>(target.nu + lane * kLane) = nu;
       if (lane == 0) {
@@ -232,14 +276,15 @@ __global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ S
         *target.nu_scale = nu_scale;
       }
     } else {
+      const int64_t segment = args.extent.Float32Chunk(block) >> log2_chunks;
       alignas(16) float mu[kLane] = {}, nu[kLane] = {};
-      if (source_base != nullptr) {
-        const auto source = args.extent.LocateFloat32(source_base, block);
+      if (!is_fresh) {
+        const auto source = args.extent.LocateFloat32(sources[segment], block);
         LoadFloats(source.mu + lane * kLane, mu);
         LoadFloats(source.nu + lane * kLane, nu);
       }
       StepFloat32Block<kLane>(FastMath(), step, values, mu, nu);
-      const auto target = args.extent.LocateFloat32(target_base, block);
+      const auto target = args.extent.LocateFloat32(targets[segment], block);
       StoreFloats(mu, target.mu + lane * kLane);
       StoreFloats(nu, target.nu + lane * kLane);
     }
@@ -265,11 +310,26 @@ __global__ void CountInexactKernel(unsigned long long* count) {
 
 __global__ void WriteTokenKernel(Token token, Token* destination) { *destination = token; }
 
+__global__ void WriteSegmentsKernel(const __grid_constant__ SegmentTable segments,
+                                    SegmentTable* destination) {
+  for (int i = threadIdx.x; i < kMaxSlots * kMaxSegments; i += kThreads) {
+    (&destination->bases[0][0])[i] = (&segments.bases[0][0])[i];
+  }
+  if (threadIdx.x == 0) destination->num_resident = segments.num_resident;
+}
+
 }  // namespace
 
 void LaunchWriteToken(Token token, Token* destination, int device, void* stream) {
   ScopedDevice scope(device);
   WriteTokenKernel<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(token, destination);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+void LaunchWriteSegments(const SegmentTable& segments, SegmentTable* destination, int device,
+                         void* stream) {
+  ScopedDevice scope(device);
+  WriteSegmentsKernel<<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(segments, destination);
   CUDA_CHECK(cudaGetLastError());
 }
 
@@ -288,7 +348,8 @@ void LaunchUpdate(const CudaUpdate& update, int device, void* stream) {
   ScopedDevice scope(device);
   ResolveKernel<<<1, kWarpSize, 0, cuda_stream>>>(
       {update.headers, update.num_headers, update.token, update.count, update.hyperparams,
-       update.new_token, update.rejection, update.resolved, update.nesterov, update.layout});
+       update.new_token, update.rejection, update.resolved, update.nesterov, update.layout,
+       update.extent});
   CUDA_CHECK(cudaGetLastError());
 
   int num_multiprocessors = 0, blocks_per_multiprocessor = 0;
@@ -303,6 +364,7 @@ void LaunchUpdate(const CudaUpdate& update, int device, void* stream) {
     const int64_t first_work = update.leaves[begin].first_work;
     StepArgs args{};
     args.num_leaves = end - begin;
+    args.work_before = first_work;
     args.num_work =
         (end == num_leaves ? update.num_work : update.leaves[end].first_work) - first_work;
     args.extent = update.extent;
