@@ -319,7 +319,11 @@ def _groups(reports: list[dict[str, Any]]) -> tuple[LeafGroup, ...]:
 
 def _pool(ordinal: int) -> tuple[int | None, int | None]:
     """What XLA's allocator holds of a GPU, and what of it is in use."""
-    for device in jax.local_devices(backend="gpu"):
+    try:
+        devices = jax.local_devices(backend="gpu")
+    except RuntimeError:
+        return None, None
+    for device in devices:
         if device.local_hardware_id == ordinal:
             stats = device.memory_stats() or {}
             return stats.get("pool_bytes", stats.get("bytes_limit")), stats.get("bytes_in_use")

@@ -29,11 +29,14 @@ int64_t SlotBytes(const Signature& signature, int64_t granularity) {
 }
 
 std::shared_ptr<Arena> MakeArena(const Request& request, Token token) {
-  const auto arena = std::shared_ptr<Arena>(
-      new Arena{request.device, {}, *request.signature, request.tree, std::string(request.shards),
-                request.policy});
-  arena->header = {token.handle,      0, request.signature->num_slots(), {0, 0},
-                   &arena->segments, request.fingerprint};
+  const auto arena = std::shared_ptr<Arena>(new Arena{request.device,
+                                                      {},
+                                                      *request.signature,
+                                                      request.tree,
+                                                      std::string(request.shards),
+                                                      request.policy});
+  arena->header = {token.handle,       0, request.signature->num_slots(), {0, 0}, &arena->segments,
+                   request.fingerprint};
   return arena;
 }
 
@@ -445,9 +448,10 @@ void PlaceOnDevice(Arena& arena, DeviceTable& table, void* stream) {
   arena.header.segments = static_cast<SegmentTable*>(arena.device_segments->data());
   if (share.missing_bytes == 0) return;
   PostNotice({table.ordinal, share.missing_bytes,
-              FormatBytes(share.missing_bytes) + " of the optimizer's " + FormatBytes(geometry.NumBytes()) +
-                  " of moments are in host memory, where a step takes longer: " + Name(arena.device) +
-                  " has " + FormatBytes(FreeDeviceBytes(table.ordinal)) +
+              FormatBytes(share.missing_bytes) + " of the optimizer's " +
+                  FormatBytes(geometry.NumBytes()) +
+                  " of moments are in host memory, where a step takes longer: " +
+                  Name(arena.device) + " has " + FormatBytes(FreeDeviceBytes(table.ordinal)) +
                   " free beside them, and Paging(headroom_bytes=" +
                   std::to_string(arena.policy.headroom_bytes) + ") of that are left alone."});
 }

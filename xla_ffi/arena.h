@@ -43,12 +43,12 @@ struct PlacementPolicy {
 
 // How much of an arena is in the memory of its GPU. Segments are counted from the first one.
 struct Residency {
-  int32_t segments = 0;          // that are there
-  int32_t target = 0;            // that should be
-  int64_t limit = -1;            // most bytes that may be, set by hand; negative for none
-  bool moving = false;           // the pager is at work on it
-  bool failed = false;           // a move to the GPU failed: only prefetch tries again
-  int64_t moved_bytes = 0;       // since the arena was made
+  int32_t segments = 0;     // that are there
+  int32_t target = 0;       // that should be
+  int64_t limit = -1;       // most bytes that may be, set by hand; negative for none
+  bool moving = false;      // the pager is at work on it
+  bool failed = false;      // a move to the GPU failed: only prefetch tries again
+  int64_t moved_bytes = 0;  // since the arena was made
   double moving_seconds = 0.0;
 };
 

@@ -3,8 +3,8 @@
 // SegmentTable, by kernels.
 //
 // A slot is cut into at most kMaxSegments segments of a power of two of 2 MiB chunks; the last one
-// is as long as the slot needs. Segment k of all slots moves together, and the resident segments are
-// always the leading ones, so that one number says where everything is.
+// is as long as the slot needs. Segment k of all slots moves together, and the resident segments
+// are always the leading ones, so that one number says where everything is.
 #pragma once
 
 #include "layout.h"
@@ -18,7 +18,8 @@ inline constexpr int32_t kMaxSegments = 128;
 struct SegmentTable {
   int32_t log2_chunks;   // of a segment
   int32_t num_resident;  // leading segments in device memory
-  // Per slot, address of a segment less its offset in the slot: offsets in the slot are added to it.
+  // Per slot, address of a segment less its offset in the slot: offsets in the slot are added to
+  // it.
   uint8_t* bases[kMaxSlots][kMaxSegments];
 };
 

@@ -238,9 +238,12 @@ ffi::Error UpdateCpu(ffi::ThreadPool pool, ffi::RunId run, int32_t device, Updat
     const AdamStep step = MakeAdamStep(call.hyperparams, *call.count, attrs.nesterov);
     const auto& bases = arena->segments.bases;  // of one segment
     const bool fresh = judgement.verdict == Verdict::kFresh;
-    const Work work{call.leaves.data(),         static_cast<int64_t>(call.leaves.size()),
-                    call.num_work,              fresh ? nullptr : bases[judgement.source][0],
-                    bases[judgement.target][0], call.signature.extent()};
+    const Work work{call.leaves.data(),
+                    static_cast<int64_t>(call.leaves.size()),
+                    call.num_work,
+                    fresh ? nullptr : bases[judgement.source][0],
+                    bases[judgement.target][0],
+                    call.signature.extent()};
     const int64_t num_tasks = (call.num_work + kBlocksPerTask - 1) / kBlocksPerTask;
     ParallelFor(pool, num_tasks, [&](int64_t task) {
       StepBlocksCpu(step, work, task * kBlocksPerTask,

@@ -18,8 +18,8 @@ namespace paged_optax {
 namespace {
 
 [[noreturn]] void Refuse(const std::string& what, int error, const std::string& remedy) {
-  throw StatusError(StatusCode::kResourceExhausted,
-                    what + " (" + std::strerror(error) + "). " + remedy + " Nothing was allocated.");
+  throw StatusError(StatusCode::kResourceExhausted, what + " (" + std::strerror(error) + "). " +
+                                                        remedy + " Nothing was allocated.");
 }
 
 class Descriptor {
@@ -90,8 +90,7 @@ class HostMemory final : public Memory {
     std::vector<unsigned char> pages((nbytes + page - 1) / page);
     if (mincore(data_, nbytes, pages.data()) != 0) return nbytes;
     const auto is_resident = [](unsigned char flags) { return (flags & 1) != 0; };
-    return std::min<int64_t>(nbytes,
-                             page * std::count_if(pages.begin(), pages.end(), is_resident));
+    return std::min<int64_t>(nbytes, page * std::count_if(pages.begin(), pages.end(), is_resident));
   }
 
   void PageOut(int64_t nbytes) override {

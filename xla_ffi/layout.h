@@ -5,8 +5,8 @@
 // numbered through the tree per codec. An arena is a row of 2 MiB chunks (the granularity in which
 // CUDA moves managed memory); a chunk keeps its blocks' codes and scales together, so that any
 // leading part of the arena is a self-contained part of the state. First come all `dynamic` blocks,
-// the last chunk being as long as they need; then, one behind the other, all float32 blocks, none of
-// which lies across the border of two chunks.
+// the last chunk being as long as they need; then, one behind the other, all float32 blocks, none
+// of which lies across the border of two chunks.
 //
 //   dynamic chunk: [mu codes: n x 256][nu codes: n x 256][mu scales: n x 4][nu scales: n x 4]
 //   float32 block: [mu: 1024][nu: 1024]
@@ -71,8 +71,8 @@ struct ArenaExtent {
     return Float32Offset() + num_float32_blocks * kFloat32BlockBytes;
   }
 
-  // Of the blocks in arena order (dynamic ones, then float32 ones), how many of the first lie wholly
-  // below `nbytes`, a multiple of the chunk size.
+  // Of the blocks in arena order (dynamic ones, then float32 ones), how many of the first lie
+  // wholly below `nbytes`, a multiple of the chunk size.
   PAGED_HD int64_t BlocksBelow(int64_t nbytes) const {
     const int64_t dynamic = nbytes / kChunkBytes * kDynamicBlocksPerChunk;
     if (dynamic < num_dynamic_blocks) return dynamic;

@@ -1,5 +1,6 @@
 // Memory that XLA's allocator does not own: what every kind of it can do. Implemented by
-// host_memory.cc (CPU), managed_memory.cc and pinned_memory.cc (GPU); used by arena.cc and pager.cc.
+// host_memory.cc (CPU), managed_memory.cc and pinned_memory.cc (GPU); used by arena.cc and
+// pager.cc.
 #pragma once
 
 #include <cstdint>

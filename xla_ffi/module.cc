@@ -22,6 +22,7 @@
 
 #if PAGED_OPTAX_CUDA
 #include "cuda_check.h"
+#include "link.h"
 #include "step_cuda.h"
 #endif
 
@@ -115,10 +116,8 @@ std::pair<int64_t, int64_t> LeafBytes(const ArenaReport& report, const Signature
   const bool is_dynamic = leaf.codec == Codec::kDynamic;
   const int64_t first = leaf.first_block + (is_dynamic ? 0 : report.extent.num_dynamic_blocks);
   const int64_t blocks = NumBlocks(leaf.size);
-  const int64_t nbytes =
-      (is_dynamic ? kDynamicBlockBytes : kFloat32BlockBytes) * report.num_slots;
-  const int64_t resident =
-      std::clamp<int64_t>(report.resident_blocks - first, 0, blocks);
+  const int64_t nbytes = (is_dynamic ? kDynamicBlockBytes : kFloat32BlockBytes) * report.num_slots;
+  const int64_t resident = std::clamp<int64_t>(report.resident_blocks - first, 0, blocks);
   return {blocks * nbytes, resident * nbytes};
 }
 
@@ -310,6 +309,7 @@ PYBIND11_MODULE(_ext, module) {
   module.def("free_device_bytes", &FreeDeviceMemory, py::arg("ordinal"));
   module.def("available_host_bytes", &AvailableHostBytes);
   module.def("check_host_memory", &CheckHostMemory);
+  module.def("check_address_space", &CheckAddressSpace);
   module.def("describe", &Describe, py::arg("handle"), py::arg("version"));
   module.def("read_leaf", &ReadLeaf, py::arg("platform"), py::arg("ordinal"), py::arg("handle"),
              py::arg("version"), py::arg("leaf"));
@@ -358,8 +358,21 @@ PYBIND11_MODULE(_ext, module) {
     return ArenaExtent{num_dynamic_blocks, num_float32_blocks}.NumBytes();
   });
 #if PAGED_OPTAX_CUDA
+  module.def(
+      "measure_link",
+      [](int ordinal, int64_t nbytes) {
+        const LinkRates rates = MeasureLink(ordinal, nbytes);
+        return std::make_tuple(rates.in, rates.out, rates.each_way);
+      },
+      py::arg("ordinal"), py::arg("nbytes"), py::call_guard<py::gil_scoped_release>());
   module.def("count_inexact", &CountInexact, py::arg("ordinal"));
+  // For the tests.
   module.def("pretend_not_managed", &PretendNotManaged, py::arg("pretend"));
+  module.def("take_device_memory", [](int ordinal, int64_t nbytes) {
+    ScopedDevice scope(ordinal);
+    return py::capsule(new DeviceBuffer(nbytes),
+                       [](void* buffer) { delete static_cast<DeviceBuffer*>(buffer); });
+  });
 #endif
   module.def(
       "raise_if_rejected", [] { Registry::Get().ThrowIfRejected(); },

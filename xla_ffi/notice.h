@@ -8,8 +8,9 @@
 namespace paged_optax {
 
 struct Notice {
-  int ordinal;            // of the GPU
-  int64_t missing_bytes;  // of its memory that moments would take and cannot have; 0: something else
+  int ordinal;  // of the GPU
+  int64_t
+      missing_bytes;  // of its memory that moments would take and cannot have; 0: something else
   std::string text;
 };
 

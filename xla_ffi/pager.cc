@@ -173,8 +173,8 @@ bool Pager::Pick(Task* task) {
   for (const bool to_device : {false, true}) {
     for (const auto& arena : table_.arenas) {
       const Residency& residency = arena->residency;
-      const int32_t wanted = to_device ? residency.target - residency.segments
-                                       : residency.segments - residency.target;
+      const int32_t wanted =
+          to_device ? residency.target - residency.segments : residency.segments - residency.target;
       if (wanted <= 0 || residency.moving || (to_device && residency.failed)) continue;
       const Geometry& geometry = arena->memory->geometry();
       const int64_t one = geometry.SegmentBytes() * geometry.num_slots;
@@ -182,8 +182,7 @@ bool Pager::Pick(Task* task) {
       const int32_t count = std::min(wanted, most);
       const int32_t first = to_device ? residency.segments : residency.segments - count;
       if (to_device) {
-        const int64_t nbytes =
-            geometry.LeadingBytes(first + count) - geometry.LeadingBytes(first);
+        const int64_t nbytes = geometry.LeadingBytes(first + count) - geometry.LeadingBytes(first);
         if (nbytes > FreeDeviceBytes(table_.ordinal) - Headroom()) continue;
       }
       *task = {arena, first, count, to_device};

@@ -34,12 +34,12 @@ class Pager {
 
   // For a state that is about to be made.
   FirstShare FirstPlacement(const Geometry& geometry, const PlacementPolicy& policy);
-  // Before a step is launched: looks at the device's free memory, decides what should move, and lets
-  // the thread move the bytes of one step. Never waits for the device or the thread.
+  // Before a step is launched: looks at the device's free memory, decides what should move, and
+  // lets the thread move the bytes of one step. Never waits for the device or the thread.
   void BeforeStep(void* stream);
   void AfterStep(void* stream);
-  // Limits a state to `nbytes` of device memory (negative: no limit), and waits until it is where it
-  // should be. Returns the bytes that moved.
+  // Limits a state to `nbytes` of device memory (negative: no limit), and waits until it is where
+  // it should be. Returns the bytes that moved.
   int64_t MoveNow(std::unique_lock<std::mutex>& lock, Arena& arena, int64_t nbytes);
   // Waits for a move of this state that is under way.
   void AwaitIdle(std::unique_lock<std::mutex>& lock, const Arena& arena);

@@ -68,8 +68,8 @@ class PinnedMemory final : public Memory {
     int32_t k = move.first;
     try {
       for (; k < move.first + move.count; ++k) {
-        copies_[k] = pool_.Allocate(Length(k) * geometry().num_slots,
-                                    static_cast<cudaStream_t>(stream));
+        copies_[k] =
+            pool_.Allocate(Length(k) * geometry().num_slots, static_cast<cudaStream_t>(stream));
       }
     } catch (...) {
       while (k-- > move.first) Free(k, stream);
@@ -111,8 +111,7 @@ class PinnedMemory final : public Memory {
   }
 
   uint8_t* Host(void* base, int32_t slot, int32_t segment) const {
-    return static_cast<uint8_t*>(base) + slot * geometry().slot_bytes +
-           geometry().Offset(segment);
+    return static_cast<uint8_t*>(base) + slot * geometry().slot_bytes + geometry().Offset(segment);
   }
 
   void Free(int32_t segment, void* stream) {

@@ -45,8 +45,8 @@ inline std::vector<int64_t> FairShares(const std::vector<Demand>& demands, int64
     if (raise > 0) {
       for (const size_t i : growing) shares[i] += raise;
       total += raise * static_cast<int64_t>(growing.size());
-    } else {  // fewer bytes than states: to the first
-      shares[growing.front()] += room;
+    } else {  // fewer bytes than states: one each for the first of them
+      for (int64_t i = 0; i < room; ++i) ++shares[growing[i]];
       total += room;
     }
   }

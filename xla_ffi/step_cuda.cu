@@ -70,9 +70,8 @@ __global__ void ResolveKernel(ResolveArgs args) {
     resolved.source = is_fresh ? nullptr : segments.bases[judgement.source];
     resolved.target = segments.bases[judgement.target];
     resolved.log2_chunks = segments.log2_chunks;
-    resolved.resident_blocks =
-        args.extent.BlocksBelow((int64_t{segments.num_resident} << segments.log2_chunks) *
-                                kChunkBytes);
+    resolved.resident_blocks = args.extent.BlocksBelow(
+        (int64_t{segments.num_resident} << segments.log2_chunks) * kChunkBytes);
     *args.new_token = Advance(header, judgement);
     return;
   }
@@ -184,9 +183,9 @@ __device__ void Store(const Leaf& leaf, int64_t start, int count, const float (&
 
 __device__ uint32_t WarpMax(uint32_t lane_max) { return __reduce_max_sync(0xffffffffu, lane_max); }
 
-// Blocks in host memory are left to a team of this many thread blocks: enough to keep the link busy,
-// and more would only queue up at it while the others finish what is in device memory. One block
-// there takes the time of about kHostCost in device memory.
+// Blocks in host memory are left to a team of this many thread blocks: enough to keep the link
+// busy, and more would only queue up at it while the others finish what is in device memory. One
+// block there takes the time of about kHostCost in device memory.
 #ifndef PAGED_HOST_TEAM
 #define PAGED_HOST_TEAM 32
 #endif
