@@ -189,26 +189,51 @@ __device__ uint32_t WarpMax(uint32_t lane_max) { return __reduce_max_sync(0xffff
 #ifndef PAGED_HOST_TEAM
 #define PAGED_HOST_TEAM 32
 #endif
+#ifndef PAGED_HOST_GROUP
+#define PAGED_HOST_GROUP 8
+#endif
+#ifndef PAGED_GROUP
+#define PAGED_GROUP 1
+#endif
 constexpr int64_t kHostTeam = PAGED_HOST_TEAM;
 constexpr int64_t kHostCost = 10;
 
-// What one warp works on: first, first + stride, ... below end.
-struct Range {
-  int64_t first, stride, end;
+// A warp takes blocks in groups, whose scales are read and written at once: over the link a scale
+// costs as much as half the codes of its block. Groups start at multiples of their size, in the
+// order of the arena, so that none lies across the border of two chunks.
+constexpr int kMaxGroup = 8;
+static_assert(kDynamicBlocksPerChunk % kMaxGroup == 0);
+
+// What one warp works on: blocks [begin, end) in the order of the arena, of those the groups first,
+// first + stride, ...
+struct Share {
+  int64_t begin, end, first, stride;
+  int group;
 };
 
-// Deals out the blocks of a launch, of which the first `num_resident` are in device memory.
-__device__ Range MyRange(int64_t num_resident, int64_t num_work) {
-  const int64_t warp = threadIdx.x / kWarpSize, grid = gridDim.x;
-  const int64_t num_hosted = num_work - num_resident;
-  if (num_hosted == 0 || grid == 1) return {blockIdx.x * kWarps + warp, grid * kWarps, num_work};
-  const int64_t fair = grid * kHostCost * num_hosted / (kHostCost * num_hosted + num_resident);
-  const int64_t most = min(kHostTeam, num_resident == 0 ? grid : grid - 1);
-  const int64_t team = min(max(fair, int64_t{1}), most);
-  if (blockIdx.x < team) {
-    return {num_resident + blockIdx.x * kWarps + warp, team * kWarps, num_work};
+// Deals out the blocks of a launch, of which those before `resident_end` are in device memory.
+__device__ Share MyShare(int64_t begin, int64_t resident_end, int64_t end) {
+  const int64_t num_hosted = end - resident_end, num_resident = resident_end - begin;
+  int64_t team = gridDim.x, rank = blockIdx.x;
+  Share share{begin, end, 0, 0, PAGED_GROUP};
+  if (num_hosted > 0 && gridDim.x > 1) {
+    const int64_t fair =
+        gridDim.x * kHostCost * num_hosted / (kHostCost * num_hosted + num_resident);
+    const int64_t most = min(kHostTeam, int64_t{gridDim.x} - (num_resident == 0 ? 0 : 1));
+    const int64_t host_team = min(max(fair, int64_t{1}), most);
+    if (rank < host_team) {
+      share.begin = resident_end;
+      share.group = PAGED_HOST_GROUP;
+      team = host_team;
+    } else {
+      share.end = resident_end;
+      team -= host_team;
+      rank -= host_team;
+    }
   }
-  return {(blockIdx.x - team) * kWarps + warp, (grid - team) * kWarps, num_resident};
+  share.first = share.begin / share.group + rank * kWarps + threadIdx.x / kWarpSize;
+  share.stride = team * kWarps;
+  return share;
 }
 
 // One warp per block of moments, striding over its share of the blocks of the launch.
@@ -229,65 +254,84 @@ __global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ S
     targets[i] = resolved.target[i];
   }
   const int log2_chunks = resolved.log2_chunks;
-  const int64_t num_resident =
-      accepted ? min(max(resolved.resident_blocks - args.work_before, int64_t{0}), args.num_work)
-               : args.num_work;
+  const int64_t end = args.work_before + args.num_work;
+  const int64_t resident_end =
+      accepted ? min(max(resolved.resident_blocks, args.work_before), end) : end;
   __syncthreads();
 
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const Range range = MyRange(num_resident, args.num_work);
-  for (int64_t work = range.first; work < range.end; work += range.stride) {
-    const Leaf& leaf = args.leaves[FindLeaf(args.leaves, args.num_leaves, work)];
-    const int64_t in_leaf = work - leaf.first_work;
-    const int64_t start = in_leaf * kBlockSize + lane * kLane;
-    const int64_t left = leaf.size - start;
-    const int count = left < 0 ? 0 : (left < kLane ? static_cast<int>(left) : kLane);
-    alignas(16) float values[kLane];
-    if (!accepted) {
-      // A refused step changes nothing: its update is zero.
+  const Share share = MyShare(args.work_before, resident_end, end);
+  for (int64_t first = share.first * share.group; first < share.end;
+       first += share.stride * share.group) {
+    // Lane i has the first moment's scale of the group's block i, lane kMaxGroup + i the second's.
+    const int64_t mine = first + lane % kMaxGroup;
+    const bool has_scale = accepted && lane < 2 * kMaxGroup && lane % kMaxGroup < share.group &&
+                           mine >= share.begin &&
+                           mine < min(share.end, args.extent.num_dynamic_blocks);
+    const int64_t scale_segment = args.extent.DynamicChunk(first) >> log2_chunks;
+    float scales = 0.0f;
+    if (has_scale && !is_fresh) {
+      const auto source = args.extent.LocateDynamic(sources[scale_segment], mine);
+      scales = *(lane < kMaxGroup ? source.mu_scale : source.nu_scale);
+    }
+    const int64_t stop = min(first + share.group, share.end);
+#pragma unroll 1
+    for (int64_t index = max(first, share.begin); index < stop; ++index) {
+      const int64_t work = index - args.work_before;
+      const Leaf& leaf = args.leaves[FindLeaf(args.leaves, args.num_leaves, work)];
+      const int64_t in_leaf = work - leaf.first_work;
+      const int64_t start = in_leaf * kBlockSize + lane * kLane;
+      const int64_t left = leaf.size - start;
+      const int count = left < 0 ? 0 : (left < kLane ? static_cast<int>(left) : kLane);
+      alignas(16) float values[kLane];
+      if (!accepted) {
+        // A refused step changes nothing: its update is zero.
 #pragma unroll
-      for (int k = 0; k < kLane; ++k) values[k] = 0.0f;
+        for (int k = 0; k < kLane; ++k) values[k] = 0.0f;
+        Store(leaf, start, count, values);
+        continue;
+      }
+      Load(leaf, start, count, values);
+      const int64_t block = leaf.first_block + in_leaf;
+      if (leaf.codec == Codec::kDynamic) {
+        const int i = static_cast<int>(index - first);
+        const int64_t segment = args.extent.DynamicChunk(block) >> log2_chunks;
+        constexpr uint32_t kZeroMus = kZeroMu * 0x01010101u, kZeroNus = kZeroNu * 0x01010101u;
+        uint2 mu{kZeroMus, kZeroMus}, nu{kZeroNus, kZeroNus};
+        if (!is_fresh) {
+          const auto source = args.extent.LocateDynamic(sources[segment], block);
+          mu = *reinterpret_cast<const uint2*>(source.mu + lane * kLane);
+          nu = *reinterpret_cast<const uint2*>(source.nu + lane * kLane);
+        }
+        float mu_scale = __shfl_sync(0xffffffffu, scales, i);
+        float nu_scale = __shfl_sync(0xffffffffu, scales, kMaxGroup + i);
+        StepDynamicBlock<kLane>(
+            FastMath(), step, maps, values, reinterpret_cast<uint8_t (&)[kLane]>(mu),
+            reinterpret_cast<uint8_t (&)[kLane]>(nu), mu_scale, nu_scale, WarpMax);
+        const auto target = args.extent.LocateDynamic(targets[segment], block);
+        *reinterpret_cast<uint2*>(target.mu + lane * kLane) = mu;
+        *reinterpret_cast<uint2*>(target.nu + lane * kLane) = nu;
+        if (lane == i) scales = mu_scale;
+        if (lane == kMaxGroup + i) scales = nu_scale;
+      } else {
+        const int64_t segment = args.extent.Float32Chunk(block) >> log2_chunks;
+        alignas(16) float mu[kLane] = {}, nu[kLane] = {};
+        if (!is_fresh) {
+          const auto source = args.extent.LocateFloat32(sources[segment], block);
+          LoadFloats(source.mu + lane * kLane, mu);
+          LoadFloats(source.nu + lane * kLane, nu);
+        }
+        StepFloat32Block<kLane>(FastMath(), step, values, mu, nu);
+        const auto target = args.extent.LocateFloat32(targets[segment], block);
+        StoreFloats(mu, target.mu + lane * kLane);
+        StoreFloats(nu, target.nu + lane * kLane);
+      }
       Store(leaf, start, count, values);
-      continue;
     }
-    Load(leaf, start, count, values);
-    const int64_t block = leaf.first_block + in_leaf;
-    if (leaf.codec == Codec::kDynamic) {
-      const int64_t segment = args.extent.DynamicChunk(block) >> log2_chunks;
-      constexpr uint32_t kZeroMus = kZeroMu * 0x01010101u, kZeroNus = kZeroNu * 0x01010101u;
-      uint2 mu{kZeroMus, kZeroMus}, nu{kZeroNus, kZeroNus};
-      float mu_scale = 0.0f, nu_scale = 0.0f;
-      if (!is_fresh) {
-        const auto source = args.extent.LocateDynamic(sources[segment], block);
-        mu = *reinterpret_cast<const uint2*>(source.mu + lane * kLane);
-        nu = *reinterpret_cast<const uint2*>(source.nu + lane * kLane);
-        mu_scale = *source.mu_scale;
-        nu_scale = *source.nu_scale;
-      }
-      StepDynamicBlock<kLane>(
-          FastMath(), step, maps, values, reinterpret_cast<uint8_t (&)[kLane]>(mu),
-          reinterpret_cast<uint8_t (&)[kLane]>(nu), mu_scale, nu_scale, WarpMax);
-      const auto target = args.extent.LocateDynamic(targets[segment], block);
-      *reinterpret_cast<uint2*>(target.mu + lane * kLane) = mu;
-      *reinterpret_cast<uint2*>(target.nu + lane * kLane) = nu;
-      if (lane == 0) {
-        *target.mu_scale = mu_scale;
-        *target.nu_scale = nu_scale;
-      }
-    } else {
-      const int64_t segment = args.extent.Float32Chunk(block) >> log2_chunks;
-      alignas(16) float mu[kLane] = {}, nu[kLane] = {};
-      if (!is_fresh) {
-        const auto source = args.extent.LocateFloat32(sources[segment], block);
-        LoadFloats(source.mu + lane * kLane, mu);
-        LoadFloats(source.nu + lane * kLane, nu);
-      }
-      StepFloat32Block<kLane>(FastMath(), step, values, mu, nu);
-      const auto target = args.extent.LocateFloat32(targets[segment], block);
-      StoreFloats(mu, target.mu + lane * kLane);
-      StoreFloats(nu, target.nu + lane * kLane);
+    if (has_scale) {
+      const auto target = args.extent.LocateDynamic(targets[scale_segment], mine);
+      *(lane < kMaxGroup ? target.mu_scale : target.nu_scale) = scales;
     }
-    Store(leaf, start, count, values);
   }
 }
 
