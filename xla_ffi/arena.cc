@@ -439,7 +439,7 @@ void PlaceOnDevice(Arena& arena, DeviceTable& table, void* stream) {
                       "with Paging(memory='pinned')."});
     }
   }
-  arena.residency.segments = arena.residency.target = resident;
+  arena.residency.segments = arena.residency.target = arena.residency.held = resident;
   arena.segments = arena.memory->Table(resident);
   arena.device_segments = std::make_unique<DeviceBuffer>(sizeof(SegmentTable));
   CUDA_CHECK(cudaMemcpy(arena.device_segments->data(), &arena.segments, sizeof(SegmentTable),

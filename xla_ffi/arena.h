@@ -45,8 +45,10 @@ struct PlacementPolicy {
 struct Residency {
   int32_t segments = 0;     // that are there
   int32_t target = 0;       // that should be
-  int64_t limit = -1;       // most bytes that may be, set by hand; negative for none
-  bool moving = false;      // the pager is at work on it
+  bool moving = false;      // the pager is at work on it, and when that is done
+  int32_t moving_to = 0;    // so many will be there
+  int32_t held = 0;         // that the driver holds device memory for; see Pager::HeldBytes
+  int64_t limit = -1;       // most bytes that may be there, set by hand; negative for none
   bool failed = false;      // a move to the GPU failed: only prefetch tries again
   int64_t moved_bytes = 0;  // since the arena was made
   double moving_seconds = 0.0;

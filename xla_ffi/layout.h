@@ -8,7 +8,7 @@
 // the last chunk being as long as they need; then, one behind the other, all float32 blocks, none
 // of which lies across the border of two chunks.
 //
-//   dynamic chunk: [mu codes: n x 256][nu codes: n x 256][mu scales: n x 4][nu scales: n x 4]
+//   dynamic chunk: [mu codes: n x 256][nu codes: n x 256][mu scale, nu scale: n x 8]
 //   float32 block: [mu: 1024][nu: 1024]
 #pragma once
 
@@ -42,8 +42,7 @@ struct DynamicBlock {
   using Float = std::conditional_t<std::is_const_v<Byte>, const float, float>;
   Byte* mu;
   Byte* nu;
-  Float* mu_scale;
-  Float* nu_scale;
+  Float* scales;  // of mu and of nu
 };
 
 template <class Byte>
@@ -101,8 +100,8 @@ struct ArenaExtent {
     const int64_t n = left < kDynamicBlocksPerChunk ? left : kDynamicBlocksPerChunk;
     Byte* mu = base + chunk * kChunkBytes;
     Byte* nu = mu + n * kBlockSize;
-    auto* mu_scales = reinterpret_cast<typename DynamicBlock<Byte>::Float*>(nu + n * kBlockSize);
-    return {mu + i * kBlockSize, nu + i * kBlockSize, mu_scales + i, mu_scales + n + i};
+    auto* scales = reinterpret_cast<typename DynamicBlock<Byte>::Float*>(nu + n * kBlockSize);
+    return {mu + i * kBlockSize, nu + i * kBlockSize, scales + 2 * i};
   }
 
   template <class Byte>

@@ -2,6 +2,10 @@
 // host. The only caller of CUDA's advice and prefetch functions. See memory.h.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
+#include <chrono>
+#include <thread>
+
 #include "cuda_check.h"
 #include "memory.h"
 #include "preflight.h"
@@ -10,6 +14,8 @@ namespace paged_optax {
 namespace {
 
 bool g_pretend_not_managed = false;
+
+constexpr int64_t kPieceBytes = int64_t{4} << 20;
 
 #if CUDART_VERSION >= 13000
 cudaMemLocation Location(Tier tier, int device) {
@@ -58,11 +64,18 @@ class ManagedMemory final : public Memory {
     });
   }
 
-  // Steps may run meanwhile: those that touch a page under way wait for it.
+  // Steps may run meanwhile: those that touch a page under way wait for it. In small pieces,
+  // because a prefetch holds up every other call of the process to CUDA, such as the launch of a
+  // step.
   void Prepare(const Move& move, void* stream) override {
     Place(move);
     ForEachSlot(move, [&](uint8_t* data, int64_t nbytes) {
-      CUDA_CHECK(Prefetch(data, nbytes, move.to, device_, static_cast<cudaStream_t>(stream)));
+      for (int64_t done = 0; done < nbytes; done += kPieceBytes) {
+        CUDA_CHECK(Prefetch(data + done, std::min(kPieceBytes, nbytes - done), move.to, device_,
+                            static_cast<cudaStream_t>(stream)));
+        // Locks go to who waits only if who had them stays away for a moment.
+        std::this_thread::sleep_for(std::chrono::microseconds(50));
+      }
     });
   }
 

@@ -193,14 +193,19 @@ py::tuple ReadLeaf(const std::string& platform, int ordinal, int32_t handle, int
     }
     py::array_t<uint8_t> mu(blocks * kBlockSize), nu(blocks * kBlockSize);
     py::array_t<float> mu_scales(blocks), nu_scales(blocks);
+    std::vector<float> scales;
     for (int64_t b = 0, run; b < blocks; b += run) {
       run = std::min(blocks - b,
                      kDynamicBlocksPerChunk - (leaf.first_block + b) % kDynamicBlocksPerChunk);
       const auto block = extent.LocateDynamic(origin, leaf.first_block + b);
       read(block.mu, run * kBlockSize, mu.mutable_data() + b * kBlockSize);
       read(block.nu, run * kBlockSize, nu.mutable_data() + b * kBlockSize);
-      read(block.mu_scale, run * 4, mu_scales.mutable_data() + b);
-      read(block.nu_scale, run * 4, nu_scales.mutable_data() + b);
+      scales.resize(2 * run);
+      read(block.scales, run * 8, scales.data());
+      for (int64_t i = 0; i < run; ++i) {
+        mu_scales.mutable_data()[b + i] = scales[2 * i];
+        nu_scales.mutable_data()[b + i] = scales[2 * i + 1];
+      }
     }
     return py::make_tuple(mu, nu, mu_scales, nu_scales);
   }

@@ -20,6 +20,8 @@ namespace {
 constexpr int64_t kBytesPerMove = int64_t{64} << 20;
 // What may move for each step.
 constexpr int64_t kBytesPerStep = int64_t{128} << 20;
+// A device with less free memory than this is full.
+constexpr int64_t kFullBytes = int64_t{64} << 20;
 constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max();
 
 Demand DemandOf(const Geometry& geometry, const PlacementPolicy& policy, int64_t limit) {
@@ -62,10 +64,33 @@ int64_t Pager::ResidentBytes() const {
   for (const auto& arena : table_.arenas) {
     // What is on its way counts as there, so that nothing looks free which is not.
     const Residency& residency = arena->residency;
-    const int32_t under_way = residency.moving ? residency.target - residency.segments : 0;
-    nbytes += arena->memory->geometry().LeadingBytes(residency.segments + std::max(0, under_way));
+    const int32_t segments =
+        residency.moving ? std::max(residency.segments, residency.moving_to) : residency.segments;
+    nbytes += arena->memory->geometry().LeadingBytes(segments);
   }
   return nbytes;
+}
+
+// The driver keeps the device memory of managed pages that went to the host, and cudaMemGetInfo
+// does not count it as free; but it gives it to whoever calls cudaMalloc when nothing else is left.
+// So it is room, until the device has been seen full: after that nobody can tell what is left of
+// it.
+int64_t Pager::HeldBytes(int64_t free_bytes) {
+  int64_t nbytes = 0;
+  for (const auto& arena : table_.arenas) {
+    Residency& residency = arena->residency;
+    const bool keeps = !arena->memory->ChangesAddresses() && free_bytes >= kFullBytes;
+    if (!keeps) residency.held = 0;
+    residency.held = std::max(residency.held, residency.segments);
+    const Geometry& geometry = arena->memory->geometry();
+    nbytes += geometry.LeadingBytes(residency.held) - geometry.LeadingBytes(residency.segments);
+  }
+  return nbytes;
+}
+
+int64_t Pager::Room() {
+  const int64_t free_bytes = FreeDeviceBytes(table_.ordinal);
+  return free_bytes + HeldBytes(free_bytes) - Headroom();
 }
 
 int64_t Pager::Headroom() const {
@@ -85,8 +110,7 @@ FirstShare Pager::FirstPlacement(const Geometry& geometry, const PlacementPolicy
   }
   demands.push_back(DemandOf(geometry, policy, -1));
   geometries.push_back(geometry);
-  const int64_t room =
-      FreeDeviceBytes(table_.ordinal) - std::max(Headroom(), policy.headroom_bytes);
+  const int64_t room = Room() - std::max<int64_t>(0, policy.headroom_bytes - Headroom());
   const int64_t resident = ResidentBytes();
   const int32_t share = ShareSegments(demands, geometries, room + resident).back();
   // Others may have to give up theirs first; the state then grows while it is used.
@@ -106,7 +130,6 @@ void Pager::SetTargets(int64_t capacity, bool at_once) {
   const std::vector<int32_t> segments = ShareSegments(demands, geometries, capacity);
   for (size_t i = 0; i < segments.size(); ++i) {
     Residency& residency = table_.arenas[i]->residency;
-    if (residency.moving) continue;  // its target says what is on its way
     const int64_t resident = geometries[i].LeadingBytes(residency.segments);
     const int64_t share = geometries[i].LeadingBytes(segments[i]);
     if (at_once || IsWorthMoving(resident, share, demands[i].wanted)) {
@@ -119,7 +142,7 @@ void Pager::SetTargets(int64_t capacity, bool at_once) {
 
 void Pager::BeforeStep(void* stream) {
   if (table_.arenas.empty()) return;
-  const int64_t capacity = FreeDeviceBytes(table_.ordinal) - Headroom() + ResidentBytes();
+  const int64_t capacity = Room() + ResidentBytes();
   SetTargets(capacity_.Observe(capacity), /*at_once=*/false);
   allowance_ = std::max(allowance_, kBytesPerStep);
   Wake();
@@ -147,7 +170,7 @@ int64_t Pager::MoveNow(std::unique_lock<std::mutex>& lock, Arena& arena, int64_t
   residency.failed = false;
   failure_.clear();
   const int64_t before = residency.moved_bytes;
-  const int64_t capacity = FreeDeviceBytes(table_.ordinal) - Headroom() + ResidentBytes();
+  const int64_t capacity = Room() + ResidentBytes();
   SetTargets(capacity, /*at_once=*/true);
   allowance_ = kNoLimit;
   Wake();
@@ -183,7 +206,7 @@ bool Pager::Pick(Task* task) {
       const int32_t first = to_device ? residency.segments : residency.segments - count;
       if (to_device) {
         const int64_t nbytes = geometry.LeadingBytes(first + count) - geometry.LeadingBytes(first);
-        if (nbytes > FreeDeviceBytes(table_.ordinal) - Headroom()) continue;
+        if (nbytes > Room()) continue;
       }
       *task = {arena, first, count, to_device};
       return true;
@@ -238,7 +261,7 @@ void Pager::Execute(std::unique_lock<std::mutex>& lock, const Task& task) {
   const int64_t nbytes =
       geometry.LeadingBytes(task.first + task.count) - geometry.LeadingBytes(task.first);
   residency.moving = true;
-  residency.target = resident;
+  residency.moving_to = resident;
   lock.unlock();
   const auto start = std::chrono::steady_clock::now();
 

@@ -60,6 +60,9 @@ class Pager {
   void Execute(std::unique_lock<std::mutex>& lock, const Task& task);
   void Wake();
   int64_t ResidentBytes() const;
+  int64_t HeldBytes(int64_t free_bytes);
+  // Device memory that moments may take besides what they have; negative: that they should give up.
+  int64_t Room();
   int64_t Headroom() const;
 
   DeviceTable& table_;

@@ -13,8 +13,7 @@
 namespace paged_optax {
 namespace {
 
-// Device memory comes from a pool of its own: freeing it there does not stop the device, and a pool
-// without users keeps nothing.
+// Device memory comes from a pool of its own: freeing it there does not stop the device.
 class Pool {
  public:
   explicit Pool(int device) {
@@ -32,6 +31,9 @@ class Pool {
     CUDA_CHECK(cudaMallocFromPoolAsync(&data, nbytes, pool_, stream));
     return static_cast<uint8_t*>(data);
   }
+
+  // Gives back what is not in use.
+  void Trim() { CUDA_CHECK(cudaMemPoolTrimTo(pool_, 0)); }
 
  private:
   cudaMemPool_t pool_ = nullptr;
@@ -97,6 +99,7 @@ class PinnedMemory final : public Memory {
     ScopedDevice scope(device_);
     for (int32_t k = move.first; k < move.first + move.count; ++k) Free(k, stream);
     CUDA_CHECK(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)));
+    pool_.Trim();
   }
 
   // A new state's segments, whose contents do not count yet.

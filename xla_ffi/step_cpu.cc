@@ -96,16 +96,16 @@ PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begi
         const auto source = work.extent.LocateDynamic(work.source, block);
         std::memcpy(mu, source.mu, sizeof(mu));
         std::memcpy(nu, source.nu, sizeof(nu));
-        mu_scale = *source.mu_scale;
-        nu_scale = *source.nu_scale;
+        mu_scale = source.scales[0];
+        nu_scale = source.scales[1];
       }
       StepDynamicBlock<kLane>(IeeeMath(), step, kMaps, values, mu, nu, mu_scale, nu_scale,
                               [](uint32_t lane_max) { return lane_max; });
       const auto target = work.extent.LocateDynamic(work.target, block);
       std::memcpy(target.mu, mu, sizeof(mu));
       std::memcpy(target.nu, nu, sizeof(nu));
-      *target.mu_scale = mu_scale;
-      *target.nu_scale = nu_scale;
+      target.scales[0] = mu_scale;
+      target.scales[1] = nu_scale;
     } else {
       alignas(64) float mu[kLane] = {}, nu[kLane] = {};
       if (work.source != nullptr) {

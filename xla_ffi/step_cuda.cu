@@ -187,21 +187,16 @@ __device__ uint32_t WarpMax(uint32_t lane_max) { return __reduce_max_sync(0xffff
 // busy, and more would only queue up at it while the others finish what is in device memory. One
 // block there takes the time of about kHostCost in device memory.
 #ifndef PAGED_HOST_TEAM
-#define PAGED_HOST_TEAM 32
-#endif
-#ifndef PAGED_HOST_GROUP
-#define PAGED_HOST_GROUP 8
-#endif
-#ifndef PAGED_GROUP
-#define PAGED_GROUP 1
+#define PAGED_HOST_TEAM 48
 #endif
 constexpr int64_t kHostTeam = PAGED_HOST_TEAM;
 constexpr int64_t kHostCost = 10;
 
-// A warp takes blocks in groups, whose scales are read and written at once: over the link a scale
-// costs as much as half the codes of its block. Groups start at multiples of their size, in the
-// order of the arena, so that none lies across the border of two chunks.
-constexpr int kMaxGroup = 8;
+// A warp takes up to this many blocks in a row, whose scales it reads and writes at once, a line of
+// 128 bytes: alone, they would cost as much of the link as half of the codes. Such groups start at
+// multiples of their size, in the order of the arena, so that none lies across the border of two
+// chunks.
+constexpr int kMaxGroup = kWarpSize / 2;
 static_assert(kDynamicBlocksPerChunk % kMaxGroup == 0);
 
 // What one warp works on: blocks [begin, end) in the order of the arena, of those the groups first,
@@ -215,7 +210,7 @@ struct Share {
 __device__ Share MyShare(int64_t begin, int64_t resident_end, int64_t end) {
   const int64_t num_hosted = end - resident_end, num_resident = resident_end - begin;
   int64_t team = gridDim.x, rank = blockIdx.x;
-  Share share{begin, end, 0, 0, PAGED_GROUP};
+  Share share{begin, end, 0, 0, kMaxGroup};
   if (num_hosted > 0 && gridDim.x > 1) {
     const int64_t fair =
         gridDim.x * kHostCost * num_hosted / (kHostCost * num_hosted + num_resident);
@@ -223,7 +218,6 @@ __device__ Share MyShare(int64_t begin, int64_t resident_end, int64_t end) {
     const int64_t host_team = min(max(fair, int64_t{1}), most);
     if (rank < host_team) {
       share.begin = resident_end;
-      share.group = PAGED_HOST_GROUP;
       team = host_team;
     } else {
       share.end = resident_end;
@@ -231,8 +225,11 @@ __device__ Share MyShare(int64_t begin, int64_t resident_end, int64_t end) {
       rank -= host_team;
     }
   }
+  // Smaller groups where that many would leave warps without work.
+  const int64_t warps = team * kWarps;
+  while (share.group > 1 && share.end - share.begin < 4 * share.group * warps) share.group /= 2;
   share.first = share.begin / share.group + rank * kWarps + threadIdx.x / kWarpSize;
-  share.stride = team * kWarps;
+  share.stride = warps;
   return share;
 }
 
@@ -263,16 +260,14 @@ __global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ S
   const Share share = MyShare(args.work_before, resident_end, end);
   for (int64_t first = share.first * share.group; first < share.end;
        first += share.stride * share.group) {
-    // Lane i has the first moment's scale of the group's block i, lane kMaxGroup + i the second's.
-    const int64_t mine = first + lane % kMaxGroup;
-    const bool has_scale = accepted && lane < 2 * kMaxGroup && lane % kMaxGroup < share.group &&
-                           mine >= share.begin &&
+    // Lanes 2 i and 2 i + 1 have the scales of the group's block i.
+    const int64_t mine = first + lane / 2;
+    const bool has_scale = accepted && lane / 2 < share.group && mine >= share.begin &&
                            mine < min(share.end, args.extent.num_dynamic_blocks);
     const int64_t scale_segment = args.extent.DynamicChunk(first) >> log2_chunks;
-    float scales = 0.0f;
+    float scale = 0.0f;
     if (has_scale && !is_fresh) {
-      const auto source = args.extent.LocateDynamic(sources[scale_segment], mine);
-      scales = *(lane < kMaxGroup ? source.mu_scale : source.nu_scale);
+      scale = args.extent.LocateDynamic(sources[scale_segment], mine).scales[lane % 2];
     }
     const int64_t stop = min(first + share.group, share.end);
 #pragma unroll 1
@@ -303,16 +298,15 @@ __global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ S
           mu = *reinterpret_cast<const uint2*>(source.mu + lane * kLane);
           nu = *reinterpret_cast<const uint2*>(source.nu + lane * kLane);
         }
-        float mu_scale = __shfl_sync(0xffffffffu, scales, i);
-        float nu_scale = __shfl_sync(0xffffffffu, scales, kMaxGroup + i);
+        float mu_scale = __shfl_sync(0xffffffffu, scale, 2 * i);
+        float nu_scale = __shfl_sync(0xffffffffu, scale, 2 * i + 1);
         StepDynamicBlock<kLane>(
             FastMath(), step, maps, values, reinterpret_cast<uint8_t (&)[kLane]>(mu),
             reinterpret_cast<uint8_t (&)[kLane]>(nu), mu_scale, nu_scale, WarpMax);
         const auto target = args.extent.LocateDynamic(targets[segment], block);
         *reinterpret_cast<uint2*>(target.mu + lane * kLane) = mu;
         *reinterpret_cast<uint2*>(target.nu + lane * kLane) = nu;
-        if (lane == i) scales = mu_scale;
-        if (lane == kMaxGroup + i) scales = nu_scale;
+        if (lane / 2 == i) scale = lane % 2 == 0 ? mu_scale : nu_scale;
       } else {
         const int64_t segment = args.extent.Float32Chunk(block) >> log2_chunks;
         alignas(16) float mu[kLane] = {}, nu[kLane] = {};
@@ -329,8 +323,7 @@ __global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ S
       Store(leaf, start, count, values);
     }
     if (has_scale) {
-      const auto target = args.extent.LocateDynamic(targets[scale_segment], mine);
-      *(lane < kMaxGroup ? target.mu_scale : target.nu_scale) = scales;
+      args.extent.LocateDynamic(targets[scale_segment], mine).scales[lane % 2] = scale;
     }
   }
 }
