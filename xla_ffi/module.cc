@@ -12,6 +12,7 @@
 #include "arena.h"
 #include "handlers.h"
 #include "memory.h"
+#include "random.h"
 #include "status.h"
 #include "step.h"
 
@@ -200,6 +201,18 @@ py::array_t<uint8_t> Encode(const py::array_t<float, py::array::c_style>& values
   return codes;
 }
 
+// Random bits alone, for the tests: those of elements [start, start + size) of a leaf.
+py::array_t<uint32_t> RandomBitsOf(int64_t leaf_key, int32_t count, int64_t start, int64_t size,
+                                   uint32_t stream) {
+  py::array_t<uint32_t> bits(size);
+  for (int64_t i = 0; i < size; ++i) {
+    const RandomKey key =
+        BlockKey(StepKey(count), static_cast<uint64_t>(leaf_key), stream, start + i);
+    bits.mutable_data()[i] = RandomBits(key, static_cast<uint32_t>(start + i));
+  }
+  return bits;
+}
+
 // The step alone, for the tests: blocks [begin, end) of a single leaf, moments in `arena`.
 void StepLeaf(py::buffer values, int dtype, int codec, py::buffer arena, int64_t begin, int64_t end,
               std::array<float, kNumHyperparams> hyperparams, int32_t count, bool nesterov,
@@ -259,6 +272,8 @@ PYBIND11_MODULE(_ext, module) {
       "release_all", [] { return Registry::Get().ReleaseAll(); },
       py::call_guard<py::gil_scoped_release>());
   module.def("encode", &Encode, py::arg("values"), py::arg("signed"));
+  module.def("random_bits", &RandomBitsOf, py::arg("leaf_key"), py::arg("count"), py::arg("start"),
+             py::arg("size"), py::arg("stream") = 0);
   module.def("step_leaf", &StepLeaf, py::arg("values"), py::arg("dtype"), py::arg("codec"),
              py::arg("arena"), py::arg("begin"), py::arg("end"), py::arg("hyperparams"),
              py::arg("count"), py::arg("nesterov") = false, py::arg("fresh") = false);
