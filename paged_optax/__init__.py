@@ -27,12 +27,14 @@ except ImportError as error:
 
 from ._accumulate import MultiSteps
 from ._adam import paged_adam8bit, paged_adamw8bit, scale_by_paged_adam8bit
+from ._check import check_last
 from ._options import Paging, Quantization
 from ._state import (
     DeviceMemory,
     MemoryReport,
     Moments,
     ScaleByPagedAdam8bitState,
+    SkipNonFiniteState,
     memory_report,
     moments,
     release,
@@ -49,6 +51,8 @@ __all__ = [
     "Paging",
     "Quantization",
     "ScaleByPagedAdam8bitState",
+    "SkipNonFiniteState",
+    "check_last",
     "memory_report",
     "moments",
     "paged_adam8bit",
