@@ -356,7 +356,7 @@ def _merge(one: Any, other: Any) -> Any:
 def _read_state(state: ScaleByPagedAdam8bitState) -> tuple[Any, Any]:
     handle, version = _read_token(state)
     reports = _ext.describe(handle, version)
-    if not reports:
+    if not any(report["version"] for report in reports):
         raise RuntimeError(
             "this optimizer state was never updated: its moments are zero and have no memory yet"
         )
