@@ -265,7 +265,7 @@ def test_wrappers(policy):
         updates, state = jax.jit(wrapped.update)(grads, state, params)
         for k in params:  # injected hyperparameters make updates float32
             np.testing.assert_allclose(
-                np.asarray(updates[k], f32), np.asarray(expected[k], f32), atol=2e-5
+                np.asarray(updates[k], f32), np.asarray(expected[k], f32), atol=2.0**-14
             )
         assert skipped(state) == (4 if policy == "skip_element" else 1)
         assert memory_report(state).total > 0
