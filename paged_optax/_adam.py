@@ -1,5 +1,6 @@
 """Adam and AdamW with 8-bit, paged moments, as optax gradient transformations."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -213,7 +214,7 @@ class _Link:
         skip: jax.Array | None = None,
     ) -> tuple[optax.Updates, ScaleByPagedAdam8bitState]:
         """One step; where the bool `skip` is True, updates of zero and the state as it was."""
-        adam, descent = self._adam, self._descent
+        adam, descent, paging = self._adam, self._descent, self._paging
         _check_state(state)
         leaves, treedef = jax.tree_util.tree_flatten_with_path(updates)
         _check_dtypes("gradient", leaves)
@@ -256,8 +257,11 @@ class _Link:
             skip_elements=adam.non_finite == "skip_element",
             tree=name_tree(paths, treedef),
             paths=name_paths(paths),
-            device_bytes=-1 if self._paging.device_bytes is None else self._paging.device_bytes,
-            headroom_bytes=self._paging.headroom_bytes,
+            device_bytes=-1 if paging.device_bytes is None else paging.device_bytes,
+            headroom_bytes=paging.headroom_bytes,
+            pinned=paging.memory == "pinned",
+            # Where the program runs from must not matter later: a jitted step keeps the text.
+            directory="" if paging.directory is None else os.path.abspath(paging.directory),
         )
         if descent is not None:
             record(scaled)

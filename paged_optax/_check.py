@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ._memory import release
+from ._state import find_states
+
 _records: list[np.ndarray] | None = None  # while a check runs: the updates of paged optimizers
 
 
@@ -69,8 +72,6 @@ def check_last(tx: optax.GradientTransformation, params: optax.Params, max_steps
       ...   print(str(error).split(":")[0])
       something behind the paged optimizer changes its updates
     """
-    from ._state import find_states, release
-
     rng = np.random.default_rng(0)
     num_compared = 0
     params = jax.tree.map(lambda p: _random_like(p, rng), params)

@@ -117,9 +117,9 @@ def update(
         where the compiler decides, gradients are cut as their parameters are.
       **static: ``codecs`` (tuple of int, the codec of each leaf), ``nesterov`` (bool), ``replay``
         (bool), ``tree`` (int, names the tree structure), ``paths`` (int, names the leaves),
-        ``device_bytes`` and ``headroom_bytes`` (int), ``skip_elements`` (bool),
-        ``param_rounding`` (int, enum ParamRounding) and, where that is not 0, ``decayed`` (tuple of
-        bool) and ``keys`` (tuple of int) of the leaves, else ().
+        ``device_bytes`` and ``headroom_bytes`` (int), ``pinned`` (bool), ``directory`` (str),
+        ``skip_elements`` (bool), ``param_rounding`` (int, enum ParamRounding) and, where that is
+        not 0, ``decayed`` (tuple of bool) and ``keys`` (tuple of int) of the leaves, else ().
 
     Returns:
       The token of the advanced moments, and the updates with the gradients' shapes and dtypes.

@@ -276,7 +276,7 @@ def test_every_parameter(device, same_bits, half, mode):
 
 
 def test_more_than_a_chunk(device, same_bits, stored_moments):
-    """2,702 blocks with residuals fill a chunk of 2 MiB."""
+    """2,688 blocks with residuals fill a chunk of 2 MiB."""
     shapes = {"a": (2800, 256), "b": (1000,), "c": (300, 257)}
     dtypes = dict.fromkeys(shapes, BF16)
     params = make_tree(0, dtypes, shapes)
@@ -304,15 +304,15 @@ def test_more_than_a_chunk(device, same_bits, stored_moments):
 
 
 def expected_bytes(num_dynamic, num_float32):
-    """Chunks of 2,702 blocks of 776 bytes; float32 blocks from a multiple of their size on."""
-    dynamic = num_dynamic // 2702 * 2**21 + -(-(num_dynamic % 2702) * 776 // 512) * 512
+    """Chunks of 2,688 blocks of 776 bytes; float32 blocks from a multiple of their size on."""
+    dynamic = num_dynamic // 2688 * 2**21 + -(-(num_dynamic % 2688) * 776 // 512) * 512
     if not num_float32:
         return dynamic
     return -(-dynamic // 2048) * 2048 + num_float32 * (2048 + 256)
 
 
 @pytest.mark.parametrize("num_float32", [0, 1, 5000])
-@pytest.mark.parametrize("num_dynamic", [0, 1, 2701, 2702, 2703, 10**6])
+@pytest.mark.parametrize("num_dynamic", [0, 1, 2687, 2688, 2689, 10**6])
 def test_arena_bytes(num_dynamic, num_float32):
     actual = _ext.arena_bytes(num_dynamic, num_float32, has_residuals=True)
     assert actual == expected_bytes(num_dynamic, num_float32)
@@ -326,7 +326,7 @@ def test_three_bytes_a_parameter():
         _, state = tx.update(params, tx.init(params), params)
         sizes[mode] = memory_report(state).total / 2**20
     assert sizes["nearest"] == sizes["stochastic"]
-    assert 2.03 < sizes["nearest"] < 2.04 and 3.03 < sizes["compensated"] < 3.04
+    assert 2.03 < sizes["nearest"] < 2.04 and 3.03 < sizes["compensated"] < 3.05
 
 
 def test_float32_parameters_keep_no_residuals():

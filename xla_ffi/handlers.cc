@@ -32,12 +32,14 @@ struct UpdateAttrs {
   ffi::Span<const int8_t> codecs;   // of the leaves
   ffi::Span<const int8_t> decayed;  // whether weight decay applies to a leaf; see takes_params
   int64_t device_bytes;             // budget, -1 for none
+  std::string_view directory;       // CPU: of the file that holds the moments; empty for none
   int64_t headroom_bytes;
   ffi::Span<const int64_t> keys;  // of the leaves' random bits
   bool nesterov;
   int64_t num_devices;     // that the program runs on
   int64_t param_rounding;  // ParamRounding of 16-bit parameters
   int64_t paths;           // a number for the names of the leaves
+  bool pinned;             // memory instead of managed memory
   bool replay;
   std::string_view shards;  // which part of the leaves each device has; empty if not known
   bool skip_elements;       // those whose gradient is not finite
@@ -56,12 +58,13 @@ struct UpdateAttrs {
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     paged_optax::UpdateAttrs, ffi::StructMember<ffi::Span<const int8_t>>("codecs"),
     ffi::StructMember<ffi::Span<const int8_t>>("decayed"),
-    ffi::StructMember<int64_t>("device_bytes"), ffi::StructMember<int64_t>("headroom_bytes"),
+    ffi::StructMember<int64_t>("device_bytes"), ffi::StructMember<std::string_view>("directory"),
+    ffi::StructMember<int64_t>("headroom_bytes"),
     ffi::StructMember<ffi::Span<const int64_t>>("keys"), ffi::StructMember<bool>("nesterov"),
     ffi::StructMember<int64_t>("num_devices"), ffi::StructMember<int64_t>("param_rounding"),
-    ffi::StructMember<int64_t>("paths"), ffi::StructMember<bool>("replay"),
-    ffi::StructMember<std::string_view>("shards"), ffi::StructMember<bool>("skip_elements"),
-    ffi::StructMember<int64_t>("tree"));
+    ffi::StructMember<int64_t>("paths"), ffi::StructMember<bool>("pinned"),
+    ffi::StructMember<bool>("replay"), ffi::StructMember<std::string_view>("shards"),
+    ffi::StructMember<bool>("skip_elements"), ffi::StructMember<int64_t>("tree"));
 
 namespace paged_optax {
 namespace {
@@ -166,15 +169,13 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
     leaf.size = static_cast<int64_t>(grad.element_count());
     leaf.first_block =
         call.signature.Append(codec, dims.begin(), static_cast<int64_t>(dims.size()));
-    leaf.first_work = call.num_work;
     leaf.dtype = DTypeOf(grad.element_type());
     leaf.codec = codec;
     if (takes_params) {
       const ffi::AnyBuffer param = *args.get<ffi::AnyBuffer>(i + kOperands + num_leaves);
       if (param.element_count() != grad.element_count()) {
         throw StatusError(StatusCode::kInvalidArgument,
-                          "a parameter has another size than its"
-                          " gradient");
+                          "a parameter has another size than its gradient");
       }
       leaf.param_dtype = DTypeOf(param.element_type());
       leaf.rounding = leaf.param_dtype == DType::kFloat32
@@ -185,8 +186,14 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
       leaf.key = static_cast<uint64_t>(attrs.keys[i]);
       if (leaf.rounding == ParamRounding::kCompensated) call.signature.KeepResiduals();
     }
-    call.num_work += NumBlocks(leaf.size);
     call.leaves.push_back(leaf);
+  }
+  // In the order of the arena, so that what is resident comes first.
+  std::stable_partition(call.leaves.begin(), call.leaves.end(),
+                        [](const Leaf& leaf) { return leaf.codec == Codec::kDynamic; });
+  for (Leaf& leaf : call.leaves) {
+    leaf.first_work = call.num_work;
+    call.num_work += NumBlocks(leaf.size);
   }
   call.fingerprint = call.signature.Fingerprint();
   Registry::Get().Remember(call.signature, call.fingerprint);
@@ -199,7 +206,7 @@ Request MakeRequest(DeviceId device, int64_t run, const UpdateAttrs& attrs,
           run,
           attrs.tree,
           attrs.shards,
-          {attrs.device_bytes, attrs.headroom_bytes},
+          {attrs.device_bytes, attrs.headroom_bytes, attrs.pinned, std::string(attrs.directory)},
           &call.signature,
           call.fingerprint};
 }
@@ -276,13 +283,13 @@ ffi::Error UpdateCpu(ffi::ThreadPool pool, ffi::RunId run, int32_t device, Updat
         MakeAdamStep(call.hyperparams, count, attrs.nesterov, attrs.bad_element());
     ParamStep param_step{};
     if (attrs.takes_params()) param_step = MakeParamStep(call.hyperparams, count);
-    uint8_t* const* bases = arena->header.bases;
+    const auto& bases = arena->segments.bases;  // of one segment
     const bool fresh = judgement.verdict == Verdict::kFresh;
     const Work work{call.leaves.data(),
                     static_cast<int64_t>(call.leaves.size()),
                     call.num_work,
-                    fresh ? nullptr : bases[judgement.source],
-                    bases[judgement.target],
+                    fresh ? nullptr : bases[judgement.source][0],
+                    bases[judgement.target][0],
                     call.signature.extent(),
                     attrs.takes_params() ? &param_step : nullptr};
     const int64_t num_tasks = (call.num_work + kBlocksPerTask - 1) / kBlocksPerTask;
@@ -345,6 +352,7 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
     if (!resolved.has_value()) {
       throw StatusError(StatusCode::kResourceExhausted, "XLA has no scratch memory left");
     }
+    table.pager.BeforeStep(stream);
     const bool has_arena = !table.arenas.empty();
     LaunchUpdate({has_arena ? table.headers() : nullptr, static_cast<int>(table.arenas.size()),
                   call.token, call.count, call.hyperparams, call.new_token,
@@ -352,6 +360,7 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
                   attrs.bad_element(), attrs.takes_params(), call.fingerprint,
                   call.signature.extent(), std::move(call.leaves), call.num_work},
                  device, stream);
+    table.pager.AfterStep(stream);
   });
 }
 

@@ -115,8 +115,8 @@ PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begi
         const auto source = work.extent.LocateDynamic(work.source, block);
         std::memcpy(mu, source.mu, sizeof(mu));
         std::memcpy(nu, source.nu, sizeof(nu));
-        mu_scale = *source.mu_scale;
-        nu_scale = *source.nu_scale;
+        mu_scale = source.scales[0];
+        nu_scale = source.scales[1];
         source_residuals = source.residuals;
       }
       StepDynamicBlock<kLane>(IeeeMath(), step, kMaps, values, mu, nu, mu_scale, nu_scale,
@@ -124,8 +124,8 @@ PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begi
       const auto target = work.extent.LocateDynamic(work.target, block);
       std::memcpy(target.mu, mu, sizeof(mu));
       std::memcpy(target.nu, nu, sizeof(nu));
-      *target.mu_scale = mu_scale;
-      *target.nu_scale = nu_scale;
+      target.scales[0] = mu_scale;
+      target.scales[1] = nu_scale;
       target_residuals = target.residuals;
     } else {
       alignas(64) float mu[kLane] = {}, nu[kLane] = {};
@@ -133,13 +133,13 @@ PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begi
         const auto source = work.extent.LocateFloat32(work.source, block);
         std::memcpy(mu, source.mu, sizeof(mu));
         std::memcpy(nu, source.nu, sizeof(nu));
-        source_residuals = source.residuals;
+        source_residuals = work.extent.LocateFloat32Residuals(work.source, block);
       }
       StepFloat32Block<kLane>(IeeeMath(), step, values, mu, nu);
       const auto target = work.extent.LocateFloat32(work.target, block);
       std::memcpy(target.mu, mu, sizeof(mu));
       std::memcpy(target.nu, nu, sizeof(nu));
-      target_residuals = target.residuals;
+      target_residuals = work.extent.LocateFloat32Residuals(work.target, block);
     }
     if (work.params != nullptr) {
       StepParams(work, leaf, start, count, source_residuals, target_residuals, values);

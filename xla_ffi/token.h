@@ -3,7 +3,7 @@
 // token.
 #pragma once
 
-#include "portable.h"
+#include "geometry.h"
 
 namespace paged_optax {
 
@@ -22,9 +22,9 @@ struct Header {
   // One slot holds the newest moments. A second (replay) keeps those before the last step, so that
   // it can be run again: a step reads the slot of its token's version and writes the other one.
   int32_t num_slots;
-  int32_t versions[2];  // of the slots' contents; 0 for none
-  uint8_t* bases[2];    // of the slots
-  uint64_t layout;      // fingerprint of the calls that the moments belong to
+  int32_t versions[kMaxSlots];  // of the slots' contents; 0 for none
+  SegmentTable* segments;       // where the slots lie
+  uint64_t layout;              // fingerprint of the calls that the moments belong to
 };
 
 enum class Verdict : int32_t { kAccept, kFresh, kUnknown, kOtherLayout, kStale };
