@@ -52,8 +52,7 @@ struct DynamicBlock {
   using Float = std::conditional_t<std::is_const_v<Byte>, const float, float>;
   Byte* mu;
   Byte* nu;
-  Float* scales;    // of mu and of nu
-  Byte* residuals;  // meaningful where the arena has them
+  Float* scales;  // of mu and of nu
 };
 
 template <class Byte>
@@ -85,10 +84,6 @@ struct ArenaExtent {
 
   PAGED_HD int64_t Float32Offset() const { return RoundUp(DynamicBytes(), kFloat32BlockBytes); }
 
-  PAGED_HD int64_t Float32ResidualOffset(int64_t block) const {
-    return Float32Offset() + num_float32_blocks * kFloat32BlockBytes + block * kResidualBytes;
-  }
-
   PAGED_HD int64_t NumBytes() const {
     if (num_float32_blocks == 0) return DynamicBytes();
     return Float32ResidualOffset(has_residuals ? num_float32_blocks : 0);
@@ -118,10 +113,6 @@ struct ArenaExtent {
     return (Float32Offset() + block * kFloat32BlockBytes) / kChunkBytes;
   }
 
-  PAGED_HD int64_t Float32ResidualChunk(int64_t block) const {
-    return Float32ResidualOffset(block) / kChunkBytes;
-  }
-
   template <class Byte>
   PAGED_HD DynamicBlock<Byte> LocateDynamic(Byte* base, int64_t block) const {
     const int64_t chunk = DynamicChunk(block);
@@ -131,11 +122,9 @@ struct ArenaExtent {
     const int64_t n = left < DynamicBlocksPerChunk() ? left : DynamicBlocksPerChunk();
     Byte* mu = base + chunk * kChunkBytes;
     Byte* nu = mu + n * kBlockSize;
-    Byte* residuals = nu + n * kBlockSize;
     auto* scales = reinterpret_cast<typename DynamicBlock<Byte>::Float*>(
-        has_residuals ? residuals + n * kResidualBytes : residuals);
-    return {mu + i * kBlockSize, nu + i * kBlockSize, scales + 2 * i,
-            residuals + i * kResidualBytes};
+        nu + n * (has_residuals ? kBlockSize + kResidualBytes : kBlockSize));
+    return {mu + i * kBlockSize, nu + i * kBlockSize, scales + 2 * i};
   }
 
   template <class Byte>
@@ -145,10 +134,20 @@ struct ArenaExtent {
     return {mu, mu + kBlockSize};
   }
 
-  // Those of a float32 block. They may lie in another chunk than the block.
-  template <class Byte>
-  PAGED_HD Byte* LocateFloat32Residuals(Byte* base, int64_t block) const {
-    return base + Float32ResidualOffset(block);
+  // Offset of a block's residuals, if there are any. Those of a float32 block may lie in another
+  // chunk than the block.
+  PAGED_HD int64_t ResidualOffset(Codec codec, int64_t block) const {
+    if (codec == Codec::kFloat32) return Float32ResidualOffset(block);
+    const int64_t chunk = DynamicChunk(block);
+    const int64_t first = chunk * DynamicBlocksPerChunk();
+    const int64_t left = num_dynamic_blocks - first;
+    const int64_t n = left < DynamicBlocksPerChunk() ? left : DynamicBlocksPerChunk();
+    return chunk * kChunkBytes + n * 2 * kBlockSize + (block - first) * kResidualBytes;
+  }
+
+ private:
+  PAGED_HD int64_t Float32ResidualOffset(int64_t block) const {
+    return Float32Offset() + num_float32_blocks * kFloat32BlockBytes + block * kResidualBytes;
   }
 };
 

@@ -228,13 +228,8 @@ py::array_t<uint8_t> ReadResiduals(const std::string& platform, int ordinal, int
     const Signature::LeafInfo& leaf = report.leaves[index];
     const int64_t blocks = NumBlocks(leaf.size);
     std::vector<uint8_t> residuals(blocks * kResidualBytes);
-    const uint8_t* origin = nullptr;
     for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t block = leaf.first_block + b;
-      const uint8_t* address = leaf.codec == Codec::kDynamic
-                                   ? report.extent.LocateDynamic(origin, block).residuals
-                                   : report.extent.LocateFloat32Residuals(origin, block);
-      registry.Read(device, token, static_cast<int64_t>(reinterpret_cast<uintptr_t>(address)),
+      registry.Read(device, token, report.extent.ResidualOffset(leaf.codec, leaf.first_block + b),
                     kResidualBytes, residuals.data() + b * kResidualBytes);
     }
     py::gil_scoped_acquire locked;

@@ -257,7 +257,7 @@ __device__ void StepParams(const ParamStep& step, const Leaf& leaf, int64_t star
 
 // One warp per block of moments, striding over its share of the blocks of the launch.
 template <bool kTakesParams>
-__global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ StepArgs args) {
+__global__ void __launch_bounds__(kThreads, 3) StepKernel(const __grid_constant__ StepArgs args) {
   __shared__ Maps maps;
   __shared__ AdamStep step;
   __shared__ ParamStep param_step;
@@ -314,8 +314,6 @@ __global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ S
         continue;
       }
       Load(leaf.grads, leaf.dtype, start, count, values);
-      const uint8_t* source_residuals = nullptr;
-      uint8_t* target_residuals;
       const int64_t block = leaf.first_block + in_leaf;
       if (leaf.codec == Codec::kDynamic) {
         const int i = static_cast<int>(index - first);
@@ -326,7 +324,6 @@ __global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ S
           const auto source = extent.LocateDynamic(sources[segment], block);
           mu = *reinterpret_cast<const uint2*>(source.mu + lane * kLane);
           nu = *reinterpret_cast<const uint2*>(source.nu + lane * kLane);
-          source_residuals = source.residuals + lane * kLane;
         }
         float mu_scale = __shfl_sync(0xffffffffu, scale, 2 * i);
         float nu_scale = __shfl_sync(0xffffffffu, scale, 2 * i + 1);
@@ -336,7 +333,6 @@ __global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ S
         const auto target = extent.LocateDynamic(targets[segment], block);
         *reinterpret_cast<uint2*>(target.mu + lane * kLane) = mu;
         *reinterpret_cast<uint2*>(target.nu + lane * kLane) = nu;
-        target_residuals = target.residuals + lane * kLane;
         if (lane / 2 == i) scale = lane % 2 == 0 ? mu_scale : nu_scale;
       } else {
         const int64_t segment = extent.Float32Chunk(block) >> log2_chunks;
@@ -350,16 +346,13 @@ __global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ S
         const auto target = extent.LocateFloat32(targets[segment], block);
         StoreFloats(mu, target.mu + lane * kLane);
         StoreFloats(nu, target.nu + lane * kLane);
-        if (kTakesParams) {
-          const int64_t other = extent.Float32ResidualChunk(block) >> log2_chunks;
-          const int64_t offset = extent.Float32ResidualOffset(block) + lane * kLane;
-          if (!is_fresh) source_residuals = sources[other] + offset;
-          target_residuals = targets[other] + offset;
-        }
       }
       if (kTakesParams) {
-        StepParams(param_step, leaf, start, count, extent.has_residuals, source_residuals,
-                   target_residuals, values);
+        const int64_t offset = extent.ResidualOffset(leaf.codec, block) + lane * kLane;
+        const int64_t segment = offset / kChunkBytes >> log2_chunks;
+        StepParams(param_step, leaf, start, count, extent.has_residuals,
+                   is_fresh ? nullptr : sources[segment] + offset, targets[segment] + offset,
+                   values);
       }
       Store(leaf, start, count, values);
     }
