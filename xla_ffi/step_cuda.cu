@@ -93,17 +93,20 @@ __global__ void ResolveKernel(ResolveArgs args) {
   report->verdict = judgement.verdict;
 }
 
-// Leaves travel to the kernel by value: nothing to stage, nothing to keep alive.
-constexpr int kLeavesPerLaunch = 60;
+// Leaves travel to the kernel by value: nothing to stage, nothing to keep alive. A launch takes
+// longer the more it is handed, so small trees are handed less.
+constexpr int kFewLeaves = 60;
+constexpr int kManyLeaves = 500;
+template <int kLeaves>
 struct StepArgs {
-  Leaf leaves[kLeavesPerLaunch];
+  Leaf leaves[kLeaves];
   int64_t num_leaves;
   int64_t work_before;  // in earlier launches of the call
   int64_t num_work;
   ArenaExtent extent;
   const ResolvedStep* resolved;
 };
-static_assert(sizeof(StepArgs) <= 4096, "kernel parameters that every CUDA version accepts");
+static_assert(sizeof(StepArgs<kManyLeaves>) <= 32764, "kernel parameters of CUDA 12.1 and newer");
 
 // XLA aligns buffers, and slices that it hands over; this is for the case that it does not.
 __device__ bool IsAligned(const void* address) {
@@ -256,8 +259,9 @@ __device__ void StepParams(const ParamStep& step, const Leaf& leaf, int64_t star
 }
 
 // One warp per block of moments, striding over its share of the blocks of the launch.
-template <bool kTakesParams>
-__global__ void __launch_bounds__(kThreads, 3) StepKernel(const __grid_constant__ StepArgs args) {
+template <bool kTakesParams, int kLeaves>
+__global__ void __launch_bounds__(kThreads, 3)
+    StepKernel(const __grid_constant__ StepArgs<kLeaves> args) {
   __shared__ Maps maps;
   __shared__ AdamStep step;
   __shared__ ParamStep param_step;
@@ -297,10 +301,15 @@ __global__ void __launch_bounds__(kThreads, 3) StepKernel(const __grid_constant_
       scale = extent.LocateDynamic(sources[scale_segment], mine).scales[lane % 2];
     }
     const int64_t stop = min(first + share.group, share.end);
+    int64_t leaf_index = -1;
 #pragma unroll 1
     for (int64_t index = max(first, share.begin); index < stop; ++index) {
       const int64_t work = index - args.work_before;
-      const Leaf& leaf = args.leaves[FindLeaf(args.leaves, args.num_leaves, work)];
+      if (leaf_index < 0) leaf_index = FindLeaf(args.leaves, args.num_leaves, work);
+      while (leaf_index + 1 < args.num_leaves && args.leaves[leaf_index + 1].first_work <= work) {
+        ++leaf_index;
+      }
+      const Leaf& leaf = args.leaves[leaf_index];
       const int64_t in_leaf = work - leaf.first_work;
       const int64_t start = in_leaf * kBlockSize + lane * kLane;
       const int64_t left = leaf.size - start;
@@ -413,16 +422,11 @@ int64_t CountInexact(int device) {
   return result;
 }
 
-void LaunchUpdate(const CudaUpdate& update, int device, void* stream) {
-  const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
-  ScopedDevice scope(device);
-  ResolveKernel<<<1, kWarpSize, 0, cuda_stream>>>(
-      {update.headers, update.num_headers, update.token, update.count, update.hyperparams,
-       update.new_token, update.rejection, update.resolved, update.nesterov, update.bad_element,
-       update.takes_params, update.layout, update.extent});
-  CUDA_CHECK(cudaGetLastError());
+namespace {
 
-  const auto kernel = update.takes_params ? StepKernel<true> : StepKernel<false>;
+template <int kLeaves>
+void LaunchSteps(const CudaUpdate& update, int device, cudaStream_t stream) {
+  const auto kernel = update.takes_params ? StepKernel<true, kLeaves> : StepKernel<false, kLeaves>;
   int num_multiprocessors = 0, blocks_per_multiprocessor = 0;
   CUDA_CHECK(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device));
   CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_multiprocessor, kernel,
@@ -430,10 +434,10 @@ void LaunchUpdate(const CudaUpdate& update, int device, void* stream) {
   const int64_t resident_blocks = int64_t{num_multiprocessors} * blocks_per_multiprocessor;
 
   const int64_t num_leaves = static_cast<int64_t>(update.leaves.size());
-  for (int64_t begin = 0; begin < num_leaves; begin += kLeavesPerLaunch) {
-    const int64_t end = std::min(begin + kLeavesPerLaunch, num_leaves);
+  for (int64_t begin = 0; begin < num_leaves; begin += kLeaves) {
+    const int64_t end = std::min(begin + kLeaves, num_leaves);
     const int64_t first_work = update.leaves[begin].first_work;
-    StepArgs args{};
+    StepArgs<kLeaves> args{};
     args.num_leaves = end - begin;
     args.work_before = first_work;
     args.num_work =
@@ -446,8 +450,25 @@ void LaunchUpdate(const CudaUpdate& update, int device, void* stream) {
     }
     if (args.num_work == 0) continue;
     const int64_t blocks = std::min(resident_blocks, (args.num_work + kWarps - 1) / kWarps);
-    kernel<<<static_cast<unsigned>(blocks), kThreads, 0, cuda_stream>>>(args);
+    kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(args);
     CUDA_CHECK(cudaGetLastError());
+  }
+}
+
+}  // namespace
+
+void LaunchUpdate(const CudaUpdate& update, int device, void* stream) {
+  const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
+  ScopedDevice scope(device);
+  ResolveKernel<<<1, kWarpSize, 0, cuda_stream>>>(
+      {update.headers, update.num_headers, update.token, update.count, update.hyperparams,
+       update.new_token, update.rejection, update.resolved, update.nesterov, update.bad_element,
+       update.takes_params, update.layout, update.extent});
+  CUDA_CHECK(cudaGetLastError());
+  if (update.leaves.size() <= kFewLeaves) {
+    LaunchSteps<kFewLeaves>(update, device, cuda_stream);
+  } else {
+    LaunchSteps<kManyLeaves>(update, device, cuda_stream);
   }
 }
 
