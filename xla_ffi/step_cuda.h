@@ -48,8 +48,8 @@ void LaunchWriteToken(Token token, Token* destination, int device, void* stream)
 void LaunchWriteSegments(const SegmentTable& segments, SegmentTable* destination, int device,
                          void* stream);
 
-// Number of float32 arguments for which fast_math.h is wrong where it claims to be exact; for the
-// tests.
+// Number of float32 arguments for which fast_math.h is wrong where it claims to be exact, or the
+// conversion to bfloat16 anywhere; for the tests.
 int64_t CountInexact(int device);
 
 }  // namespace paged_optax
