@@ -15,7 +15,7 @@ namespace {
 
 bool g_pretend_not_managed = false;
 
-constexpr int64_t kPieceBytes = int64_t{4} << 20;
+constexpr int64_t kPieceBytes = kChunkBytes;
 
 #if CUDART_VERSION >= 13000
 cudaMemLocation Location(Tier tier, int device) {

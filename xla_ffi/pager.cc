@@ -142,8 +142,12 @@ void Pager::SetTargets(int64_t capacity, bool at_once) {
 
 void Pager::BeforeStep(void* stream) {
   if (table_.arenas.empty()) return;
-  const int64_t capacity = Room() + ResidentBytes();
-  SetTargets(capacity_.Observe(capacity), /*at_once=*/false);
+  const auto is_moving = [](const auto& arena) { return arena->residency.moving; };
+  // Meanwhile the driver may be slow to say what is free, and it is about to change.
+  if (std::none_of(table_.arenas.begin(), table_.arenas.end(), is_moving)) {
+    const int64_t capacity = Room() + ResidentBytes();
+    SetTargets(capacity_.Observe(capacity), /*at_once=*/false);
+  }
   allowance_ = std::max(allowance_, kBytesPerStep);
   Wake();
   if (has_stepped_) {
