@@ -27,6 +27,7 @@ except ImportError as error:
 
 from ._accumulate import MultiSteps
 from ._adam import paged_adam8bit, paged_adamw8bit, scale_by_paged_adam8bit
+from ._check import check_last
 from ._memory import (
     DeviceMemory,
     LeafGroup,
@@ -38,7 +39,7 @@ from ._memory import (
     release_all,
 )
 from ._options import Paging, Quantization
-from ._state import Moments, ScaleByPagedAdam8bitState, moments
+from ._state import Moments, ScaleByPagedAdam8bitState, SkipNonFiniteState, moments
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,8 @@ __all__ = [
     "Paging",
     "Quantization",
     "ScaleByPagedAdam8bitState",
+    "SkipNonFiniteState",
+    "check_last",
     "evict",
     "memory_report",
     "moments",

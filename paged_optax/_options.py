@@ -14,6 +14,9 @@ class Quantization:
       min_size: leaves with fewer elements than this keep float32 moments (8 bytes per parameter).
         Small leaves are biases and norms, which save nothing and tolerate least. Inside
         `jax.shard_map` a leaf is the device's part of it.
+      seed: chooses the random bits of stochastic rounding. They follow from the seed, the names of
+        the leaves, the number of the step and the place in a leaf (or in a device's part of it), so
+        nothing is stored and a run can be repeated to the bit.
 
     Raises:
       ValueError: for an unknown codec or a negative size.
@@ -21,10 +24,13 @@ class Quantization:
 
     codec: str = "dynamic"
     min_size: int = 4096
+    seed: int = 0
 
     def __post_init__(self):
-        if not isinstance(self.min_size, int):
-            raise TypeError(f"min_size is {self.min_size!r}; it must be an int")
+        for name in ("min_size", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                raise TypeError(f"{name} is {value!r}; it must be an int")
         if self.codec != "dynamic":
             raise ValueError(f"unknown codec {self.codec!r}; the only one is 'dynamic'")
         if self.min_size < 0:

@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -109,14 +109,17 @@ def update(
 
     Args:
       token: int32 of shape (2,).
-      count: int32 of shape (), the number of steps already taken.
-      hyperparams: float32 of shape (4,): b1, b2, eps, eps_root.
+      count: int32 of shape (), the number of steps already taken; -1 skips this one.
+      hyperparams: float32 of shape (4,): b1, b2, eps, eps_root; where parameters are rounded, of
+        shape (6,), with learning rate and weight decay.
       grads: gradients, in tree order.
-      params: their parameters, or nothing. Only their shardings matter: where the compiler decides,
-        gradients are cut as their parameters are.
+      params: their parameters, or nothing. Unless they are rounded, only their shardings matter:
+        where the compiler decides, gradients are cut as their parameters are.
       **static: ``codecs`` (tuple of int, the codec of each leaf), ``nesterov`` (bool), ``replay``
         (bool), ``tree`` (int, names the tree structure), ``paths`` (int, names the leaves),
-        ``device_bytes`` and ``headroom_bytes`` (int), ``pinned`` (bool), ``directory`` (str).
+        ``device_bytes`` and ``headroom_bytes`` (int), ``pinned`` (bool), ``directory`` (str),
+        ``skip_elements`` (bool), ``param_rounding`` (int, enum ParamRounding) and, where that is
+        not 0, ``decayed`` (tuple of bool) and ``keys`` (tuple of int) of the leaves, else ().
 
     Returns:
       The token of the advanced moments, and the updates with the gradients' shapes and dtypes.
@@ -125,9 +128,11 @@ def update(
       NotImplementedError: under `jax.vmap`.
       TypeError: under differentiation.
     """
-    models = map(jax.lax.stop_gradient, params)  # a step does not depend on their values
-    operands = guard(token, count, jnp.asarray(hyperparams), *grads, *models)
     call = _Update(tuple(sorted(static.items())))
+    models = params
+    if not call.takes_models:  # then the step does not depend on their values
+        models = map(jax.lax.stop_gradient, params)
+    operands = guard(token, count, jnp.asarray(hyperparams), *grads, *models)
     end = _ffi.NUM_SCALARS + len(grads)
     token, *updates = _spread(call, operands[:end], _ffi.NUM_SCALARS, operands[end:])
     return token, updates
@@ -155,6 +160,8 @@ def _share_base() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Issue:
+    takes_models = False
+
     def __call__(self, place: _Place, seed: jax.Array):
         return _fence(functools.partial(_ffi.issue_call_p.bind, shared=place.shared), seed)
 
@@ -162,6 +169,10 @@ class _Issue:
 @dataclasses.dataclass(frozen=True)
 class _Update:
     static: tuple[tuple[str, Any], ...]
+
+    @property
+    def takes_models(self) -> bool:
+        return dict(self.static)["param_rounding"] != 0
 
     def __call__(self, place: _Place, *operands: jax.Array):
         call = functools.partial(
@@ -183,7 +194,7 @@ def _fence(call, *operands):
 
 
 def _spread(
-    call,
+    call: _Issue | _Update,
     operands: Sequence[jax.Array],
     num_replicated: int,
     models: Sequence[jax.Array] = (),
@@ -192,7 +203,8 @@ def _spread(
     """Calls `call(place, *operands)` on every device with its shards of the operands.
 
     Args:
-      call: a hashable function of a `_Place` and operands.
+      call: a hashable function of a `_Place` and operands; if `call.takes_models`, the models are
+        its last operands.
       operands: arrays; the first `num_replicated` are the same on every device.
       num_replicated: as many as that; of the results, the first one is.
       models: arrays to be cut like, for the operands behind those, or nothing.
@@ -205,33 +217,42 @@ def _spread(
         if explicit:
             leaves = operands[num_replicated:]
             specs = tuple(jax.typeof(x).sharding.spec for x in models or leaves)
-            return _explicit(call, num_replicated, frozenset(explicit), specs)(*operands)
+            taken = models if call.takes_models else ()
+            return _explicit(call, num_replicated, frozenset(explicit), specs)(*operands, *taken)
         # custom_partitioning fails where some axes are manual and the others leave nothing to cut.
         nothing_left = all(kind == AxisType.Manual or size == 1 for _, size, kind in axes)
         if AxisType.Manual in mesh.axis_types and nothing_left:
-            return call(_place(mesh.size, cuts), *operands)
+            taken = models if call.takes_models else ()
+            return call(_place(mesh.size, cuts), *operands, *taken)
         return _automatic(call, num_replicated, len(models))(*operands, *models)
 
 
 @functools.lru_cache(maxsize=256)
-def _explicit(call: Callable, num_replicated: int, explicit: frozenset[str], specs: tuple[P, ...]):
+def _explicit(
+    call: _Issue | _Update,
+    num_replicated: int,
+    explicit: frozenset[str],
+    specs: tuple[P, ...],
+):
     @jax.jit  # shard_map over some axes of several has to be compiled
     def function(*operands):
         mesh = jax.sharding.get_abstract_mesh()
+        end = num_replicated + len(specs)
+        models = operands[end:]  # none, or cut as specs say
         leaves = [
             jax.sharding.reshard(leaf, spec)
-            for leaf, spec in zip(operands[num_replicated:], specs, strict=True)
+            for leaf, spec in zip(operands[num_replicated:end], specs, strict=True)
         ]
         cuts = None
         if AxisType.Manual not in mesh.axis_types:  # along those, the user has cut already
             cuts = tuple(_cuts(mesh, spec, x.ndim) for spec, x in zip(specs, leaves, strict=True))
         return jax.shard_map(
-            lambda *shards: _spread(call, shards, num_replicated, cuts=cuts),
-            in_specs=(*[P()] * num_replicated, *specs),
+            lambda *shards: _spread(call, shards[:end], num_replicated, shards[end:], cuts),
+            in_specs=(*[P()] * num_replicated, *specs, *specs[: len(models)]),
             out_specs=(P(), *specs),
             axis_names=explicit,
             check_vma=False,
-        )(*operands[:num_replicated], *leaves)
+        )(*operands[:num_replicated], *leaves, *models)
 
     return function
 
@@ -264,7 +285,7 @@ def _strides(sizes: Sequence[int]) -> list[int]:
 
 
 @functools.lru_cache(maxsize=256)
-def _automatic(call: Callable, num_replicated: int, num_models: int):
+def _automatic(call: _Issue | _Update, num_replicated: int, num_models: int):
     def partition(mesh, operands, results):
         del results
         # A model's sharding goes before that of its leaf.
@@ -280,7 +301,7 @@ def _automatic(call: Callable, num_replicated: int, num_models: int):
         everywhere = NamedSharding(mesh, P())
         return (
             mesh,
-            lambda *operands: call(place, *operands[:end]),
+            lambda *operands: call(place, *(operands if call.takes_models else operands[:end])),
             (everywhere, *shardings),
             (*[everywhere] * num_replicated, *shardings, *shardings[:num_models]),
         )
@@ -296,7 +317,8 @@ def _automatic(call: Callable, num_replicated: int, num_models: int):
         return f"{', '.join(operands)} -> {', '.join([terms[0], *leaves])}"
 
     def everywhere(*operands):
-        return call(_Place(), *operands[: len(operands) - num_models])
+        end = len(operands) - (0 if call.takes_models else num_models)
+        return call(_Place(), *operands[:end])
 
     function = custom_partitioning(everywhere)
     function.def_partition(partition=partition, sharding_rule=sharding_rule)

@@ -35,6 +35,13 @@ class ScaleByPagedAdam8bitState(NamedTuple):
     token: jax.Array  # int32 (2,): handle of the moments, version of their contents
 
 
+class SkipNonFiniteState(NamedTuple):
+    """State of a paged optimizer with ``non_finite="skip_element"`` or ``"skip_step"``."""
+
+    skipped: jax.Array  # int32 (): gradient elements, or steps, that were skipped so far
+    inner_state: Any  # that of the optimizer
+
+
 _seeds = itertools.count()
 trees: dict[int, Any] = {}  # tree name -> treedef, filled while tracing
 
@@ -49,6 +56,12 @@ def new_token(num_leaves: int) -> jax.Array:
 def name_paths(paths: Sequence[str]) -> int:
     """A number for the leaves of a tree: which there are, and in which order."""
     return _number("\n".join(paths))
+
+
+@functools.lru_cache(maxsize=256)
+def leaf_keys(paths: tuple[str, ...], seed: int) -> tuple[int, ...]:
+    """A key for the random bits of each leaf, whatever its place in the tree."""
+    return tuple(_number(f"{seed}\n{path}") for path in paths)
 
 
 def name_tree(paths: Sequence[str], treedef: Any) -> int:
@@ -190,7 +203,7 @@ def _merge(one: Any, other: Any) -> Any:
 def _read_state(state: ScaleByPagedAdam8bitState) -> tuple[Any, Any]:
     handle, version = read_token(state)
     reports = _ext.describe(handle, version)
-    if not reports:
+    if not any(report["version"] for report in reports):
         raise RuntimeError(
             "this optimizer state was never updated: its moments are zero and have no memory yet"
         )

@@ -46,14 +46,15 @@ class ScopedIeeeMode {
 
 constexpr int kLane = static_cast<int>(kBlockSize);
 
-PAGED_HD void Load(const Leaf& leaf, int64_t start, int count, float (&values)[kLane]) {
+PAGED_HD void Load(const void* source, DType dtype, int64_t start, int count,
+                   float (&values)[kLane]) {
   if (count < kLane) std::memset(values, 0, sizeof(values));
-  if (leaf.dtype == DType::kFloat32) {
-    std::memcpy(values, static_cast<const float*>(leaf.grads) + start, count * sizeof(float));
+  if (dtype == DType::kFloat32) {
+    std::memcpy(values, static_cast<const float*>(source) + start, count * sizeof(float));
     return;
   }
-  const uint16_t* halves = static_cast<const uint16_t*>(leaf.grads) + start;
-  if (leaf.dtype == DType::kBFloat16) {
+  const uint16_t* halves = static_cast<const uint16_t*>(source) + start;
+  if (dtype == DType::kBFloat16) {
     for (int k = 0; k < count; ++k) values[k] = FromBFloat16(halves[k]);
   } else {
     for (int k = 0; k < count; ++k) values[k] = FromFloat16(halves[k]);
@@ -73,6 +74,22 @@ PAGED_HD void Store(const Leaf& leaf, int64_t start, int count, const float (&va
   }
 }
 
+PAGED_HD void StepParams(const Work& work, const Leaf& leaf, int64_t start, int count,
+                         int64_t block, float (&values)[kLane]) {
+  alignas(64) float params[kLane];
+  alignas(64) uint8_t residuals[kLane];
+  Load(leaf.params, leaf.param_dtype, start, count, params);
+  const bool has_residuals = work.extent.has_residuals;
+  const int64_t offset = work.extent.ResidualOffset(leaf.codec, block);
+  if (has_residuals && work.source != nullptr) {
+    std::memcpy(residuals, work.source + offset, sizeof(residuals));
+  } else {
+    std::memset(residuals, kZeroResidual, sizeof(residuals));
+  }
+  UpdateParams<kLane>(*work.params, leaf, start, params, residuals, values);
+  if (has_residuals) std::memcpy(work.target + offset, residuals, sizeof(residuals));
+}
+
 PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begin, int64_t end) {
   float values[kLane];
   int64_t index = FindLeaf(work.leaves, work.num_leaves, begin);
@@ -84,7 +101,7 @@ PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begi
     const int64_t start = in_leaf * kBlockSize;
     const int64_t left = leaf.size - start;
     const int count = left < kLane ? static_cast<int>(left) : kLane;
-    Load(leaf, start, count, values);
+    Load(leaf.grads, leaf.dtype, start, count, values);
     const int64_t block = leaf.first_block + in_leaf;
     if (leaf.codec == Codec::kDynamic) {
       alignas(64) uint8_t mu[kLane], nu[kLane];
@@ -118,6 +135,7 @@ PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begi
       std::memcpy(target.mu, mu, sizeof(mu));
       std::memcpy(target.nu, nu, sizeof(nu));
     }
+    if (work.params != nullptr) StepParams(work, leaf, start, count, block, values);
     Store(leaf, start, count, values);
   }
 }

@@ -44,6 +44,8 @@ struct ResolveArgs {
   Rejection* rejection;
   ResolvedStep* resolved;
   bool nesterov;
+  BadElement bad_element;
+  bool takes_params;
   uint64_t layout;
   ArenaExtent extent;
 };
@@ -62,9 +64,12 @@ __global__ void ResolveKernel(ResolveArgs args) {
   Header* header = found < 0 ? nullptr : &args.headers[found];
   const Judgement judgement = Judge(header, token, args.layout);
   ResolvedStep& resolved = *args.resolved;
-  resolved.accepted = IsAccepted(judgement.verdict);
+  const int32_t count = *args.count;
+  const bool skipped = IsAccepted(judgement.verdict) && count < 0;
+  resolved.accepted = IsAccepted(judgement.verdict) && !skipped;
   if (resolved.accepted) {
-    resolved.step = MakeAdamStep(args.hyperparams, *args.count, args.nesterov);
+    resolved.step = MakeAdamStep(args.hyperparams, count, args.nesterov, args.bad_element);
+    if (args.takes_params) resolved.params = MakeParamStep(args.hyperparams, count);
     const SegmentTable& segments = *header->segments;
     const bool is_fresh = judgement.verdict == Verdict::kFresh;
     resolved.source = is_fresh ? nullptr : segments.bases[judgement.source];
@@ -76,6 +81,7 @@ __global__ void ResolveKernel(ResolveArgs args) {
     return;
   }
   *args.new_token = token;
+  if (skipped) return;
   // The host reads this without waiting for the device; the first unread report stays.
   volatile Rejection* report = args.rejection;
   if (report->verdict != Verdict::kAccept) return;
@@ -87,17 +93,20 @@ __global__ void ResolveKernel(ResolveArgs args) {
   report->verdict = judgement.verdict;
 }
 
-// Leaves travel to the kernel by value: nothing to stage, nothing to keep alive.
-constexpr int kLeavesPerLaunch = 80;
+// Leaves travel to the kernel by value: nothing to stage, nothing to keep alive. A launch takes
+// longer the more it is handed, so small trees are handed less.
+constexpr int kFewLeaves = 60;
+constexpr int kManyLeaves = 500;
+template <int kLeaves>
 struct StepArgs {
-  Leaf leaves[kLeavesPerLaunch];
+  Leaf leaves[kLeaves];
   int64_t num_leaves;
   int64_t work_before;  // in earlier launches of the call
   int64_t num_work;
   ArenaExtent extent;
   const ResolvedStep* resolved;
 };
-static_assert(sizeof(StepArgs) <= 4096, "kernel parameters that every CUDA version accepts");
+static_assert(sizeof(StepArgs<kManyLeaves>) <= 32764, "kernel parameters of CUDA 12.1 and newer");
 
 // XLA aligns buffers, and slices that it hands over; this is for the case that it does not.
 __device__ bool IsAligned(const void* address) {
@@ -119,9 +128,11 @@ __device__ void StoreFloats(const float (&values)[kLane], float* target) {
   }
 }
 
-__device__ void Load(const Leaf& leaf, int64_t start, int count, float (&values)[kLane]) {
-  if (leaf.dtype == DType::kFloat32) {
-    const float* source = static_cast<const float*>(leaf.grads) + start;
+// Of `data`, `count` elements from `start` on, and zeros.
+__device__ void Load(const void* data, DType dtype, int64_t start, int count,
+                     float (&values)[kLane]) {
+  if (dtype == DType::kFloat32) {
+    const float* source = static_cast<const float*>(data) + start;
     if (count == kLane && IsAligned(source)) {
       LoadFloats(source, values);
       return;
@@ -130,7 +141,7 @@ __device__ void Load(const Leaf& leaf, int64_t start, int count, float (&values)
     for (int k = 0; k < kLane; ++k) values[k] = k < count ? source[k] : 0.0f;
     return;
   }
-  const uint16_t* source = static_cast<const uint16_t*>(leaf.grads) + start;
+  const uint16_t* source = static_cast<const uint16_t*>(data) + start;
   uint4 packed = {0, 0, 0, 0};
   uint16_t* halves = reinterpret_cast<uint16_t*>(&packed);
   if (count == kLane && IsAligned(source)) {
@@ -139,7 +150,7 @@ __device__ void Load(const Leaf& leaf, int64_t start, int count, float (&values)
 #pragma unroll
     for (int k = 0; k < kLane; ++k) halves[k] = k < count ? source[k] : uint16_t{0};
   }
-  if (leaf.dtype == DType::kBFloat16) {
+  if (dtype == DType::kBFloat16) {
 #pragma unroll
     for (int k = 0; k < kLane; ++k) values[k] = FromBFloat16(halves[k]);
   } else {
@@ -192,12 +203,11 @@ __device__ uint32_t WarpMax(uint32_t lane_max) { return __reduce_max_sync(0xffff
 constexpr int64_t kHostTeam = PAGED_HOST_TEAM;
 constexpr int64_t kHostCost = 10;
 
-// A warp takes up to this many blocks in a row, whose scales it reads and writes at once, a line of
+// A warp takes up to kMaxGroup blocks in a row, whose scales it reads and writes at once, a line of
 // 128 bytes: alone, they would cost as much of the link as half of the codes. Such groups start at
 // multiples of their size, in the order of the arena, so that none lies across the border of two
 // chunks.
-constexpr int kMaxGroup = kWarpSize / 2;
-static_assert(kDynamicBlocksPerChunk % kMaxGroup == 0);
+static_assert(kMaxGroup == kWarpSize / 2);
 
 // What one warp works on: blocks [begin, end) in the order of the arena, of those the groups first,
 // first + stride, ...
@@ -233,10 +243,28 @@ __device__ Share MyShare(int64_t begin, int64_t resident_end, int64_t end) {
   return share;
 }
 
+// Directions on entry, updates on return. `source` and `target`: the residuals of the lane, if the
+// arena has any; `source` is null for those of a fresh state.
+__device__ void StepParams(const ParamStep& step, const Leaf& leaf, int64_t start, int count,
+                           bool has_residuals, const uint8_t* source, uint8_t* target,
+                           float (&values)[kLane]) {
+  alignas(16) float params[kLane];
+  Load(leaf.params, leaf.param_dtype, start, count, params);
+  constexpr uint32_t kZeros = kZeroResidual * 0x01010101u;
+  uint2 residuals{kZeros, kZeros};
+  if (has_residuals && source != nullptr) residuals = *reinterpret_cast<const uint2*>(source);
+  UpdateParams<kLane>(step, leaf, start, params, reinterpret_cast<uint8_t (&)[kLane]>(residuals),
+                      values);
+  if (has_residuals) *reinterpret_cast<uint2*>(target) = residuals;
+}
+
 // One warp per block of moments, striding over its share of the blocks of the launch.
-__global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ StepArgs args) {
+template <bool kTakesParams, int kLeaves>
+__global__ void __launch_bounds__(kThreads, 3)
+    StepKernel(const __grid_constant__ StepArgs<kLeaves> args) {
   __shared__ Maps maps;
   __shared__ AdamStep step;
+  __shared__ ParamStep param_step;
   __shared__ const uint8_t* sources[kMaxSegments];
   __shared__ uint8_t* targets[kMaxSegments];
   static_assert(sizeof(Maps) % sizeof(float) == 0);
@@ -246,6 +274,9 @@ __global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ S
   const ResolvedStep& resolved = *args.resolved;
   const bool accepted = resolved.accepted, is_fresh = resolved.source == nullptr;
   if (threadIdx.x == 0) step = resolved.step;
+  if (kTakesParams && threadIdx.x == 0) param_step = resolved.params;
+  ArenaExtent extent = args.extent;
+  if (!kTakesParams) extent.has_residuals = false;  // known to the compiler
   for (int i = threadIdx.x; accepted && i < kMaxSegments; i += kThreads) {
     if (!is_fresh) sources[i] = resolved.source[i];
     targets[i] = resolved.target[i];
@@ -263,17 +294,22 @@ __global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ S
     // Lanes 2 i and 2 i + 1 have the scales of the group's block i.
     const int64_t mine = first + lane / 2;
     const bool has_scale = accepted && lane / 2 < share.group && mine >= share.begin &&
-                           mine < min(share.end, args.extent.num_dynamic_blocks);
-    const int64_t scale_segment = args.extent.DynamicChunk(first) >> log2_chunks;
+                           mine < min(share.end, extent.num_dynamic_blocks);
+    const int64_t scale_segment = extent.DynamicChunk(first) >> log2_chunks;
     float scale = 0.0f;
     if (has_scale && !is_fresh) {
-      scale = args.extent.LocateDynamic(sources[scale_segment], mine).scales[lane % 2];
+      scale = extent.LocateDynamic(sources[scale_segment], mine).scales[lane % 2];
     }
     const int64_t stop = min(first + share.group, share.end);
+    int64_t leaf_index = -1;
 #pragma unroll 1
     for (int64_t index = max(first, share.begin); index < stop; ++index) {
       const int64_t work = index - args.work_before;
-      const Leaf& leaf = args.leaves[FindLeaf(args.leaves, args.num_leaves, work)];
+      if (leaf_index < 0) leaf_index = FindLeaf(args.leaves, args.num_leaves, work);
+      while (leaf_index + 1 < args.num_leaves && args.leaves[leaf_index + 1].first_work <= work) {
+        ++leaf_index;
+      }
+      const Leaf& leaf = args.leaves[leaf_index];
       const int64_t in_leaf = work - leaf.first_work;
       const int64_t start = in_leaf * kBlockSize + lane * kLane;
       const int64_t left = leaf.size - start;
@@ -286,15 +322,15 @@ __global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ S
         Store(leaf, start, count, values);
         continue;
       }
-      Load(leaf, start, count, values);
+      Load(leaf.grads, leaf.dtype, start, count, values);
       const int64_t block = leaf.first_block + in_leaf;
       if (leaf.codec == Codec::kDynamic) {
         const int i = static_cast<int>(index - first);
-        const int64_t segment = args.extent.DynamicChunk(block) >> log2_chunks;
+        const int64_t segment = extent.DynamicChunk(block) >> log2_chunks;
         constexpr uint32_t kZeroMus = kZeroMu * 0x01010101u, kZeroNus = kZeroNu * 0x01010101u;
         uint2 mu{kZeroMus, kZeroMus}, nu{kZeroNus, kZeroNus};
         if (!is_fresh) {
-          const auto source = args.extent.LocateDynamic(sources[segment], block);
+          const auto source = extent.LocateDynamic(sources[segment], block);
           mu = *reinterpret_cast<const uint2*>(source.mu + lane * kLane);
           nu = *reinterpret_cast<const uint2*>(source.nu + lane * kLane);
         }
@@ -303,32 +339,40 @@ __global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ S
         StepDynamicBlock<kLane>(
             FastMath(), step, maps, values, reinterpret_cast<uint8_t (&)[kLane]>(mu),
             reinterpret_cast<uint8_t (&)[kLane]>(nu), mu_scale, nu_scale, WarpMax);
-        const auto target = args.extent.LocateDynamic(targets[segment], block);
+        const auto target = extent.LocateDynamic(targets[segment], block);
         *reinterpret_cast<uint2*>(target.mu + lane * kLane) = mu;
         *reinterpret_cast<uint2*>(target.nu + lane * kLane) = nu;
         if (lane / 2 == i) scale = lane % 2 == 0 ? mu_scale : nu_scale;
       } else {
-        const int64_t segment = args.extent.Float32Chunk(block) >> log2_chunks;
+        const int64_t segment = extent.Float32Chunk(block) >> log2_chunks;
         alignas(16) float mu[kLane] = {}, nu[kLane] = {};
         if (!is_fresh) {
-          const auto source = args.extent.LocateFloat32(sources[segment], block);
+          const auto source = extent.LocateFloat32(sources[segment], block);
           LoadFloats(source.mu + lane * kLane, mu);
           LoadFloats(source.nu + lane * kLane, nu);
         }
         StepFloat32Block<kLane>(FastMath(), step, values, mu, nu);
-        const auto target = args.extent.LocateFloat32(targets[segment], block);
+        const auto target = extent.LocateFloat32(targets[segment], block);
         StoreFloats(mu, target.mu + lane * kLane);
         StoreFloats(nu, target.nu + lane * kLane);
+      }
+      if (kTakesParams) {
+        const int64_t offset = extent.ResidualOffset(leaf.codec, block) + lane * kLane;
+        const int64_t segment = offset / kChunkBytes >> log2_chunks;
+        StepParams(param_step, leaf, start, count, extent.has_residuals,
+                   is_fresh ? nullptr : sources[segment] + offset, targets[segment] + offset,
+                   values);
       }
       Store(leaf, start, count, values);
     }
     if (has_scale) {
-      args.extent.LocateDynamic(targets[scale_segment], mine).scales[lane % 2] = scale;
+      extent.LocateDynamic(targets[scale_segment], mine).scales[lane % 2] = scale;
     }
   }
 }
 
-// Counts arguments, out of all 2^32, for which FastMath claims to be exact and is not.
+// Counts arguments, out of all 2^32, for which FastMath claims to be exact and is not, or for which
+// the GPU rounds to bfloat16 in another way than dtype.h does on a host.
 __global__ void CountInexactKernel(unsigned long long* count) {
   const uint64_t stride = static_cast<uint64_t>(gridDim.x) * blockDim.x;
   for (uint64_t bits = blockIdx.x * blockDim.x + threadIdx.x; bits < uint64_t{1} << 32;
@@ -337,8 +381,11 @@ __global__ void CountInexactKernel(unsigned long long* count) {
     FastMath root, reciprocal;
     const bool good_root = BitsOf(root.Sqrt(x)) == BitsOf(sqrtf(x));
     const bool good_reciprocal = BitsOf(reciprocal.Reciprocal(x)) == BitsOf(1.0f / x);
+    const uint32_t raw = static_cast<uint32_t>(bits);
+    const uint32_t half = (raw + 0x7fffu + ((raw >> 16) & 1u)) >> 16;
+    const bool good_half = x != x || ToBFloat16(x) == half;
     if ((root.is_exact && !good_root && BitsOf(x) != 0x80000000u) ||
-        (reciprocal.is_exact && !good_reciprocal)) {
+        (reciprocal.is_exact && !good_reciprocal) || !good_half) {
       atomicAdd(count, 1ull);
     }
   }
@@ -379,26 +426,22 @@ int64_t CountInexact(int device) {
   return result;
 }
 
-void LaunchUpdate(const CudaUpdate& update, int device, void* stream) {
-  const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
-  ScopedDevice scope(device);
-  ResolveKernel<<<1, kWarpSize, 0, cuda_stream>>>(
-      {update.headers, update.num_headers, update.token, update.count, update.hyperparams,
-       update.new_token, update.rejection, update.resolved, update.nesterov, update.layout,
-       update.extent});
-  CUDA_CHECK(cudaGetLastError());
+namespace {
 
+template <int kLeaves>
+void LaunchSteps(const CudaUpdate& update, int device, cudaStream_t stream) {
+  const auto kernel = update.takes_params ? StepKernel<true, kLeaves> : StepKernel<false, kLeaves>;
   int num_multiprocessors = 0, blocks_per_multiprocessor = 0;
   CUDA_CHECK(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_multiprocessor, StepKernel,
+  CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_multiprocessor, kernel,
                                                            kThreads, 0));
   const int64_t resident_blocks = int64_t{num_multiprocessors} * blocks_per_multiprocessor;
 
   const int64_t num_leaves = static_cast<int64_t>(update.leaves.size());
-  for (int64_t begin = 0; begin < num_leaves; begin += kLeavesPerLaunch) {
-    const int64_t end = std::min(begin + kLeavesPerLaunch, num_leaves);
+  for (int64_t begin = 0; begin < num_leaves; begin += kLeaves) {
+    const int64_t end = std::min(begin + kLeaves, num_leaves);
     const int64_t first_work = update.leaves[begin].first_work;
-    StepArgs args{};
+    StepArgs<kLeaves> args{};
     args.num_leaves = end - begin;
     args.work_before = first_work;
     args.num_work =
@@ -411,8 +454,25 @@ void LaunchUpdate(const CudaUpdate& update, int device, void* stream) {
     }
     if (args.num_work == 0) continue;
     const int64_t blocks = std::min(resident_blocks, (args.num_work + kWarps - 1) / kWarps);
-    StepKernel<<<static_cast<unsigned>(blocks), kThreads, 0, cuda_stream>>>(args);
+    kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(args);
     CUDA_CHECK(cudaGetLastError());
+  }
+}
+
+}  // namespace
+
+void LaunchUpdate(const CudaUpdate& update, int device, void* stream) {
+  const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
+  ScopedDevice scope(device);
+  ResolveKernel<<<1, kWarpSize, 0, cuda_stream>>>(
+      {update.headers, update.num_headers, update.token, update.count, update.hyperparams,
+       update.new_token, update.rejection, update.resolved, update.nesterov, update.bad_element,
+       update.takes_params, update.layout, update.extent});
+  CUDA_CHECK(cudaGetLastError());
+  if (update.leaves.size() <= kFewLeaves) {
+    LaunchSteps<kFewLeaves>(update, device, cuda_stream);
+  } else {
+    LaunchSteps<kManyLeaves>(update, device, cuda_stream);
   }
 }
 

@@ -12,6 +12,7 @@ namespace paged_optax {
 // What the first kernel finds out for the others; lies in scratch memory of the call.
 struct ResolvedStep {
   AdamStep step;
+  ParamStep params;        // where the step takes the parameters
   uint8_t* const* source;  // bases of the segments, as in SegmentTable; nullptr for zeros
   uint8_t* const* target;
   int32_t log2_chunks;      // of a segment
@@ -30,6 +31,8 @@ struct CudaUpdate {
   Rejection* rejection;
   ResolvedStep* resolved;
   bool nesterov;
+  BadElement bad_element;
+  bool takes_params;
   uint64_t layout;
   ArenaExtent extent;
   std::vector<Leaf> leaves;
@@ -45,8 +48,8 @@ void LaunchWriteToken(Token token, Token* destination, int device, void* stream)
 void LaunchWriteSegments(const SegmentTable& segments, SegmentTable* destination, int device,
                          void* stream);
 
-// Number of float32 arguments for which fast_math.h is wrong where it claims to be exact; for the
-// tests.
+// Number of float32 arguments for which fast_math.h is wrong where it claims to be exact, or the
+// conversion to bfloat16 anywhere; for the tests.
 int64_t CountInexact(int device);
 
 }  // namespace paged_optax
