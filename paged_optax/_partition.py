@@ -44,6 +44,13 @@ class _Place:
     shared: bool = False  # other processes take part
     shards: str = ""  # see `Shards`; empty where that is not known, or the device is the only one
 
+    def part(self) -> jax.Array:
+        """Which parts of the leaves the device has; its position if that is not known. int32 ()."""
+        if self.num_devices == 1:
+            return jnp.zeros([], jnp.int32)
+        position = _ffi.position_p.bind()
+        return Shards.decode(self.shards).part(position) if self.shards else position
+
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
@@ -72,6 +79,20 @@ class Shards:
                 part = part * parts + position // stride % parts
             index.append(slice(part * size, (part + 1) * size))
         return tuple(index)
+
+    def part(self, position: Any) -> Any:
+        """A number of which parts the device at `position` has, equal where the parts are equal.
+
+        It is the first position with these parts.
+        """
+        pairs = {pair for cuts in self.cuts for cut in cuts for pair in cut}
+        spans = sorted((stride, stride * parts) for parts, stride in pairs)
+        part, done = 0 * position, 1  # of the position, only the digits in these spans matter
+        for start, end in spans:
+            start = max(start, done)
+            if end > start:
+                part, done = part + position // start % (end // start) * start, end
+        return part
 
     def whole(self, leaf: int, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of the whole leaf, whose shards have `shape`."""
@@ -125,11 +146,13 @@ def update(
       NotImplementedError: under `jax.vmap`.
       TypeError: under differentiation.
     """
-    models = map(jax.lax.stop_gradient, params)  # a step does not depend on their values
+    # A step does not depend on the parameters' values.
+    models = [jax.lax.stop_gradient(param) for param in params]
     operands = guard(token, count, jnp.asarray(hyperparams), *grads, *models)
     call = _Update(tuple(sorted(static.items())))
-    end = _ffi.NUM_SCALARS + len(grads)
-    token, *updates = _spread(call, operands[:end], _ffi.NUM_SCALARS, operands[end:])
+    num_scalars = len(operands) - len(grads) - len(models)
+    end = num_scalars + len(grads)
+    token, *updates = _spread(call, operands[:end], num_scalars, operands[end:])
     return token, updates
 
 
@@ -170,7 +193,8 @@ class _Update:
             shards=place.shards,
             **dict(self.static),
         )
-        return _fence(call, *operands)
+        token, count, hyperparams, *grads = operands
+        return _fence(call, token, count, hyperparams, place.part(), *grads)
 
 
 def _fence(call, *operands):

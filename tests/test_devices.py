@@ -7,6 +7,7 @@ bit where shards consist of whole blocks of moments, else within a bound that is
 import contextlib
 import functools
 import itertools
+import random
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import paged_optax
 from paged_optax import memory_report, moments, paged_adamw8bit, release
+from paged_optax._partition import Shards, _cuts
 
 RAISES = (RuntimeError, ValueError)
 
@@ -327,6 +329,79 @@ def test_other_parts_of_the_same_size_are_refused(cuts, kind):
     assert int(state.token[1]) == 2
 
 
+ORDERS = {"swapped": (1, 0, 2, 3, 4, 5, 6, 7), "turned": (7, 6, 5, 4, 3, 2, 1, 0)}
+MESHES = ("Auto", "Auto"), ("Explicit", "Explicit"), ("Auto", "Explicit"), ("Explicit", "Auto")
+
+
+@pytest.mark.parametrize("kinds", MESHES, ids="-".join)
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_devices_in_another_order_are_refused(devices, kinds, order):
+    """The state comes to the same mesh with its devices in other places, through the host."""
+    tx = paged_optax.scale_by_paged_adam8bit()
+    shapes, specs = {"w": (64, 1024)}, {"w": P("x", "y")}
+    mesh = make_mesh(devices, *kinds)
+    order = [i for i in order if i < len(devices)]
+    there = jax.sharding.Mesh(
+        mesh.devices.reshape(-1)[order].reshape(mesh.devices.shape),
+        mesh.axis_names,
+        axis_types=mesh.axis_types,
+    )
+    update = jax.jit(tx.update)
+    with jax.set_mesh(mesh):
+        _, state = update(place(make_tree(0, shapes), mesh, specs), tx.init(make_tree(0, shapes)))
+    with (
+        jax.set_mesh(there),
+        pytest.raises(RAISES, match="the devices are in another order than at the first step"),
+    ):
+        grads = place(make_tree(1, shapes), there, specs)
+        jax.block_until_ready(update(grads, jax.device_get(state)))
+        memory_report(state)  # on a GPU the error comes with the next call
+    if order == sorted(order, reverse=True):  # no device kept its place, and so none stepped
+        with jax.set_mesh(mesh):
+            _, state = update(place(make_tree(2, shapes), mesh, specs), state)
+        assert int(state.token[1]) == 2
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_order_of_devices_with_the_same_parts_is_free(kind):
+    """Along 'y' nothing is cut, so its devices may change places."""
+    devices = jax.devices("cpu")[:8]
+    tx = paged_optax.scale_by_paged_adam8bit()
+    update = jax.jit(tx.update)
+    shapes, specs = {"w": (64, 1024), "b": (64,)}, {"w": P("x"), "b": P()}
+    here = make_mesh(devices, kind, kind)
+    there = make_mesh([devices[i] for i in ORDERS["swapped"]], kind, kind)
+    assert here.devices.tolist() != there.devices.tolist()
+    _, state = update(place(make_tree(0, shapes), here, specs), tx.init(make_tree(0, shapes)))
+    grads = place(make_tree(1, shapes), there, specs)
+    updates, state = update(grads, jax.device_get(state))
+    _, single = tx.update(make_tree(0, shapes), tx.init(make_tree(0, shapes)))
+    expected, single = tx.update(make_tree(1, shapes), single)
+    assert_trees_equal(updates, expected)
+    assert_trees_equal(moments(state), moments(single))
+
+
+@pytest.mark.parametrize("sizes", [(8,), (4, 2), (2, 2, 2), (3, 2, 5)], ids=str)
+def test_numbers_of_parts(sizes):
+    """Two devices have one number exactly if the indices of all their shards are equal."""
+    rng = random.Random(0)
+    names = "xyz"[: len(sizes)]
+    mesh = jax.sharding.AbstractMesh(sizes, tuple(names))
+    for _ in range(50):
+        cuts = []
+        for _ in range(rng.randint(1, 3)):
+            used = rng.sample(names, rng.randint(0, len(names)))
+            split = rng.randint(0, len(used))
+            cuts.append(_cuts(mesh, P(tuple(used[:split]), tuple(used[split:])), 2))
+        shards = Shards(tuple(cuts))
+        numbers = [shards.part(position) for position in range(mesh.size)]
+        parts = [
+            [shards.index(leaf, position, (7, 7)) for leaf in range(len(cuts))]
+            for position in range(mesh.size)
+        ]
+        assert numbers == [parts.index(part) for part in parts]
+
+
 def test_equal_cuts_of_other_meshes_go_on():
     """Eight devices in one axis or two: the same parts in the same places."""
     devices = jax.devices("cpu")[:8]
@@ -346,12 +421,13 @@ def test_equal_cuts_of_other_meshes_go_on():
 
 
 def test_devices_that_disagree_are_noticed():
-    """Two of four devices are in the next mesh too: those step, the others refuse."""
+    """Two of four devices are in the next mesh too, in their old places: those step."""
     devices = jax.devices("cpu")
+    elsewhere = [devices[i] for i in (4, 5, 2, 3)]
     tx = paged_optax.scale_by_paged_adam8bit(replay=True)
     update = jax.jit(tx.update)
     shapes, specs = {"w": (64, 1024)}, {"w": P("x")}
-    here, there = make_mesh(devices[:4], "Auto"), make_mesh(devices[2:6], "Auto")
+    here, there = make_mesh(devices[:4], "Auto"), make_mesh(elsewhere, "Auto")
     _, state = update(place(make_tree(0, shapes), here, specs), tx.init(make_tree(0, shapes)))
     with pytest.raises(RAISES, match="not in this process|are on cpu:0"):
         grads = place(make_tree(1, shapes), there, specs)

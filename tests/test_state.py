@@ -602,7 +602,7 @@ def test_update_is_one_custom_call_in_the_gradients_buffers():
     calls = [line for line in lowered.compile().as_text().splitlines() if target in line]
     assert len(calls) == 1
     assert "custom_call_has_side_effect=true" in calls[0]
-    assert "output_to_operand_aliasing={{1}: (3, {}), {2}: (4, {})" in calls[0]
+    assert "output_to_operand_aliasing={{1}: (4, {}), {2}: (5, {})" in calls[0]
 
 
 def test_update_in_a_loop_that_never_runs(tx):

@@ -28,7 +28,9 @@ int64_t SlotBytes(const Signature& signature, int64_t granularity) {
 
 std::shared_ptr<Arena> MakeArena(const Request& request, Token token, Memory memory) {
   const int32_t num_slots = request.signature->num_slots();
-  Header header{token.handle, 0, num_slots, {0, 0}, {nullptr, nullptr}, request.fingerprint};
+  Header header{token.handle,       0,
+                num_slots,          {0, 0},
+                {nullptr, nullptr}, LayoutOf(request.fingerprint, request.part)};
   for (int32_t slot = 0; slot < num_slots; ++slot) {
     header.bases[slot] = memory.data() + memory.nbytes() / num_slots * slot;
   }
@@ -393,10 +395,11 @@ void Registry::ThrowIfRejected(DeviceTable& table) {
     if (!table.TakeRejection(&rejection)) return;
   }
   const DeviceId device{Platform::kCuda, table.ordinal};
-  throw StatusError(
-      StatusCode::kFailedPrecondition,
-      Explain(rejection.verdict, device, rejection.token, rejection.version, rejection.layout) +
-          " (An earlier step on " + Name(device) + " was refused and returned an update of zero.)");
+  throw StatusError(StatusCode::kFailedPrecondition,
+                    Explain(rejection.verdict, device, rejection.token, rejection.version,
+                            rejection.fingerprint) +
+                        " (An earlier step on " + Name(device) +
+                        " was refused and returned an update of zero.)");
 }
 
 void Registry::ThrowIfRejected() {

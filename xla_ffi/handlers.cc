@@ -96,14 +96,15 @@ DType DTypeOf(ffi::DataType dtype) {
   }
 }
 
-// The operands of an update: token s32[2], count s32[], hyperparams f32[4], then one gradient a
-// leaf. Its results: token s32[2], then one update a leaf.
+// The operands of an update: token s32[2], count s32[], hyperparams f32[4], part s32[], then one
+// gradient a leaf. Its results: token s32[2], then one update a leaf.
 struct UpdateCall {
   Signature signature;
   uint64_t fingerprint = 0;
   const Token* token = nullptr;
   const int32_t* count = nullptr;
   const float* hyperparams = nullptr;
+  const int32_t* part = nullptr;
   Token* new_token = nullptr;
   std::vector<Leaf> leaves = {};
   int64_t num_work = 0;
@@ -122,7 +123,7 @@ T Operand(const ffi::RemainingArgs& args, size_t index, ffi::DataType dtype, siz
 UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
                  const ffi::RemainingRets& rets) {
   const ffi::Span<const int8_t> codecs = attrs.codecs;
-  constexpr size_t kOperands = 3;
+  constexpr size_t kOperands = 4;
   if (args.size() != codecs.size() + kOperands || rets.size() != codecs.size() + 1) {
     throw StatusError(StatusCode::kInvalidArgument,
                       "update called with a wrong number of operands");
@@ -132,6 +133,7 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
   call.count = Operand<const int32_t*>(args, 1, ffi::DataType::S32, 1);
   call.hyperparams =
       Operand<const float*>(args, 2, ffi::DataType::F32, static_cast<size_t>(kNumHyperparams));
+  call.part = Operand<const int32_t*>(args, 3, ffi::DataType::S32, 1);
   call.new_token = static_cast<Token*>((*rets.get<ffi::AnyBuffer>(0))->untyped_data());
   call.leaves.reserve(codecs.size());
   for (size_t i = 0; i < codecs.size(); ++i) {
@@ -156,15 +158,16 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
   return call;
 }
 
-Request MakeRequest(DeviceId device, int64_t run, const UpdateAttrs& attrs,
-                    const UpdateCall& call) {
+Request MakeRequest(DeviceId device, int64_t run, const UpdateAttrs& attrs, const UpdateCall& call,
+                    int32_t part) {
   return {device,
           run,
           attrs.tree,
           attrs.shards,
           {attrs.device_bytes, attrs.headroom_bytes},
           &call.signature,
-          call.fingerprint};
+          call.fingerprint,
+          part};
 }
 
 // Runs body(0) .. body(count - 1) on the calling thread and on whichever threads of the pool are
@@ -218,9 +221,10 @@ ffi::Error UpdateCpu(ffi::ThreadPool pool, ffi::RunId run, int32_t device, Updat
     Registry& registry = Registry::Get();
     const DeviceId id{Platform::kCpu, device};
     const Token token = *call.token;
-    const auto arena = registry.Open(MakeRequest(id, run.run_id, attrs, call), token);
+    const auto arena = registry.Open(MakeRequest(id, run.run_id, attrs, call, *call.part), token);
     std::unique_lock<std::mutex> lock(arena->mutex);
-    const Judgement judgement = Judge(&arena->header, token, call.fingerprint);
+    const Judgement judgement =
+        Judge(&arena->header, token, LayoutOf(call.fingerprint, *call.part));
     if (!IsAccepted(judgement.verdict)) {
       const int32_t version = arena->header.version;
       lock.unlock();
@@ -256,7 +260,7 @@ XLA_FFI_DEFINE_HANDLER(kUpdateCpu, UpdateCpu,
                            .Ctx<ffi::RunId>()
                            .Ctx<ffi::DeviceOrdinal>()
                            .Attrs<UpdateAttrs>()
-                           .RemainingArgs()    // token, count, hyperparams, gradients
+                           .RemainingArgs()    // token, count, hyperparams, part, gradients
                            .RemainingRets());  // token, updates
 
 #if PAGED_OPTAX_CUDA
@@ -283,10 +287,12 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
     if (registry.MayBeFirstUse(run.run_id, table)) {
       // Only now does the host wait for the device.
       Token token;
+      int32_t part;
       CUDA_CHECK(
           cudaMemcpyAsync(&token, call.token, sizeof(token), cudaMemcpyDeviceToHost, stream));
+      CUDA_CHECK(cudaMemcpyAsync(&part, call.part, sizeof(part), cudaMemcpyDeviceToHost, stream));
       CUDA_CHECK(cudaStreamSynchronize(stream));
-      registry.BindOnFirstUse(MakeRequest({Platform::kCuda, device}, run.run_id, attrs, call),
+      registry.BindOnFirstUse(MakeRequest({Platform::kCuda, device}, run.run_id, attrs, call, part),
                               token, table, stream);
     }
     const auto resolved = scratch.Allocate(sizeof(ResolvedStep), alignof(ResolvedStep));
@@ -295,7 +301,7 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
     }
     const bool has_arena = !table.arenas.empty();
     LaunchUpdate({has_arena ? table.headers() : nullptr, static_cast<int>(table.arenas.size()),
-                  call.token, call.count, call.hyperparams, call.new_token,
+                  call.token, call.count, call.hyperparams, call.part, call.new_token,
                   table.device_rejection(), static_cast<ResolvedStep*>(*resolved), attrs.nesterov,
                   call.fingerprint, call.signature.extent(), std::move(call.leaves), call.num_work},
                  device, stream);
@@ -318,7 +324,7 @@ XLA_FFI_DEFINE_HANDLER(kUpdateCuda, UpdateCuda,
                            .Ctx<ffi::RunId>()
                            .Ctx<ffi::DeviceOrdinal>()
                            .Attrs<UpdateAttrs>()
-                           .RemainingArgs()    // token, count, hyperparams, gradients
+                           .RemainingArgs()    // token, count, hyperparams, part, gradients
                            .RemainingRets());  // token, updates
 
 #endif  // PAGED_OPTAX_CUDA

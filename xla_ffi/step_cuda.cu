@@ -40,11 +40,12 @@ struct ResolveArgs {
   const Token* token;
   const int32_t* count;
   const float* hyperparams;
+  const int32_t* part;
   Token* new_token;
   Rejection* rejection;
   ResolvedStep* resolved;
   bool nesterov;
-  uint64_t layout;
+  uint64_t fingerprint;
 };
 
 // One warp: finds the arena that the token names, judges the token, advances the version.
@@ -59,7 +60,7 @@ __global__ void ResolveKernel(ResolveArgs args) {
   if (threadIdx.x != 0) return;
 
   Header* header = found < 0 ? nullptr : &args.headers[found];
-  const Judgement judgement = Judge(header, token, args.layout);
+  const Judgement judgement = Judge(header, token, LayoutOf(args.fingerprint, *args.part));
   ResolvedStep& resolved = *args.resolved;
   resolved.accepted = IsAccepted(judgement.verdict);
   if (resolved.accepted) {
@@ -77,7 +78,7 @@ __global__ void ResolveKernel(ResolveArgs args) {
   report->token.handle = token.handle;
   report->token.version = token.version;
   report->version = header == nullptr ? 0 : header->version;
-  report->layout = args.layout;
+  report->fingerprint = args.fingerprint;
   __threadfence_system();
   report->verdict = judgement.verdict;
 }
@@ -288,7 +289,8 @@ void LaunchUpdate(const CudaUpdate& update, int device, void* stream) {
   ScopedDevice scope(device);
   ResolveKernel<<<1, kWarpSize, 0, cuda_stream>>>(
       {update.headers, update.num_headers, update.token, update.count, update.hyperparams,
-       update.new_token, update.rejection, update.resolved, update.nesterov, update.layout});
+       update.part, update.new_token, update.rejection, update.resolved, update.nesterov,
+       update.fingerprint});
   CUDA_CHECK(cudaGetLastError());
 
   int num_multiprocessors = 0, blocks_per_multiprocessor = 0;
