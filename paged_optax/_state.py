@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -37,7 +38,8 @@ class ScaleByPagedAdam8bitState(NamedTuple):
 
 
 _seeds = itertools.count()
-_trees: dict[int, Any] = {}  # tree name -> treedef, filled while tracing
+_trees: OrderedDict[int, Any] = OrderedDict()  # tree name -> treedef, the last traced at the end
+_MAX_TREES = 4096
 
 
 def new_token(num_leaves: int) -> jax.Array:
@@ -58,6 +60,9 @@ def name_tree(paths: Sequence[str], treedef: Any) -> int:
     containers = re.sub(r" at 0x[0-9a-f]+", "", str(treedef))
     name = _number("\n".join([*paths, containers]))
     _trees[name] = treedef
+    _trees.move_to_end(name)
+    if len(_trees) > _MAX_TREES:
+        _trees.popitem(last=False)
     return name
 
 
@@ -349,7 +354,10 @@ def _read_state(state: ScaleByPagedAdam8bitState) -> tuple[Any, Any]:
         )
     first = reports[0]
     if first["tree"] not in _trees:
-        raise RuntimeError("the tree of the parameters is unknown: the update was not traced here")
+        raise RuntimeError(
+            "the tree of the parameters is unknown: the update was not traced in this process, or"
+            f" before those of {_MAX_TREES} other models. Trace it again (an eager update does)."
+        )
     if first["num_devices"] == 1:
         parts = [_read_shards(first, handle, version)]
         leaves = parts[0]

@@ -375,6 +375,21 @@ def test_without_parameters():
     assert not is_zero(updates)
 
 
+def test_init_makes_nothing_but_the_state(monkeypatch):
+    """Without a function that wants to see gradients, none are made."""
+    made = []
+    zeros_like = jnp.zeros_like
+
+    def count(*args, **kwargs):
+        made.append(args)
+        return zeros_like(*args, **kwargs)
+
+    monkeypatch.setattr(jnp, "zeros_like", count)
+    tx = MultiSteps(optax.identity(), 2)
+    state = tx.init(PARAMS)
+    assert len(made) == len(jax.tree.leaves(state.acc_grads)) > 0
+
+
 def test_inner_opt():
     inner = paged_adamw8bit(1e-2)
     assert MultiSteps(inner, 2).inner_opt is inner

@@ -3,6 +3,7 @@
 import gc
 import os
 import resource
+from collections import OrderedDict
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from paged_optax import (
     Paging,
     Quantization,
     _ext,
+    _state,
     memory_report,
     moments,
     paged_adam8bit,
@@ -183,6 +185,24 @@ def test_moments_are_numpy_arrays_in_the_parameters_tree():
             assert type(leaf) is np.ndarray and leaf.dtype == np.float32
             assert leaf.shape == param.shape
             np.testing.assert_allclose(leaf, value, rtol=1e-4)
+
+
+def test_trees_of_old_models_are_forgotten(monkeypatch):
+    monkeypatch.setattr(_state, "_trees", OrderedDict())
+    monkeypatch.setattr(_state, "_MAX_TREES", 3)
+    tx = scale_by_paged_adam8bit()
+    states = []
+    for i in range(4):
+        params = {f"w{i}": jnp.full(300, 1.0 + i)}
+        states.append(tx.update(params, tx.init(params))[1])
+        moments(states[0] if i < 2 else states[i])
+    assert len(_state._trees) == 3
+    assert list(moments(states[3]).mu) == ["w3"]
+    with pytest.raises(RuntimeError, match="the tree of the parameters is unknown: .* 3 "):
+        moments(states[0])
+    params = {"w0": jnp.ones(300)}
+    _, newest = tx.update(params, states[0])  # traced again
+    assert list(moments(newest).mu) == ["w0"]
 
 
 def test_moments_are_a_copy():
