@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jax.sharding import NamedSharding
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
 
 from . import _ext, _ffi, _partition
 from . import _reference as reference
@@ -77,7 +78,7 @@ class Moments(NamedTuple):
     nu: Any
 
 
-def moments(opt_state: Any) -> Moments:
+def moments(opt_state: Any, *, gather: bool = False) -> Moments:
     """Reads the moments of an optimizer state.
 
     Waits for the updates under way. For looking at and for tests; at 8 bytes per parameter the
@@ -85,6 +86,8 @@ def moments(opt_state: Any) -> Moments:
 
     Args:
       opt_state: any optax state, nnx.Optimizer or TrainState with a paged state in it.
+      gather: of a state on devices of several processes (`jax.distributed`), collects the shards of
+        all of them. Every process of the job must then call this, or those that do wait for ever.
 
     Returns:
       A `Moments` of float32 NumPy arrays in the tree of the updates. States for disjoint parts of
@@ -92,7 +95,9 @@ def moments(opt_state: Any) -> Moments:
 
     Raises:
       ValueError: if there is no paged state, or several for the same parameters.
-      RuntimeError: if the state is not the newest one, was released, or was never updated.
+      RuntimeError: if the state is not the newest one, was released, or was never updated; without
+        `gather`, if other processes have a part of it.
+      NotImplementedError: if it is not known which part of the parameters each device has.
 
     Example:
       >>> import jax, jax.numpy as jnp, paged_optax
@@ -102,7 +107,7 @@ def moments(opt_state: Any) -> Moments:
       >>> print(paged_optax.moments(state).mu["w"][0, 0].round(4))
       0.2
     """
-    trees = [_read_state(state) for state in find_states(opt_state)]
+    trees = [_read_state(state, gather) for state in find_states(opt_state)]
     try:
         return Moments(*(functools.reduce(_merge, [tree[i] for tree in trees]) for i in range(2)))
     except _Overlap:
@@ -138,14 +143,17 @@ class MemoryReport:
     """Where the moments are. Prints as a table.
 
     Attributes:
-      devices: one `DeviceMemory` a device.
+      devices: one `DeviceMemory` a device of this process.
+      elsewhere: bytes of moments on devices of other processes (`jax.distributed`), which have as
+        many as those here; how many of them are resident is known there.
     """
 
     devices: tuple[DeviceMemory, ...]
+    elsewhere: int = 0
 
     @property
     def total(self) -> int:
-        """Bytes of moments, over all devices."""
+        """Bytes of moments, over all devices of this process."""
         return sum(device.total for device in self.devices)
 
     @property
@@ -167,11 +175,17 @@ class MemoryReport:
         columns = ["total", "resident", "on_host", *["replay"] * (self.replay > 0)]
         rows = list(self.devices)
         if len(rows) != 1:
-            rows.append(DeviceMemory("all", self.total, self.resident, self.replay))
+            rows.append(
+                DeviceMemory(
+                    "here" if self.elsewhere else "all", self.total, self.resident, self.replay
+                )
+            )
         lines = [f"{'moments':<10}" + "".join(f"{c.replace('_', ' '):>12}" for c in columns)]
         for row in rows:
             numbers = "".join(f"{format_bytes(getattr(row, c)):>12}" for c in columns)
             lines.append(f"{row.device:<10}{numbers}")
+        if self.elsewhere:
+            lines.append(f"{'elsewhere':<10}{format_bytes(self.elsewhere):>12}")
         return "\n".join(lines)
 
 
@@ -199,14 +213,19 @@ def memory_report(opt_state: Any) -> MemoryReport:
       2.03 bytes per parameter
     """
     devices: dict[str, list[int]] = {}
+    elsewhere = 0
     tokens = dict(_read_token(state) for state in find_states(opt_state))
     for token in tokens.items():  # several versions of one state count once
-        for report in _ext.describe(*token):
+        reports = _ext.describe(*token)
+        for report in reports:
             name = f"{report['platform']}:{report['ordinal']}"
             numbers = devices.setdefault(name, [0, 0, 0])
             for i, kind in enumerate(["total", "resident", "replay"]):
                 numbers[i] += report[kind]
-    return MemoryReport(tuple(DeviceMemory(name, *numbers) for name, numbers in devices.items()))
+        if reports:  # shards are equally large on all devices
+            elsewhere += (reports[0]["num_devices"] - len(reports)) * reports[0]["total"]
+    rows = tuple(DeviceMemory(name, *numbers) for name, numbers in devices.items())
+    return MemoryReport(rows, elsewhere)
 
 
 def release(opt_state: Any) -> int:
@@ -345,7 +364,7 @@ def _merge(one: Any, other: Any) -> Any:
     return jax.tree.unflatten(treedef, [_merge(*pair) for pair in zip(ones, others, strict=True)])
 
 
-def _read_state(state: ScaleByPagedAdam8bitState) -> tuple[Any, Any]:
+def _read_state(state: ScaleByPagedAdam8bitState, gather: bool) -> tuple[Any, Any]:
     handle, version = _read_token(state)
     reports = _ext.describe(handle, version)
     if not reports:
@@ -362,26 +381,23 @@ def _read_state(state: ScaleByPagedAdam8bitState) -> tuple[Any, Any]:
         parts = [_read_shards(first, handle, version)]
         leaves = parts[0]
     else:
-        positions, shards = _positions(state, reports)
-        leaves = [
-            [np.empty(shards.whole(i, shape), np.float32) for _ in range(2)]
-            for i, (_, shape) in enumerate(first["leaves"])
-        ]
-        for report in reports:
-            position = positions[report["ordinal"]]
-            for i, part in enumerate(_read_shards(report, handle, version)):
-                index = shards.index(i, position, part[0].shape)
-                for whole, shard in zip(leaves[i], part, strict=True):
-                    whole[index] = shard
+        mesh, shards = _mesh(state, reports)
+        if len(reports) < mesh.size and not gather:
+            raise RuntimeError(
+                f"{mesh.size - len(reports)} of the {mesh.size} devices with moments of this state"
+                " belong to other processes; to collect theirs, call"
+                " moments(opt_state, gather=True) in every process"
+            )
+        leaves = _assemble(mesh, shards, reports, handle, version)
     mu, nu = zip(*leaves, strict=True)
     treedef = _trees[first["tree"]]
     return jax.tree.unflatten(treedef, mu), jax.tree.unflatten(treedef, nu)
 
 
-def _positions(
+def _mesh(
     state: ScaleByPagedAdam8bitState, reports: list[dict[str, Any]]
-) -> tuple[dict[int, int], _partition.Shards]:
-    """Where in the mesh each local device is, by its ordinal, and how leaves are cut along it."""
+) -> tuple[Mesh, _partition.Shards]:
+    """The devices that a state was updated on, and how leaves are cut along them."""
     if not reports[0]["shards"]:
         raise NotImplementedError(
             "moments() does not know which part of the parameters each device has: the state was"
@@ -396,14 +412,45 @@ def _positions(
             f"the state was updated on {num_devices} devices, but its token has the sharding"
             f" {sharding}; pass the state as update returned it"
         )
-    ids = [device.id for device in np.ravel(np.asarray(sharding.mesh.devices))]
-    if len(reports) < len(ids):
-        raise RuntimeError(
-            f"{len(ids) - len(reports)} of the {len(ids)} devices with moments of this state belong"
-            " to other processes, and moments() reads those of its own only"
-        )
-    local = jax.local_devices(backend=reports[0]["platform"])
-    return {d.local_hardware_id: ids.index(d.id) for d in local if d.id in ids}, shards
+    assert isinstance(sharding.mesh, Mesh)
+    return sharding.mesh, shards
+
+
+def _assemble(
+    mesh: Mesh,
+    shards: _partition.Shards,
+    reports: list[dict[str, Any]],
+    handle: int,
+    version: int,
+) -> list[list[np.ndarray]]:
+    """Whole leaves out of the shards of all devices, those of other processes included."""
+    devices = list(mesh.devices.flat)
+    local = [i for i, device in enumerate(devices) if device.process_index == jax.process_index()]
+    positions = {_ordinal(devices[i]): i for i in local}
+    shapes = [shape for _, shape in reports[0]["leaves"]]
+    leaves = [
+        [np.zeros(shards.whole(i, shape), np.float32) for _ in range(2)]
+        for i, shape in enumerate(shapes)
+    ]
+    for report in reports:
+        for i, part in enumerate(_read_shards(report, handle, version)):
+            index = shards.index(i, positions[report["ordinal"]], shapes[i])
+            for whole, shard in zip(leaves[i], part, strict=True):
+                whole[index] = shard
+    if len(local) == len(devices):
+        return leaves
+    for i, shape in enumerate(shapes):  # one by one: every process's copy comes to every process
+        for whole in leaves[i]:
+            copies = multihost_utils.process_allgather(whole)
+            for position, device in enumerate(devices):
+                index = shards.index(i, position, shape)
+                whole[index] = copies[device.process_index][index]
+    return leaves
+
+
+def _ordinal(device: Any) -> int:
+    """What handlers call a device of this process."""
+    return device.id if device.platform == "cpu" else device.local_hardware_id
 
 
 def _read_shards(report: dict[str, Any], handle: int, version: int) -> list[list[np.ndarray]]:

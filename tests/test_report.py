@@ -161,6 +161,19 @@ def test_table_of_two_devices_has_a_total():
     )
 
 
+def test_table_of_one_process_of_several():
+    devices = (DeviceMemory("cuda:0", 2**22, 2**21), DeviceMemory("cuda:1", 2**22, 0))
+    report = MemoryReport(devices, elsewhere=3 * 2**23)
+    assert report.total == 2**23
+    assert str(report) == (
+        "moments          total    resident     on host\n"
+        "cuda:0        4.00 MiB    2.00 MiB    2.00 MiB\n"
+        "cuda:1        4.00 MiB         0 B    4.00 MiB\n"
+        "here          8.00 MiB    2.00 MiB    6.00 MiB\n"
+        "elsewhere    24.00 MiB"
+    )
+
+
 def test_table_of_a_state():
     lines = str(memory_report(update_once(jnp.ones(64 * 256)))).splitlines()
     assert [line.split() for line in lines] == [
