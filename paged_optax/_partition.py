@@ -228,7 +228,8 @@ def _spread(
     with jax.disable_jit(False):  # a custom call has to be compiled, also under jax.disable_jit()
         if explicit:
             leaves = operands[num_replicated:]
-            specs = tuple(jax.typeof(x).sharding.spec for x in models or leaves)
+            # Without `unreduced`: what is a sum over devices is summed before it is a gradient.
+            specs = tuple(P(*jax.typeof(x).sharding.spec.partitions) for x in models or leaves)
             return _explicit(call, num_replicated, frozenset(explicit), specs)(*operands)
         # custom_partitioning fails where some axes are manual and the others leave nothing to cut.
         nothing_left = all(kind == AxisType.Manual or size == 1 for _, size, kind in axes)

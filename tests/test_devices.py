@@ -217,6 +217,32 @@ def test_moments_follow_parameters_and_not_gradients(devices, kind):
     release(state)
 
 
+@pytest.mark.parametrize("with_params", [True, False])
+def test_unreduced_gradients_are_summed(devices, with_params):
+    """Explicit axes know gradients of which every device has a term; optax.adamw refuses those."""
+    mesh = make_mesh(devices, "Explicit")
+    tx = paged_optax.scale_by_paged_adam8bit()
+    rng = np.random.default_rng(0)
+    x, y = (rng.integers(-8, 9, (16, n)).astype(np.float32) for n in (64, 80))  # exact sums
+    expected, single = tx.update({"w": x.T @ y}, tx.init({"w": x.T @ y}))
+
+    @jax.jit
+    def step(x, y, state):
+        product = functools.partial(jax.lax.dot_general, dimension_numbers=(((0,), (0,)), ((), ())))
+        grads = {"w": product(x, y, out_sharding=P(unreduced={"x"}))}
+        assert jax.typeof(grads["w"]).sharding.spec.unreduced == {"x"}
+        params = {"w": product(x, y, out_sharding=P())}
+        return tx.update(grads, state, params if with_params else None)
+
+    with jax.set_mesh(mesh):
+        x, y = (jax.device_put(a, NamedSharding(mesh, P("x"))) for a in (x, y))
+        updates, state = step(x, y, tx.init({"w": x}))
+    assert_trees_equal(updates, expected)
+    assert_trees_equal(moments(state), moments(single))
+    release(state)
+    release(single)
+
+
 def test_compilers_uneven_shards_are_not_padded(devices):
     """Arrays are cut evenly, but the compiler may cut what is inside a program as it likes."""
     mesh = make_mesh(devices, "Auto")
