@@ -203,7 +203,24 @@ def _fence(call, *operands):
     XLA:GPU fuses slices of operands and results into a copy of a call. Where the call has a side
     effect, some versions leave the original in place as well, and it runs twice.
     """
-    return tuple(jax.lax.optimization_barrier(call(*jax.lax.optimization_barrier(operands))))
+    return tuple(_barrier(call(*_barrier(operands))))
+
+
+def _barrier(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """An optimization barrier for each kind of array.
+
+    In jax 0.10 the results of one barrier all vary along the axes that any operand varies along, so
+    that `jax.shard_map` would not see that a token is the same on all devices.
+    """
+    kinds: dict[Any, list[int]] = {}
+    for i, array in enumerate(arrays):
+        kinds.setdefault(getattr(jax.typeof(array), "manual_axis_type", None), []).append(i)
+    results = list(arrays)
+    for indices in kinds.values():
+        fenced = jax.lax.optimization_barrier([arrays[i] for i in indices])
+        for i, array in zip(indices, fenced, strict=True):
+            results[i] = array
+    return results
 
 
 def _spread(

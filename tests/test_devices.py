@@ -147,7 +147,8 @@ def test_mesh_known_from_arrays_alone(devices, transform, with_mesh):
     release(state)
 
 
-def test_update_inside_shard_map(devices):
+@pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
+def test_update_inside_shard_map(devices, check_vma):
     tx = paged_optax.scale_by_paged_adam8bit()
     mesh = make_mesh(devices, "Auto")
     specs = {"rows": P("x"), "columns": P(None, "x"), "replicated": P()}
@@ -161,7 +162,7 @@ def test_update_inside_shard_map(devices):
         mesh=mesh,
         in_specs=(specs, P(), specs),
         out_specs=(specs, P()),
-        check_vma=False,
+        check_vma=check_vma,
     )
     def step(grads, state, params):
         return tx.update(grads, state, params)
@@ -175,10 +176,12 @@ def test_update_inside_shard_map(devices):
     release(single)
 
 
-def test_update_where_some_axes_are_manual(devices):
-    """`jax.shard_map` over one axis of two, the other left to the compiler."""
+@pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_update_where_some_axes_are_manual(devices, kind, check_vma):
+    """`jax.shard_map` over one axis of two, the other left to the compiler or to types."""
     tx = paged_optax.scale_by_paged_adam8bit()
-    mesh = make_mesh(devices, "Auto", "Auto")
+    mesh = make_mesh(devices, kind, kind)
     params, grads = make_tree(0), make_tree(1)
     expected, single = tx.update(grads, tx.init(params), params)
     manual = {k: P(*(axis if axis == "x" else None for axis in spec)) for k, spec in SPECS.items()}
@@ -190,7 +193,7 @@ def test_update_where_some_axes_are_manual(devices):
         in_specs=(manual, P(), manual),
         out_specs=(manual, P()),
         axis_names={"x"},
-        check_vma=False,
+        check_vma=check_vma,
     )
     def step(grads, state, params):
         return tx.update(grads, state, params)

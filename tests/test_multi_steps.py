@@ -709,7 +709,6 @@ SHARD_MAP = """
     specs = jax.tree.map(lambda leaf: P("x") if leaf.ndim == 2 else P(), state)
     update = jax.jit(jax.shard_map(
         tx.update, mesh=mesh, in_specs=(P("x"), specs, P("x")), out_specs=(P("x"), specs),
-        check_vma=False,
     ))
     for i in range(4):
         updates, state = update(params, state, params)
