@@ -872,7 +872,7 @@ def test_state_that_was_mapped_over(tx, field, how):
         ({"quantization": "dynamic"}, TypeError, "must be a paged_optax.Quantization"),
         ({"paging": 0}, TypeError, "must be a paged_optax.Paging"),
     ],
-    ids=str,
+    ids=lambda x: re.sub(r" at 0x\w+", "", str(x)),  # the same in every process
 )
 def test_bad_options_are_named(options, error, text):
     with pytest.raises(error, match=text):
