@@ -329,20 +329,56 @@ def _automatic(call: Callable, num_replicated: int, num_models: int):
 
     def sharding_rule(mesh, operand_types, result_types):
         del mesh, result_types
-        # A factor of its own for every dimension; a result's and a model's are those of its leaf.
-        factors = (f"f{i}" for i in itertools.count())
-        terms = [" ".join(next(factors) for _ in operand.shape) for operand in operand_types]
-        terms = terms[: len(terms) - num_models]
-        leaves = terms[num_replicated:]
-        operands = [*terms, *leaves[:num_models]]
-        return f"{', '.join(operands)} -> {', '.join([terms[0], *leaves])}"
+        # A factor of its own for every dimension; a result's are those of its model, or else leaf.
+        terms = _terms(operand_types)
+        results = terms[-num_models:] if num_models else terms[num_replicated:]
+        return f"{', '.join(terms)} -> {', '.join([terms[0], *results])}"
 
     def everywhere(*operands):
         return call(_Place(), *operands[: len(operands) - num_models])
 
     function = custom_partitioning(everywhere)
     function.def_partition(partition=partition, sharding_rule=sharding_rule)
-    return jax.jit(function)
+    if not num_models:
+        return jax.jit(function)
+    lead = _lead(num_models)
+
+    @jax.jit
+    def led(*operands):
+        end = len(operands) - num_models
+        leaves = lead(*operands[num_replicated:])
+        return function(*operands[:num_replicated], *leaves, *operands[end:])
+
+    return led
+
+
+def _lead(num_models: int):
+    """Leaves as they are, told to the compiler to be cut like their models where that is free.
+
+    It then makes gradients in shards. In the rule of the update itself this would work the other
+    way round as well: the sharding of a gradient would come to the update, and with it to the new
+    parameter, which the next step would find cut in another way than its moments.
+    """
+
+    def partition(mesh, operands, results):
+        leaves = tuple(_even(mesh, leaf.sharding, leaf.shape) for leaf in results)
+        models = tuple(model.sharding for model in operands[num_models:])
+        return mesh, lambda *operands: operands[:num_models], leaves, (*leaves, *models)
+
+    def sharding_rule(mesh, operand_types, result_types):
+        del mesh, result_types
+        terms = ", ".join(_terms(operand_types[:num_models]))
+        return f"{terms}, {terms} -> {terms}"
+
+    function = custom_partitioning(lambda *operands: operands[:num_models])
+    function.def_partition(partition=partition, sharding_rule=sharding_rule)
+    return function
+
+
+def _terms(types: Sequence[Any]) -> list[str]:
+    """Terms of a sharding rule in which every dimension of every array is a factor of its own."""
+    factors = (f"f{i}" for i in itertools.count())
+    return [" ".join(next(factors) for _ in array.shape) for array in types]
 
 
 def _even(mesh: Mesh, sharding: Sharding, shape: Sequence[int]) -> Sharding:

@@ -220,6 +220,53 @@ def test_moments_follow_parameters_and_not_gradients(devices, kind):
     release(state)
 
 
+LAYOUTS = {  # of the parameters and the batch; the bias is replicated
+    "tensor parallel": ({"in": P(None, "x"), "bias": P(), "out": P("x")}, P()),
+    "fully sharded": ({"in": P("x"), "bias": P(), "out": P("x")}, P("x")),
+}
+
+
+@pytest.mark.parametrize(("specs", "batch"), LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("replay", [False, True])
+def test_parameters_keep_their_sharding(devices, specs, batch, replay):
+    """The compiler would like to cut the new bias as it cuts its gradient (optax.adamw's is so).
+
+    The next step would then find parameters that are not where their moments are.
+    """
+    mesh = make_mesh(devices, "Auto")
+    shapes = {"in": (64, 640), "bias": (640,), "out": (640, 64)}
+    tx = optax.chain(optax.clip_by_global_norm(1.0), paged_adamw8bit(1e-2, replay=replay))
+
+    def loss(params, x):
+        hidden = jnp.tanh(x @ params["in"] + params["bias"])
+        return jnp.mean((hidden @ params["out"]) ** 2)
+
+    @jax.jit
+    def step(params, state, x):
+        updates, state = tx.update(jax.grad(loss)(params, x), state, params)
+        return optax.apply_updates(params, updates), state
+
+    def run(put, put_batch):
+        params = put(make_tree(0, shapes))
+        state = jax.jit(tx.init)(params)
+        for i in range(3):
+            params, state = step(params, state, put_batch(make_tree(1 + i, {"x": (16, 64)})["x"]))
+        return params, state
+
+    expected, single = run(on(devices[0]), on(devices[0]))
+    params, state = run(
+        functools.partial(place, mesh=mesh, specs=specs), on(NamedSharding(mesh, batch))
+    )
+    assert_sharded(params, mesh, specs)
+    # Sums over devices are rounded in another order, and the first steps go by a gradient's sign.
+    x = make_tree(9, {"x": (16, 64)})["x"]
+    np.testing.assert_allclose(loss(params, x), loss(expected, x), rtol=1e-3)
+    assert loss(params, x) < 0.96 * loss(make_tree(0, shapes), x)
+    assert int(state[1][0].token[1]) == 3
+    release(state)
+    release(single)
+
+
 @pytest.mark.parametrize("with_params", [True, False])
 def test_unreduced_gradients_are_summed(devices, with_params):
     """Explicit axes know gradients of which every device has a term; optax.adamw refuses those."""
@@ -447,6 +494,18 @@ def test_equal_cuts_of_other_meshes_go_on():
     expected, single = tx.update(make_tree(1, shapes), single)
     assert_trees_equal(updates, expected)
     assert_trees_equal(moments(state), moments(single))
+
+
+def test_two_meshes_in_one_tree_are_refused_by_jax():
+    devices = jax.devices("cpu")[:8]
+    one, two = make_mesh(devices, "Auto"), make_mesh(devices, "Auto", "Auto")
+    params = {
+        "a": jax.device_put(np.ones((64, 64), np.float32), NamedSharding(one, P("x"))),
+        "b": jax.device_put(np.ones((64, 64), np.float32), NamedSharding(two, P("y"))),
+    }
+    tx = paged_optax.scale_by_paged_adam8bit()
+    with pytest.raises(ValueError, match="mesh should be the same across the entire program"):
+        tx.update(params, tx.init(params), params)
 
 
 def test_devices_that_disagree_are_noticed():
