@@ -6,6 +6,7 @@ import threading
 from typing import NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -260,6 +261,13 @@ def compiled_ahead(tx, grads):
     return eager(tx._replace(update=update), grads)
 
 
+def exported(tx, grads):
+    """JAX has to be told which custom calls may be exported."""
+    check = jax.export.DisabledSafetyCheck.custom_call("paged_optax_update")
+    update = jax.export.export(jax.jit(tx.update), disabled_checks=[check])
+    return eager(tx._replace(update=update(grads[0], tx.init(grads[0])).call), grads)
+
+
 def scan(tx, grads, state):
     def body(state, g):
         updates, state = tx.update(g, state)
@@ -423,6 +431,7 @@ WAYS = [
     nested_jit,
     disable_jit,
     compiled_ahead,
+    exported,
     scan_with_init_outside,
     scan_with_init_inside,
     unrolled_scan,
