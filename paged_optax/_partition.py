@@ -12,8 +12,6 @@ Tokens are replicated: every device keeps the moments of its shards under the sa
 import dataclasses
 import functools
 import itertools
-import json
-import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -28,12 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from . import _ext, _ffi
-
-# How one dimension of a leaf is cut: (parts, stride) per mesh axis, the slowest varying first. A
-# device at `position` in the mesh has part position // stride % parts.
-Cut = tuple[tuple[int, int], ...]
-# Of each dimension of each leaf.
-Cuts = tuple[tuple[Cut, ...], ...]
+from ._shards import Cuts, Shards, cuts_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,56 +43,6 @@ class _Place:
             return jnp.zeros([], jnp.int32)
         position = _ffi.position_p.bind()
         return Shards.decode(self.shards).part(position) if self.shards else position
-
-
-@dataclasses.dataclass(frozen=True)
-class Shards:
-    """Which part of each leaf a device has. Travels through the compiled program as text.
-
-    Texts are equal if all devices have the same parts, whatever the mesh axes are called.
-    """
-
-    cuts: Cuts
-
-    def encode(self) -> str:
-        kinds = list(dict.fromkeys(self.cuts))  # many leaves, few ways to cut them
-        return json.dumps([kinds, [kinds.index(cut) for cut in self.cuts]])
-
-    @classmethod
-    def decode(cls, text: str) -> "Shards":
-        kinds, leaves = json.loads(text)
-        return cls(tuple(tuple(tuple(map(tuple, cut)) for cut in kinds[i]) for i in leaves))
-
-    def index(self, leaf: int, position: int, shape: Sequence[int]) -> tuple[slice, ...]:
-        """Where the shard, of `shape`, of the device at `position` lies in the whole leaf."""
-        index = []
-        for cut, size in zip(self.cuts[leaf], shape, strict=True):
-            part = 0
-            for parts, stride in cut:
-                part = part * parts + position // stride % parts
-            index.append(slice(part * size, (part + 1) * size))
-        return tuple(index)
-
-    def part(self, position: Any) -> Any:
-        """A number of which parts the device at `position` has, equal where the parts are equal.
-
-        It is the first position with these parts.
-        """
-        pairs = {pair for cuts in self.cuts for cut in cuts for pair in cut}
-        spans = sorted((stride, stride * parts) for parts, stride in pairs)
-        part, done = 0 * position, 1  # of the position, only the digits in these spans matter
-        for start, end in spans:
-            start = max(start, done)
-            if end > start:
-                part, done = part + position // start % (end // start) * start, end
-        return part
-
-    def whole(self, leaf: int, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of the whole leaf, whose shards have `shape`."""
-        return tuple(
-            size * math.prod(parts for parts, _ in cut)
-            for cut, size in zip(self.cuts[leaf], shape, strict=True)
-        )
 
 
 def issue(seed: jax.typing.ArrayLike) -> jax.Array:
@@ -266,7 +209,7 @@ def _explicit(call: Callable, num_replicated: int, explicit: frozenset[str], spe
         ]
         cuts = None
         if AxisType.Manual not in mesh.axis_types:  # along those, the user has cut already
-            cuts = tuple(_cuts(mesh, spec, x.ndim) for spec, x in zip(specs, leaves, strict=True))
+            cuts = tuple(cuts_of(mesh, spec, x.ndim) for spec, x in zip(specs, leaves, strict=True))
         return jax.shard_map(
             lambda *shards: _spread(call, shards, num_replicated, cuts=cuts),
             in_specs=(*[P()] * num_replicated, *specs),
@@ -284,27 +227,6 @@ def _place(num_devices: int, cuts: Cuts | None) -> _Place:
     return _Place(num_devices, shared, "" if cuts is None else Shards(cuts).encode())
 
 
-def _cuts(mesh: Any, spec: P, ndim: int) -> tuple[Cut, ...]:
-    sizes = dict(mesh.shape)
-    strides = dict(zip(sizes, _strides(list(sizes.values())), strict=True))
-    dims = []
-    for entry in [*spec, *[None] * (ndim - len(spec))]:
-        names = () if entry is None else (entry,) if isinstance(entry, str) else entry
-        cut: list[tuple[int, int]] = []
-        for name in names:
-            parts, stride = sizes[name], strides[name]
-            if cut and cut[-1][1] == parts * stride:  # as one axis of the product of their sizes
-                parts *= cut.pop()[0]
-            if parts > 1:
-                cut.append((parts, stride))
-        dims.append(tuple(cut))
-    return tuple(dims)
-
-
-def _strides(sizes: Sequence[int]) -> list[int]:
-    return [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
-
-
 @functools.lru_cache(maxsize=256)
 def _automatic(call: Callable, num_replicated: int, num_models: int):
     def partition(mesh, operands, results):
@@ -317,7 +239,7 @@ def _automatic(call: Callable, num_replicated: int, num_models: int):
         if not mesh.empty:  # it is where some axes are manual: shardings then do not name axes
             named: list[Any] = shardings
             dims = [len(leaf.shape) for leaf in leaves]
-            cuts = tuple(_cuts(mesh, x.spec, ndim) for x, ndim in zip(named, dims, strict=True))
+            cuts = tuple(cuts_of(mesh, x.spec, ndim) for x, ndim in zip(named, dims, strict=True))
         place = _place(operands[0].sharding.num_devices, cuts)
         everywhere = NamedSharding(mesh, P())
         return (

@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from . import _ext, _ffi, _partition
 from . import _reference as reference
+from ._shards import Shards
 
 FLOAT32, DYNAMIC = 0, 1  # enum Codec in xla_ffi/layout.h
 
@@ -394,9 +395,7 @@ def _read_state(state: ScaleByPagedAdam8bitState, gather: bool) -> tuple[Any, An
     return jax.tree.unflatten(treedef, mu), jax.tree.unflatten(treedef, nu)
 
 
-def _mesh(
-    state: ScaleByPagedAdam8bitState, reports: list[dict[str, Any]]
-) -> tuple[Mesh, _partition.Shards]:
+def _mesh(state: ScaleByPagedAdam8bitState, reports: list[dict[str, Any]]) -> tuple[Mesh, Shards]:
     """The devices that a state was updated on, and how leaves are cut along them."""
     if not reports[0]["shards"]:
         raise NotImplementedError(
@@ -404,7 +403,7 @@ def _mesh(
             " updated inside jax.shard_map or jax.pmap, or on a mesh with axes of several types."
             " Update it under jax.jit with sharded arrays on a mesh of one type instead."
         )
-    shards = _partition.Shards.decode(reports[0]["shards"])
+    shards = Shards.decode(reports[0]["shards"])
     sharding = jnp.asarray(state.token).sharding
     num_devices = reports[0]["num_devices"]
     if not isinstance(sharding, NamedSharding) or sharding.mesh.size != num_devices:
@@ -418,7 +417,7 @@ def _mesh(
 
 def _assemble(
     mesh: Mesh,
-    shards: _partition.Shards,
+    shards: Shards,
     reports: list[dict[str, Any]],
     handle: int,
     version: int,

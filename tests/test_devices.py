@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import paged_optax
 from paged_optax import memory_report, moments, paged_adamw8bit, release
-from paged_optax._partition import Shards, _cuts
+from paged_optax._shards import Shards, cuts_of
 
 RAISES = (RuntimeError, ValueError)
 
@@ -468,7 +468,7 @@ def test_numbers_of_parts(sizes):
         for _ in range(rng.randint(1, 3)):
             used = rng.sample(names, rng.randint(0, len(names)))
             split = rng.randint(0, len(used))
-            cuts.append(_cuts(mesh, P(tuple(used[:split]), tuple(used[split:])), 2))
+            cuts.append(cuts_of(mesh, P(tuple(used[:split]), tuple(used[split:])), 2))
         shards = Shards(tuple(cuts))
         numbers = [shards.part(position) for position in range(mesh.size)]
         parts = [
