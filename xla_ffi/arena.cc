@@ -2,6 +2,7 @@
 #include "arena.h"
 
 #include <algorithm>
+#include <exception>
 #include <random>
 #include <sstream>
 
@@ -402,8 +403,17 @@ void Registry::ThrowIfRejected(DeviceTable& table) {
                         " was refused and returned an update of zero.)");
 }
 
+// A step is refused on each of its devices, and that is one error.
 void Registry::ThrowIfRejected() {
-  for (DeviceTable* table : Tables()) ThrowIfRejected(*table);
+  std::exception_ptr first;
+  for (DeviceTable* table : Tables()) {
+    try {
+      ThrowIfRejected(*table);
+    } catch (const StatusError&) {
+      if (first == nullptr) first = std::current_exception();
+    }
+  }
+  if (first != nullptr) std::rethrow_exception(first);
 }
 
 #else
