@@ -215,16 +215,19 @@ def memory_report(opt_state: Any) -> MemoryReport:
     """
     devices: dict[str, list[int]] = {}
     elsewhere = 0
-    tokens = dict(_read_token(state) for state in find_states(opt_state))
-    for token in tokens.items():  # several versions of one state count once
-        reports = _ext.describe(*token)
+    states = {_read_token(state): state for state in find_states(opt_state)}
+    versions = {handle: (version, state) for (handle, version), state in states.items()}
+    for handle, (version, state) in versions.items():  # versions of one state count once
+        reports = _ext.describe(handle, version)
         for report in reports:
             name = f"{report['platform']}:{report['ordinal']}"
             numbers = devices.setdefault(name, [0, 0, 0])
             for i, kind in enumerate(["total", "resident", "replay"]):
                 numbers[i] += report[kind]
         if reports:  # shards are equally large on all devices
-            elsewhere += (reports[0]["num_devices"] - len(reports)) * reports[0]["total"]
+            sharding = jnp.asarray(state.token).sharding
+            num_others = len(sharding.device_set) - len(sharding.addressable_devices)
+            elsewhere += num_others * reports[0]["total"]
     rows = tuple(DeviceMemory(name, *numbers) for name, numbers in devices.items())
     return MemoryReport(rows, elsewhere)
 

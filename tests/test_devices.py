@@ -624,6 +624,32 @@ def test_nothing_is_compiled_after_the_first_step(devices, caplog):
     release(state)
 
 
+def test_ensemble_of_one_state_a_device(devices):
+    """Members that step in one program, each with a model and a state of its own."""
+    tx = paged_optax.scale_by_paged_adam8bit()
+    mesh = make_mesh(devices, "Auto")
+    grads = make_tree(1, {"w": (mesh.size, 64, 80)})
+    members = [tx.init({"w": grads["w"][i]}) for i in range(mesh.size)]
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("x"), out_specs=P("x"))
+    def step(grads, states):
+        updates, states = tx.update(*jax.tree.map(lambda leaf: leaf[0], (grads, states)))
+        return jax.tree.map(lambda leaf: leaf[None], (updates, states))
+
+    states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    for _ in range(2):
+        updates, states = step(grads, states)
+    for i in range(mesh.size):
+        member = {"w": grads["w"][i]}
+        _, single = tx.update(member, tx.init(member))
+        expected, single = tx.update(member, single)
+        np.testing.assert_array_equal(updates["w"][i], expected["w"])
+        report = memory_report(jax.tree.map(lambda leaf, i=i: leaf[i], states))
+        assert (report.total, report.elsewhere) == (memory_report(single).total, 0)
+        assert len(report.devices) == 1
+
+
 def test_pmap(devices):
     """Data parallelism of old: every device has all parameters, and moments of its own for them."""
     tx = paged_optax.scale_by_paged_adam8bit()
