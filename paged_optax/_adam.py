@@ -392,6 +392,8 @@ def paged_adamw8bit(
     .. note::
       bitsandbytes applies the weight decay after the update, to the new parameters; the
       difference is :math:`\alpha^2 \lambda u_t` per step.
+
+      Where a GPU refuses a step (see `scale_by_paged_adam8bit`), the weight decay still acts.
     """
     if (
         isinstance(weight_decay, type | np.dtype)

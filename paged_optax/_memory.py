@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from . import _ext
 from ._state import find_states, read_token, trees
@@ -60,7 +61,7 @@ class DeviceMemory:
 
 @dataclasses.dataclass(frozen=True)
 class LeafGroup:
-    """Moments of the leaves below one branch of the parameters' tree, over all devices.
+    """Moments of the leaves below one branch of the parameters' tree, over the process's devices.
 
     Attributes:
       name: the branch, as a path of the tree.
@@ -86,14 +87,17 @@ class MemoryReport:
     Attributes:
       devices: one `DeviceMemory` a device of this process.
       groups: one `LeafGroup` for each branch of the parameters' tree, where it first branches.
+      elsewhere: bytes of moments on devices of other processes (`jax.distributed`), which have as
+        many as those here; how many of them are resident is known there.
     """
 
     devices: tuple[DeviceMemory, ...]
     groups: tuple[LeafGroup, ...] = ()
+    elsewhere: int = 0
 
     @property
     def total(self) -> int:
-        """Bytes of moments, over all devices."""
+        """Bytes of moments, over all devices of this process."""
         return sum(device.total for device in self.devices)
 
     @property
@@ -115,8 +119,11 @@ class MemoryReport:
         columns = ["total", "resident", "on_host", *["replay"] * (self.replay > 0)]
         rows = list(self.devices)
         if len(rows) != 1:
-            rows.append(DeviceMemory("all", self.total, self.resident, self.replay))
+            name = "here" if self.elsewhere else "all"
+            rows.append(DeviceMemory(name, self.total, self.resident, self.replay))
         lines = _table("moments", columns, [(row.device, row) for row in rows])
+        if self.elsewhere:
+            lines.append(f"{'elsewhere':<10}{format_bytes(self.elsewhere):>12}")
         if len(self.groups) > 1:
             groups = sorted(self.groups, key=lambda group: -group.total)
             named = [(f"{group.name} ({group.leaves})", group) for group in groups[:MAX_ROWS]]
@@ -131,8 +138,7 @@ class MemoryReport:
 def memory_report(opt_state: Any) -> MemoryReport:
     """Reports where the moments of an optimizer state are.
 
-    Moments are made by a state's first update; before it there is nothing to report. With several
-    processes each reports its own devices.
+    Moments are made by a state's first update; before it there is nothing to report.
 
     Args:
       opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it.
@@ -152,15 +158,23 @@ def memory_report(opt_state: Any) -> MemoryReport:
       >>> print(f"{paged_optax.memory_report(state).total / 1024**2:.2f} bytes per parameter")
       2.03 bytes per parameter
     """
-    tokens = dict(read_token(state) for state in find_states(opt_state))
-    # Several versions of one state count once.
-    reports = [report for token in tokens.items() for report in _ext.describe(*token)]
+    states = {read_token(state): state for state in find_states(opt_state)}
+    newest = {handle: (version, state) for (handle, version), state in states.items()}
+    reports, elsewhere = [], 0
+    for handle, (version, state) in newest.items():  # several versions of one state count once
+        here = _ext.describe(handle, version)
+        reports += here
+        if here:  # shards are equally large on all devices
+            sharding = jnp.asarray(state.token).sharding
+            num_others = len(sharding.device_set) - len(sharding.addressable_devices)
+            elsewhere += num_others * here[0]["total"]
     devices: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for report in reports:
         devices.setdefault((report["platform"], report["ordinal"]), []).append(report)
     return MemoryReport(
         tuple(_device_memory(*device, reports) for device, reports in devices.items()),
         _groups(reports),
+        elsewhere,
     )
 
 

@@ -12,8 +12,6 @@ Tokens are replicated: every device keeps the moments of its shards under the sa
 import dataclasses
 import functools
 import itertools
-import json
-import math
 import random
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -28,12 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from . import _ext, _ffi
-
-# How one dimension of a leaf is cut: (parts, stride) per mesh axis, the slowest varying first. A
-# device at `position` in the mesh has part position // stride % parts.
-Cut = tuple[tuple[int, int], ...]
-# Of each dimension of each leaf.
-Cuts = tuple[tuple[Cut, ...], ...]
+from ._shards import Cuts, Shards, cuts_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,41 +37,12 @@ class _Place:
     shared: bool = False  # other processes take part
     shards: str = ""  # see `Shards`; empty where that is not known, or the device is the only one
 
-
-@dataclasses.dataclass(frozen=True)
-class Shards:
-    """Which part of each leaf a device has. Travels through the compiled program as text.
-
-    Texts are equal if all devices have the same parts, whatever the mesh axes are called.
-    """
-
-    cuts: Cuts
-
-    def encode(self) -> str:
-        kinds = list(dict.fromkeys(self.cuts))  # many leaves, few ways to cut them
-        return json.dumps([kinds, [kinds.index(cut) for cut in self.cuts]])
-
-    @classmethod
-    def decode(cls, text: str) -> "Shards":
-        kinds, leaves = json.loads(text)
-        return cls(tuple(tuple(tuple(map(tuple, cut)) for cut in kinds[i]) for i in leaves))
-
-    def index(self, leaf: int, position: int, shape: Sequence[int]) -> tuple[slice, ...]:
-        """Where the shard, of `shape`, of the device at `position` lies in the whole leaf."""
-        index = []
-        for cut, size in zip(self.cuts[leaf], shape, strict=True):
-            part = 0
-            for parts, stride in cut:
-                part = part * parts + position // stride % parts
-            index.append(slice(part * size, (part + 1) * size))
-        return tuple(index)
-
-    def whole(self, leaf: int, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of the whole leaf, whose shards have `shape`."""
-        return tuple(
-            size * math.prod(parts for parts, _ in cut)
-            for cut, size in zip(self.cuts[leaf], shape, strict=True)
-        )
+    def part(self) -> jax.Array:
+        """Which parts of the leaves the device has; its position if that is not known. int32 ()."""
+        if self.num_devices == 1:
+            return jnp.zeros([], jnp.int32)
+        position = _ffi.position_p.bind()
+        return Shards.decode(self.shards).part(position) if self.shards else position
 
 
 def issue(seed: jax.typing.ArrayLike) -> jax.Array:
@@ -131,10 +95,11 @@ def update(
     call = _Update(tuple(sorted(static.items())))
     models = params
     if not call.takes_models:  # then the step does not depend on their values
-        models = map(jax.lax.stop_gradient, params)
+        models = [jax.lax.stop_gradient(param) for param in params]
     operands = guard(token, count, jnp.asarray(hyperparams), *grads, *models)
-    end = _ffi.NUM_SCALARS + len(grads)
-    token, *updates = _spread(call, operands[:end], _ffi.NUM_SCALARS, operands[end:])
+    num_scalars = len(operands) - len(grads) - len(models)
+    end = num_scalars + len(grads)
+    token, *updates = _spread(call, operands[:end], num_scalars, operands[end:])
     return token, updates
 
 
@@ -181,7 +146,8 @@ class _Update:
             shards=place.shards,
             **dict(self.static),
         )
-        return _fence(call, *operands)
+        token, count, hyperparams, *grads = operands
+        return _fence(call, token, count, hyperparams, place.part(), *grads)
 
 
 def _fence(call, *operands):
@@ -190,7 +156,24 @@ def _fence(call, *operands):
     XLA:GPU fuses slices of operands and results into a copy of a call. Where the call has a side
     effect, some versions leave the original in place as well, and it runs twice.
     """
-    return tuple(jax.lax.optimization_barrier(call(*jax.lax.optimization_barrier(operands))))
+    return tuple(_barrier(call(*_barrier(operands))))
+
+
+def _barrier(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """An optimization barrier for each kind of array.
+
+    In jax 0.10 the results of one barrier all vary along the axes that any operand varies along, so
+    that `jax.shard_map` would not see that a token is the same on all devices.
+    """
+    kinds: dict[Any, list[int]] = {}
+    for i, array in enumerate(arrays):
+        kinds.setdefault(getattr(jax.typeof(array), "manual_axis_type", None), []).append(i)
+    results = list(arrays)
+    for indices in kinds.values():
+        fenced = jax.lax.optimization_barrier([arrays[i] for i in indices])
+        for i, array in zip(indices, fenced, strict=True):
+            results[i] = array
+    return results
 
 
 def _spread(
@@ -216,7 +199,8 @@ def _spread(
     with jax.disable_jit(False):  # a custom call has to be compiled, also under jax.disable_jit()
         if explicit:
             leaves = operands[num_replicated:]
-            specs = tuple(jax.typeof(x).sharding.spec for x in models or leaves)
+            # Without `unreduced`: what is a sum over devices is summed before it is a gradient.
+            specs = tuple(P(*jax.typeof(x).sharding.spec.partitions) for x in models or leaves)
             taken = models if call.takes_models else ()
             return _explicit(call, num_replicated, frozenset(explicit), specs)(*operands, *taken)
         # custom_partitioning fails where some axes are manual and the others leave nothing to cut.
@@ -245,7 +229,7 @@ def _explicit(
         ]
         cuts = None
         if AxisType.Manual not in mesh.axis_types:  # along those, the user has cut already
-            cuts = tuple(_cuts(mesh, spec, x.ndim) for spec, x in zip(specs, leaves, strict=True))
+            cuts = tuple(cuts_of(mesh, spec, x.ndim) for spec, x in zip(specs, leaves, strict=True))
         return jax.shard_map(
             lambda *shards: _spread(call, shards[:end], num_replicated, shards[end:], cuts),
             in_specs=(*[P()] * num_replicated, *specs, *specs[: len(models)]),
@@ -263,27 +247,6 @@ def _place(num_devices: int, cuts: Cuts | None) -> _Place:
     return _Place(num_devices, shared, "" if cuts is None else Shards(cuts).encode())
 
 
-def _cuts(mesh: Any, spec: P, ndim: int) -> tuple[Cut, ...]:
-    sizes = dict(mesh.shape)
-    strides = dict(zip(sizes, _strides(list(sizes.values())), strict=True))
-    dims = []
-    for entry in [*spec, *[None] * (ndim - len(spec))]:
-        names = () if entry is None else (entry,) if isinstance(entry, str) else entry
-        cut: list[tuple[int, int]] = []
-        for name in names:
-            parts, stride = sizes[name], strides[name]
-            if cut and cut[-1][1] == parts * stride:  # as one axis of the product of their sizes
-                parts *= cut.pop()[0]
-            if parts > 1:
-                cut.append((parts, stride))
-        dims.append(tuple(cut))
-    return tuple(dims)
-
-
-def _strides(sizes: Sequence[int]) -> list[int]:
-    return [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
-
-
 @functools.lru_cache(maxsize=256)
 def _automatic(call: _Issue | _Update, num_replicated: int, num_models: int):
     def partition(mesh, operands, results):
@@ -296,7 +259,7 @@ def _automatic(call: _Issue | _Update, num_replicated: int, num_models: int):
         if not mesh.empty:  # it is where some axes are manual: shardings then do not name axes
             named: list[Any] = shardings
             dims = [len(leaf.shape) for leaf in leaves]
-            cuts = tuple(_cuts(mesh, x.spec, ndim) for x, ndim in zip(named, dims, strict=True))
+            cuts = tuple(cuts_of(mesh, x.spec, ndim) for x, ndim in zip(named, dims, strict=True))
         place = _place(operands[0].sharding.num_devices, cuts)
         everywhere = NamedSharding(mesh, P())
         return (
@@ -308,13 +271,10 @@ def _automatic(call: _Issue | _Update, num_replicated: int, num_models: int):
 
     def sharding_rule(mesh, operand_types, result_types):
         del mesh, result_types
-        # A factor of its own for every dimension; a result's and a model's are those of its leaf.
-        factors = (f"f{i}" for i in itertools.count())
-        terms = [" ".join(next(factors) for _ in operand.shape) for operand in operand_types]
-        terms = terms[: len(terms) - num_models]
-        leaves = terms[num_replicated:]
-        operands = [*terms, *leaves[:num_models]]
-        return f"{', '.join(operands)} -> {', '.join([terms[0], *leaves])}"
+        # A factor of its own for every dimension; a result's are those of its model, or else leaf.
+        terms = _terms(operand_types)
+        results = terms[-num_models:] if num_models else terms[num_replicated:]
+        return f"{', '.join(terms)} -> {', '.join([terms[0], *results])}"
 
     def everywhere(*operands):
         end = len(operands) - (0 if call.takes_models else num_models)
@@ -322,7 +282,46 @@ def _automatic(call: _Issue | _Update, num_replicated: int, num_models: int):
 
     function = custom_partitioning(everywhere)
     function.def_partition(partition=partition, sharding_rule=sharding_rule)
-    return jax.jit(function)
+    if not num_models:
+        return jax.jit(function)
+    lead = _lead(num_models)
+
+    @jax.jit
+    def led(*operands):
+        end = len(operands) - num_models
+        leaves = lead(*operands[num_replicated:])
+        return function(*operands[:num_replicated], *leaves, *operands[end:])
+
+    return led
+
+
+def _lead(num_models: int):
+    """Leaves as they are, told to the compiler to be cut like their models where that is free.
+
+    It then makes gradients in shards. In the rule of the update itself this would work the other
+    way round as well: the sharding of a gradient would come to the update, and with it to the new
+    parameter, which the next step would find cut in another way than its moments.
+    """
+
+    def partition(mesh, operands, results):
+        leaves = tuple(_even(mesh, leaf.sharding, leaf.shape) for leaf in results)
+        models = tuple(model.sharding for model in operands[num_models:])
+        return mesh, lambda *operands: operands[:num_models], leaves, (*leaves, *models)
+
+    def sharding_rule(mesh, operand_types, result_types):
+        del mesh, result_types
+        terms = ", ".join(_terms(operand_types[:num_models]))
+        return f"{terms}, {terms} -> {terms}"
+
+    function = custom_partitioning(lambda *operands: operands[:num_models])
+    function.def_partition(partition=partition, sharding_rule=sharding_rule)
+    return function
+
+
+def _terms(types: Sequence[Any]) -> list[str]:
+    """Terms of a sharding rule in which every dimension of every array is a factor of its own."""
+    factors = (f"f{i}" for i in itertools.count())
+    return [" ".join(next(factors) for _ in array.shape) for array in types]
 
 
 def _even(mesh: Mesh, sharding: Sharding, shape: Sequence[int]) -> Sharding:

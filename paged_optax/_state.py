@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,10 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jax.sharding import NamedSharding
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
 
 from . import _ext, _ffi, _partition
 from . import _reference as reference
+from ._shards import Shards
 
 FLOAT32, DYNAMIC = 0, 1  # enum Codec in xla_ffi/layout.h
 
@@ -43,7 +46,8 @@ class SkipNonFiniteState(NamedTuple):
 
 
 _seeds = itertools.count()
-trees: dict[int, Any] = {}  # tree name -> treedef, filled while tracing
+trees: OrderedDict[int, Any] = OrderedDict()  # tree name -> treedef, the last traced at the end
+MAX_TREES = 4096
 
 
 def new_token(num_leaves: int) -> jax.Array:
@@ -70,6 +74,9 @@ def name_tree(paths: Sequence[str], treedef: Any) -> int:
     containers = re.sub(r" at 0x[0-9a-f]+", "", str(treedef))
     name = _number("\n".join([*paths, containers]))
     trees[name] = treedef
+    trees.move_to_end(name)
+    if len(trees) > MAX_TREES:
+        trees.popitem(last=False)
     return name
 
 
@@ -84,7 +91,7 @@ class Moments(NamedTuple):
     nu: Any
 
 
-def moments(opt_state: Any) -> Moments:
+def moments(opt_state: Any, *, gather: bool = False) -> Moments:
     """Reads the moments of an optimizer state.
 
     Waits for the updates under way. For looking at and for tests; at 8 bytes per parameter the
@@ -92,6 +99,8 @@ def moments(opt_state: Any) -> Moments:
 
     Args:
       opt_state: any optax state, nnx.Optimizer or TrainState with a paged state in it.
+      gather: of a state on devices of several processes (`jax.distributed`), collects the shards of
+        all of them. Every process of the job must then call this, or those that do wait for ever.
 
     Returns:
       A `Moments` of float32 NumPy arrays in the tree of the updates. States for disjoint parts of
@@ -99,7 +108,9 @@ def moments(opt_state: Any) -> Moments:
 
     Raises:
       ValueError: if there is no paged state, or several for the same parameters.
-      RuntimeError: if the state is not the newest one, was released, or was never updated.
+      RuntimeError: if the state is not the newest one, was released, or was never updated; without
+        `gather`, if other processes have a part of it.
+      NotImplementedError: if it is not known which part of the parameters each device has.
 
     Example:
       >>> import jax, jax.numpy as jnp, paged_optax
@@ -109,7 +120,7 @@ def moments(opt_state: Any) -> Moments:
       >>> print(paged_optax.moments(state).mu["w"][0, 0].round(4))
       0.2
     """
-    trees = [_read_state(state) for state in find_states(opt_state)]
+    trees = [_read_state(state, gather) for state in find_states(opt_state)]
     try:
         return Moments(*(functools.reduce(_merge, [tree[i] for tree in trees]) for i in range(2)))
     except _Overlap:
@@ -200,7 +211,7 @@ def _merge(one: Any, other: Any) -> Any:
     return jax.tree.unflatten(treedef, [_merge(*pair) for pair in zip(ones, others, strict=True)])
 
 
-def _read_state(state: ScaleByPagedAdam8bitState) -> tuple[Any, Any]:
+def _read_state(state: ScaleByPagedAdam8bitState, gather: bool) -> tuple[Any, Any]:
     handle, version = read_token(state)
     reports = _ext.describe(handle, version)
     if not any(report["version"] for report in reports):
@@ -209,38 +220,36 @@ def _read_state(state: ScaleByPagedAdam8bitState) -> tuple[Any, Any]:
         )
     first = reports[0]
     if first["tree"] not in trees:
-        raise RuntimeError("the tree of the parameters is unknown: the update was not traced here")
+        raise RuntimeError(
+            "the tree of the parameters is unknown: the update was not traced in this process, or"
+            f" before those of {MAX_TREES} other models. Trace it again (an eager update does)."
+        )
     if first["num_devices"] == 1:
         parts = [_read_shards(first, handle, version)]
         leaves = parts[0]
     else:
-        positions, shards = _positions(state, reports)
-        leaves = [
-            [np.empty(shards.whole(i, shape), np.float32) for _ in range(2)]
-            for i, (_, shape) in enumerate(first["leaves"])
-        ]
-        for report in reports:
-            position = positions[report["ordinal"]]
-            for i, part in enumerate(_read_shards(report, handle, version)):
-                index = shards.index(i, position, part[0].shape)
-                for whole, shard in zip(leaves[i], part, strict=True):
-                    whole[index] = shard
+        mesh, shards = _mesh(state, reports)
+        if len(reports) < mesh.size and not gather:
+            raise RuntimeError(
+                f"{mesh.size - len(reports)} of the {mesh.size} devices with moments of this state"
+                " belong to other processes; to collect theirs, call"
+                " moments(opt_state, gather=True) in every process"
+            )
+        leaves = _assemble(mesh, shards, reports, handle, version)
     mu, nu = zip(*leaves, strict=True)
     treedef = trees[first["tree"]]
     return jax.tree.unflatten(treedef, mu), jax.tree.unflatten(treedef, nu)
 
 
-def _positions(
-    state: ScaleByPagedAdam8bitState, reports: list[dict[str, Any]]
-) -> tuple[dict[int, int], _partition.Shards]:
-    """Where in the mesh each local device is, by its ordinal, and how leaves are cut along it."""
+def _mesh(state: ScaleByPagedAdam8bitState, reports: list[dict[str, Any]]) -> tuple[Mesh, Shards]:
+    """The devices that a state was updated on, and how leaves are cut along them."""
     if not reports[0]["shards"]:
         raise NotImplementedError(
             "moments() does not know which part of the parameters each device has: the state was"
             " updated inside jax.shard_map or jax.pmap, or on a mesh with axes of several types."
             " Update it under jax.jit with sharded arrays on a mesh of one type instead."
         )
-    shards = _partition.Shards.decode(reports[0]["shards"])
+    shards = Shards.decode(reports[0]["shards"])
     sharding = jnp.asarray(state.token).sharding
     num_devices = reports[0]["num_devices"]
     if not isinstance(sharding, NamedSharding) or sharding.mesh.size != num_devices:
@@ -248,14 +257,45 @@ def _positions(
             f"the state was updated on {num_devices} devices, but its token has the sharding"
             f" {sharding}; pass the state as update returned it"
         )
-    ids = [device.id for device in np.ravel(np.asarray(sharding.mesh.devices))]
-    if len(reports) < len(ids):
-        raise RuntimeError(
-            f"{len(ids) - len(reports)} of the {len(ids)} devices with moments of this state belong"
-            " to other processes, and moments() reads those of its own only"
-        )
-    local = jax.local_devices(backend=reports[0]["platform"])
-    return {d.local_hardware_id: ids.index(d.id) for d in local if d.id in ids}, shards
+    assert isinstance(sharding.mesh, Mesh)
+    return sharding.mesh, shards
+
+
+def _assemble(
+    mesh: Mesh,
+    shards: Shards,
+    reports: list[dict[str, Any]],
+    handle: int,
+    version: int,
+) -> list[list[np.ndarray]]:
+    """Whole leaves out of the shards of all devices, those of other processes included."""
+    devices = list(mesh.devices.flat)
+    local = [i for i, device in enumerate(devices) if device.process_index == jax.process_index()]
+    positions = {_ordinal(devices[i]): i for i in local}
+    shapes = [shape for _, shape in reports[0]["leaves"]]
+    leaves = [
+        [np.zeros(shards.whole(i, shape), np.float32) for _ in range(2)]
+        for i, shape in enumerate(shapes)
+    ]
+    for report in reports:
+        for i, part in enumerate(_read_shards(report, handle, version)):
+            index = shards.index(i, positions[report["ordinal"]], shapes[i])
+            for whole, shard in zip(leaves[i], part, strict=True):
+                whole[index] = shard
+    if len(local) == len(devices):
+        return leaves
+    for i, shape in enumerate(shapes):  # one by one: every process's copy comes to every process
+        for whole in leaves[i]:
+            copies = multihost_utils.process_allgather(whole)
+            for position, device in enumerate(devices):
+                index = shards.index(i, position, shape)
+                whole[index] = copies[device.process_index][index]
+    return leaves
+
+
+def _ordinal(device: Any) -> int:
+    """What handlers call a device of this process."""
+    return device.id if device.platform == "cpu" else device.local_hardware_id
 
 
 def _read_shards(report: dict[str, Any], handle: int, version: int) -> list[list[np.ndarray]]:

@@ -175,6 +175,20 @@ def test_stale_state_is_refused_on_the_device(stepped):
     assert np.asarray(update["w"]).all()
 
 
+def test_refused_step_behind_which_weight_decay_acts():
+    """Only the paged transformation knows of the refusal; what follows in the chain does not."""
+    tx = paged_adamw8bit(0.5, weight_decay=0.25)
+    params = {"w": jnp.full((64, 64), 2.0)}
+    update = jax.jit(tx.update)
+    _, old = update(params, tx.init(params), params)
+    _, newest = update(params, old, params)
+    refused, _ = update(params, old, params)
+    np.testing.assert_array_equal(refused["w"], np.full((64, 64), -0.5 * 0.25 * 2, np.float32))
+    with pytest.raises(RuntimeError, match="not the newest one"):
+        memory_report(newest)
+    release(newest)
+
+
 def test_refusal_reaches_reports(stepped):
     tx, params, (_, old, newest) = stepped
     wait(tx.update(params, old))

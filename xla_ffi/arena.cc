@@ -2,6 +2,7 @@
 #include "arena.h"
 
 #include <algorithm>
+#include <exception>
 #include <random>
 #include <sstream>
 
@@ -35,8 +36,12 @@ std::shared_ptr<Arena> MakeArena(const Request& request, Token token) {
                                                       request.tree,
                                                       std::string(request.shards),
                                                       request.policy});
-  arena->header = {token.handle,       0, request.signature->num_slots(), {0, 0}, &arena->segments,
-                   request.fingerprint};
+  arena->header = {token.handle,
+                   0,
+                   request.signature->num_slots(),
+                   {0, 0},
+                   &arena->segments,
+                   LayoutOf(request.fingerprint, request.part)};
   return arena;
 }
 
@@ -494,14 +499,24 @@ void Registry::ThrowIfRejected(DeviceTable& table) {
     if (!table.TakeRejection(&rejection)) return;
   }
   const DeviceId device{Platform::kCuda, table.ordinal};
-  throw StatusError(
-      StatusCode::kFailedPrecondition,
-      Explain(rejection.verdict, device, rejection.token, rejection.version, rejection.layout) +
-          " (An earlier step on " + Name(device) + " was refused and returned an update of zero.)");
+  throw StatusError(StatusCode::kFailedPrecondition,
+                    Explain(rejection.verdict, device, rejection.token, rejection.version,
+                            rejection.fingerprint) +
+                        " (An earlier step on " + Name(device) +
+                        " was refused and returned an update of zero.)");
 }
 
+// A step is refused on each of its devices, and that is one error.
 void Registry::ThrowIfRejected() {
-  for (DeviceTable* table : Tables()) ThrowIfRejected(*table);
+  std::exception_ptr first;
+  for (DeviceTable* table : Tables()) {
+    try {
+      ThrowIfRejected(*table);
+    } catch (const StatusError&) {
+      if (first == nullptr) first = std::current_exception();
+    }
+  }
+  if (first != nullptr) std::rethrow_exception(first);
 }
 
 #else

@@ -80,6 +80,7 @@ struct Request {
   PlacementPolicy policy;
   const Signature* signature;
   uint64_t fingerprint;
+  int32_t part;  // which parts of the leaves the device has
 };
 
 struct ArenaReport {

@@ -114,15 +114,17 @@ DType DTypeOf(ffi::DataType dtype) {
   }
 }
 
-// The operands of an update: token s32[2], count s32[], hyperparams f32[4], then one gradient a
-// leaf; where it takes the parameters f32[6], and one parameter a leaf behind the gradients. A
-// negative count is a step that is skipped. Its results: token s32[2], then one update a leaf.
+// The operands of an update: token s32[2], count s32[], hyperparams f32[4], part s32[], then one
+// gradient a leaf; where it takes the parameters hyperparams f32[6], and one parameter a leaf
+// behind the gradients. A negative count is a step that is skipped. Its results: token s32[2], then
+// one update a leaf.
 struct UpdateCall {
   Signature signature;
   uint64_t fingerprint = 0;
   const Token* token = nullptr;
   const int32_t* count = nullptr;
   const float* hyperparams = nullptr;
+  const int32_t* part = nullptr;
   Token* new_token = nullptr;
   std::vector<Leaf> leaves = {};
   int64_t num_work = 0;
@@ -141,7 +143,7 @@ T Operand(const ffi::RemainingArgs& args, size_t index, ffi::DataType dtype, siz
 UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
                  const ffi::RemainingRets& rets) {
   const ffi::Span<const int8_t> codecs = attrs.codecs;
-  constexpr size_t kOperands = 3;
+  constexpr size_t kOperands = 4;
   const bool takes_params = attrs.takes_params();
   const size_t num_leaves = codecs.size();
   const size_t num_extra = takes_params ? num_leaves : 0;
@@ -156,6 +158,7 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
   call.hyperparams = Operand<const float*>(
       args, 2, ffi::DataType::F32,
       static_cast<size_t>(takes_params ? kNumParamHyperparams : kNumHyperparams));
+  call.part = Operand<const int32_t*>(args, 3, ffi::DataType::S32, 1);
   call.new_token = static_cast<Token*>((*rets.get<ffi::AnyBuffer>(0))->untyped_data());
   call.leaves.reserve(num_leaves);
   for (size_t i = 0; i < num_leaves; ++i) {
@@ -200,15 +203,16 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
   return call;
 }
 
-Request MakeRequest(DeviceId device, int64_t run, const UpdateAttrs& attrs,
-                    const UpdateCall& call) {
+Request MakeRequest(DeviceId device, int64_t run, const UpdateAttrs& attrs, const UpdateCall& call,
+                    int32_t part) {
   return {device,
           run,
           attrs.tree,
           attrs.shards,
           {attrs.device_bytes, attrs.headroom_bytes, attrs.pinned, std::string(attrs.directory)},
           &call.signature,
-          call.fingerprint};
+          call.fingerprint,
+          part};
 }
 
 // Runs body(0) .. body(count - 1) on the calling thread and on whichever threads of the pool are
@@ -262,9 +266,10 @@ ffi::Error UpdateCpu(ffi::ThreadPool pool, ffi::RunId run, int32_t device, Updat
     Registry& registry = Registry::Get();
     const DeviceId id{Platform::kCpu, device};
     const Token token = *call.token;
-    const auto arena = registry.Open(MakeRequest(id, run.run_id, attrs, call), token);
+    const auto arena = registry.Open(MakeRequest(id, run.run_id, attrs, call, *call.part), token);
     std::unique_lock<std::mutex> lock(arena->mutex);
-    const Judgement judgement = Judge(&arena->header, token, call.fingerprint);
+    const Judgement judgement =
+        Judge(&arena->header, token, LayoutOf(call.fingerprint, *call.part));
     if (!IsAccepted(judgement.verdict)) {
       const int32_t version = arena->header.version;
       lock.unlock();
@@ -315,7 +320,7 @@ XLA_FFI_DEFINE_HANDLER(kUpdateCpu, UpdateCpu,
                            .Ctx<ffi::RunId>()
                            .Ctx<ffi::DeviceOrdinal>()
                            .Attrs<UpdateAttrs>()
-                           .RemainingArgs()    // token, count, hyperparams, gradients, parameters
+                           .RemainingArgs()    // as UpdateCall says
                            .RemainingRets());  // token, updates
 
 #if PAGED_OPTAX_CUDA
@@ -342,10 +347,12 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
     if (registry.MayBeFirstUse(run.run_id, table)) {
       // Only now does the host wait for the device.
       Token token;
+      int32_t part;
       CUDA_CHECK(
           cudaMemcpyAsync(&token, call.token, sizeof(token), cudaMemcpyDeviceToHost, stream));
+      CUDA_CHECK(cudaMemcpyAsync(&part, call.part, sizeof(part), cudaMemcpyDeviceToHost, stream));
       CUDA_CHECK(cudaStreamSynchronize(stream));
-      registry.BindOnFirstUse(MakeRequest({Platform::kCuda, device}, run.run_id, attrs, call),
+      registry.BindOnFirstUse(MakeRequest({Platform::kCuda, device}, run.run_id, attrs, call, part),
                               token, table, stream);
     }
     const auto resolved = scratch.Allocate(sizeof(ResolvedStep), alignof(ResolvedStep));
@@ -355,7 +362,7 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
     table.pager.BeforeStep(stream);
     const bool has_arena = !table.arenas.empty();
     LaunchUpdate({has_arena ? table.headers() : nullptr, static_cast<int>(table.arenas.size()),
-                  call.token, call.count, call.hyperparams, call.new_token,
+                  call.token, call.count, call.hyperparams, call.part, call.new_token,
                   table.device_rejection(), static_cast<ResolvedStep*>(*resolved), attrs.nesterov,
                   attrs.bad_element(), attrs.takes_params(), call.fingerprint,
                   call.signature.extent(), std::move(call.leaves), call.num_work},
@@ -380,7 +387,7 @@ XLA_FFI_DEFINE_HANDLER(kUpdateCuda, UpdateCuda,
                            .Ctx<ffi::RunId>()
                            .Ctx<ffi::DeviceOrdinal>()
                            .Attrs<UpdateAttrs>()
-                           .RemainingArgs()    // token, count, hyperparams, gradients, parameters
+                           .RemainingArgs()    // as UpdateCall says
                            .RemainingRets());  // token, updates
 
 #endif  // PAGED_OPTAX_CUDA

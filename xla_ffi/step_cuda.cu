@@ -40,13 +40,14 @@ struct ResolveArgs {
   const Token* token;
   const int32_t* count;
   const float* hyperparams;
+  const int32_t* part;
   Token* new_token;
   Rejection* rejection;
   ResolvedStep* resolved;
   bool nesterov;
   BadElement bad_element;
   bool takes_params;
-  uint64_t layout;
+  uint64_t fingerprint;
   ArenaExtent extent;
 };
 
@@ -62,7 +63,7 @@ __global__ void ResolveKernel(ResolveArgs args) {
   if (threadIdx.x != 0) return;
 
   Header* header = found < 0 ? nullptr : &args.headers[found];
-  const Judgement judgement = Judge(header, token, args.layout);
+  const Judgement judgement = Judge(header, token, LayoutOf(args.fingerprint, *args.part));
   ResolvedStep& resolved = *args.resolved;
   const int32_t count = *args.count;
   const bool skipped = IsAccepted(judgement.verdict) && count < 0;
@@ -88,7 +89,7 @@ __global__ void ResolveKernel(ResolveArgs args) {
   report->token.handle = token.handle;
   report->token.version = token.version;
   report->version = header == nullptr ? 0 : header->version;
-  report->layout = args.layout;
+  report->fingerprint = args.fingerprint;
   __threadfence_system();
   report->verdict = judgement.verdict;
 }
@@ -466,8 +467,8 @@ void LaunchUpdate(const CudaUpdate& update, int device, void* stream) {
   ScopedDevice scope(device);
   ResolveKernel<<<1, kWarpSize, 0, cuda_stream>>>(
       {update.headers, update.num_headers, update.token, update.count, update.hyperparams,
-       update.new_token, update.rejection, update.resolved, update.nesterov, update.bad_element,
-       update.takes_params, update.layout, update.extent});
+       update.part, update.new_token, update.rejection, update.resolved, update.nesterov,
+       update.bad_element, update.takes_params, update.fingerprint, update.extent});
   CUDA_CHECK(cudaGetLastError());
   if (update.leaves.size() <= kFewLeaves) {
     LaunchSteps<kFewLeaves>(update, device, cuda_stream);

@@ -27,13 +27,14 @@ struct CudaUpdate {
   const Token* token;
   const int32_t* count;
   const float* hyperparams;
+  const int32_t* part;  // as in Request
   Token* new_token;
   Rejection* rejection;
   ResolvedStep* resolved;
   bool nesterov;
   BadElement bad_element;
   bool takes_params;
-  uint64_t layout;
+  uint64_t fingerprint;
   ArenaExtent extent;
   std::vector<Leaf> leaves;
   int64_t num_work;
