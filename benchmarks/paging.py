@@ -2,12 +2,12 @@
 
     python benchmarks/paging.py [--size N] [--repeats N]
 
-One tensor of float32 gradients; updates alone, without decay and apply, everything donated, so that
-nothing but gradients, updates and moments is moved. "Link" is what the copy engines reach between
-pinned host memory and the GPU in the same run, each way while both are busy, and a step that reads and
-writes its moments over the link in place can at best reach that. The alternatives: float32 AdamW
-with its state in JAX's pinned_host memory and, where torch and bitsandbytes are installed,
-PagedAdamW8bit after its state was evicted to the host by touching it there.
+One tensor of float32 gradients; updates alone, without decay and apply, everything donated, so
+that nothing but gradients, updates and moments is moved. "Link" is what the copy engines reach
+between pinned host memory and the GPU in the same run, each way while both are busy; a step reads
+and writes moments on the host over it, in place. The alternatives: float32 AdamW with its state in
+JAX's pinned_host memory and, where torch and bitsandbytes are installed, PagedAdamW8bit after its
+state was evicted to the host by touching it there.
 """
 
 import argparse
