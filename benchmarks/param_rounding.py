@@ -28,13 +28,13 @@ def train(mode, dtype, learning_rate):
         learning_rate, param_rounding=mode, quantization=Quantization(min_size=SIZE + 1)
     )
     params = {"p": jnp.full(SIZE, START, dtype)}
-    drift = 0.3 * jax.random.normal(jax.random.key(1), SIZE)
+    drift = 0.3 * jax.random.normal(jax.random.key(1), (SIZE,))
 
     @jax.jit
     def run(params, state):
         def step(carry, key):
             params, state = carry
-            grad = (drift + jax.random.normal(key, SIZE)).astype(jnp.bfloat16)
+            grad = (drift + jax.random.normal(key, (SIZE,))).astype(jnp.bfloat16)
             updates, state = tx.update({"p": grad.astype(dtype)}, state, params)
             return (optax.apply_updates(params, updates), state), None
 

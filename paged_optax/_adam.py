@@ -279,17 +279,26 @@ def _count_bad(grads: Sequence[jax.Array], reduce: Callable[..., jax.Array]) -> 
 
     With ``reduce=jnp.any`` a leaf counts as one.
     """
-    total = jnp.zeros([], jnp.int32)
+    totals: dict[tuple[str, ...], jax.Array] = {}  # by the manual axes that gradients vary along
     for grad in grads:
         limit = jnp.inf if grad.dtype == jnp.float16 else 2.0**64
-        total = _add(total, reduce(~(jnp.abs(grad) < limit)).astype(jnp.int32))
-    mesh = jax.sharding.get_abstract_mesh()
-    manual = [
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Manual
-    ]
-    return jax.lax.psum(total, manual) if manual else total
+        count = reduce(~(jnp.abs(grad) < limit)).astype(jnp.int32)
+        axes = tuple(sorted(_varying(count)))
+        totals[axes] = _add(totals[axes], count) if axes in totals else count
+    if not any(totals):  # jax.shard_map does not tell: they may vary along all
+        mesh = jax.sharding.get_abstract_mesh()
+        kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        manual = tuple(name for name, kind in kinds if kind == AxisType.Manual)
+        totals = {manual: total for total in totals.values()}
+    result = jnp.zeros([], jnp.int32)
+    for axes, total in totals.items():
+        result = _add(result, jax.lax.psum(total, axes) if axes else total)
+    return result
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    """The manual axes that a value is known to vary along; none without ``check_vma``."""
+    return getattr(getattr(jax.typeof(x), "manual_axis_type", None), "varying", frozenset())
 
 
 def _add(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -39,7 +39,11 @@ class ScaleByPagedAdam8bitState(NamedTuple):
 
 
 class SkipNonFiniteState(NamedTuple):
-    """State of a paged optimizer with ``non_finite="skip_element"`` or ``"skip_step"``."""
+    """State of a paged optimizer with ``non_finite="skip_element"`` or ``"skip_step"``.
+
+    Inside `jax.shard_map` with ``check_vma=False``, and `jax.pmap`, an element of a gradient that
+    devices have in common counts once a device.
+    """
 
     skipped: jax.Array  # int32 (): gradient elements, or steps, that were skipped so far
     inner_state: Any  # that of the optimizer

@@ -26,6 +26,7 @@ from paged_optax import (
     scale_by_paged_adam8bit,
 )
 from paged_optax import _reference as reference
+from paged_optax._adam import _count_bad
 
 f32 = np.float32
 BAD = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf, "square": 1e30}
@@ -374,6 +375,28 @@ def test_all_devices_decide_alike(policy, kind, rounding):
         assert len(copies) == 1
         counts = np.ravel(np.asarray(state.inner_state[0].count))
         assert set(counts.tolist()) == {2 if policy == "skip_step" else 3}
+
+
+@pytest.mark.parametrize(
+    "specs, count, unchecked",
+    [((P("x"), P()), 2, 10), ((P("x"), P("y")), 2, 6), ((P(("x", "y")), P("x")), 2, 3)],
+    ids=str,
+)
+def test_count_inside_shard_map(specs, count, unchecked):
+    """Each element once where `jax.shard_map` tells what is replicated, else once a device."""
+    kinds = (AxisType.Auto, AxisType.Auto)
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=kinds, devices=jax.devices("cpu")[:8])
+    grads = np.zeros((2, 8), f32)
+    grads[0, 3], grads[1, 0] = np.nan, np.inf
+    for check_vma, expected in ((True, count), (False, unchecked)):
+        counter = jax.shard_map(
+            lambda *grads: _count_bad(grads, jnp.sum),
+            mesh=mesh,
+            in_specs=specs,
+            out_specs=P(),
+            check_vma=check_vma,
+        )
+        assert jax.jit(counter)(*grads) == expected
 
 
 # ------------------------------------------------------------------------------------ errors
