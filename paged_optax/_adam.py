@@ -128,8 +128,12 @@ def scale_by_paged_adam8bit(
             codecs=tuple(
                 DYNAMIC if np.size(g) >= quantization.min_size else FLOAT32 for g in grads
             ),
+            decayed=(),
+            keys=(),
             nesterov=bool(nesterov),
+            param_rounding=0,
             replay=bool(replay),
+            skip_elements=False,
             tree=name_tree(paths, treedef),
             paths=name_paths(paths),
             device_bytes=-1 if paging.device_bytes is None else paging.device_bytes,

@@ -18,7 +18,7 @@ from jax.interpreters import mlir
 from . import _ext
 
 TOKEN_SHAPE = (2,)  # handle, version
-NUM_SCALARS = 3  # token, count, hyperparams: the operands of an update before the gradients
+NUM_SCALARS = 3  # token, count, hyperparams: the operands of an update before the leaves
 
 _ISSUE_TARGET = "paged_optax_issue"
 _UPDATE_TARGET = "paged_optax_update"
@@ -29,7 +29,8 @@ for _name, _platform, _handler in _ext.targets():
 # issue_call_p: a seed, int32 (2,), that only tells apart two calls of one program -> a new token.
 # Static: `shared` (bool), whether other processes take part in the program.
 issue_call_p = jax.extend.core.Primitive("paged_optax_issue_call")
-# update_call_p: token, count, hyperparams, gradients -> the advanced token, updates.
+# update_call_p: token, count, hyperparams, gradients, parameters or none -> the advanced token,
+# updates.
 # Static: the members of UpdateAttrs in xla_ffi/handlers.cc.
 update_call_p = jax.extend.core.Primitive("paged_optax_update_call")
 issue_call_p.multiple_results = update_call_p.multiple_results = True
@@ -42,9 +43,9 @@ def _issue_avals(seed, *, shared):
 
 
 @update_call_p.def_abstract_eval
-def _update_avals(token, count, hyperparams, *grads, **static):
-    del count, hyperparams, static
-    return [token, *grads]
+def _update_avals(token, count, hyperparams, *leaves, **static):
+    del count, hyperparams
+    return [token, *leaves[: len(static["codecs"])]]
 
 
 def _lower_issue(ctx, seed, *, shared):
@@ -56,13 +57,13 @@ def _lower_update(ctx, *operands, **attrs):
     lowering = jax.ffi.ffi_lowering(
         _UPDATE_TARGET, has_side_effect=True, operand_output_aliases=aliases
     )
-    return lowering(ctx, *operands, **{name: _attribute(x) for name, x in attrs.items()})
+    return lowering(ctx, *operands, **{name: _attribute(name, x) for name, x in attrs.items()})
 
 
-def _attribute(value):
-    """Integers as the 64 bits that the handler decodes, and codecs as an array."""
+def _attribute(name, value):
+    """Integers as the 64 bits that the handler decodes, and one per leaf as an array."""
     if isinstance(value, tuple):
-        return np.array(value, np.int8)
+        return np.array(value, np.int64 if name == "keys" else np.int8)
     return np.int64(value) if type(value) is int else value
 
 

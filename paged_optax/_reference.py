@@ -84,6 +84,37 @@ def dequantize(quantized: Quantized, signed: bool) -> np.ndarray:
     return (blocks * quantized.scales[:, None]).ravel()
 
 
+def random_bits(leaf_key: int, count: int, start: int, size: int, stream: int = 0) -> np.ndarray:
+    """Random bits for the elements [start, start + size) of a leaf, a word each.
+
+    Args:
+      leaf_key: 64 bits, signed or not, that name the leaf.
+      count: number of steps already taken.
+      start: index of the first element in its leaf.
+      size: number of elements.
+      stream: 32 bits; each stream is another sequence.
+
+    Returns:
+      uint32 array of shape (size,).
+    """
+    leaf_key %= 2**64
+    before = _mix(np.array([count], np.uint32), 0x9E3779B9, 0x7F4A7C15)
+    between = _mix(np.array([count], np.uint32), 0xBF58476D, 0x94D049BB)
+    index = np.uint64(start) + np.arange(size, dtype=np.uint64)
+    place = (index >> np.uint64(32)).astype(np.uint32) * np.uint32(0x9E3779B1)
+    place ^= np.uint32(stream * 0x85EBCA77 % 2**32) ^ np.uint32(leaf_key // 2**32)
+    before = before ^ np.uint32(leaf_key % 2**32) ^ place * np.uint32(0xC2B2AE3D)
+    between = between ^ place
+    return _mix(index.astype(np.uint32), before, between)
+
+
+def _mix(x: np.ndarray, before, between) -> np.ndarray:
+    x = x ^ np.asarray(before, np.uint32)
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> np.uint32(15)) ^ np.asarray(between, np.uint32)) * np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))
+
+
 class Hyperparams(NamedTuple):
     b1: float = 0.9
     b2: float = 0.999

@@ -43,7 +43,8 @@ def stored_bytes(*sizes, min_size=4096):
     num_8bit, num_float32 = (sum(-(-size // 256) for size in group) for group in (large, small))
     chunk = 2**21
     full, rest = divmod(num_8bit, chunk // 520)  # a block: 256 codes and a scale, twice
-    return full * chunk + -(-rest * 520 // 512) * 512 + num_float32 * 256 * 8
+    multiple = 2048 if num_float32 else 512
+    return full * chunk + -(-rest * 520 // multiple) * multiple + num_float32 * 256 * 8
 
 
 SHAPES = {

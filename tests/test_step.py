@@ -304,15 +304,15 @@ def arena_of(mu, nu):
 
     Moments are `reference.Quantized`, or flat float32 arrays of whole blocks.
     """
-    quantized = isinstance(mu, reference.Quantized)
-    rows = [x.reshape(-1, BLOCK) for x in ((mu.codes, nu.codes) if quantized else (mu, nu))]
-    per_chunk = 2**21 // (520 if quantized else 2048)
+    if not isinstance(mu, reference.Quantized):
+        blocks = np.stack([mu.reshape(-1, BLOCK), nu.reshape(-1, BLOCK)], axis=1)
+        return blocks.ravel().view(np.uint8).copy()
+    rows = [x.reshape(-1, BLOCK) for x in (mu.codes, nu.codes)]
+    per_chunk = 2**21 // 520
     parts = []
     for first in range(0, len(rows[0]), per_chunk):
         part = slice(first, first + per_chunk)
-        arrays = [row[part] for row in rows]
-        if quantized:
-            arrays += [mu.scales[part], nu.scales[part]]
+        arrays = [row[part] for row in rows] + [mu.scales[part], nu.scales[part]]
         chunk = b"".join(array.tobytes() for array in arrays)
         is_full = first + per_chunk <= len(rows[0])
         parts.append(chunk.ljust(2**21, b"\0") if is_full else chunk)
@@ -531,7 +531,7 @@ def expected_arena_bytes(num_dynamic, num_float32):
     """By counting: 4,032 quantized blocks of 520 bytes a chunk of 2 MiB, then the float32 ones."""
     full, rest = divmod(num_dynamic, 4032)
     nbytes = full * 2**21 + rest * 520
-    return nbytes + -nbytes % 512 + num_float32 * 2048
+    return nbytes + -nbytes % (2048 if num_float32 else 512) + num_float32 * 2048
 
 
 @pytest.mark.parametrize(

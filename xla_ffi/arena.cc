@@ -237,7 +237,7 @@ std::vector<ArenaReport> Registry::Describe(Token token) {
     reports.push_back({arena->device, version, arena->tree, arena->shards,
                        arena->memory.placement(), arena->memory.nbytes(),
                        arena->signature.num_slots(), arena->signature.num_devices(),
-                       arena->signature.Leaves()});
+                       arena->signature.Leaves(), arena->signature.extent()});
   }
   if (reports.empty() && token.version != 0) {
     throw StatusError(StatusCode::kFailedPrecondition,

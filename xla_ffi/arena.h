@@ -71,6 +71,7 @@ struct ArenaReport {
   int32_t num_slots;
   int64_t num_devices;
   std::vector<Signature::LeafInfo> leaves;
+  ArenaExtent extent;  // of a slot
 };
 
 #if PAGED_OPTAX_CUDA

@@ -5,10 +5,14 @@
 // numbered through the tree per codec. An arena is a row of 2 MiB chunks (the granularity in which
 // CUDA moves managed memory); a chunk keeps its blocks' codes and scales together, so that any
 // leading part of the arena is a self-contained part of the state. First come all `dynamic` blocks,
-// then all float32 blocks; the last chunk of each is as long as its blocks need.
+// the last chunk being as long as they need; then, one behind the other, all float32 blocks, none
+// of which lies across the border of two chunks. Where residuals of the parameters are kept
+// (rounding.h) every block has 256 bytes more: in the chunks, and behind the last float32 block for
+// all of those.
 //
-//   dynamic chunk: [mu codes: n x 256][nu codes: n x 256][mu scales: n x 4][nu scales: n x 4]
-//   float32 chunk: [mu: n x 1024][nu: n x 1024]
+//   dynamic chunk: [mu codes: n x 256][nu codes: n x 256][residuals: n x 256, or nothing]
+//                  [mu scales: n x 4][nu scales: n x 4]
+//   float32 block: [mu: 1024][nu: 1024]
 #pragma once
 
 #include <type_traits>
@@ -23,8 +27,8 @@ inline constexpr int64_t kBlockSize = 256;
 inline constexpr int64_t kChunkBytes = int64_t{2} << 20;
 inline constexpr int64_t kDynamicBlockBytes = 2 * kBlockSize + 2 * sizeof(float);
 inline constexpr int64_t kFloat32BlockBytes = 2 * kBlockSize * sizeof(float);
-inline constexpr int64_t kDynamicBlocksPerChunk = kChunkBytes / kDynamicBlockBytes;
-inline constexpr int64_t kFloat32BlocksPerChunk = kChunkBytes / kFloat32BlockBytes;
+inline constexpr int64_t kResidualBytes = kBlockSize;  // of a block, where there are residuals
+static_assert(kChunkBytes % kFloat32BlockBytes == 0);
 
 inline constexpr int64_t kMaxBlocks = int64_t{1}
                                       << 32;  // of one codec in one arena: 10^12 elements
@@ -43,6 +47,7 @@ struct DynamicBlock {
   Byte* nu;
   Float* mu_scale;
   Float* nu_scale;
+  Byte* residuals;  // meaningful where the arena has them
 };
 
 template <class Byte>
@@ -50,50 +55,80 @@ struct Float32Block {
   using Float = typename DynamicBlock<Byte>::Float;
   Float* mu;
   Float* nu;
+  Byte* residuals;  // meaningful where the arena has them
 };
 
 // The extent of an arena; with its base address it locates every block.
 struct ArenaExtent {
   int64_t num_dynamic_blocks = 0;
   int64_t num_float32_blocks = 0;
+  bool has_residuals = false;
 
-  PAGED_HD int64_t Float32Offset() const {
-    const int64_t chunks = num_dynamic_blocks / kDynamicBlocksPerChunk;
-    const int64_t rest = num_dynamic_blocks % kDynamicBlocksPerChunk;
-    return RoundUp(chunks * kChunkBytes + rest * kDynamicBlockBytes, 512);
+  PAGED_HD int64_t DynamicBlockBytes() const {
+    return kDynamicBlockBytes + (has_residuals ? kResidualBytes : 0);
   }
 
+  PAGED_HD int64_t DynamicBlocksPerChunk() const {
+    return has_residuals ? kChunkBytes / (kDynamicBlockBytes + kResidualBytes)
+                         : kChunkBytes / kDynamicBlockBytes;
+  }
+
+  PAGED_HD int64_t DynamicBytes() const {
+    const int64_t chunks = num_dynamic_blocks / DynamicBlocksPerChunk();
+    const int64_t rest = num_dynamic_blocks % DynamicBlocksPerChunk();
+    return RoundUp(chunks * kChunkBytes + rest * DynamicBlockBytes(), 512);
+  }
+
+  PAGED_HD int64_t Float32Offset() const { return RoundUp(DynamicBytes(), kFloat32BlockBytes); }
+
   PAGED_HD int64_t NumBytes() const {
-    return Float32Offset() + num_float32_blocks * kFloat32BlockBytes;
+    if (num_float32_blocks == 0) return DynamicBytes();
+    return Float32ResidualOffset() + (has_residuals ? num_float32_blocks * kResidualBytes : 0);
+  }
+
+  // Of the blocks in arena order (dynamic ones, then float32 ones), how many of the first lie
+  // wholly below `nbytes`, a multiple of the chunk size. Of float32 blocks with residuals, all or
+  // none.
+  PAGED_HD int64_t BlocksBelow(int64_t nbytes) const {
+    const int64_t dynamic = nbytes / kChunkBytes * DynamicBlocksPerChunk();
+    if (dynamic < num_dynamic_blocks) return dynamic;
+    const int64_t float32 = (nbytes - Float32Offset()) / kFloat32BlockBytes;
+    if (float32 <= 0 || (has_residuals && nbytes < NumBytes())) return num_dynamic_blocks;
+    return num_dynamic_blocks + (float32 < num_float32_blocks ? float32 : num_float32_blocks);
   }
 
   template <class Byte>
   PAGED_HD DynamicBlock<Byte> LocateDynamic(Byte* base, int64_t block) const {
-    // 32 bits: a division that a GPU does in a few instructions. Arenas have fewer blocks
-    // (kMaxBlocks).
-    const int64_t chunk =
-        static_cast<uint32_t>(block) / static_cast<uint32_t>(kDynamicBlocksPerChunk);
-    const int64_t first = chunk * kDynamicBlocksPerChunk;
+    // 32 bits and a constant on either side: a division that a GPU does in a few instructions.
+    // Arenas have fewer blocks (kMaxBlocks).
+    constexpr uint32_t kPlain = kChunkBytes / kDynamicBlockBytes;
+    constexpr uint32_t kLonger = kChunkBytes / (kDynamicBlockBytes + kResidualBytes);
+    const int64_t chunk = has_residuals ? static_cast<uint32_t>(block) / kLonger
+                                        : static_cast<uint32_t>(block) / kPlain;
+    const int64_t per_chunk = DynamicBlocksPerChunk();
+    const int64_t first = chunk * per_chunk;
     const int64_t i = block - first;
     const int64_t left = num_dynamic_blocks - first;
-    const int64_t n = left < kDynamicBlocksPerChunk ? left : kDynamicBlocksPerChunk;
+    const int64_t n = left < per_chunk ? left : per_chunk;
     Byte* mu = base + chunk * kChunkBytes;
     Byte* nu = mu + n * kBlockSize;
-    auto* mu_scales = reinterpret_cast<typename DynamicBlock<Byte>::Float*>(nu + n * kBlockSize);
-    return {mu + i * kBlockSize, nu + i * kBlockSize, mu_scales + i, mu_scales + n + i};
+    Byte* residuals = nu + n * kBlockSize;
+    Byte* scales = has_residuals ? residuals + n * kResidualBytes : residuals;
+    auto* mu_scales = reinterpret_cast<typename DynamicBlock<Byte>::Float*>(scales);
+    return {mu + i * kBlockSize, nu + i * kBlockSize, mu_scales + i, mu_scales + n + i,
+            residuals + i * kResidualBytes};
   }
 
   template <class Byte>
   PAGED_HD Float32Block<Byte> LocateFloat32(Byte* base, int64_t block) const {
-    const int64_t chunk =
-        static_cast<uint32_t>(block) / static_cast<uint32_t>(kFloat32BlocksPerChunk);
-    const int64_t first = chunk * kFloat32BlocksPerChunk;
-    const int64_t i = block - first;
-    const int64_t left = num_float32_blocks - first;
-    const int64_t n = left < kFloat32BlocksPerChunk ? left : kFloat32BlocksPerChunk;
     auto* mu = reinterpret_cast<typename Float32Block<Byte>::Float*>(base + Float32Offset() +
-                                                                     chunk * kChunkBytes);
-    return {mu + i * kBlockSize, mu + (n + i) * kBlockSize};
+                                                                     block * kFloat32BlockBytes);
+    return {mu, mu + kBlockSize, base + Float32ResidualOffset() + block * kResidualBytes};
+  }
+
+ private:
+  PAGED_HD int64_t Float32ResidualOffset() const {
+    return Float32Offset() + num_float32_blocks * kFloat32BlockBytes;
   }
 };
 

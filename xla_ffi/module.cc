@@ -12,6 +12,7 @@
 #include "arena.h"
 #include "handlers.h"
 #include "memory.h"
+#include "random.h"
 #include "status.h"
 #include "step.h"
 
@@ -149,11 +150,7 @@ py::tuple ReadLeaf(const std::string& platform, int ordinal, int32_t handle, int
   for (const ArenaReport& report : reports) {
     if (!(report.device == device) || index >= report.leaves.size()) continue;
     const Signature::LeafInfo& leaf = report.leaves[index];
-    ArenaExtent extent;
-    for (const auto& other : report.leaves) {
-      (other.codec == Codec::kDynamic ? extent.num_dynamic_blocks : extent.num_float32_blocks) +=
-          NumBlocks(other.size);
-    }
+    const ArenaExtent& extent = report.extent;
     const int64_t blocks = NumBlocks(leaf.size);
     // Addresses relative to the arena, from the same arithmetic that the kernels use.
     const uint8_t* origin = nullptr;
@@ -166,20 +163,18 @@ py::tuple ReadLeaf(const std::string& platform, int ordinal, int32_t handle, int
     };
     if (leaf.codec == Codec::kFloat32) {
       py::array_t<float> mu(blocks * kBlockSize), nu(blocks * kBlockSize);
-      for (int64_t b = 0, run; b < blocks; b += run) {
-        run = std::min(blocks - b,
-                       kFloat32BlocksPerChunk - (leaf.first_block + b) % kFloat32BlocksPerChunk);
+      for (int64_t b = 0; b < blocks; ++b) {
         const auto block = extent.LocateFloat32(origin, leaf.first_block + b);
-        read(block.mu, run * kBlockSize * 4, mu.mutable_data() + b * kBlockSize);
-        read(block.nu, run * kBlockSize * 4, nu.mutable_data() + b * kBlockSize);
+        read(block.mu, kBlockSize * 4, mu.mutable_data() + b * kBlockSize);
+        read(block.nu, kBlockSize * 4, nu.mutable_data() + b * kBlockSize);
       }
       return py::make_tuple(mu, nu);
     }
     py::array_t<uint8_t> mu(blocks * kBlockSize), nu(blocks * kBlockSize);
     py::array_t<float> mu_scales(blocks), nu_scales(blocks);
+    const int64_t per_chunk = extent.DynamicBlocksPerChunk();
     for (int64_t b = 0, run; b < blocks; b += run) {
-      run = std::min(blocks - b,
-                     kDynamicBlocksPerChunk - (leaf.first_block + b) % kDynamicBlocksPerChunk);
+      run = std::min(blocks - b, per_chunk - (leaf.first_block + b) % per_chunk);
       const auto block = extent.LocateDynamic(origin, leaf.first_block + b);
       read(block.mu, run * kBlockSize, mu.mutable_data() + b * kBlockSize);
       read(block.nu, run * kBlockSize, nu.mutable_data() + b * kBlockSize);
@@ -189,6 +184,34 @@ py::tuple ReadLeaf(const std::string& platform, int ordinal, int32_t handle, int
     return py::make_tuple(mu, nu, mu_scales, nu_scales);
   }
   throw StatusError(StatusCode::kInvalidArgument, "no such leaf on this device");
+}
+
+// The residuals of one leaf's parameters, blocks concatenated, padding included.
+py::array_t<uint8_t> ReadResiduals(const std::string& platform, int ordinal, int32_t handle,
+                                   int32_t version, size_t index) {
+  const DeviceId device = ParseDevice(platform, ordinal);
+  const Token token{handle, version};
+  Registry& registry = Registry::Get();
+  py::gil_scoped_release unlocked;
+  for (const ArenaReport& report : registry.Describe(token)) {
+    if (!(report.device == device) || index >= report.leaves.size()) continue;
+    if (!report.extent.has_residuals) continue;
+    const Signature::LeafInfo& leaf = report.leaves[index];
+    const int64_t blocks = NumBlocks(leaf.size);
+    std::vector<uint8_t> residuals(blocks * kResidualBytes);
+    const uint8_t* origin = nullptr;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t block = leaf.first_block + b;
+      const uint8_t* address = leaf.codec == Codec::kDynamic
+                                   ? report.extent.LocateDynamic(origin, block).residuals
+                                   : report.extent.LocateFloat32(origin, block).residuals;
+      registry.Read(device, token, static_cast<int64_t>(reinterpret_cast<uintptr_t>(address)),
+                    kResidualBytes, residuals.data() + b * kResidualBytes);
+    }
+    py::gil_scoped_acquire locked;
+    return py::array_t<uint8_t>(static_cast<py::ssize_t>(residuals.size()), residuals.data());
+  }
+  throw StatusError(StatusCode::kInvalidArgument, "no residuals of such a leaf on this device");
 }
 
 // The code alone, for the tests: codes of values that are already divided by their block's scale.
@@ -202,20 +225,29 @@ py::array_t<uint8_t> Encode(const py::array_t<float, py::array::c_style>& values
   return codes;
 }
 
+// Random bits alone, for the tests: those of elements [start, start + size) of a leaf.
+py::array_t<uint32_t> RandomBitsOf(int64_t leaf_key, int32_t count, int64_t start, int64_t size,
+                                   uint32_t stream) {
+  py::array_t<uint32_t> bits(size);
+  for (int64_t i = 0; i < size; ++i) {
+    const RandomKey key =
+        BlockKey(StepKey(count), static_cast<uint64_t>(leaf_key), stream, start + i);
+    bits.mutable_data()[i] = RandomBits(key, static_cast<uint32_t>(start + i));
+  }
+  return bits;
+}
+
 // The step alone, for the tests: blocks [begin, end) of a single leaf, moments in `arena`.
 void StepLeaf(py::buffer values, int dtype, int codec, py::buffer arena, int64_t begin, int64_t end,
               std::array<float, kNumHyperparams> hyperparams, int32_t count, bool nesterov,
               bool fresh) {
   const py::buffer_info values_info = values.request(/*writable=*/true);
   const py::buffer_info arena_info = arena.request(/*writable=*/true);
-  Leaf leaf{values_info.ptr,
-            values_info.ptr,
-            values_info.size * values_info.itemsize,
-            0,
-            0,
-            static_cast<DType>(dtype),
-            static_cast<Codec>(codec)};
-  leaf.size /= SizeOf(leaf.dtype);
+  Leaf leaf{};
+  leaf.grads = leaf.updates = values_info.ptr;
+  leaf.dtype = static_cast<DType>(dtype);
+  leaf.codec = static_cast<Codec>(codec);
+  leaf.size = values_info.size * values_info.itemsize / SizeOf(leaf.dtype);
   ArenaExtent extent;
   const int64_t blocks = NumBlocks(leaf.size);
   (leaf.codec == Codec::kDynamic ? extent.num_dynamic_blocks : extent.num_float32_blocks) = blocks;
@@ -223,8 +255,9 @@ void StepLeaf(py::buffer values, int dtype, int codec, py::buffer arena, int64_t
     throw StatusError(StatusCode::kInvalidArgument, "blocks outside the leaf, or arena too small");
   }
   uint8_t* base = static_cast<uint8_t*>(arena_info.ptr);
-  const Work work{&leaf, 1, blocks, fresh ? nullptr : base, base, extent};
-  StepBlocksCpu(MakeAdamStep(hyperparams.data(), count, nesterov), work, begin, end);
+  const Work work{&leaf, 1, blocks, fresh ? nullptr : base, base, extent, nullptr};
+  StepBlocksCpu(MakeAdamStep(hyperparams.data(), count, nesterov, BadElement::kNan), work, begin,
+                end);
 }
 
 }  // namespace
@@ -254,6 +287,8 @@ PYBIND11_MODULE(_ext, module) {
   module.def("describe", &Describe, py::arg("handle"), py::arg("version"));
   module.def("read_leaf", &ReadLeaf, py::arg("platform"), py::arg("ordinal"), py::arg("handle"),
              py::arg("version"), py::arg("leaf"));
+  module.def("read_residuals", &ReadResiduals, py::arg("platform"), py::arg("ordinal"),
+             py::arg("handle"), py::arg("version"), py::arg("leaf"));
   module.def(
       "release", [](int32_t handle) { return Registry::Get().Release(handle); }, py::arg("handle"),
       py::call_guard<py::gil_scoped_release>());
@@ -261,12 +296,18 @@ PYBIND11_MODULE(_ext, module) {
       "release_all", [] { return Registry::Get().ReleaseAll(); },
       py::call_guard<py::gil_scoped_release>());
   module.def("encode", &Encode, py::arg("values"), py::arg("signed"));
+  module.def("random_bits", &RandomBitsOf, py::arg("leaf_key"), py::arg("count"), py::arg("start"),
+             py::arg("size"), py::arg("stream") = 0);
   module.def("step_leaf", &StepLeaf, py::arg("values"), py::arg("dtype"), py::arg("codec"),
              py::arg("arena"), py::arg("begin"), py::arg("end"), py::arg("hyperparams"),
              py::arg("count"), py::arg("nesterov") = false, py::arg("fresh") = false);
-  module.def("arena_bytes", [](int64_t num_dynamic_blocks, int64_t num_float32_blocks) {
-    return ArenaExtent{num_dynamic_blocks, num_float32_blocks}.NumBytes();
-  });
+  module.def(
+      "arena_bytes",
+      [](int64_t num_dynamic_blocks, int64_t num_float32_blocks, bool has_residuals) {
+        return ArenaExtent{num_dynamic_blocks, num_float32_blocks, has_residuals}.NumBytes();
+      },
+      py::arg("num_dynamic_blocks"), py::arg("num_float32_blocks"),
+      py::arg("has_residuals") = false);
 #if PAGED_OPTAX_CUDA
   module.def("count_inexact", &CountInexact, py::arg("ordinal"));
 #endif

@@ -73,6 +73,7 @@ uint64_t Signature::Fingerprint() const {
   };
   mix(num_slots_);
   mix(num_devices_);
+  mix(extent_.has_residuals);
   for (const char c : shards_) mix(c);
   for (const int64_t word : words_) mix(word);
   return hash;
@@ -110,6 +111,15 @@ std::string Signature::Difference(const Signature& moments, const Signature& cal
     const char* names[] = {"replay=False", "replay=True"};
     text << "the moments were made with " << names[moments.num_slots_ - 1] << " and this step has "
          << names[call.num_slots_ - 1] << ". Make a new state with init(params). " << kUntouched;
+    return text.str();
+  }
+  if (moments.extent_.has_residuals != call.extent_.has_residuals) {
+    const char* who[] = {"the state", "this step"};
+    const bool step_keeps = call.extent_.has_residuals;
+    text << who[step_keeps] << " keeps residuals of 16-bit parameters and " << who[!step_keeps]
+         << " does not (was param_rounding='compensated' or the parameters' dtype changed?). Make a"
+            " new state with init(params). "
+         << kUntouched;
     return text.str();
   }
   const std::string difference = LeafDifference(moments.Leaves(), call.Leaves());

@@ -7,6 +7,7 @@
 #include "codec.h"
 #include "dtype.h"
 #include "layout.h"
+#include "rounding.h"
 
 namespace paged_optax {
 
@@ -18,8 +19,14 @@ struct Leaf {
   int64_t size;         // elements
   int64_t first_block;  // number of its first block among the blocks of its codec
   int64_t first_work;   // number of its first block among all blocks of the call
-  DType dtype;
+  DType dtype;          // of gradients and updates
   Codec codec;
+  // The rest where the step takes the parameters too.
+  DType param_dtype;
+  ParamRounding rounding;
+  bool decays;  // whether weight decay applies
+  const void* params;
+  uint64_t key;  // of its random bits
 };
 
 // Bias-corrected first moments on entry, updates on return.
@@ -71,6 +78,42 @@ PAGED_HD void StepFloat32Block(Math math, const AdamStep& step, float (&values)[
   UpdateLane(math, step, nu, values);
 }
 
+template <DType kParam, int K>
+PAGED_HD void RoundParams(const ParamStep& step, const Leaf& leaf, float decay, int64_t start,
+                          const float (&params)[K], uint8_t (&residuals)[K], float (&values)[K]) {
+  const RandomKey key = BlockKey(step.key, leaf.key, /*stream=*/0, start);
+  const uint32_t first = static_cast<uint32_t>(start);
+  if (leaf.rounding == ParamRounding::kCompensated) {
+    RoundParams<kParam, true>(step, decay, key, first, leaf.dtype, params, residuals, values);
+  } else {
+    RoundParams<kParam, false>(step, decay, key, first, leaf.dtype, params, residuals, values);
+  }
+}
+
+// Directions on entry, updates on return, for a lane that starts at element `start` of the leaf.
+template <int K>
+PAGED_HD void UpdateParams(const ParamStep& step, const Leaf& leaf, int64_t start,
+                           const float (&params)[K], uint8_t (&residuals)[K], float (&values)[K]) {
+  const float decay = leaf.decays ? step.weight_decay : 0.0f;
+  if (leaf.rounding == ParamRounding::kNone) {
+    PAGED_UNROLL
+    for (int k = 0; k < K; ++k) values[k] = Change(step, decay, values[k], params[k]);
+    return;
+  }
+  if (leaf.param_dtype == DType::kBFloat16) {
+    RoundParams<DType::kBFloat16>(step, leaf, decay, start, params, residuals, values);
+  } else {
+    RoundParams<DType::kFloat16>(step, leaf, decay, start, params, residuals, values);
+  }
+}
+
+// Hyperparameters of a step that takes the parameters: learning rate and weight decay follow.
+inline constexpr int kNumParamHyperparams = kNumHyperparams + 2;
+
+PAGED_HD ParamStep MakeParamStep(const float* hyperparams, int32_t count) {
+  return {-hyperparams[kNumHyperparams], hyperparams[kNumHyperparams + 1], StepKey(count)};
+}
+
 // The work of one call: every block of every leaf, numbered 0 .. num_work - 1.
 struct Work {
   const Leaf* leaves;
@@ -79,6 +122,7 @@ struct Work {
   const uint8_t* source;  // base of the slot that is read; nullptr for a fresh state's zeros
   uint8_t* target;        // base of the slot that is written; may be the source
   ArenaExtent extent;
+  const ParamStep* params;  // nullptr where the step does not take the parameters
 };
 
 // Leaf that block number `work` belongs to: the last one that starts at or before it.

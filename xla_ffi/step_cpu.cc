@@ -46,14 +46,15 @@ class ScopedIeeeMode {
 
 constexpr int kLane = static_cast<int>(kBlockSize);
 
-PAGED_HD void Load(const Leaf& leaf, int64_t start, int count, float (&values)[kLane]) {
+PAGED_HD void Load(const void* source, DType dtype, int64_t start, int count,
+                   float (&values)[kLane]) {
   if (count < kLane) std::memset(values, 0, sizeof(values));
-  if (leaf.dtype == DType::kFloat32) {
-    std::memcpy(values, static_cast<const float*>(leaf.grads) + start, count * sizeof(float));
+  if (dtype == DType::kFloat32) {
+    std::memcpy(values, static_cast<const float*>(source) + start, count * sizeof(float));
     return;
   }
-  const uint16_t* halves = static_cast<const uint16_t*>(leaf.grads) + start;
-  if (leaf.dtype == DType::kBFloat16) {
+  const uint16_t* halves = static_cast<const uint16_t*>(source) + start;
+  if (dtype == DType::kBFloat16) {
     for (int k = 0; k < count; ++k) values[k] = FromBFloat16(halves[k]);
   } else {
     for (int k = 0; k < count; ++k) values[k] = FromFloat16(halves[k]);
@@ -73,6 +74,22 @@ PAGED_HD void Store(const Leaf& leaf, int64_t start, int count, const float (&va
   }
 }
 
+PAGED_HD void StepParams(const Work& work, const Leaf& leaf, int64_t start, int count,
+                         const uint8_t* source_residuals, uint8_t* target_residuals,
+                         float (&values)[kLane]) {
+  alignas(64) float params[kLane];
+  alignas(64) uint8_t residuals[kLane];
+  Load(leaf.params, leaf.param_dtype, start, count, params);
+  const bool has_residuals = work.extent.has_residuals;
+  if (has_residuals && source_residuals != nullptr) {
+    std::memcpy(residuals, source_residuals, sizeof(residuals));
+  } else {
+    std::memset(residuals, kZeroResidual, sizeof(residuals));
+  }
+  UpdateParams<kLane>(*work.params, leaf, start, params, residuals, values);
+  if (has_residuals) std::memcpy(target_residuals, residuals, sizeof(residuals));
+}
+
 PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begin, int64_t end) {
   float values[kLane];
   int64_t index = FindLeaf(work.leaves, work.num_leaves, begin);
@@ -84,7 +101,9 @@ PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begi
     const int64_t start = in_leaf * kBlockSize;
     const int64_t left = leaf.size - start;
     const int count = left < kLane ? static_cast<int>(left) : kLane;
-    Load(leaf, start, count, values);
+    Load(leaf.grads, leaf.dtype, start, count, values);
+    const uint8_t* source_residuals = nullptr;
+    uint8_t* target_residuals;
     const int64_t block = leaf.first_block + in_leaf;
     if (leaf.codec == Codec::kDynamic) {
       alignas(64) uint8_t mu[kLane], nu[kLane];
@@ -98,6 +117,7 @@ PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begi
         std::memcpy(nu, source.nu, sizeof(nu));
         mu_scale = *source.mu_scale;
         nu_scale = *source.nu_scale;
+        source_residuals = source.residuals;
       }
       StepDynamicBlock<kLane>(IeeeMath(), step, kMaps, values, mu, nu, mu_scale, nu_scale,
                               [](uint32_t lane_max) { return lane_max; });
@@ -106,17 +126,23 @@ PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begi
       std::memcpy(target.nu, nu, sizeof(nu));
       *target.mu_scale = mu_scale;
       *target.nu_scale = nu_scale;
+      target_residuals = target.residuals;
     } else {
       alignas(64) float mu[kLane] = {}, nu[kLane] = {};
       if (work.source != nullptr) {
         const auto source = work.extent.LocateFloat32(work.source, block);
         std::memcpy(mu, source.mu, sizeof(mu));
         std::memcpy(nu, source.nu, sizeof(nu));
+        source_residuals = source.residuals;
       }
       StepFloat32Block<kLane>(IeeeMath(), step, values, mu, nu);
       const auto target = work.extent.LocateFloat32(work.target, block);
       std::memcpy(target.mu, mu, sizeof(mu));
       std::memcpy(target.nu, nu, sizeof(nu));
+      target_residuals = target.residuals;
+    }
+    if (work.params != nullptr) {
+      StepParams(work, leaf, start, count, source_residuals, target_residuals, values);
     }
     Store(leaf, start, count, values);
   }

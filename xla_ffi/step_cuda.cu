@@ -44,6 +44,8 @@ struct ResolveArgs {
   Rejection* rejection;
   ResolvedStep* resolved;
   bool nesterov;
+  BadElement bad_element;
+  bool takes_params;
   uint64_t layout;
 };
 
@@ -61,9 +63,12 @@ __global__ void ResolveKernel(ResolveArgs args) {
   Header* header = found < 0 ? nullptr : &args.headers[found];
   const Judgement judgement = Judge(header, token, args.layout);
   ResolvedStep& resolved = *args.resolved;
-  resolved.accepted = IsAccepted(judgement.verdict);
+  const int32_t count = *args.count;
+  const bool skipped = IsAccepted(judgement.verdict) && count < 0;
+  resolved.accepted = IsAccepted(judgement.verdict) && !skipped;
   if (resolved.accepted) {
-    resolved.step = MakeAdamStep(args.hyperparams, *args.count, args.nesterov);
+    resolved.step = MakeAdamStep(args.hyperparams, count, args.nesterov, args.bad_element);
+    if (args.takes_params) resolved.params = MakeParamStep(args.hyperparams, count);
     resolved.source =
         judgement.verdict == Verdict::kFresh ? nullptr : header->bases[judgement.source];
     resolved.target = header->bases[judgement.target];
@@ -71,6 +76,7 @@ __global__ void ResolveKernel(ResolveArgs args) {
     return;
   }
   *args.new_token = token;
+  if (skipped) return;
   // The host reads this without waiting for the device; the first unread report stays.
   volatile Rejection* report = args.rejection;
   if (report->verdict != Verdict::kAccept) return;
@@ -83,7 +89,7 @@ __global__ void ResolveKernel(ResolveArgs args) {
 }
 
 // Leaves travel to the kernel by value: nothing to stage, nothing to keep alive.
-constexpr int kLeavesPerLaunch = 80;
+constexpr int kLeavesPerLaunch = 60;
 struct StepArgs {
   Leaf leaves[kLeavesPerLaunch];
   int64_t num_leaves;
@@ -113,9 +119,11 @@ __device__ void StoreFloats(const float (&values)[kLane], float* target) {
   }
 }
 
-__device__ void Load(const Leaf& leaf, int64_t start, int count, float (&values)[kLane]) {
-  if (leaf.dtype == DType::kFloat32) {
-    const float* source = static_cast<const float*>(leaf.grads) + start;
+// Of `data`, `count` elements from `start` on, and zeros.
+__device__ void Load(const void* data, DType dtype, int64_t start, int count,
+                     float (&values)[kLane]) {
+  if (dtype == DType::kFloat32) {
+    const float* source = static_cast<const float*>(data) + start;
     if (count == kLane && IsAligned(source)) {
       LoadFloats(source, values);
       return;
@@ -124,7 +132,7 @@ __device__ void Load(const Leaf& leaf, int64_t start, int count, float (&values)
     for (int k = 0; k < kLane; ++k) values[k] = k < count ? source[k] : 0.0f;
     return;
   }
-  const uint16_t* source = static_cast<const uint16_t*>(leaf.grads) + start;
+  const uint16_t* source = static_cast<const uint16_t*>(data) + start;
   uint4 packed = {0, 0, 0, 0};
   uint16_t* halves = reinterpret_cast<uint16_t*>(&packed);
   if (count == kLane && IsAligned(source)) {
@@ -133,7 +141,7 @@ __device__ void Load(const Leaf& leaf, int64_t start, int count, float (&values)
 #pragma unroll
     for (int k = 0; k < kLane; ++k) halves[k] = k < count ? source[k] : uint16_t{0};
   }
-  if (leaf.dtype == DType::kBFloat16) {
+  if (dtype == DType::kBFloat16) {
 #pragma unroll
     for (int k = 0; k < kLane; ++k) values[k] = FromBFloat16(halves[k]);
   } else {
@@ -177,18 +185,38 @@ __device__ void Store(const Leaf& leaf, int64_t start, int count, const float (&
 
 __device__ uint32_t WarpMax(uint32_t lane_max) { return __reduce_max_sync(0xffffffffu, lane_max); }
 
+// Directions on entry, updates on return. `source` and `target`: the residuals of the lane, if the
+// arena has any; `source` is null for those of a fresh state.
+__device__ void StepParams(const ParamStep& step, const Leaf& leaf, int64_t start, int count,
+                           bool has_residuals, const uint8_t* source, uint8_t* target,
+                           float (&values)[kLane]) {
+  alignas(16) float params[kLane];
+  Load(leaf.params, leaf.param_dtype, start, count, params);
+  constexpr uint32_t kZeros = kZeroResidual * 0x01010101u;
+  uint2 residuals{kZeros, kZeros};
+  if (has_residuals && source != nullptr) residuals = *reinterpret_cast<const uint2*>(source);
+  UpdateParams<kLane>(step, leaf, start, params, reinterpret_cast<uint8_t (&)[kLane]>(residuals),
+                      values);
+  if (has_residuals) *reinterpret_cast<uint2*>(target) = residuals;
+}
+
 // One warp per block of moments, striding over the blocks of the launch.
+template <bool kTakesParams>
 __global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ StepArgs args) {
   __shared__ Maps maps;
   __shared__ AdamStep step;
+  __shared__ ParamStep param_step;
   static_assert(sizeof(Maps) % sizeof(float) == 0);
   for (int i = threadIdx.x; i < static_cast<int>(sizeof(Maps) / sizeof(float)); i += kThreads) {
     reinterpret_cast<float*>(&maps)[i] = reinterpret_cast<const float*>(&kMaps)[i];
   }
   if (threadIdx.x == 0) step = args.resolved->step;
+  if (kTakesParams && threadIdx.x == 0) param_step = args.resolved->params;
   const bool accepted = args.resolved->accepted;
   const uint8_t* source_base = args.resolved->source;
   uint8_t* target_base = args.resolved->target;
+  ArenaExtent extent = args.extent;
+  if (!kTakesParams) extent.has_residuals = false;  // known to the compiler
   __syncthreads();
 
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
@@ -208,40 +236,50 @@ __global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ S
       Store(leaf, start, count, values);
       continue;
     }
-    Load(leaf, start, count, values);
+    Load(leaf.grads, leaf.dtype, start, count, values);
+    const uint8_t* source_residuals = nullptr;
+    uint8_t* target_residuals;
     const int64_t block = leaf.first_block + in_leaf;
     if (leaf.codec == Codec::kDynamic) {
       constexpr uint32_t kZeroMus = kZeroMu * 0x01010101u, kZeroNus = kZeroNu * 0x01010101u;
       uint2 mu{kZeroMus, kZeroMus}, nu{kZeroNus, kZeroNus};
       float mu_scale = 0.0f, nu_scale = 0.0f;
       if (source_base != nullptr) {
-        const auto source = args.extent.LocateDynamic(source_base, block);
+        const auto source = extent.LocateDynamic(source_base, block);
         mu = *reinterpret_cast<const uint2*>(source.mu + lane * kLane);
         nu = *reinterpret_cast<const uint2*>(source.nu + lane * kLane);
         mu_scale = *source.mu_scale;
         nu_scale = *source.nu_scale;
+        source_residuals = source.residuals + lane * kLane;
       }
       StepDynamicBlock<kLane>(
           FastMath(), step, maps, values, reinterpret_cast<uint8_t (&)[kLane]>(mu),
           reinterpret_cast<uint8_t (&)[kLane]>(nu), mu_scale, nu_scale, WarpMax);
-      const auto target = args.extent.LocateDynamic(target_base, block);
+      const auto target = extent.LocateDynamic(target_base, block);
       *reinterpret_cast<uint2*>(target.mu + lane * kLane) = mu;
       *reinterpret_cast<uint2*>(target.nu + lane * kLane) = nu;
       if (lane == 0) {
         *target.mu_scale = mu_scale;
         *target.nu_scale = nu_scale;
       }
+      target_residuals = target.residuals + lane * kLane;
     } else {
       alignas(16) float mu[kLane] = {}, nu[kLane] = {};
       if (source_base != nullptr) {
-        const auto source = args.extent.LocateFloat32(source_base, block);
+        const auto source = extent.LocateFloat32(source_base, block);
         LoadFloats(source.mu + lane * kLane, mu);
         LoadFloats(source.nu + lane * kLane, nu);
+        source_residuals = source.residuals + lane * kLane;
       }
       StepFloat32Block<kLane>(FastMath(), step, values, mu, nu);
-      const auto target = args.extent.LocateFloat32(target_base, block);
+      const auto target = extent.LocateFloat32(target_base, block);
       StoreFloats(mu, target.mu + lane * kLane);
       StoreFloats(nu, target.nu + lane * kLane);
+      target_residuals = target.residuals + lane * kLane;
+    }
+    if (kTakesParams) {
+      StepParams(param_step, leaf, start, count, extent.has_residuals, source_residuals,
+                 target_residuals, values);
     }
     Store(leaf, start, count, values);
   }
@@ -288,12 +326,14 @@ void LaunchUpdate(const CudaUpdate& update, int device, void* stream) {
   ScopedDevice scope(device);
   ResolveKernel<<<1, kWarpSize, 0, cuda_stream>>>(
       {update.headers, update.num_headers, update.token, update.count, update.hyperparams,
-       update.new_token, update.rejection, update.resolved, update.nesterov, update.layout});
+       update.new_token, update.rejection, update.resolved, update.nesterov, update.bad_element,
+       update.takes_params, update.layout});
   CUDA_CHECK(cudaGetLastError());
 
+  const auto kernel = update.takes_params ? StepKernel<true> : StepKernel<false>;
   int num_multiprocessors = 0, blocks_per_multiprocessor = 0;
   CUDA_CHECK(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_multiprocessor, StepKernel,
+  CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_multiprocessor, kernel,
                                                            kThreads, 0));
   const int64_t resident_blocks = int64_t{num_multiprocessors} * blocks_per_multiprocessor;
 
@@ -313,7 +353,7 @@ void LaunchUpdate(const CudaUpdate& update, int device, void* stream) {
     }
     if (args.num_work == 0) continue;
     const int64_t blocks = std::min(resident_blocks, (args.num_work + kWarps - 1) / kWarps);
-    StepKernel<<<static_cast<unsigned>(blocks), kThreads, 0, cuda_stream>>>(args);
+    kernel<<<static_cast<unsigned>(blocks), kThreads, 0, cuda_stream>>>(args);
     CUDA_CHECK(cudaGetLastError());
   }
 }

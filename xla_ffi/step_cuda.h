@@ -12,6 +12,7 @@ namespace paged_optax {
 // What the first kernel finds out for the others; lies in scratch memory of the call.
 struct ResolvedStep {
   AdamStep step;
+  ParamStep params;       // where the step takes the parameters
   const uint8_t* source;  // as in Work
   uint8_t* target;
   bool accepted;
@@ -28,6 +29,8 @@ struct CudaUpdate {
   Rejection* rejection;
   ResolvedStep* resolved;
   bool nesterov;
+  BadElement bad_element;
+  bool takes_params;
   uint64_t layout;
   ArenaExtent extent;
   std::vector<Leaf> leaves;
