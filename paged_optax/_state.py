@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding
 from . import _ext, _ffi, _partition
 from . import _reference as reference
 
-FLOAT32, DYNAMIC = 0, 1  # enum Codec in xla_ffi/layout.h
+FLOAT32, DYNAMIC, RATIO = 0, 1, 2  # enum Codec in xla_ffi/layout.h
 
 
 class ScaleByPagedAdam8bitState(NamedTuple):
@@ -409,5 +409,7 @@ def _read_shards(report: dict[str, Any], handle: int, version: int) -> list[list
                 reference.dequantize(reference.Quantized(mu_codes, mu_scales), signed=True),
                 reference.dequantize(reference.Quantized(nu_codes, nu_scales), signed=False),
             )
+        elif codec == RATIO:
+            parts = reference.dequantize_ratio(reference.RatioState(*parts))
         leaves.append([flat[: math.prod(shape)].reshape(shape) for flat in parts])
     return leaves

@@ -7,6 +7,7 @@
 #include "codec.h"
 #include "dtype.h"
 #include "layout.h"
+#include "ratio.h"
 #include "rounding.h"
 
 namespace paged_optax {
@@ -68,6 +69,64 @@ PAGED_HD void StepDynamicBlock(Math math, const AdamStep& step, const DynamicMap
     mu_codes[k] = EncodeMu(maps.mu, mu[k], mu_inverse);
     nu_codes[k] = EncodeNu(maps.nu, nu[k], nu_inverse);
   }
+}
+
+// The same for the `ratio` code. `key` and `first`, the index of the lane's first element in its
+// leaf, are for the random bits. `nu_word` is an integer (RatioWindow), in the place of a scale.
+template <int K, class Math, class BlockMax>
+PAGED_HD void StepRatioBlock(Math math, const AdamStep& step, RandomKey key, uint32_t first,
+                             float (&values)[K], uint8_t (&mu_codes)[K], uint8_t (&nu_codes)[K],
+                             float& mu_scale, float& nu_word, BlockMax block_max) {
+  constexpr uint32_t kInfinity = 0x7f800000u;
+  float mu[K], nu[K];
+  {
+    const RatioWindow window = WindowOf(BitsOf(nu_word));
+    const float mu_step = MuStep(mu_scale);
+    PAGED_UNROLL
+    for (int k = 0; k < K; ++k) {
+      nu[k] = DecodeRatioNu(nu_codes[k], window);
+      mu[k] = DecodeRatioMu(mu_codes[k], mu_step, UnitOf(nu[k]).unit);
+    }
+  }
+  PAGED_UNROLL
+  for (int k = 0; k < K; ++k) values[k] = AdvanceMoments(step, values[k], &mu[k], &nu[k]);
+  UpdateLane(math, step, nu, values);
+
+  // Ends of the block's range, each as a maximum: of the bits, and of their distance to infinity.
+  uint32_t top = 0, depth = 0, active_depth = 0;
+  PAGED_UNROLL
+  for (int k = 0; k < K; ++k) {
+    const uint32_t bits = BitsOf(nu[k]);
+    const uint32_t below = bits == 0 ? 0 : kInfinity - bits;
+    const uint32_t active = mu[k] == 0.0f ? 0 : below;
+    top = bits > top ? bits : top;
+    depth = below > depth ? below : depth;
+    active_depth = active > active_depth ? active : active_depth;
+  }
+  top = block_max(top);
+  depth = block_max(depth);
+  active_depth = block_max(active_depth);
+  const uint32_t idle_depth = kInfinity - top + kIdleRange;
+  depth = depth < idle_depth ? depth : idle_depth;
+  depth = depth > active_depth ? depth : active_depth;
+  const uint32_t word = WindowWord(top, kInfinity - depth);
+  nu_word = FloatOf(word);
+
+  const RatioWindow window = WindowOf(word);
+  uint32_t random[K], mu_max = 0;
+  PAGED_UNROLL
+  for (int k = 0; k < K; ++k) {
+    random[k] = RandomBits(key, first + static_cast<uint32_t>(k)) + step.ratio_phase;
+    nu_codes[k] = EncodeRatioNu(BitsOf(nu[k]), window, random[k]);
+    const float reciprocal = UnitOf(DecodeRatioNu(nu_codes[k], window)).reciprocal;
+    mu[k] = nu_codes[k] == 0 ? 0.0f : mu[k] * reciprocal;  // the ratio from here on
+    const uint32_t mu_bits = BitsOf(mu[k]) & 0x7fffffffu;
+    mu_max = mu_bits > mu_max ? mu_bits : mu_max;
+  }
+  mu_scale = FloatOf(block_max(mu_max));
+  const float inverse_mu_step = InverseMuStep(mu_scale);
+  PAGED_UNROLL
+  for (int k = 0; k < K; ++k) mu_codes[k] = EncodeRatioMu(mu[k], inverse_mu_step, random[k]);
 }
 
 template <int K, class Math>

@@ -105,12 +105,13 @@ PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begi
     const uint8_t* source_residuals = nullptr;
     uint8_t* target_residuals;
     const int64_t block = leaf.first_block + in_leaf;
-    if (leaf.codec == Codec::kDynamic) {
+    if (Is8Bit(leaf.codec)) {
       alignas(64) uint8_t mu[kLane], nu[kLane];
       float mu_scale = 0.0f, nu_scale = 0.0f;
       if (work.source == nullptr) {
-        std::memset(mu, kZeroMu, sizeof(mu));
-        std::memset(nu, kZeroNu, sizeof(nu));
+        const bool is_ratio = leaf.codec == Codec::kRatio;
+        std::memset(mu, is_ratio ? kZeroRatio : kZeroMu, sizeof(mu));
+        std::memset(nu, is_ratio ? kZeroRatio : kZeroNu, sizeof(nu));
       } else {
         const auto source = work.extent.LocateDynamic(work.source, block);
         std::memcpy(mu, source.mu, sizeof(mu));
@@ -119,8 +120,15 @@ PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begi
         nu_scale = *source.nu_scale;
         source_residuals = source.residuals;
       }
-      StepDynamicBlock<kLane>(IeeeMath(), step, kMaps, values, mu, nu, mu_scale, nu_scale,
-                              [](uint32_t lane_max) { return lane_max; });
+      const auto block_max = [](uint32_t lane_max) { return lane_max; };
+      if (leaf.codec == Codec::kDynamic) {
+        StepDynamicBlock<kLane>(IeeeMath(), step, kMaps, values, mu, nu, mu_scale, nu_scale,
+                                block_max);
+      } else {
+        StepRatioBlock<kLane>(IeeeMath(), step, RatioKey(leaf.key, start),
+                              static_cast<uint32_t>(start), values, mu, nu, mu_scale, nu_scale,
+                              block_max);
+      }
       const auto target = work.extent.LocateDynamic(work.target, block);
       std::memcpy(target.mu, mu, sizeof(mu));
       std::memcpy(target.nu, nu, sizeof(nu));
