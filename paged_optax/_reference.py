@@ -136,7 +136,7 @@ class RatioState(NamedTuple):
 _FINEST_SHIFT, _COARSEST_SHIFT = 16, 21
 _IDLE_RANGE = 15 << 23
 _INFINITY = 0x7F800000
-_SQUARES = np.float32(127**2)
+_SQUARES = np.float32(16128.99)  # 127^2, and a little less so that no ratio reaches it
 
 
 def quantize_ratio(mu: np.ndarray, nu: np.ndarray, random: np.ndarray) -> RatioState:
@@ -177,8 +177,7 @@ def quantize_ratio(mu: np.ndarray, nu: np.ndarray, random: np.ndarray) -> RatioS
     usable = scales >= np.float32(2.0**-64)
     inverse = np.where(usable, _SQUARES / np.where(usable, scales, 1), np.float32(0))
     x = magnitude * inverse[:, None].astype(np.float32)
-    k = np.minimum(np.sqrt(x.astype(np.float64)).astype(np.int64), 126)
-    k -= k * k > x
+    k = np.sqrt(x.astype(np.float64)).astype(np.int64)  # float64: exact enough for its floor
     threshold = (random & np.uint32(0xFFFF)).astype(np.int64) * (2 * k + 1)
     level = k + ((x.astype(np.float64) - k * k) * 65536 > threshold)
     mu_codes = np.where(np.signbit(ratio), -level, level).astype(np.int8).view(np.uint8)

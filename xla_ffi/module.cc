@@ -232,7 +232,8 @@ py::array_t<uint8_t> EncodeRatioNus(const py::array_t<float, py::array::c_style>
   py::array_t<uint8_t> codes(values.size());
   const RatioWindow window = WindowOf(word);
   for (py::ssize_t i = 0; i < values.size(); ++i) {
-    codes.mutable_data()[i] = EncodeRatioNu(BitsOf(values.data()[i]), window, random.data()[i]);
+    const uint32_t stored = RoundRatioNu(BitsOf(values.data()[i]), window, random.data()[i]);
+    codes.mutable_data()[i] = RatioNuCode(stored, window);
   }
   return codes;
 }
@@ -321,7 +322,7 @@ PYBIND11_MODULE(_ext, module) {
       "release_all", [] { return Registry::Get().ReleaseAll(); },
       py::call_guard<py::gil_scoped_release>());
   module.def("encode", &Encode, py::arg("values"), py::arg("signed"));
-  module.def("window_word", &WindowWord, py::arg("top"), py::arg("bottom"));
+  module.def("window_word", &WindowWord, py::arg("top"), py::arg("depth"), py::arg("active_depth"));
   module.def("encode_ratio_nu", &EncodeRatioNus, py::arg("values"), py::arg("word"),
              py::arg("random"));
   module.def("encode_ratio_mu", &EncodeRatioMus, py::arg("ratios"), py::arg("scale"),

@@ -43,10 +43,12 @@ struct RatioWindow {
   uint32_t offset;
 };
 
-// The word of a block whose second moments have bits from `bottom` (of those that are not 0; more
-// than `top` if all are) to `top`.
-PAGED_HD uint32_t WindowWord(uint32_t top, uint32_t bottom) {
-  const uint32_t range = bottom < top ? top - bottom : 0;
+// The word of a block, from the bits of its largest second moment and from the negated bits of the
+// smallest that is not 0, of all elements and of the active ones (0 where there is none).
+PAGED_HD uint32_t WindowWord(uint32_t top, uint32_t depth, uint32_t active_depth) {
+  const uint32_t idle_depth = top > kIdleRange ? kIdleRange - top : 0xffffffffu;
+  depth = depth < idle_depth ? depth : idle_depth;
+  const uint32_t range = top + (depth > active_depth ? depth : active_depth);
   uint32_t shift = kFinestShift;
   PAGED_UNROLL
   for (uint32_t s = kFinestShift; s < kCoarsestShift; ++s) shift += (range >> s) > kWindowCodes;
@@ -62,15 +64,20 @@ PAGED_HD float DecodeRatioNu(uint8_t code, RatioWindow window) {
   return FloatOf(code == 0 ? 0 : (code + window.offset) << window.shift);
 }
 
-// `nu_bits` are those of a finite value >= 0 that lies in no greater a block than the window's. The
-// upper bits of `random` decide.
-PAGED_HD uint8_t EncodeRatioNu(uint32_t nu_bits, RatioWindow window, uint32_t random) {
+// Bits of the second moment that is stored for the one with `nu_bits`: finite, not negative, and no
+// greater than the largest of the window's block. The upper bits of `random` decide.
+PAGED_HD uint32_t RoundRatioNu(uint32_t nu_bits, RatioWindow window, uint32_t random) {
   const uint32_t largest = 0x7f7fffffu >> window.shift;  // never infinity
   const uint32_t cut = (nu_bits + (random >> (32 - window.shift))) >> window.shift;
   const uint32_t kept = cut < largest ? cut : largest;
-  // What lies below the window takes the lowest code, so that only 0 is stored as 0.
-  const uint32_t lowest = window.offset + (nu_bits != 0 ? 1 : 0);
-  return static_cast<uint8_t>((kept > lowest ? kept : lowest) - window.offset);
+  // What lies below the window takes the lowest code; only 0 is stored as 0.
+  const uint32_t lowest = window.offset + 1;
+  return nu_bits == 0 ? 0 : (kept > lowest ? kept : lowest) << window.shift;
+}
+
+// The code of a value that RoundRatioNu returned.
+PAGED_HD uint8_t RatioNuCode(uint32_t stored_bits, RatioWindow window) {
+  return static_cast<uint8_t>(stored_bits == 0 ? 0 : (stored_bits >> window.shift) - window.offset);
 }
 
 // -------------------------------------------------------------------------------- first moments
@@ -87,7 +94,8 @@ PAGED_HD MuUnit UnitOf(float nu) {
   return {FloatOf(unit), FloatOf(0x7f000000u - unit - odd * 0x155555u)};
 }
 
-inline constexpr float kSquares = 16129.0f;  // 127^2
+// 127^2, and a little less so that a block's largest ratio stays below it when it is scaled.
+inline constexpr float kSquares = 16128.99f;
 
 // Factors from the block's scale: for decoding, and for encoding. Ratios below 2^-64 do not move a
 // parameter; a block of them counts as zero.
@@ -97,33 +105,35 @@ PAGED_HD float InverseMuStep(float scale) {
 }
 
 PAGED_HD float DecodeRatioMu(uint8_t code, float mu_step, float unit) {
-  const int k = static_cast<int8_t>(code);
-  return static_cast<float>(k * (k < 0 ? -k : k)) * mu_step * unit;
+  const float k = static_cast<float>(static_cast<int8_t>(code));
+  return k * FloatOf(BitsOf(k) & 0x7fffffffu) * mu_step * unit;
 }
 
-// The greatest k <= 126 with k^2 <= x, for x in [0, 2^23). The root may be off by an ulp or two.
-PAGED_HD int FloorSqrt(float x) {
+// The greatest integer k with k^2 <= x, for x in [0, 2^20).
+PAGED_HD float FloorSqrt(float x) {
 #if defined(__CUDA_ARCH__)
   float root;
   asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
 #else
   const float root = std::sqrt(x);
 #endif
-  const int k = static_cast<int>(root);
-  const int low = static_cast<float>(k * k) > x ? k - 1 : k;
-  const int high = static_cast<float>((low + 1) * (low + 1)) <= x ? low + 1 : low;
-  return high < 126 ? high : 126;
+  // Made a little too small, so that only one side has to be looked at.
+  const float k = static_cast<float>(static_cast<int>(root * 0.99999905f));
+  const float next = k + 1.0f;
+  return next * next <= x ? next : k;
 }
 
 // The lower 16 bits of `random` decide.
 PAGED_HD uint8_t EncodeRatioMu(float ratio, float inverse_mu_step, uint32_t random) {
-  const float x = FloatOf(BitsOf(ratio) & 0x7fffffffu) * inverse_mu_step;
-  const int k = FloorSqrt(x);
+  const float x = FloatOf(BitsOf(ratio) & 0x7fffffffu) * inverse_mu_step;  // below 127^2
+  const float k = FloorSqrt(x);
   // Both sides are exact: x - k^2 fits the bits of x, and the right is an integer below 2^24.
-  const float above = (x - static_cast<float>(k * k)) * 65536.0f;
-  const float threshold = static_cast<float>(static_cast<int>(random & 0xffff) * (2 * k + 1));
-  const int level = above > threshold ? k + 1 : k;
-  return static_cast<uint8_t>(BitsOf(ratio) >> 31 ? -level : level);
+  const float above = (x - k * k) * 65536.0f;
+  const float threshold = static_cast<float>(static_cast<int>(random & 0xffff)) * (k + k + 1.0f);
+  const float level = above > threshold ? k + 1.0f : k;
+  // 1.5 * 2^23: the sum's low byte is the integer in two's complement.
+  const float signed_level = FloatOf(BitsOf(level) | (BitsOf(ratio) & 0x80000000u));
+  return static_cast<uint8_t>(BitsOf(signed_level + 12582912.0f));
 }
 
 inline constexpr uint8_t kZeroRatio = 0;  // code of zero, of both moments

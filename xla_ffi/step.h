@@ -77,7 +77,6 @@ template <int K, class Math, class BlockMax>
 PAGED_HD void StepRatioBlock(Math math, const AdamStep& step, RandomKey key, uint32_t first,
                              float (&values)[K], uint8_t (&mu_codes)[K], uint8_t (&nu_codes)[K],
                              float& mu_scale, float& nu_word, BlockMax block_max) {
-  constexpr uint32_t kInfinity = 0x7f800000u;
   float mu[K], nu[K];
   {
     const RatioWindow window = WindowOf(BitsOf(nu_word));
@@ -92,24 +91,17 @@ PAGED_HD void StepRatioBlock(Math math, const AdamStep& step, RandomKey key, uin
   for (int k = 0; k < K; ++k) values[k] = AdvanceMoments(step, values[k], &mu[k], &nu[k]);
   UpdateLane(math, step, nu, values);
 
-  // Ends of the block's range, each as a maximum: of the bits, and of their distance to infinity.
+  // Ends of the block's range as maxima: of the bits, and of the negated bits, in which 0 is least.
   uint32_t top = 0, depth = 0, active_depth = 0;
   PAGED_UNROLL
   for (int k = 0; k < K; ++k) {
-    const uint32_t bits = BitsOf(nu[k]);
-    const uint32_t below = bits == 0 ? 0 : kInfinity - bits;
-    const uint32_t active = mu[k] == 0.0f ? 0 : below;
+    const uint32_t bits = BitsOf(nu[k]), negated = 0u - bits;
+    const uint32_t active = mu[k] == 0.0f ? 0u : negated;
     top = bits > top ? bits : top;
-    depth = below > depth ? below : depth;
+    depth = negated > depth ? negated : depth;
     active_depth = active > active_depth ? active : active_depth;
   }
-  top = block_max(top);
-  depth = block_max(depth);
-  active_depth = block_max(active_depth);
-  const uint32_t idle_depth = kInfinity - top + kIdleRange;
-  depth = depth < idle_depth ? depth : idle_depth;
-  depth = depth > active_depth ? depth : active_depth;
-  const uint32_t word = WindowWord(top, kInfinity - depth);
+  const uint32_t word = WindowWord(block_max(top), block_max(depth), block_max(active_depth));
   nu_word = FloatOf(word);
 
   const RatioWindow window = WindowOf(word);
@@ -117,9 +109,10 @@ PAGED_HD void StepRatioBlock(Math math, const AdamStep& step, RandomKey key, uin
   PAGED_UNROLL
   for (int k = 0; k < K; ++k) {
     random[k] = RandomBits(key, first + static_cast<uint32_t>(k)) + step.ratio_phase;
-    nu_codes[k] = EncodeRatioNu(BitsOf(nu[k]), window, random[k]);
-    const float reciprocal = UnitOf(DecodeRatioNu(nu_codes[k], window)).reciprocal;
-    mu[k] = nu_codes[k] == 0 ? 0.0f : mu[k] * reciprocal;  // the ratio from here on
+    const uint32_t stored = RoundRatioNu(BitsOf(nu[k]), window, random[k]);
+    nu_codes[k] = RatioNuCode(stored, window);
+    // The ratio from here on.
+    mu[k] = stored == 0 ? 0.0f : mu[k] * UnitOf(FloatOf(stored)).reciprocal;
     const uint32_t mu_bits = BitsOf(mu[k]) & 0x7fffffffu;
     mu_max = mu_bits > mu_max ? mu_bits : mu_max;
   }

@@ -200,16 +200,55 @@ __device__ void StepParams(const ParamStep& step, const Leaf& leaf, int64_t star
   if (has_residuals) *reinterpret_cast<uint2*>(target) = residuals;
 }
 
+// Steps a lane's part of a block. The `dynamic` code needs its tables in shared memory, the `ratio`
+// code the place of the lane; each kernel has registers for one of them.
+template <Codec k8Bit>
+struct Stepper;
+
+template <>
+struct Stepper<Codec::kDynamic> {
+  static constexpr uint8_t kZeros[2] = {kZeroMu, kZeroNu};
+  struct Shared {
+    Maps maps;
+  };
+  static_assert(sizeof(Shared) % sizeof(float) == 0);
+
+  __device__ static void Fill(Shared& shared) {
+    for (int i = threadIdx.x; i < static_cast<int>(sizeof(Maps) / sizeof(float)); i += kThreads) {
+      reinterpret_cast<float*>(&shared.maps)[i] = reinterpret_cast<const float*>(&kMaps)[i];
+    }
+  }
+
+  __device__ static void Step(const Shared& shared, const AdamStep& step, const Leaf&, int64_t,
+                              float (&values)[kLane], uint8_t (&mu)[kLane], uint8_t (&nu)[kLane],
+                              float& mu_scale, float& nu_scale) {
+    StepDynamicBlock<kLane>(FastMath(), step, shared.maps, values, mu, nu, mu_scale, nu_scale,
+                            WarpMax);
+  }
+};
+
+template <>
+struct Stepper<Codec::kRatio> {
+  static constexpr uint8_t kZeros[2] = {kZeroRatio, kZeroRatio};
+  struct Shared {};
+
+  __device__ static void Fill(Shared&) {}
+
+  __device__ static void Step(const Shared&, const AdamStep& step, const Leaf& leaf, int64_t start,
+                              float (&values)[kLane], uint8_t (&mu)[kLane], uint8_t (&nu)[kLane],
+                              float& mu_scale, float& nu_word) {
+    StepRatioBlock<kLane>(FastMath(), step, RatioKey(leaf.key, start), static_cast<uint32_t>(start),
+                          values, mu, nu, mu_scale, nu_word, WarpMax);
+  }
+};
+
 // One warp per block of moments, striding over the blocks of the launch.
-template <bool kTakesParams>
+template <Codec k8Bit, bool kTakesParams>
 __global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ StepArgs args) {
-  __shared__ Maps maps;
+  __shared__ typename Stepper<k8Bit>::Shared shared;
   __shared__ AdamStep step;
   __shared__ ParamStep param_step;
-  static_assert(sizeof(Maps) % sizeof(float) == 0);
-  for (int i = threadIdx.x; i < static_cast<int>(sizeof(Maps) / sizeof(float)); i += kThreads) {
-    reinterpret_cast<float*>(&maps)[i] = reinterpret_cast<const float*>(&kMaps)[i];
-  }
+  Stepper<k8Bit>::Fill(shared);
   if (threadIdx.x == 0) step = args.resolved->step;
   if (kTakesParams && threadIdx.x == 0) param_step = args.resolved->params;
   const bool accepted = args.resolved->accepted;
@@ -240,8 +279,9 @@ __global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ S
     const uint8_t* source_residuals = nullptr;
     uint8_t* target_residuals;
     const int64_t block = leaf.first_block + in_leaf;
-    if (leaf.codec == Codec::kDynamic) {
-      constexpr uint32_t kZeroMus = kZeroMu * 0x01010101u, kZeroNus = kZeroNu * 0x01010101u;
+    if (Is8Bit(leaf.codec)) {
+      constexpr uint32_t kZeroMus = Stepper<k8Bit>::kZeros[0] * 0x01010101u;
+      constexpr uint32_t kZeroNus = Stepper<k8Bit>::kZeros[1] * 0x01010101u;
       uint2 mu{kZeroMus, kZeroMus}, nu{kZeroNus, kZeroNus};
       float mu_scale = 0.0f, nu_scale = 0.0f;
       if (source_base != nullptr) {
@@ -252,9 +292,9 @@ __global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ S
         nu_scale = *source.nu_scale;
         source_residuals = source.residuals + lane * kLane;
       }
-      StepDynamicBlock<kLane>(
-          FastMath(), step, maps, values, reinterpret_cast<uint8_t (&)[kLane]>(mu),
-          reinterpret_cast<uint8_t (&)[kLane]>(nu), mu_scale, nu_scale, WarpMax);
+      Stepper<k8Bit>::Step(shared, step, leaf, start, values,
+                           reinterpret_cast<uint8_t (&)[kLane]>(mu),
+                           reinterpret_cast<uint8_t (&)[kLane]>(nu), mu_scale, nu_scale);
       const auto target = extent.LocateDynamic(target_base, block);
       *reinterpret_cast<uint2*>(target.mu + lane * kLane) = mu;
       *reinterpret_cast<uint2*>(target.nu + lane * kLane) = nu;
@@ -330,7 +370,13 @@ void LaunchUpdate(const CudaUpdate& update, int device, void* stream) {
        update.takes_params, update.layout});
   CUDA_CHECK(cudaGetLastError());
 
-  const auto kernel = update.takes_params ? StepKernel<true> : StepKernel<false>;
+  // All 8-bit leaves of a state have the same codec.
+  const bool is_ratio = std::any_of(update.leaves.begin(), update.leaves.end(),
+                                    [](const Leaf& leaf) { return leaf.codec == Codec::kRatio; });
+  constexpr Codec kDynamic = Codec::kDynamic, kRatio = Codec::kRatio;
+  const auto kernel =
+      is_ratio ? (update.takes_params ? StepKernel<kRatio, true> : StepKernel<kRatio, false>)
+               : (update.takes_params ? StepKernel<kDynamic, true> : StepKernel<kDynamic, false>);
   int num_multiprocessors = 0, blocks_per_multiprocessor = 0;
   CUDA_CHECK(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device));
   CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_multiprocessor, kernel,
