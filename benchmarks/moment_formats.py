@@ -126,7 +126,8 @@ def squares(scale_bits: int = 32):
 
     def store(x, word):
         scale = _block_scale(x, scale_bits)
-        y = jnp.abs(x) * (127.0**2 / jnp.where(scale > 0, scale, 1))
+        scale = jnp.where(scale >= 2.0**-64, scale, 0)  # what is smaller moves no parameter
+        y = jnp.abs(x) * (127.0**2 / jnp.where(scale > 0, scale, jnp.inf))
         k = jnp.clip(jnp.floor(jnp.sqrt(y)), 0, 126)
         stored = _between(k * k, (k + 1) * (k + 1), y, word)
         return jnp.sign(x) * stored * (scale / np.float32(127.0**2))
@@ -157,7 +158,7 @@ def window(finest: int = 16, coarsest: int = 21, idle_octaves: int | None = 15):
         bottom = jnp.min(low, axis=1, keepdims=True)
         shift = jnp.full_like(top, coarsest)
         for candidate in range(coarsest - 1, finest - 1, -1):
-            fits = (top >> candidate) - (bottom >> candidate) <= 253
+            fits = (jnp.maximum(top - bottom, 0) >> candidate) <= 252
             shift = jnp.where(fits, candidate, shift)
         one = jnp.int32(1) << shift
         added = one >> 1 if word is None else (word >> (32 - shift).astype(jnp.uint32))
