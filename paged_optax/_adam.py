@@ -12,7 +12,16 @@ from jax.core import Tracer
 from . import _partition
 from ._ffi import TOKEN_SHAPE
 from ._options import Paging, Quantization
-from ._state import DYNAMIC, FLOAT32, ScaleByPagedAdam8bitState, name_paths, name_tree, new_token
+from ._state import (
+    CODECS,
+    FLOAT32,
+    RATIO,
+    ScaleByPagedAdam8bitState,
+    leaf_keys,
+    name_paths,
+    name_tree,
+    new_token,
+)
 
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -119,17 +128,16 @@ def scale_by_paged_adam8bit(
         paths, grads = zip(
             *((jax.tree_util.keystr(path), grad) for path, grad in leaves), strict=True
         )
+        codec = CODECS[quantization.codec]
         token, scaled = _partition.update(
             state.token,
             state.count,
             _stack([b1, b2, eps, eps_root]),
             [jnp.asarray(grad) for grad in grads],
             jax.tree.leaves(params),
-            codecs=tuple(
-                DYNAMIC if np.size(g) >= quantization.min_size else FLOAT32 for g in grads
-            ),
+            codecs=tuple(codec if np.size(g) >= quantization.min_size else FLOAT32 for g in grads),
             decayed=(),
-            keys=(),
+            keys=leaf_keys(paths, quantization.seed) if codec == RATIO else (),
             nesterov=bool(nesterov),
             param_rounding=0,
             replay=bool(replay),

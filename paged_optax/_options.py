@@ -8,11 +8,16 @@ class Quantization:
     """How moments are stored.
 
     Attributes:
-      codec: ``"dynamic"``, the 8-bit code of bitsandbytes: blocks of 256 elements, one float32
-        scale a block, 2.03 bytes per parameter for both moments.
+      codec: the 8-bit code; either takes 2.03 bytes per parameter for both moments, in blocks of
+        256 elements. ``"dynamic"`` is that of bitsandbytes, to the bit. ``"ratio"`` follows float32
+        moments an order of magnitude closer: it stores second moments as small floats and first
+        moments as multiples of their square roots, both rounded stochastically.
       min_size: leaves with fewer elements than this keep float32 moments (8 bytes per parameter).
         Small leaves are biases and norms, which save nothing and tolerate least. Inside
         `jax.shard_map` a leaf is the device's part of it.
+      seed: chooses the random bits of stochastic rounding. They follow from the seed, the names of
+        the leaves, the number of the step and the place in a leaf (or in a device's part of it), so
+        nothing is stored and a run can be repeated to the bit.
 
     Raises:
       ValueError: for an unknown codec or a negative size.
@@ -20,12 +25,15 @@ class Quantization:
 
     codec: str = "dynamic"
     min_size: int = 4096
+    seed: int = 0
 
     def __post_init__(self):
-        if not isinstance(self.min_size, int):
-            raise TypeError(f"min_size is {self.min_size!r}; it must be an int")
-        if self.codec != "dynamic":
-            raise ValueError(f"unknown codec {self.codec!r}; the only one is 'dynamic'")
+        for name in ("min_size", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                raise TypeError(f"{name} is {value!r}; it must be an int")
+        if self.codec not in ("dynamic", "ratio"):
+            raise ValueError(f"unknown codec {self.codec!r}; there are 'dynamic' and 'ratio'")
         if self.min_size < 0:
             raise ValueError(
                 f"min_size is {self.min_size}; it counts elements and cannot be negative"

@@ -171,12 +171,13 @@ def quantize_ratio(mu: np.ndarray, nu: np.ndarray, random: np.ndarray) -> RatioS
 
     # First moments: squares of integers, in units of the stored second moments' square roots.
     _, reciprocal = _ratio_unit(_decode_ratio_nu(nu_codes, words))
-    ratio = np.where(nu_codes == 0, np.float32(0), mu * reciprocal)
-    magnitude = np.abs(ratio)
+    with np.errstate(over="ignore"):
+        ratio = np.where(nu_codes == 0, np.float32(0), mu * reciprocal)
+    magnitude = np.minimum(np.abs(ratio), np.float32(2.0**32))
     scales = magnitude.max(axis=1, initial=np.float32(0))
     usable = scales >= np.float32(2.0**-64)
     inverse = np.where(usable, _SQUARES / np.where(usable, scales, 1), np.float32(0))
-    x = magnitude * inverse[:, None].astype(np.float32)
+    x = np.minimum(magnitude * inverse[:, None].astype(np.float32), _SQUARES)
     k = np.sqrt(x.astype(np.float64)).astype(np.int64)  # float64: exact enough for its floor
     threshold = (random & np.uint32(0xFFFF)).astype(np.int64) * (2 * k + 1)
     level = k + ((x.astype(np.float64) - k * k) * 65536 > threshold)
@@ -270,17 +271,16 @@ class LeafState(NamedTuple):
     nu: Quantized | np.ndarray
 
 
-def init_leaf(size: int, quantized: bool) -> LeafState:
+def init_leaf(size: int, quantized: bool, codec: str = "dynamic") -> LeafState | RatioState:
+    """Moments of zero."""
     zeros = np.zeros(size, np.float32)
     if not quantized:
         return LeafState(zeros, zeros)
+    if codec == "ratio":
+        return quantize_ratio(zeros, zeros, np.zeros(size, np.uint32))._replace(
+            nu_words=np.zeros(-(-size // BLOCK_SIZE), np.float32)
+        )
     return LeafState(quantize(zeros, signed=True), quantize(zeros, signed=False))
-
-
-def init_ratio_leaf(size: int) -> RatioState:
-    blocks = -(-size // BLOCK_SIZE)
-    codes, words = np.zeros(blocks * BLOCK_SIZE, np.uint8), np.zeros(blocks, np.float32)
-    return RatioState(codes, codes, words, words)
 
 
 def step_leaf(

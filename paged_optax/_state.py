@@ -26,6 +26,7 @@ from . import _ext, _ffi, _partition
 from . import _reference as reference
 
 FLOAT32, DYNAMIC, RATIO = 0, 1, 2  # enum Codec in xla_ffi/layout.h
+CODECS = {"dynamic": DYNAMIC, "ratio": RATIO}  # by the names in Quantization
 
 
 class ScaleByPagedAdam8bitState(NamedTuple):
@@ -50,6 +51,12 @@ def new_token(num_leaves: int) -> jax.Array:
 def name_paths(paths: Sequence[str]) -> int:
     """A number for the leaves of a tree: which there are, and in which order."""
     return _number("\n".join(paths))
+
+
+@functools.lru_cache(maxsize=256)
+def leaf_keys(paths: tuple[str, ...], seed: int) -> tuple[int, ...]:
+    """A key for the random bits of each leaf, whatever its place in the tree."""
+    return tuple(_number(f"{seed}\n{path}") for path in paths)
 
 
 def name_tree(paths: Sequence[str], treedef: Any) -> int:

@@ -198,6 +198,7 @@ STREAMS = {
     "huge": Stream(exponent=19, spread=1),
     "fast decay": Stream(hyperparams=(0.95, 0.9, 1e-8, 0.0)),
     "no memory": Stream(hyperparams=(0.0, 0.0, 1e-8, 0.0)),
+    "ratios that overflow": Stream(exponent=10, spread=20, hyperparams=(0.99, 0.0, 1e-8, 0.0)),
     "late": Stream(count=2**31 - 60),
     "negative key": Stream(key=-1),
 }
@@ -208,7 +209,7 @@ def test_step_is_that_of_the_reference(stream):
     """Updates, codes and words, bit for bit."""
     num_blocks = -(-stream.size // BLOCK)
     arena = np.full(_ext.arena_bytes(num_blocks, 0), 0xCC, np.uint8)
-    state = reference.init_ratio_leaf(stream.size)
+    state = reference.init_leaf(stream.size, True, "ratio")
     hyperparams = reference.Hyperparams(*stream.hyperparams)
     for step, grad in enumerate(stream.grads(50)):
         count = stream.count + step
@@ -232,8 +233,8 @@ def rms(x):
 
 def carry(grads, key=0):
     """Updates of the code and of float32 moments on the same gradients, (steps, size) each."""
-    state = reference.init_ratio_leaf(grads[0].size)
-    exact = reference.init_leaf(grads[0].size, quantized=False)
+    state = reference.init_leaf(grads[0].size, True, "ratio")
+    exact = reference.init_leaf(grads[0].size, False)
     ours, theirs = [], []
     for count, grad in enumerate(grads):
         update, state = reference.step_leaf(grad, state, count, reference.Hyperparams(), False, key)

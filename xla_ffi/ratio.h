@@ -97,6 +97,9 @@ PAGED_HD MuUnit UnitOf(float nu) {
 // 127^2, and a little less so that a block's largest ratio stays below it when it is scaled.
 inline constexpr float kSquares = 16128.99f;
 
+// A ratio beyond this (decay rates with b1^2 > b2 let it grow) is stored as if it were this.
+inline constexpr uint32_t kLargestRatioBits = 0x4f800000u;  // 2^32
+
 // Factors from the block's scale: for decoding, and for encoding. Ratios below 2^-64 do not move a
 // parameter; a block of them counts as zero.
 PAGED_HD float MuStep(float scale) { return scale * (1.0f / kSquares); }
@@ -125,7 +128,8 @@ PAGED_HD float FloorSqrt(float x) {
 
 // The lower 16 bits of `random` decide.
 PAGED_HD uint8_t EncodeRatioMu(float ratio, float inverse_mu_step, uint32_t random) {
-  const float x = FloatOf(BitsOf(ratio) & 0x7fffffffu) * inverse_mu_step;  // below 127^2
+  const float scaled = FloatOf(BitsOf(ratio) & 0x7fffffffu) * inverse_mu_step;
+  const float x = scaled < kSquares ? scaled : kSquares;
   const float k = FloorSqrt(x);
   // Both sides are exact: x - k^2 fits the bits of x, and the right is an integer below 2^24.
   const float above = (x - k * k) * 65536.0f;

@@ -116,7 +116,8 @@ PAGED_HD void StepRatioBlock(Math math, const AdamStep& step, RandomKey key, uin
     const uint32_t mu_bits = BitsOf(mu[k]) & 0x7fffffffu;
     mu_max = mu_bits > mu_max ? mu_bits : mu_max;
   }
-  mu_scale = FloatOf(block_max(mu_max));
+  mu_max = block_max(mu_max);
+  mu_scale = FloatOf(mu_max < kLargestRatioBits ? mu_max : kLargestRatioBits);
   const float inverse_mu_step = InverseMuStep(mu_scale);
   PAGED_UNROLL
   for (int k = 0; k < K; ++k) mu_codes[k] = EncodeRatioMu(mu[k], inverse_mu_step, random[k]);
