@@ -117,11 +117,13 @@ class Synthetic:
         shape = self.scale.shape
         kinds = ("shrink", "row_sparse", "sparse", "spike", "stop")
         self._masks = {kind: np.zeros(shape, bool) for kind in kinds}
+        self.sections["stopped"] = np.broadcast_to(few, shape).copy()
         for name, start, blocks, watch, masks in self._pending:
             self.sections[name] = np.zeros(shape, bool)
             self.sections[name][start : start + blocks] = watch
             for kind, mask in masks.items():
                 self._masks[kind][start : start + blocks] = mask
+        self.sections["stopped"] &= self._masks["stop"]
 
     @functools.partial(jax.jit, static_argnums=0)
     def grads(self, step):
@@ -190,6 +192,7 @@ def synthetic_study(formats) -> dict[str, dict]:
             "decay of all": ratio(fmt, parts["decay of all"]),
             "tiny": tiny,
             "first 10 steps": float(first[fmt]),
+            "stopped": float(np.sqrt(energy[fmt][parts["stopped"]].mean() / WINDOW)),
             **{
                 name: relative_error(fmt, parts[name])
                 for name in (
@@ -207,6 +210,7 @@ def synthetic_study(formats) -> dict[str, dict]:
 
 def print_synthetic(results):
     print("\nsynthetic gradients, 5,000 steps (underflow, decay: RMS of update over float32's;")
+    print("stopped: RMS of the update of elements without gradients for 4,000 steps;")
     print("the rest: NMSE of the update, last 500 steps)")
     columns = (
         "underflow from .. to",
@@ -220,6 +224,7 @@ def print_synthetic(results):
         "spikes",
         "dead",
         "first 10",
+        "stopped",
     )
     print(f"{'format':<38}{columns[0]:>21}" + "".join(f"{c:>10}" for c in columns[1:]))
     for name, r in results.items():
@@ -236,6 +241,7 @@ def print_synthetic(results):
                     "spikes",
                     "dead neighbours",
                     "first 10 steps",
+                    "stopped",
                 )
             )
         )
@@ -560,6 +566,7 @@ def loss_study(training, seeds):
 
 def main(argv=None) -> None:
     """Runs the study that the command line asks for."""
+    global B1  # traced functions read it
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--gpt", action="store_true", help="a GPT of 33M parameters instead of the example's model")
@@ -568,10 +575,12 @@ def main(argv=None) -> None:
     add("--seeds", type=int, help="trainings of each kind (default: 3 with --gpt, else 0)")
     add("--only", choices=["synthetic", "model"], help="one half of the study")
     add("--formats", nargs="+", metavar="WORD", help="only formats whose name has such a word")
+    add("--b1", type=float, default=float(B1), help="decay rate of first moments (default: 0.9)")
     add("--json", type=Path, metavar="FILE", help="writes every number")
     args = parser.parse_args(argv)
     if args.steps < 40:
         parser.error(f"argument --steps: {args.steps} is below 40")
+    B1 = np.float32(args.b1)
     formats = FORMATS
     if args.formats:
         formats = [fmt for fmt in FORMATS if any(word in fmt.name for word in args.formats)]

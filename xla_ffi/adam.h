@@ -88,9 +88,9 @@ PAGED_HD float AdvanceMoments(const AdamStep& step, float grad, float* mu, float
   // NaN fails the comparison. If nu is finite, so is grad, and then mu, a mean of finite numbers.
   const bool finite = new_nu <= 3.40282347e38f;
   const float mu_hat = new_mu * step.mu_scale + grad * step.grad_scale;
-  *mu = finite ? new_mu : *mu;
-  *nu = finite ? new_nu : *nu;
-  return finite ? mu_hat : step.bad_mu_hat;
+  *mu = Select(finite, new_mu, *mu);
+  *nu = Select(finite, new_nu, *nu);
+  return Select(finite, mu_hat, step.bad_mu_hat);
 }
 
 // The update of one element (the direction, before the learning rate).

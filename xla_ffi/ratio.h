@@ -123,7 +123,7 @@ PAGED_HD float FloorSqrt(float x) {
   // Made a little too small, so that only one side has to be looked at.
   const float k = static_cast<float>(static_cast<int>(root * 0.99999905f));
   const float next = k + 1.0f;
-  return next * next <= x ? next : k;
+  return Select(next * next <= x, next, k);
 }
 
 // The lower 16 bits of `random` decide.
@@ -134,7 +134,7 @@ PAGED_HD uint8_t EncodeRatioMu(float ratio, float inverse_mu_step, uint32_t rand
   // Both sides are exact: x - k^2 fits the bits of x, and the right is an integer below 2^24.
   const float above = (x - k * k) * 65536.0f;
   const float threshold = static_cast<float>(static_cast<int>(random & 0xffff)) * (k + k + 1.0f);
-  const float level = above > threshold ? k + 1.0f : k;
+  const float level = Select(above > threshold, k + 1.0f, k);
   // 1.5 * 2^23: the sum's low byte is the integer in two's complement.
   const float signed_level = FloatOf(BitsOf(level) | (BitsOf(ratio) & 0x80000000u));
   return static_cast<uint8_t>(BitsOf(signed_level + 12582912.0f));

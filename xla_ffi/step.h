@@ -96,7 +96,7 @@ PAGED_HD void StepRatioBlock(Math math, const AdamStep& step, RandomKey key, uin
   PAGED_UNROLL
   for (int k = 0; k < K; ++k) {
     const uint32_t bits = BitsOf(nu[k]), negated = 0u - bits;
-    const uint32_t active = mu[k] == 0.0f ? 0u : negated;
+    const uint32_t active = Select(mu[k] == 0.0f, 0u, negated);
     top = bits > top ? bits : top;
     depth = negated > depth ? negated : depth;
     active_depth = active > active_depth ? active : active_depth;
@@ -112,7 +112,7 @@ PAGED_HD void StepRatioBlock(Math math, const AdamStep& step, RandomKey key, uin
     const uint32_t stored = RoundRatioNu(BitsOf(nu[k]), window, random[k]);
     nu_codes[k] = RatioNuCode(stored, window);
     // The ratio from here on.
-    mu[k] = stored == 0 ? 0.0f : mu[k] * UnitOf(FloatOf(stored)).reciprocal;
+    mu[k] = Select(stored == 0, 0.0f, mu[k] * UnitOf(FloatOf(stored)).reciprocal);
     const uint32_t mu_bits = BitsOf(mu[k]) & 0x7fffffffu;
     mu_max = mu_bits > mu_max ? mu_bits : mu_max;
   }
