@@ -16,8 +16,9 @@ from ._check import record
 from ._ffi import TOKEN_SHAPE
 from ._options import Paging, Quantization
 from ._state import (
-    DYNAMIC,
+    CODECS,
     FLOAT32,
+    RATIO,
     ScaleByPagedAdam8bitState,
     SkipNonFiniteState,
     leaf_keys,
@@ -245,6 +246,8 @@ class _Link:
             for value in (descent.learning_rate, descent.weight_decay):
                 hyperparams.append(value(state.count) if callable(value) else value)
             decayed = _decayed(descent.mask, updates)
+        codec = CODECS[self._quantization.codec]
+        if descent is not None or codec == RATIO:
             keys = leaf_keys(paths, self._quantization.seed)
         token, scaled = _partition.update(
             state.token,
@@ -253,7 +256,7 @@ class _Link:
             [jnp.asarray(grad) for grad in grads],
             [jnp.asarray(param) for param in jax.tree.leaves(params)],
             codecs=tuple(
-                DYNAMIC if np.size(g) >= self._quantization.min_size else FLOAT32 for g in grads
+                codec if np.size(g) >= self._quantization.min_size else FLOAT32 for g in grads
             ),
             decayed=decayed,
             keys=keys,
@@ -289,7 +292,7 @@ def _count_bad(grads: Sequence[jax.Array], reduce: Callable[..., jax.Array]) -> 
         mesh = jax.sharding.get_abstract_mesh()
         kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
         manual = tuple(name for name, kind in kinds if kind == AxisType.Manual)
-        totals = {manual: total for total in totals.values()}
+        totals = {manual: totals[()]} if totals else {}
     result = jnp.zeros([], jnp.int32)
     for axes, total in totals.items():
         result = _add(result, jax.lax.psum(total, axes) if axes else total)

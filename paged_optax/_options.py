@@ -9,8 +9,10 @@ class Quantization:
     """How moments are stored.
 
     Attributes:
-      codec: ``"dynamic"``, the 8-bit code of bitsandbytes: blocks of 256 elements, one float32
-        scale a block, 2.03 bytes per parameter for both moments.
+      codec: the 8-bit code; either takes 2.03 bytes per parameter for both moments, in blocks of
+        256 elements. ``"dynamic"`` is that of bitsandbytes, to the bit. ``"ratio"`` follows float32
+        moments an order of magnitude closer: it stores second moments as small floats and first
+        moments as multiples of their square roots, both rounded stochastically.
       min_size: leaves with fewer elements than this keep float32 moments (8 bytes per parameter).
         Small leaves are biases and norms, which save nothing and tolerate least. Inside
         `jax.shard_map` a leaf is the device's part of it.
@@ -31,8 +33,8 @@ class Quantization:
             value = getattr(self, name)
             if not isinstance(value, int):
                 raise TypeError(f"{name} is {value!r}; it must be an int")
-        if self.codec != "dynamic":
-            raise ValueError(f"unknown codec {self.codec!r}; the only one is 'dynamic'")
+        if self.codec not in ("dynamic", "ratio"):
+            raise ValueError(f"unknown codec {self.codec!r}; there are 'dynamic' and 'ratio'")
         if self.min_size < 0:
             raise ValueError(
                 f"min_size is {self.min_size}; it counts elements and cannot be negative"

@@ -97,9 +97,15 @@ def random_bits(leaf_key: int, count: int, start: int, size: int, stream: int = 
     Returns:
       uint32 array of shape (size,).
     """
-    leaf_key %= 2**64
     before = _mix(np.array([count], np.uint32), 0x9E3779B9, 0x7F4A7C15)
     between = _mix(np.array([count], np.uint32), 0xBF58476D, 0x94D049BB)
+    return random_bits_from((before, between), leaf_key, start, size, stream)
+
+
+def random_bits_from(keys, leaf_key: int, start: int, size: int, stream: int) -> np.ndarray:
+    """`random_bits` from two words in place of those that a step gives."""
+    before, between = (np.asarray(key, np.uint32) for key in keys)
+    leaf_key %= 2**64
     index = np.uint64(start) + np.arange(size, dtype=np.uint64)
     place = (index >> np.uint64(32)).astype(np.uint32) * np.uint32(0x9E3779B1)
     place ^= np.uint32(stream * 0x85EBCA77 % 2**32) ^ np.uint32(leaf_key // 2**32)
@@ -113,6 +119,101 @@ def _mix(x: np.ndarray, before, between) -> np.ndarray:
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> np.uint32(15)) ^ np.asarray(between, np.uint32)) * np.uint32(0x846CA68B)
     return x ^ (x >> np.uint32(16))
+
+
+class RatioState(NamedTuple):
+    """Moments of a leaf in the ``ratio`` code; blocks of 256 codes, two words a block.
+
+    Code 0 is zero for both moments, so a fresh state is all zero bytes.
+    """
+
+    mu_codes: np.ndarray  # uint8 (num_blocks * 256,), two's complement: -127 .. 127
+    nu_codes: np.ndarray  # uint8 (num_blocks * 256,)
+    mu_scales: np.ndarray  # float32 (num_blocks,)
+    nu_words: np.ndarray  # float32 (num_blocks,), of which the bits count
+
+
+_FINEST_SHIFT, _COARSEST_SHIFT = 16, 21
+_IDLE_RANGE = 15 << 23
+_INFINITY = 0x7F800000
+_SQUARES = np.float32(16128.99)  # 127^2, and a little less so that no ratio reaches it
+
+
+def quantize_ratio(mu: np.ndarray, nu: np.ndarray, random: np.ndarray) -> RatioState:
+    """Quantizes flat float32 moments block by block, rounding at random without bias.
+
+    Args:
+      mu: first moments (size,).
+      nu: second moments (size,), finite and not negative.
+      random: uint32 (size,), of which the upper bits round ``nu`` and the lower 16 ``mu``.
+    """
+    mu, nu = _to_blocks(mu), _to_blocks(nu)
+    random = np.pad(random, (0, mu.size - random.size)).reshape(mu.shape)
+
+    # The window: from the largest second moment to the smallest, in bits, which order floats.
+    bits = nu.view(np.int32).astype(np.int64)
+    top = bits.max(axis=1, initial=0)
+    idle_limit = (top - _IDLE_RANGE)[:, None]
+    low = np.where(mu == 0, np.maximum(bits, idle_limit), bits)
+    bottom = np.where(bits > 0, low, _INFINITY).min(axis=1, initial=_INFINITY)
+    span = np.maximum(top - bottom, 0)
+    shift = np.full(span.shape, _COARSEST_SHIFT)
+    for s in reversed(range(_FINEST_SHIFT, _COARSEST_SHIFT)):
+        shift = np.where(span >> s <= 252, s, shift)
+    words = (top & 0xFFFF0000 | shift).astype(np.uint32)
+    offset = np.maximum((top >> shift) - 254, 0)
+
+    # Second moments: the bits above the cut, after the addition of random ones below it.
+    shift, offset = shift[:, None], offset[:, None]
+    cut = (bits + (random.astype(np.int64) >> (32 - shift))) >> shift
+    cut = np.minimum(cut, 0x7F7FFFFF >> shift)
+    nu_codes = np.where(bits == 0, 0, np.maximum(cut - offset, 1)).astype(np.uint8)
+
+    # First moments: squares of integers, in units of the stored second moments' square roots.
+    _, reciprocal = _ratio_unit(_decode_ratio_nu(nu_codes, words))
+    with np.errstate(over="ignore"):
+        ratio = np.where(nu_codes == 0, np.float32(0), mu * reciprocal)
+    magnitude = np.minimum(np.abs(ratio), np.float32(2.0**32))
+    scales = magnitude.max(axis=1, initial=np.float32(0))
+    usable = scales >= np.float32(2.0**-64)
+    inverse = np.where(usable, _SQUARES / np.where(usable, scales, 1), np.float32(0))
+    x = np.minimum(magnitude * inverse[:, None].astype(np.float32), _SQUARES)
+    k = np.sqrt(x.astype(np.float64)).astype(np.int64)  # float64: exact enough for its floor
+    threshold = (random & np.uint32(0xFFFF)).astype(np.int64) * (2 * k + 1)
+    level = k + ((x.astype(np.float64) - k * k) * 65536 > threshold)
+    mu_codes = np.where(np.signbit(ratio), -level, level).astype(np.int8).view(np.uint8)
+    return RatioState(mu_codes.ravel(), nu_codes.ravel(), scales, words.view(np.float32))
+
+
+def dequantize_ratio(state: RatioState) -> tuple[np.ndarray, np.ndarray]:
+    """The float32 moments ``(mu, nu)`` that codes and words stand for, padding included."""
+    nu = _decode_ratio_nu(state.nu_codes.reshape(-1, BLOCK_SIZE), state.nu_words.view(np.uint32))
+    k = state.mu_codes.view(np.int8).astype(np.float32).reshape(nu.shape)
+    step = state.mu_scales * (np.float32(1) / _SQUARES)
+    return (k * np.abs(k) * step[:, None] * _ratio_unit(nu)[0]).ravel(), nu.ravel()
+
+
+def ratio_random(leaf_key: int, count: int, size: int) -> np.ndarray:
+    """The random bits with which a leaf's moments are rounded, uint32 (size,).
+
+    A hash of the element, which the steps advance by the golden ratio (a Weyl sequence).
+    """
+    place = random_bits_from((0x243F6A88, 0x85A308D3), leaf_key, 0, size, stream=1)
+    return place + np.uint32(count * 0x9E3779B9 % 2**32)
+
+
+def _decode_ratio_nu(codes: np.ndarray, words: np.ndarray) -> np.ndarray:
+    shift = words & np.uint32(31)
+    top = (words >> shift).astype(np.int64)
+    bits = (codes + np.maximum(top - 254, 0)[:, None]) << shift[:, None].astype(np.int64)
+    return np.where(codes == 0, 0, bits).astype(np.uint32).view(np.float32)
+
+
+def _ratio_unit(nu: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A number near sqrt(nu), 1 or 1.5 times a power of two, and its reciprocal."""
+    unit = ((nu.view(np.uint32) >> 1) + 0x1FC00000) & np.uint32(0xFFC00000)
+    reciprocal = 0x7F000000 - unit - ((unit >> 22) & 1) * np.uint32(0x155555)
+    return unit.view(np.float32), reciprocal.view(np.float32)
 
 
 class Hyperparams(NamedTuple):
@@ -280,26 +381,32 @@ def update_params(
 
 
 class LeafState(NamedTuple):
-    """Moments of one leaf: `Quantized` in 8 bits, or flat float32 arrays."""
+    """Moments of one leaf: `Quantized` in the ``dynamic`` code, or flat float32 arrays."""
 
     mu: Quantized | np.ndarray
     nu: Quantized | np.ndarray
 
 
-def init_leaf(size: int, quantized: bool) -> LeafState:
+def init_leaf(size: int, quantized: bool, codec: str = "dynamic") -> LeafState | RatioState:
+    """Moments of zero."""
     zeros = np.zeros(size, np.float32)
     if not quantized:
         return LeafState(zeros, zeros)
+    if codec == "ratio":
+        return quantize_ratio(zeros, zeros, np.zeros(size, np.uint32))._replace(
+            nu_words=np.zeros(-(-size // BLOCK_SIZE), np.float32)
+        )
     return LeafState(quantize(zeros, signed=True), quantize(zeros, signed=False))
 
 
 def step_leaf(
     grad,
-    state: LeafState,
+    state: LeafState | RatioState,
     count: int,
     hyperparams: Hyperparams,
     nesterov: bool = False,
     skip_elements: bool = False,
+    leaf_key: int = 0,
 ):
     """One step for one leaf.
 
@@ -310,27 +417,35 @@ def step_leaf(
       hyperparams: b1, b2, eps, eps_root.
       nesterov: whether to use Nesterov momentum.
       skip_elements: whether elements whose gradient is not finite are skipped.
+      leaf_key: names the leaf, for the random bits of the ``ratio`` code.
 
     Returns:
       ``(update, state)``; the update has the gradient's shape and dtype.
     """
-    direction, state = directions(grad, state, count, hyperparams, nesterov, skip_elements)
+    direction, state = directions(
+        grad, state, count, hyperparams, nesterov, skip_elements, leaf_key
+    )
     with np.errstate(over="ignore"):
         return direction.astype(grad.dtype).reshape(grad.shape), state
 
 
 def directions(
     grad,
-    state: LeafState,
+    state: LeafState | RatioState,
     count: int,
     hyperparams: Hyperparams,
     nesterov: bool = False,
     skip_elements: bool = False,
+    leaf_key: int = 0,
 ):
     """As `step_leaf`, but the update is flat and float32."""
     flat = np.asarray(grad).ravel().astype(np.float32)
     size = flat.size
-    if isinstance(state.mu, Quantized) and isinstance(state.nu, Quantized):
+    if isinstance(state, RatioState):
+        mu, nu = (x[:size] for x in dequantize_ratio(state))
+        update, mu, nu = adam(flat, mu, nu, count, hyperparams, nesterov, skip_elements)
+        state = quantize_ratio(mu, nu, ratio_random(leaf_key, count, size))
+    elif isinstance(state.mu, Quantized) and isinstance(state.nu, Quantized):
         mu = dequantize(state.mu, signed=True)[:size]
         nu = dequantize(state.nu, signed=False)[:size]
         update, mu, nu = adam(flat, mu, nu, count, hyperparams, nesterov, skip_elements)

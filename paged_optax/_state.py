@@ -27,7 +27,8 @@ from . import _ext, _ffi, _partition
 from . import _reference as reference
 from ._shards import Shards
 
-FLOAT32, DYNAMIC = 0, 1  # enum Codec in xla_ffi/layout.h
+FLOAT32, DYNAMIC, RATIO = 0, 1, 2  # enum Codec in xla_ffi/layout.h
+CODECS = {"dynamic": DYNAMIC, "ratio": RATIO}  # by the names in Quantization
 
 
 class ScaleByPagedAdam8bitState(NamedTuple):
@@ -313,5 +314,7 @@ def _read_shards(report: dict[str, Any], handle: int, version: int) -> list[list
                 reference.dequantize(reference.Quantized(mu_codes, mu_scales), signed=True),
                 reference.dequantize(reference.Quantized(nu_codes, nu_scales), signed=False),
             )
+        elif codec == RATIO:
+            parts = reference.dequantize_ratio(reference.RatioState(*parts))
         leaves.append([flat[: math.prod(shape)].reshape(shape) for flat in parts])
     return leaves

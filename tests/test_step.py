@@ -22,7 +22,7 @@ import pytest
 
 from paged_optax import Quantization, _ext, release, scale_by_paged_adam8bit
 from paged_optax import _reference as reference
-from paged_optax._state import DYNAMIC, FLOAT32
+from paged_optax._state import DYNAMIC, FLOAT32, leaf_keys
 
 f32 = np.float32
 BLOCK = 256
@@ -73,6 +73,10 @@ def make_gradients(specs, num_steps, seed):
 
 def check_stored(stored, expected, size, same_bits, what=""):
     """Compares the bytes of a leaf's moments with those of the reference."""
+    if isinstance(expected, reference.RatioState):
+        for actual, part in zip(stored, expected, strict=True):
+            same_bits(actual, part, what)
+        return
     if len(stored) == 4:
         mu_codes, nu_codes, mu_scales, nu_scales = stored
         np.testing.assert_array_equal(mu_codes, expected.mu.codes, what)
@@ -112,7 +116,10 @@ def check_run(device, stored_moments, same_bits):
 
         steps = list(steps)
         sizes = [grad.size for grad in steps[0]]
-        expected = [reference.init_leaf(n, n >= quantization.min_size) for n in sizes]
+        keys = leaf_keys(tuple(f"[{i}]" for i in range(len(sizes))), quantization.seed)
+        expected = [
+            reference.init_leaf(n, n >= quantization.min_size, quantization.codec) for n in sizes
+        ]
         state = transform().init(steps[0])._replace(count=np.int32(start))
         state = jax.device_put(state, device)  # else the second step compiles again
         operands = tuple(np.array(hyperparams, f32)) if traced else ()
@@ -122,7 +129,7 @@ def check_run(device, stored_moments, same_bits):
             for leaf, (grad, actual) in enumerate(zip(grads, updates, strict=True)):
                 what = f"step {i + 1}, leaf {leaf}"
                 wanted, expected[leaf] = reference.step_leaf(
-                    grad, expected[leaf], start + i, hyperparams, nesterov
+                    grad, expected[leaf], start + i, hyperparams, nesterov, keys[leaf]
                 )
                 same_bits(actual, wanted, what)
                 same_bits(on_device[leaf], grad, f"{what}: the gradient was overwritten")
@@ -166,27 +173,30 @@ any_hyperparams = st.builds(
 )
 
 
+@pytest.mark.parametrize("codec", ["dynamic", "ratio"])
 @hypothesis.settings(max_examples=50)
 @hypothesis.given(
     specs=st.lists(leaf_specs, min_size=1, max_size=5),
     hyperparams=any_hyperparams,
     traced=st.booleans(),
     nesterov=st.booleans(),
-    quantize_all=st.booleans(),
+    min_size=st.sampled_from([0, 4096]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_any_tree(check_run, specs, hyperparams, traced, nesterov, quantize_all, seed):
+def test_any_tree(check_run, codec, specs, hyperparams, traced, nesterov, min_size, seed):
     check_run(
         make_gradients(specs, 30, seed),
         hyperparams,
         traced,
         nesterov,
-        ALL_QUANTIZED if quantize_all else None,
+        Quantization(codec, min_size, seed=seed),
     )
 
 
 @pytest.mark.parametrize(
-    "quantization", [None, ALL_QUANTIZED, NONE_QUANTIZED], ids=["default", "all", "none"]
+    "quantization",
+    [None, ALL_QUANTIZED, NONE_QUANTIZED, Quantization("ratio"), Quantization("ratio", 0)],
+    ids=["default", "all", "none", "ratio", "all ratio"],
 )
 def test_every_shape_and_dtype_in_one_tree(check_run, quantization):
     specs = [

@@ -12,6 +12,7 @@
 #include <cmath>
 
 #include "portable.h"
+#include "ratio.h"
 
 namespace paged_optax {
 
@@ -28,6 +29,7 @@ struct AdamStep {
   float mu_scale, grad_scale, nu_scale;
   // In place of the first moment of an element whose gradient is not finite: NaN, or 0 to skip it.
   float bad_mu_hat;
+  uint32_t ratio_phase;  // of the random bits of ratio.h
 };
 
 // base^exponent by squaring, in float64: the same operations, so the same bits, everywhere. float32
@@ -68,6 +70,7 @@ PAGED_HD AdamStep MakeAdamStep(const float* hyperparams, int32_t count, bool nes
   step.nu_scale = static_cast<float>(1.0 / c2);
   // A gradient can be skipped, a bad decay rate not.
   step.bad_mu_hat = is_valid && bad_element == BadElement::kSkip ? 0.0f : FloatOf(0x7fc00000u);
+  step.ratio_phase = RatioPhase(count);
   return step;
 }
 
@@ -85,9 +88,9 @@ PAGED_HD float AdvanceMoments(const AdamStep& step, float grad, float* mu, float
   // NaN fails the comparison. If nu is finite, so is grad, and then mu, a mean of finite numbers.
   const bool finite = new_nu <= 3.40282347e38f;
   const float mu_hat = new_mu * step.mu_scale + grad * step.grad_scale;
-  *mu = finite ? new_mu : *mu;
-  *nu = finite ? new_nu : *nu;
-  return finite ? mu_hat : step.bad_mu_hat;
+  *mu = Select(finite, new_mu, *mu);
+  *nu = Select(finite, new_nu, *nu);
+  return Select(finite, mu_hat, step.bad_mu_hat);
 }
 
 // The update of one element (the direction, before the learning rate).

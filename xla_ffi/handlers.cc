@@ -45,8 +45,8 @@ struct UpdateAttrs {
   bool skip_elements;       // those whose gradient is not finite
   int64_t tree;             // a number for the tree structure, for Python
 
-  // Whether learning rate, weight decay and parameters are operands; else `decayed` and `keys` are
-  // empty.
+  // Whether learning rate, weight decay and parameters are operands; else `decayed` is empty.
+  // `keys` may be empty where nothing is rounded at random.
   bool takes_params() const {
     return static_cast<ParamRounding>(param_rounding) != ParamRounding::kNone;
   }
@@ -148,7 +148,8 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
   const size_t num_leaves = codecs.size();
   const size_t num_extra = takes_params ? num_leaves : 0;
   if (args.size() != kOperands + num_leaves + num_extra || rets.size() != 1 + num_leaves ||
-      attrs.decayed.size() != num_extra || attrs.keys.size() != num_extra) {
+      attrs.decayed.size() != num_extra ||
+      (attrs.keys.size() != num_leaves && (takes_params || attrs.keys.size() != 0))) {
     throw StatusError(StatusCode::kInvalidArgument,
                       "update called with a wrong number of operands");
   }
@@ -174,6 +175,7 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
         call.signature.Append(codec, dims.begin(), static_cast<int64_t>(dims.size()));
     leaf.dtype = DTypeOf(grad.element_type());
     leaf.codec = codec;
+    if (attrs.keys.size() != 0) leaf.key = static_cast<uint64_t>(attrs.keys[i]);
     if (takes_params) {
       const ffi::AnyBuffer param = *args.get<ffi::AnyBuffer>(i + kOperands + num_leaves);
       if (param.element_count() != grad.element_count()) {
@@ -186,14 +188,13 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
                           : static_cast<ParamRounding>(attrs.param_rounding);
       leaf.decays = attrs.decayed[i] != 0;
       leaf.params = param.untyped_data();
-      leaf.key = static_cast<uint64_t>(attrs.keys[i]);
       if (leaf.rounding == ParamRounding::kCompensated) call.signature.KeepResiduals();
     }
     call.leaves.push_back(leaf);
   }
   // In the order of the arena, so that what is resident comes first.
   std::stable_partition(call.leaves.begin(), call.leaves.end(),
-                        [](const Leaf& leaf) { return leaf.codec == Codec::kDynamic; });
+                        [](const Leaf& leaf) { return Is8Bit(leaf.codec); });
   for (Leaf& leaf : call.leaves) {
     leaf.first_work = call.num_work;
     call.num_work += NumBlocks(leaf.size);

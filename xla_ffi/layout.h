@@ -4,7 +4,7 @@
 // Leaves are cut into blocks of 256 elements, each leaf starting a new block, and blocks are
 // numbered through the tree per codec. An arena is a row of 2 MiB chunks (the granularity in which
 // CUDA moves managed memory); a chunk keeps its blocks' codes and scales together, so that any
-// leading part of the arena is a self-contained part of the state. First come all `dynamic` blocks,
+// leading part of the arena is a self-contained part of the state. First come all 8-bit blocks,
 // the last chunk being as long as they need; then, one behind the other, all float32 blocks, none
 // of which lies across the border of two chunks. Where residuals of the parameters are kept
 // (rounding.h), every block has 256 bytes more: in the dynamic chunks, and behind the last float32
@@ -21,7 +21,11 @@
 
 namespace paged_optax {
 
-enum class Codec : int8_t { kFloat32, kDynamic };
+enum class Codec : int8_t { kFloat32, kDynamic, kRatio };
+
+// Codecs of 8 bits share a layout: two codes an element and two 4-byte words a block. The blocks of
+// a state are all of one of them.
+PAGED_HD bool Is8Bit(Codec codec) { return codec != Codec::kFloat32; }
 
 inline constexpr int64_t kBlockSize = 256;
 inline constexpr int64_t kChunkBytes = int64_t{2} << 20;

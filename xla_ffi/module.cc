@@ -114,7 +114,7 @@ DeviceId ParseDevice(const std::string& platform, int ordinal) {
 
 // Bytes of a leaf's blocks, and of those that are resident.
 std::pair<int64_t, int64_t> LeafBytes(const ArenaReport& report, const Signature::LeafInfo& leaf) {
-  const bool is_dynamic = leaf.codec == Codec::kDynamic;
+  const bool is_dynamic = Is8Bit(leaf.codec);
   const int64_t first = leaf.first_block + (is_dynamic ? 0 : report.extent.num_dynamic_blocks);
   const int64_t blocks = NumBlocks(leaf.size);
   const int64_t residual_bytes = report.extent.has_residuals ? kResidualBytes : 0;
@@ -249,6 +249,31 @@ py::array_t<uint8_t> Encode(const py::array_t<float, py::array::c_style>& values
   return codes;
 }
 
+// The `ratio` code alone, for the tests. Codes of second moments in the window of a word:
+py::array_t<uint8_t> EncodeRatioNus(const py::array_t<float, py::array::c_style>& values,
+                                    uint32_t word,
+                                    const py::array_t<uint32_t, py::array::c_style>& random) {
+  py::array_t<uint8_t> codes(values.size());
+  const RatioWindow window = WindowOf(word);
+  for (py::ssize_t i = 0; i < values.size(); ++i) {
+    const uint32_t stored = RoundRatioNu(BitsOf(values.data()[i]), window, random.data()[i]);
+    codes.mutable_data()[i] = RatioNuCode(stored, window);
+  }
+  return codes;
+}
+
+// and of first moments that are already divided by their units.
+py::array_t<uint8_t> EncodeRatioMus(const py::array_t<float, py::array::c_style>& ratios,
+                                    float scale,
+                                    const py::array_t<uint32_t, py::array::c_style>& random) {
+  py::array_t<uint8_t> codes(ratios.size());
+  for (py::ssize_t i = 0; i < ratios.size(); ++i) {
+    codes.mutable_data()[i] =
+        EncodeRatioMu(ratios.data()[i], InverseMuStep(scale), random.data()[i]);
+  }
+  return codes;
+}
+
 // Random bits alone, for the tests: those of elements [start, start + size) of a leaf.
 py::array_t<uint32_t> RandomBitsOf(int64_t leaf_key, int32_t count, int64_t start, int64_t size,
                                    uint32_t stream) {
@@ -264,17 +289,18 @@ py::array_t<uint32_t> RandomBitsOf(int64_t leaf_key, int32_t count, int64_t star
 // The step alone, for the tests: blocks [begin, end) of a single leaf, moments in `arena`.
 void StepLeaf(py::buffer values, int dtype, int codec, py::buffer arena, int64_t begin, int64_t end,
               std::array<float, kNumHyperparams> hyperparams, int32_t count, bool nesterov,
-              bool fresh) {
+              bool fresh, int64_t leaf_key) {
   const py::buffer_info values_info = values.request(/*writable=*/true);
   const py::buffer_info arena_info = arena.request(/*writable=*/true);
   Leaf leaf{};
   leaf.grads = leaf.updates = values_info.ptr;
   leaf.dtype = static_cast<DType>(dtype);
   leaf.codec = static_cast<Codec>(codec);
+  leaf.key = static_cast<uint64_t>(leaf_key);
   leaf.size = values_info.size * values_info.itemsize / SizeOf(leaf.dtype);
   ArenaExtent extent;
   const int64_t blocks = NumBlocks(leaf.size);
-  (leaf.codec == Codec::kDynamic ? extent.num_dynamic_blocks : extent.num_float32_blocks) = blocks;
+  (Is8Bit(leaf.codec) ? extent.num_dynamic_blocks : extent.num_float32_blocks) = blocks;
   if (begin < 0 || end > blocks || extent.NumBytes() > arena_info.size * arena_info.itemsize) {
     throw StatusError(StatusCode::kInvalidArgument, "blocks outside the leaf, or arena too small");
   }
@@ -394,11 +420,17 @@ PYBIND11_MODULE(_ext, module) {
     return seen;
   });
   module.def("encode", &Encode, py::arg("values"), py::arg("signed"));
+  module.def("window_word", &WindowWord, py::arg("top"), py::arg("depth"), py::arg("active_depth"));
+  module.def("encode_ratio_nu", &EncodeRatioNus, py::arg("values"), py::arg("word"),
+             py::arg("random"));
+  module.def("encode_ratio_mu", &EncodeRatioMus, py::arg("ratios"), py::arg("scale"),
+             py::arg("random"));
   module.def("random_bits", &RandomBitsOf, py::arg("leaf_key"), py::arg("count"), py::arg("start"),
              py::arg("size"), py::arg("stream") = 0);
   module.def("step_leaf", &StepLeaf, py::arg("values"), py::arg("dtype"), py::arg("codec"),
              py::arg("arena"), py::arg("begin"), py::arg("end"), py::arg("hyperparams"),
-             py::arg("count"), py::arg("nesterov") = false, py::arg("fresh") = false);
+             py::arg("count"), py::arg("nesterov") = false, py::arg("fresh") = false,
+             py::arg("leaf_key") = 0);
   module.def(
       "arena_bytes",
       [](int64_t num_dynamic_blocks, int64_t num_float32_blocks, bool has_residuals) {

@@ -7,6 +7,7 @@
 #include "codec.h"
 #include "dtype.h"
 #include "layout.h"
+#include "ratio.h"
 #include "rounding.h"
 
 namespace paged_optax {
@@ -68,6 +69,58 @@ PAGED_HD void StepDynamicBlock(Math math, const AdamStep& step, const DynamicMap
     mu_codes[k] = EncodeMu(maps.mu, mu[k], mu_inverse);
     nu_codes[k] = EncodeNu(maps.nu, nu[k], nu_inverse);
   }
+}
+
+// The same for the `ratio` code. `key` and `first`, the index of the lane's first element in its
+// leaf, are for the random bits. `nu_word` is an integer (RatioWindow), in the place of a scale.
+template <int K, class Math, class BlockMax>
+PAGED_HD void StepRatioBlock(Math math, const AdamStep& step, RandomKey key, uint32_t first,
+                             float (&values)[K], uint8_t (&mu_codes)[K], uint8_t (&nu_codes)[K],
+                             float& mu_scale, float& nu_word, BlockMax block_max) {
+  float mu[K], nu[K];
+  {
+    const RatioWindow window = WindowOf(BitsOf(nu_word));
+    const float mu_step = MuStep(mu_scale);
+    PAGED_UNROLL
+    for (int k = 0; k < K; ++k) {
+      nu[k] = DecodeRatioNu(nu_codes[k], window);
+      mu[k] = DecodeRatioMu(mu_codes[k], mu_step, UnitOf(nu[k]).unit);
+    }
+  }
+  PAGED_UNROLL
+  for (int k = 0; k < K; ++k) values[k] = AdvanceMoments(step, values[k], &mu[k], &nu[k]);
+  UpdateLane(math, step, nu, values);
+
+  // Ends of the block's range as maxima: of the bits, and of the negated bits, in which 0 is least.
+  uint32_t top = 0, depth = 0, active_depth = 0;
+  PAGED_UNROLL
+  for (int k = 0; k < K; ++k) {
+    const uint32_t bits = BitsOf(nu[k]), negated = 0u - bits;
+    const uint32_t active = Select(mu[k] == 0.0f, 0u, negated);
+    top = bits > top ? bits : top;
+    depth = negated > depth ? negated : depth;
+    active_depth = active > active_depth ? active : active_depth;
+  }
+  const uint32_t word = WindowWord(block_max(top), block_max(depth), block_max(active_depth));
+  nu_word = FloatOf(word);
+
+  const RatioWindow window = WindowOf(word);
+  uint32_t random[K], mu_max = 0;
+  PAGED_UNROLL
+  for (int k = 0; k < K; ++k) {
+    random[k] = RandomBits(key, first + static_cast<uint32_t>(k)) + step.ratio_phase;
+    const uint32_t stored = RoundRatioNu(BitsOf(nu[k]), window, random[k]);
+    nu_codes[k] = RatioNuCode(stored, window);
+    // The ratio from here on.
+    mu[k] = Select(stored == 0, 0.0f, mu[k] * UnitOf(FloatOf(stored)).reciprocal);
+    const uint32_t mu_bits = BitsOf(mu[k]) & 0x7fffffffu;
+    mu_max = mu_bits > mu_max ? mu_bits : mu_max;
+  }
+  mu_max = block_max(mu_max);
+  mu_scale = FloatOf(mu_max < kLargestRatioBits ? mu_max : kLargestRatioBits);
+  const float inverse_mu_step = InverseMuStep(mu_scale);
+  PAGED_UNROLL
+  for (int k = 0; k < K; ++k) mu_codes[k] = EncodeRatioMu(mu[k], inverse_mu_step, random[k]);
 }
 
 template <int K, class Math>

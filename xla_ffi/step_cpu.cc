@@ -103,12 +103,13 @@ PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begi
     const int count = left < kLane ? static_cast<int>(left) : kLane;
     Load(leaf.grads, leaf.dtype, start, count, values);
     const int64_t block = leaf.first_block + in_leaf;
-    if (leaf.codec == Codec::kDynamic) {
+    if (Is8Bit(leaf.codec)) {
       alignas(64) uint8_t mu[kLane], nu[kLane];
       float mu_scale = 0.0f, nu_scale = 0.0f;
       if (work.source == nullptr) {
-        std::memset(mu, kZeroMu, sizeof(mu));
-        std::memset(nu, kZeroNu, sizeof(nu));
+        const bool is_ratio = leaf.codec == Codec::kRatio;
+        std::memset(mu, is_ratio ? kZeroRatio : kZeroMu, sizeof(mu));
+        std::memset(nu, is_ratio ? kZeroRatio : kZeroNu, sizeof(nu));
       } else {
         const auto source = work.extent.LocateDynamic(work.source, block);
         std::memcpy(mu, source.mu, sizeof(mu));
@@ -116,8 +117,15 @@ PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begi
         mu_scale = source.scales[0];
         nu_scale = source.scales[1];
       }
-      StepDynamicBlock<kLane>(IeeeMath(), step, kMaps, values, mu, nu, mu_scale, nu_scale,
-                              [](uint32_t lane_max) { return lane_max; });
+      const auto block_max = [](uint32_t lane_max) { return lane_max; };
+      if (leaf.codec == Codec::kDynamic) {
+        StepDynamicBlock<kLane>(IeeeMath(), step, kMaps, values, mu, nu, mu_scale, nu_scale,
+                                block_max);
+      } else {
+        StepRatioBlock<kLane>(IeeeMath(), step, RatioKey(leaf.key, start),
+                              static_cast<uint32_t>(start), values, mu, nu, mu_scale, nu_scale,
+                              block_max);
+      }
       const auto target = work.extent.LocateDynamic(work.target, block);
       std::memcpy(target.mu, mu, sizeof(mu));
       std::memcpy(target.nu, nu, sizeof(nu));

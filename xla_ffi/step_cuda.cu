@@ -259,19 +259,58 @@ __device__ void StepParams(const ParamStep& step, const Leaf& leaf, int64_t star
   if (has_residuals) *reinterpret_cast<uint2*>(target) = residuals;
 }
 
+// Steps a lane's part of a block. The `dynamic` code needs its tables in shared memory, the `ratio`
+// code the place of the lane; each kernel has registers for one of them.
+template <Codec k8Bit>
+struct Stepper;
+
+template <>
+struct Stepper<Codec::kDynamic> {
+  static constexpr uint8_t kZeros[2] = {kZeroMu, kZeroNu};
+  struct Shared {
+    Maps maps;
+  };
+  static_assert(sizeof(Shared) % sizeof(float) == 0);
+
+  __device__ static void Fill(Shared& shared) {
+    for (int i = threadIdx.x; i < static_cast<int>(sizeof(Maps) / sizeof(float)); i += kThreads) {
+      reinterpret_cast<float*>(&shared.maps)[i] = reinterpret_cast<const float*>(&kMaps)[i];
+    }
+  }
+
+  __device__ static void Step(const Shared& shared, const AdamStep& step, const Leaf&, int64_t,
+                              float (&values)[kLane], uint8_t (&mu)[kLane], uint8_t (&nu)[kLane],
+                              float& mu_scale, float& nu_scale) {
+    StepDynamicBlock<kLane>(FastMath(), step, shared.maps, values, mu, nu, mu_scale, nu_scale,
+                            WarpMax);
+  }
+};
+
+template <>
+struct Stepper<Codec::kRatio> {
+  static constexpr uint8_t kZeros[2] = {kZeroRatio, kZeroRatio};
+  struct Shared {};
+
+  __device__ static void Fill(Shared&) {}
+
+  __device__ static void Step(const Shared&, const AdamStep& step, const Leaf& leaf, int64_t start,
+                              float (&values)[kLane], uint8_t (&mu)[kLane], uint8_t (&nu)[kLane],
+                              float& mu_scale, float& nu_word) {
+    StepRatioBlock<kLane>(FastMath(), step, RatioKey(leaf.key, start), static_cast<uint32_t>(start),
+                          values, mu, nu, mu_scale, nu_word, WarpMax);
+  }
+};
+
 // One warp per block of moments, striding over its share of the blocks of the launch.
-template <bool kTakesParams, int kLeaves>
+template <Codec k8Bit, bool kTakesParams, int kLeaves>
 __global__ void __launch_bounds__(kThreads, 3)
     StepKernel(const __grid_constant__ StepArgs<kLeaves> args) {
-  __shared__ Maps maps;
+  __shared__ typename Stepper<k8Bit>::Shared shared;
   __shared__ AdamStep step;
   __shared__ ParamStep param_step;
   __shared__ const uint8_t* sources[kMaxSegments];
   __shared__ uint8_t* targets[kMaxSegments];
-  static_assert(sizeof(Maps) % sizeof(float) == 0);
-  for (int i = threadIdx.x; i < static_cast<int>(sizeof(Maps) / sizeof(float)); i += kThreads) {
-    reinterpret_cast<float*>(&maps)[i] = reinterpret_cast<const float*>(&kMaps)[i];
-  }
+  Stepper<k8Bit>::Fill(shared);
   const ResolvedStep& resolved = *args.resolved;
   const bool accepted = resolved.accepted, is_fresh = resolved.source == nullptr;
   if (threadIdx.x == 0) step = resolved.step;
@@ -325,10 +364,11 @@ __global__ void __launch_bounds__(kThreads, 3)
       }
       Load(leaf.grads, leaf.dtype, start, count, values);
       const int64_t block = leaf.first_block + in_leaf;
-      if (leaf.codec == Codec::kDynamic) {
+      if (Is8Bit(leaf.codec)) {
         const int i = static_cast<int>(index - first);
         const int64_t segment = extent.DynamicChunk(block) >> log2_chunks;
-        constexpr uint32_t kZeroMus = kZeroMu * 0x01010101u, kZeroNus = kZeroNu * 0x01010101u;
+        constexpr uint32_t kZeroMus = Stepper<k8Bit>::kZeros[0] * 0x01010101u;
+        constexpr uint32_t kZeroNus = Stepper<k8Bit>::kZeros[1] * 0x01010101u;
         uint2 mu{kZeroMus, kZeroMus}, nu{kZeroNus, kZeroNus};
         if (!is_fresh) {
           const auto source = extent.LocateDynamic(sources[segment], block);
@@ -337,9 +377,9 @@ __global__ void __launch_bounds__(kThreads, 3)
         }
         float mu_scale = __shfl_sync(0xffffffffu, scale, 2 * i);
         float nu_scale = __shfl_sync(0xffffffffu, scale, 2 * i + 1);
-        StepDynamicBlock<kLane>(
-            FastMath(), step, maps, values, reinterpret_cast<uint8_t (&)[kLane]>(mu),
-            reinterpret_cast<uint8_t (&)[kLane]>(nu), mu_scale, nu_scale, WarpMax);
+        Stepper<k8Bit>::Step(shared, step, leaf, start, values,
+                             reinterpret_cast<uint8_t (&)[kLane]>(mu),
+                             reinterpret_cast<uint8_t (&)[kLane]>(nu), mu_scale, nu_scale);
         const auto target = extent.LocateDynamic(targets[segment], block);
         *reinterpret_cast<uint2*>(target.mu + lane * kLane) = mu;
         *reinterpret_cast<uint2*>(target.nu + lane * kLane) = nu;
@@ -431,7 +471,14 @@ namespace {
 
 template <int kLeaves>
 void LaunchSteps(const CudaUpdate& update, int device, cudaStream_t stream) {
-  const auto kernel = update.takes_params ? StepKernel<true, kLeaves> : StepKernel<false, kLeaves>;
+  // All 8-bit leaves of a state have the same codec.
+  const bool is_ratio = std::any_of(update.leaves.begin(), update.leaves.end(),
+                                    [](const Leaf& leaf) { return leaf.codec == Codec::kRatio; });
+  constexpr Codec kDynamic = Codec::kDynamic, kRatio = Codec::kRatio;
+  const auto kernel = is_ratio ? (update.takes_params ? StepKernel<kRatio, true, kLeaves>
+                                                      : StepKernel<kRatio, false, kLeaves>)
+                               : (update.takes_params ? StepKernel<kDynamic, true, kLeaves>
+                                                      : StepKernel<kDynamic, false, kLeaves>);
   int num_multiprocessors = 0, blocks_per_multiprocessor = 0;
   CUDA_CHECK(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device));
   CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_multiprocessor, kernel,
