@@ -405,6 +405,7 @@ def step_leaf(
     count: int,
     hyperparams: Hyperparams,
     nesterov: bool = False,
+    *,
     skip_elements: bool = False,
     leaf_key: int = 0,
 ):
@@ -423,7 +424,13 @@ def step_leaf(
       ``(update, state)``; the update has the gradient's shape and dtype.
     """
     direction, state = directions(
-        grad, state, count, hyperparams, nesterov, skip_elements, leaf_key
+        grad,
+        state,
+        count,
+        hyperparams,
+        nesterov,
+        skip_elements=skip_elements,
+        leaf_key=leaf_key,
     )
     with np.errstate(over="ignore"):
         return direction.astype(grad.dtype).reshape(grad.shape), state
@@ -435,6 +442,7 @@ def directions(
     count: int,
     hyperparams: Hyperparams,
     nesterov: bool = False,
+    *,
     skip_elements: bool = False,
     leaf_key: int = 0,
 ):

@@ -129,7 +129,7 @@ def check_run(device, stored_moments, same_bits):
             for leaf, (grad, actual) in enumerate(zip(grads, updates, strict=True)):
                 what = f"step {i + 1}, leaf {leaf}"
                 wanted, expected[leaf] = reference.step_leaf(
-                    grad, expected[leaf], start + i, hyperparams, nesterov, keys[leaf]
+                    grad, expected[leaf], start + i, hyperparams, nesterov, leaf_key=keys[leaf]
                 )
                 same_bits(actual, wanted, what)
                 same_bits(on_device[leaf], grad, f"{what}: the gradient was overwritten")
