@@ -1,6 +1,6 @@
 """Time of one whole optimizer step (update, weight decay, apply), jitted and donated.
 
-    python benchmarks/step_time.py [--repeats N]
+    python benchmarks/step_time.py [--repeats N] [--codec ratio]
 
 Gradients are made inside the timed program, as a backward pass makes them; what making them takes
 alone is the first column. Compares with optax.adamw in the same run, after checking that both
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from paged_optax import Paging, paged_adamw8bit, release, scale_by_paged_adam8bit
+from paged_optax import Paging, Quantization, paged_adamw8bit, release, scale_by_paged_adam8bit
 
 STEPS = 10  # queued in a row and timed together
 
@@ -74,10 +74,10 @@ def full_step(tx, params, source, repeats):
     return first, ms
 
 
-def kernel_ms(grads, repeats):
+def kernel_ms(grads, repeats, quantization):
     """Time of the update alone; it turns its gradients into the next call's, so nothing is
     copied."""
-    tx = scale_by_paged_adam8bit()
+    tx = scale_by_paged_adam8bit(quantization=quantization)
     step = jax.jit(tx.update, donate_argnums=(0, 1))
     carry = jax.tree.map(jnp.copy, grads), tx.init(grads)
     ms, carry = median_ms(step, carry, repeats)
@@ -95,7 +95,9 @@ def copy_rate(num_bytes: int, repeats: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--codec", choices=["dynamic", "ratio"], default=Quantization().codec)
     args = parser.parse_args()
+    quantization = Quantization(args.codec)
     on_gpu = jax.default_backend() == "gpu"
     size = 2**28 if on_gpu else 10_000_000
     cases = {
@@ -113,13 +115,15 @@ def main() -> None:
         params = [jnp.ones(s, dtype) for s in shapes]
         making = making_ms(grads, args.repeats)
         expected, theirs = full_step(optax.adamw(1e-3), params, grads, args.repeats)
-        first, ours = full_step(paged_adamw8bit(1e-3), params, grads, args.repeats)
+        first, ours = full_step(
+            paged_adamw8bit(1e-3, quantization=quantization), params, grads, args.repeats
+        )
         np.testing.assert_allclose(first, expected, rtol=1e-2)
         hosted = None
         if on_gpu:
-            tx = paged_adamw8bit(1e-3, paging=Paging(device_bytes=0))
+            tx = paged_adamw8bit(1e-3, quantization=quantization, paging=Paging(device_bytes=0))
             hosted = full_step(tx, params, grads, args.repeats)[1]
-        kernel = kernel_ms(grads, args.repeats)
+        kernel = kernel_ms(grads, args.repeats, quantization)
         nbytes = sum(g.size * (2 * g.dtype.itemsize + 4) for g in grads)
         row = [f"{making:.2f}", f"{theirs:.2f}", f"{ours:.2f}", f"{ours / theirs:.2f}"]
         row += [f"{hosted:.2f}" if hosted else "-", f"{kernel:.2f}"]

@@ -21,7 +21,7 @@ from jax.interpreters import mlir
 from . import _ext
 
 TOKEN_SHAPE = (2,)  # handle, version
-NUM_SCALARS = 4  # token, count, hyperparams, part: the operands of an update before the gradients
+NUM_SCALARS = 4  # token, count, hyperparams, part: the operands of an update before the leaves
 
 _ISSUE_TARGET = "paged_optax_issue"
 _UPDATE_TARGET = "paged_optax_update"
@@ -32,7 +32,8 @@ for _name, _platform, _handler in _ext.targets():
 # issue_call_p: a seed, int32 (2,), that only tells apart two calls of one program -> a new token.
 # Static: `shared` (bool), whether other processes take part in the program.
 issue_call_p = jax.extend.core.Primitive("paged_optax_issue_call")
-# update_call_p: token, count, hyperparams, part, gradients -> the advanced token, updates.
+# update_call_p: token, count, hyperparams, part, gradients, parameters or none -> the advanced
+# token, updates.
 # Static: the members of UpdateAttrs in xla_ffi/handlers.cc.
 update_call_p = jax.extend.core.Primitive("paged_optax_update_call")
 issue_call_p.multiple_results = update_call_p.multiple_results = True
@@ -48,9 +49,9 @@ def _issue_avals(seed, *, shared):
 
 
 @update_call_p.def_abstract_eval
-def _update_avals(token, count, hyperparams, part, *grads, **static):
-    del count, hyperparams, part, static
-    return [token, *grads]
+def _update_avals(token, count, hyperparams, part, *leaves, **static):
+    del count, hyperparams, part
+    return [token, *leaves[: len(static["codecs"])]]
 
 
 def _lower_issue(ctx, seed, *, shared):
@@ -62,7 +63,7 @@ def _lower_update(ctx, *operands, **attrs):
     lowering = jax.ffi.ffi_lowering(
         _UPDATE_TARGET, has_side_effect=True, operand_output_aliases=aliases
     )
-    return lowering(ctx, *operands, **{name: _attribute(x) for name, x in attrs.items()})
+    return lowering(ctx, *operands, **{name: _attribute(name, x) for name, x in attrs.items()})
 
 
 @position_p.def_abstract_eval
@@ -79,10 +80,10 @@ def _lower_position(ctx):
 mlir.register_lowering(position_p, _lower_position)
 
 
-def _attribute(value):
-    """Integers as the 64 bits that the handler decodes, and codecs as an array."""
+def _attribute(name, value):
+    """Integers as the 64 bits that the handler decodes, and one per leaf as an array."""
     if isinstance(value, tuple):
-        return np.array(value, np.int8)
+        return np.array(value, np.int64 if name == "keys" else np.int8)
     return np.int64(value) if type(value) is int else value
 
 

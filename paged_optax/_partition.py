@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -73,14 +73,17 @@ def update(
 
     Args:
       token: int32 of shape (2,).
-      count: int32 of shape (), the number of steps already taken.
-      hyperparams: float32 of shape (4,): b1, b2, eps, eps_root.
+      count: int32 of shape (), the number of steps already taken; -1 skips this one.
+      hyperparams: float32 of shape (4,): b1, b2, eps, eps_root; where parameters are rounded, of
+        shape (6,), with learning rate and weight decay.
       grads: gradients, in tree order.
-      params: their parameters, or nothing. Only their shardings matter: where the compiler decides,
-        gradients are cut as their parameters are.
+      params: their parameters, or nothing. Unless they are rounded, only their shardings matter:
+        where the compiler decides, gradients are cut as their parameters are.
       **static: ``codecs`` (tuple of int, the codec of each leaf), ``nesterov`` (bool), ``replay``
         (bool), ``tree`` (int, names the tree structure), ``paths`` (int, names the leaves),
-        ``device_bytes`` and ``headroom_bytes`` (int).
+        ``device_bytes`` and ``headroom_bytes`` (int), ``pinned`` (bool), ``directory`` (str),
+        ``skip_elements`` (bool), ``param_rounding`` (int, enum ParamRounding) and, where that is
+        not 0, ``decayed`` (tuple of bool) and ``keys`` (tuple of int) of the leaves, else ().
 
     Returns:
       The token of the advanced moments, and the updates with the gradients' shapes and dtypes.
@@ -89,10 +92,11 @@ def update(
       NotImplementedError: under `jax.vmap`.
       TypeError: under differentiation.
     """
-    # A step does not depend on the parameters' values.
-    models = [jax.lax.stop_gradient(param) for param in params]
-    operands = guard(token, count, jnp.asarray(hyperparams), *grads, *models)
     call = _Update(tuple(sorted(static.items())))
+    models = params
+    if not call.takes_models:  # then the step does not depend on their values
+        models = [jax.lax.stop_gradient(param) for param in params]
+    operands = guard(token, count, jnp.asarray(hyperparams), *grads, *models)
     num_scalars = len(operands) - len(grads) - len(models)
     end = num_scalars + len(grads)
     token, *updates = _spread(call, operands[:end], num_scalars, operands[end:])
@@ -121,6 +125,8 @@ def _share_base() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Issue:
+    takes_models = False
+
     def __call__(self, place: _Place, seed: jax.Array):
         return _fence(functools.partial(_ffi.issue_call_p.bind, shared=place.shared), seed)
 
@@ -128,6 +134,10 @@ class _Issue:
 @dataclasses.dataclass(frozen=True)
 class _Update:
     static: tuple[tuple[str, Any], ...]
+
+    @property
+    def takes_models(self) -> bool:
+        return dict(self.static)["param_rounding"] != 0
 
     def __call__(self, place: _Place, *operands: jax.Array):
         call = functools.partial(
@@ -167,7 +177,7 @@ def _barrier(arrays: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def _spread(
-    call,
+    call: _Issue | _Update,
     operands: Sequence[jax.Array],
     num_replicated: int,
     models: Sequence[jax.Array] = (),
@@ -176,7 +186,8 @@ def _spread(
     """Calls `call(place, *operands)` on every device with its shards of the operands.
 
     Args:
-      call: a hashable function of a `_Place` and operands.
+      call: a hashable function of a `_Place` and operands; if `call.takes_models`, the models are
+        its last operands.
       operands: arrays; the first `num_replicated` are the same on every device.
       num_replicated: as many as that; of the results, the first one is.
       models: arrays to be cut like, for the operands behind those, or nothing.
@@ -190,33 +201,42 @@ def _spread(
             leaves = operands[num_replicated:]
             # Without `unreduced`: what is a sum over devices is summed before it is a gradient.
             specs = tuple(P(*jax.typeof(x).sharding.spec.partitions) for x in models or leaves)
-            return _explicit(call, num_replicated, frozenset(explicit), specs)(*operands)
+            taken = models if call.takes_models else ()
+            return _explicit(call, num_replicated, frozenset(explicit), specs)(*operands, *taken)
         # custom_partitioning fails where some axes are manual and the others leave nothing to cut.
         nothing_left = all(kind == AxisType.Manual or size == 1 for _, size, kind in axes)
         if AxisType.Manual in mesh.axis_types and nothing_left:
-            return call(_place(mesh.size, cuts), *operands)
+            taken = models if call.takes_models else ()
+            return call(_place(mesh.size, cuts), *operands, *taken)
         return _automatic(call, num_replicated, len(models))(*operands, *models)
 
 
 @functools.lru_cache(maxsize=256)
-def _explicit(call: Callable, num_replicated: int, explicit: frozenset[str], specs: tuple[P, ...]):
+def _explicit(
+    call: _Issue | _Update,
+    num_replicated: int,
+    explicit: frozenset[str],
+    specs: tuple[P, ...],
+):
     @jax.jit  # shard_map over some axes of several has to be compiled
     def function(*operands):
         mesh = jax.sharding.get_abstract_mesh()
+        end = num_replicated + len(specs)
+        models = operands[end:]  # none, or cut as specs say
         leaves = [
             jax.sharding.reshard(leaf, spec)
-            for leaf, spec in zip(operands[num_replicated:], specs, strict=True)
+            for leaf, spec in zip(operands[num_replicated:end], specs, strict=True)
         ]
         cuts = None
         if AxisType.Manual not in mesh.axis_types:  # along those, the user has cut already
             cuts = tuple(cuts_of(mesh, spec, x.ndim) for spec, x in zip(specs, leaves, strict=True))
         return jax.shard_map(
-            lambda *shards: _spread(call, shards, num_replicated, cuts=cuts),
-            in_specs=(*[P()] * num_replicated, *specs),
+            lambda *shards: _spread(call, shards[:end], num_replicated, shards[end:], cuts),
+            in_specs=(*[P()] * num_replicated, *specs, *specs[: len(models)]),
             out_specs=(P(), *specs),
             axis_names=explicit,
             check_vma=False,
-        )(*operands[:num_replicated], *leaves)
+        )(*operands[:num_replicated], *leaves, *models)
 
     return function
 
@@ -228,7 +248,7 @@ def _place(num_devices: int, cuts: Cuts | None) -> _Place:
 
 
 @functools.lru_cache(maxsize=256)
-def _automatic(call: Callable, num_replicated: int, num_models: int):
+def _automatic(call: _Issue | _Update, num_replicated: int, num_models: int):
     def partition(mesh, operands, results):
         del results
         # A model's sharding goes before that of its leaf.
@@ -244,7 +264,7 @@ def _automatic(call: Callable, num_replicated: int, num_models: int):
         everywhere = NamedSharding(mesh, P())
         return (
             mesh,
-            lambda *operands: call(place, *operands[:end]),
+            lambda *operands: call(place, *(operands if call.takes_models else operands[:end])),
             (everywhere, *shardings),
             (*[everywhere] * num_replicated, *shardings, *shardings[:num_models]),
         )
@@ -257,7 +277,8 @@ def _automatic(call: Callable, num_replicated: int, num_models: int):
         return f"{', '.join(terms)} -> {', '.join([terms[0], *results])}"
 
     def everywhere(*operands):
-        return call(_Place(), *operands[: len(operands) - num_models])
+        end = len(operands) - (0 if call.takes_models else num_models)
+        return call(_Place(), *operands[:end])
 
     function = custom_partitioning(everywhere)
     function.def_partition(partition=partition, sharding_rule=sharding_rule)

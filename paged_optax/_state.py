@@ -6,7 +6,6 @@ that is not the newest is recognised and refused, and the moments stay as they w
 `xla_ffi/README.md` gives the full contract.
 """
 
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -28,7 +27,8 @@ from . import _ext, _ffi, _partition
 from . import _reference as reference
 from ._shards import Shards
 
-FLOAT32, DYNAMIC = 0, 1  # enum Codec in xla_ffi/layout.h
+FLOAT32, DYNAMIC, RATIO = 0, 1, 2  # enum Codec in xla_ffi/layout.h
+CODECS = {"dynamic": DYNAMIC, "ratio": RATIO}  # by the names in Quantization
 
 
 class ScaleByPagedAdam8bitState(NamedTuple):
@@ -39,9 +39,20 @@ class ScaleByPagedAdam8bitState(NamedTuple):
     token: jax.Array  # int32 (2,): handle of the moments, version of their contents
 
 
+class SkipNonFiniteState(NamedTuple):
+    """State of a paged optimizer with ``non_finite="skip_element"`` or ``"skip_step"``.
+
+    Inside `jax.shard_map` with ``check_vma=False``, and `jax.pmap`, an element of a gradient that
+    devices have in common counts once a device.
+    """
+
+    skipped: jax.Array  # int32 (): gradient elements, or steps, that were skipped so far
+    inner_state: Any  # that of the optimizer
+
+
 _seeds = itertools.count()
-_trees: OrderedDict[int, Any] = OrderedDict()  # tree name -> treedef, the last traced at the end
-_MAX_TREES = 4096
+trees: OrderedDict[int, Any] = OrderedDict()  # tree name -> treedef, the last traced at the end
+MAX_TREES = 4096
 
 
 def new_token(num_leaves: int) -> jax.Array:
@@ -56,15 +67,21 @@ def name_paths(paths: Sequence[str]) -> int:
     return _number("\n".join(paths))
 
 
+@functools.lru_cache(maxsize=256)
+def leaf_keys(paths: tuple[str, ...], seed: int) -> tuple[int, ...]:
+    """A key for the random bits of each leaf, whatever its place in the tree."""
+    return tuple(_number(f"{seed}\n{path}") for path in paths)
+
+
 def name_tree(paths: Sequence[str], treedef: Any) -> int:
     """A number for a tree structure, to be kept beside the moments: how to show them as a tree."""
     # Without the addresses of objects, which would differ from process to process.
     containers = re.sub(r" at 0x[0-9a-f]+", "", str(treedef))
     name = _number("\n".join([*paths, containers]))
-    _trees[name] = treedef
-    _trees.move_to_end(name)
-    if len(_trees) > _MAX_TREES:
-        _trees.popitem(last=False)
+    trees[name] = treedef
+    trees.move_to_end(name)
+    if len(trees) > MAX_TREES:
+        trees.popitem(last=False)
     return name
 
 
@@ -118,166 +135,6 @@ def moments(opt_state: Any, *, gather: bool = False) -> Moments:
         ) from None
 
 
-@dataclasses.dataclass(frozen=True)
-class DeviceMemory:
-    """Bytes of moments on one device.
-
-    Attributes:
-      device: platform and number, such as ``cuda:0``.
-      total: all bytes.
-      resident: those in the device's own memory.
-      replay: those of the second copy that ``replay=True`` keeps; part of the total.
-    """
-
-    device: str
-    total: int
-    resident: int
-    replay: int = 0
-
-    @property
-    def on_host(self) -> int:
-        return self.total - self.resident
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoryReport:
-    """Where the moments are. Prints as a table.
-
-    Attributes:
-      devices: one `DeviceMemory` a device of this process.
-      elsewhere: bytes of moments on devices of other processes (`jax.distributed`), which have as
-        many as those here; how many of them are resident is known there.
-    """
-
-    devices: tuple[DeviceMemory, ...]
-    elsewhere: int = 0
-
-    @property
-    def total(self) -> int:
-        """Bytes of moments, over all devices of this process."""
-        return sum(device.total for device in self.devices)
-
-    @property
-    def resident(self) -> int:
-        """Bytes of moments in the devices' own memory."""
-        return sum(device.resident for device in self.devices)
-
-    @property
-    def on_host(self) -> int:
-        """Bytes of moments in host memory that a GPU reaches over its link."""
-        return sum(device.on_host for device in self.devices)
-
-    @property
-    def replay(self) -> int:
-        """Bytes of the second copies that ``replay=True`` keeps; part of the total."""
-        return sum(device.replay for device in self.devices)
-
-    def __str__(self) -> str:
-        columns = ["total", "resident", "on_host", *["replay"] * (self.replay > 0)]
-        rows = list(self.devices)
-        if len(rows) != 1:
-            rows.append(
-                DeviceMemory(
-                    "here" if self.elsewhere else "all", self.total, self.resident, self.replay
-                )
-            )
-        lines = [f"{'moments':<10}" + "".join(f"{c.replace('_', ' '):>12}" for c in columns)]
-        for row in rows:
-            numbers = "".join(f"{format_bytes(getattr(row, c)):>12}" for c in columns)
-            lines.append(f"{row.device:<10}{numbers}")
-        if self.elsewhere:
-            lines.append(f"{'elsewhere':<10}{format_bytes(self.elsewhere):>12}")
-        return "\n".join(lines)
-
-
-def memory_report(opt_state: Any) -> MemoryReport:
-    """Reports where the moments of an optimizer state are.
-
-    Moments are made by a state's first update; before it there is nothing to report.
-
-    Args:
-      opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it.
-
-    Returns:
-      A `MemoryReport`, all paged states added up.
-
-    Raises:
-      ValueError: if there is no paged state.
-      RuntimeError: if the moments were released or are not in this process.
-
-    Example:
-      >>> import jax.numpy as jnp, paged_optax
-      >>> tx = paged_optax.scale_by_paged_adam8bit()
-      >>> params = {"w": jnp.ones((1024, 1024))}
-      >>> _, state = tx.update(params, tx.init(params))
-      >>> print(f"{paged_optax.memory_report(state).total / 1024**2:.2f} bytes per parameter")
-      2.03 bytes per parameter
-    """
-    devices: dict[str, list[int]] = {}
-    elsewhere = 0
-    states = {_read_token(state): state for state in find_states(opt_state)}
-    versions = {handle: (version, state) for (handle, version), state in states.items()}
-    for handle, (version, state) in versions.items():  # versions of one state count once
-        reports = _ext.describe(handle, version)
-        for report in reports:
-            name = f"{report['platform']}:{report['ordinal']}"
-            numbers = devices.setdefault(name, [0, 0, 0])
-            for i, kind in enumerate(["total", "resident", "replay"]):
-                numbers[i] += report[kind]
-        if reports:  # shards are equally large on all devices
-            sharding = jnp.asarray(state.token).sharding
-            num_others = len(sharding.device_set) - len(sharding.addressable_devices)
-            elsewhere += num_others * reports[0]["total"]
-    rows = tuple(DeviceMemory(name, *numbers) for name, numbers in devices.items())
-    return MemoryReport(rows, elsewhere)
-
-
-def release(opt_state: Any) -> int:
-    """Frees the moments of an optimizer state. The state cannot be updated any more.
-
-    Args:
-      opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it, of any
-        version.
-
-    Returns:
-      The number of bytes freed.
-
-    Raises:
-      ValueError: if there is no paged state.
-
-    Example:
-      >>> import jax.numpy as jnp, paged_optax
-      >>> tx = paged_optax.scale_by_paged_adam8bit()
-      >>> params = {"w": jnp.ones((1024, 1024))}
-      >>> _, state = tx.update(params, tx.init(params))
-      >>> paged_optax.release(state) >= 2 * 1024**2
-      True
-    """
-    handles = {_read_token(state)[0] for state in find_states(opt_state)}
-    return sum(_ext.release(handle) for handle in handles)
-
-
-def release_all() -> int:
-    """Frees the moments of every optimizer state of this process, also of states that are lost.
-
-    For notebooks, where states get lost when a cell runs again. No state made so far can be
-    updated any more.
-
-    Returns:
-      The number of bytes freed.
-
-    Example:
-      >>> import jax.numpy as jnp, paged_optax
-      >>> tx = paged_optax.scale_by_paged_adam8bit()
-      >>> params = {"w": jnp.ones((1024, 1024))}
-      >>> for _ in range(2):
-      ...   _, state = tx.update(params, tx.init(params))
-      >>> paged_optax.release_all() >= 2 * 2 * 1024**2
-      True
-    """
-    return _ext.release_all()
-
-
 def find_states(opt_state: Any) -> list[ScaleByPagedAdam8bitState]:
     """The paged states inside any optimizer state, in tree order."""
     opt_state = getattr(opt_state, "opt_state", opt_state)  # nnx.Optimizer, TrainState
@@ -322,16 +179,7 @@ def _check_token(token: Any) -> None:
         )
 
 
-def format_bytes(nbytes: int) -> str:
-    """Bytes for people: ``2.03 MiB``."""
-    value, units = float(nbytes), ["B", "KiB", "MiB", "GiB"]
-    while value >= 1024 and len(units) > 1:
-        value /= 1024
-        units.pop(0)
-    return f"{nbytes} B" if units[0] == "B" else f"{value:.2f} {units[0]}"
-
-
-def _read_token(state: ScaleByPagedAdam8bitState) -> tuple[int, int]:
+def read_token(state: ScaleByPagedAdam8bitState) -> tuple[int, int]:
     token = jnp.asarray(state.token)
     if isinstance(token, Tracer):
         raise TypeError(
@@ -369,17 +217,17 @@ def _merge(one: Any, other: Any) -> Any:
 
 
 def _read_state(state: ScaleByPagedAdam8bitState, gather: bool) -> tuple[Any, Any]:
-    handle, version = _read_token(state)
+    handle, version = read_token(state)
     reports = _ext.describe(handle, version)
-    if not reports:
+    if not any(report["version"] for report in reports):
         raise RuntimeError(
             "this optimizer state was never updated: its moments are zero and have no memory yet"
         )
     first = reports[0]
-    if first["tree"] not in _trees:
+    if first["tree"] not in trees:
         raise RuntimeError(
             "the tree of the parameters is unknown: the update was not traced in this process, or"
-            f" before those of {_MAX_TREES} other models. Trace it again (an eager update does)."
+            f" before those of {MAX_TREES} other models. Trace it again (an eager update does)."
         )
     if first["num_devices"] == 1:
         parts = [_read_shards(first, handle, version)]
@@ -394,7 +242,7 @@ def _read_state(state: ScaleByPagedAdam8bitState, gather: bool) -> tuple[Any, An
             )
         leaves = _assemble(mesh, shards, reports, handle, version)
     mu, nu = zip(*leaves, strict=True)
-    treedef = _trees[first["tree"]]
+    treedef = trees[first["tree"]]
     return jax.tree.unflatten(treedef, mu), jax.tree.unflatten(treedef, nu)
 
 
@@ -466,5 +314,7 @@ def _read_shards(report: dict[str, Any], handle: int, version: int) -> list[list
                 reference.dequantize(reference.Quantized(mu_codes, mu_scales), signed=True),
                 reference.dequantize(reference.Quantized(nu_codes, nu_scales), signed=False),
             )
+        elif codec == RATIO:
+            parts = reference.dequantize_ratio(reference.RatioState(*parts))
         leaves.append([flat[: math.prod(shape)].reshape(shape) for flat in parts])
     return leaves

@@ -125,20 +125,30 @@ def test_release_returns_device_memory():
     assert _ext.free_device_bytes(0) - free >= 0.9 * nbytes
 
 
-def test_step_returns_before_the_device_is_free():
+OPTIONS = {
+    "default": {},
+    "compensated": {"param_rounding": "compensated"},
+    "skip_step": {"non_finite": "skip_step", "param_rounding": "stochastic"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_step_returns_before_the_device_is_free(options):
+    """Also a step whose gradients turn out not to be finite, and which is skipped."""
+
     @jax.jit
     def busy(x):
         for _ in range(60):
             x = (x @ x) * jnp.bfloat16(1e-2)
         return x[0, 0].astype(jnp.float32)
 
-    tx = paged_adamw8bit(1e-3)
-    params = {"w": jnp.ones((1024, 1024)), "b": jnp.ones(10)}
+    tx = paged_adamw8bit(1e-3, **options)
+    params = {"w": jnp.ones((1024, 1024), jnp.bfloat16), "b": jnp.ones(10)}
     state = tx.init(params)
 
     @jax.jit
     def step(params, state, scale):
-        grads = jax.tree.map(lambda p: p * scale, params)
+        grads = jax.tree.map(lambda p: p * scale.astype(p.dtype), params)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -151,7 +161,7 @@ def test_step_returns_before_the_device_is_free():
     start = time.perf_counter()
     y = busy(x)
     queued = time.perf_counter()
-    params, state = step(params, state, y)
+    params, state = step(params, state, y * jnp.float32(jnp.nan if "non_finite" in options else 1))
     returned = time.perf_counter()
     assert not y.is_ready()
     wait((params, state))
@@ -159,6 +169,8 @@ def test_step_returns_before_the_device_is_free():
     print(f"busy {done - start:.3f} s, step returned after {1e3 * (returned - queued):.2f} ms")
     assert done - start > 0.5
     assert returned - queued < 0.010
+    if "non_finite" in options:
+        assert state.skipped == 1 and state.inner_state[0].count == 3
     release(state)
 
 

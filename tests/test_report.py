@@ -45,7 +45,8 @@ def stored_bytes(*sizes, min_size=4096):
     num_8bit, num_float32 = (sum(-(-size // 256) for size in group) for group in (large, small))
     chunk = 2**21
     full, rest = divmod(num_8bit, chunk // 520)  # a block: 256 codes and a scale, twice
-    return full * chunk + -(-rest * 520 // 512) * 512 + num_float32 * 256 * 8
+    multiple = 2048 if num_float32 else 512
+    return full * chunk + -(-rest * 520 // multiple) * multiple + num_float32 * 256 * 8
 
 
 SHAPES = {
@@ -201,15 +202,15 @@ def test_moments_are_numpy_arrays_in_the_parameters_tree():
 
 
 def test_trees_of_old_models_are_forgotten(monkeypatch):
-    monkeypatch.setattr(_state, "_trees", OrderedDict())
-    monkeypatch.setattr(_state, "_MAX_TREES", 3)
+    monkeypatch.setattr(_state, "trees", OrderedDict())
+    monkeypatch.setattr(_state, "MAX_TREES", 3)
     tx = scale_by_paged_adam8bit()
     states = []
     for i in range(4):
         params = {f"w{i}": jnp.full(300, 1.0 + i)}
         states.append(tx.update(params, tx.init(params))[1])
         moments(states[0] if i < 2 else states[i])
-    assert len(_state._trees) == 3
+    assert len(_state.trees) == 3
     assert list(moments(states[3]).mu) == ["w3"]
     with pytest.raises(RuntimeError, match="the tree of the parameters is unknown: .* 3 "):
         moments(states[0])

@@ -22,7 +22,7 @@ import pytest
 
 from paged_optax import Quantization, _ext, release, scale_by_paged_adam8bit
 from paged_optax import _reference as reference
-from paged_optax._state import DYNAMIC, FLOAT32
+from paged_optax._state import DYNAMIC, FLOAT32, leaf_keys
 
 f32 = np.float32
 BLOCK = 256
@@ -73,6 +73,10 @@ def make_gradients(specs, num_steps, seed):
 
 def check_stored(stored, expected, size, same_bits, what=""):
     """Compares the bytes of a leaf's moments with those of the reference."""
+    if isinstance(expected, reference.RatioState):
+        for actual, part in zip(stored, expected, strict=True):
+            same_bits(actual, part, what)
+        return
     if len(stored) == 4:
         mu_codes, nu_codes, mu_scales, nu_scales = stored
         np.testing.assert_array_equal(mu_codes, expected.mu.codes, what)
@@ -112,7 +116,10 @@ def check_run(device, stored_moments, same_bits):
 
         steps = list(steps)
         sizes = [grad.size for grad in steps[0]]
-        expected = [reference.init_leaf(n, n >= quantization.min_size) for n in sizes]
+        keys = leaf_keys(tuple(f"[{i}]" for i in range(len(sizes))), quantization.seed)
+        expected = [
+            reference.init_leaf(n, n >= quantization.min_size, quantization.codec) for n in sizes
+        ]
         state = transform().init(steps[0])._replace(count=np.int32(start))
         state = jax.device_put(state, device)  # else the second step compiles again
         operands = tuple(np.array(hyperparams, f32)) if traced else ()
@@ -122,7 +129,7 @@ def check_run(device, stored_moments, same_bits):
             for leaf, (grad, actual) in enumerate(zip(grads, updates, strict=True)):
                 what = f"step {i + 1}, leaf {leaf}"
                 wanted, expected[leaf] = reference.step_leaf(
-                    grad, expected[leaf], start + i, hyperparams, nesterov
+                    grad, expected[leaf], start + i, hyperparams, nesterov, leaf_key=keys[leaf]
                 )
                 same_bits(actual, wanted, what)
                 same_bits(on_device[leaf], grad, f"{what}: the gradient was overwritten")
@@ -166,27 +173,30 @@ any_hyperparams = st.builds(
 )
 
 
+@pytest.mark.parametrize("codec", ["dynamic", "ratio"])
 @hypothesis.settings(max_examples=50)
 @hypothesis.given(
     specs=st.lists(leaf_specs, min_size=1, max_size=5),
     hyperparams=any_hyperparams,
     traced=st.booleans(),
     nesterov=st.booleans(),
-    quantize_all=st.booleans(),
+    min_size=st.sampled_from([0, 4096]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_any_tree(check_run, specs, hyperparams, traced, nesterov, quantize_all, seed):
+def test_any_tree(check_run, codec, specs, hyperparams, traced, nesterov, min_size, seed):
     check_run(
         make_gradients(specs, 30, seed),
         hyperparams,
         traced,
         nesterov,
-        ALL_QUANTIZED if quantize_all else None,
+        Quantization(codec, min_size, seed=seed),
     )
 
 
 @pytest.mark.parametrize(
-    "quantization", [None, ALL_QUANTIZED, NONE_QUANTIZED], ids=["default", "all", "none"]
+    "quantization",
+    [None, ALL_QUANTIZED, NONE_QUANTIZED, Quantization("ratio"), Quantization("ratio", 0)],
+    ids=["default", "all", "none", "ratio", "all ratio"],
 )
 def test_every_shape_and_dtype_in_one_tree(check_run, quantization):
     specs = [
@@ -304,15 +314,16 @@ def arena_of(mu, nu):
 
     Moments are `reference.Quantized`, or flat float32 arrays of whole blocks.
     """
-    quantized = isinstance(mu, reference.Quantized)
-    rows = [x.reshape(-1, BLOCK) for x in ((mu.codes, nu.codes) if quantized else (mu, nu))]
-    per_chunk = 2**21 // (520 if quantized else 2048)
+    if not isinstance(mu, reference.Quantized):
+        blocks = np.stack([mu.reshape(-1, BLOCK), nu.reshape(-1, BLOCK)], axis=1)
+        return blocks.ravel().view(np.uint8).copy()
+    rows = [x.reshape(-1, BLOCK) for x in (mu.codes, nu.codes)]
+    per_chunk = 2**21 // 520
     parts = []
     for first in range(0, len(rows[0]), per_chunk):
         part = slice(first, first + per_chunk)
-        arrays = [row[part] for row in rows]
-        if quantized:
-            arrays += [mu.scales[part], nu.scales[part]]
+        scales = np.stack([mu.scales[part], nu.scales[part]], axis=1)
+        arrays = [*(row[part] for row in rows), scales]
         chunk = b"".join(array.tobytes() for array in arrays)
         is_full = first + per_chunk <= len(rows[0])
         parts.append(chunk.ljust(2**21, b"\0") if is_full else chunk)
@@ -531,7 +542,7 @@ def expected_arena_bytes(num_dynamic, num_float32):
     """By counting: 4,032 quantized blocks of 520 bytes a chunk of 2 MiB, then the float32 ones."""
     full, rest = divmod(num_dynamic, 4032)
     nbytes = full * 2**21 + rest * 520
-    return nbytes + -nbytes % 512 + num_float32 * 2048
+    return nbytes + -nbytes % (2048 if num_float32 else 512) + num_float32 * 2048
 
 
 @pytest.mark.parametrize(
@@ -582,12 +593,12 @@ def test_more_than_two_billion_elements(same_bits):
     chunk = last_block // 4032 * 2**21
     in_chunk, row = num_blocks - last_block // 4032 * 4032, last_block % 4032
     places = {  # of the mu codes, nu codes, mu scale and nu scale of a block
-        0: (0, 4032 * 256, 4032 * 512, 4032 * 516),
+        0: (0, 4032 * 256, 4032 * 512, 4032 * 512 + 4),
         last_block: (
             chunk + row * 256,
             chunk + in_chunk * 256 + row * 256,
-            chunk + in_chunk * 512 + row * 4,
-            chunk + in_chunk * 516 + row * 4,
+            chunk + in_chunk * 512 + row * 8,
+            chunk + in_chunk * 512 + row * 8 + 4,
         ),
     }
     rng = np.random.default_rng(11)

@@ -12,17 +12,24 @@
 #include <cmath>
 
 #include "portable.h"
+#include "ratio.h"
 
 namespace paged_optax {
 
 // Number of float32 hyperparameters that reach a step as an operand: b1, b2, eps, eps_root.
 inline constexpr int kNumHyperparams = 4;
 
+// What becomes of an element whose gradient is not finite; its moments stay in any case.
+enum class BadElement : int8_t { kNan, kSkip };
+
 struct AdamStep {
   float b1, b2, eps, eps_root;
   float one_minus_b1, one_minus_b2;
   // The bias-corrected first moment is mu * mu_scale + grad * grad_scale; the second nu * nu_scale.
   float mu_scale, grad_scale, nu_scale;
+  // In place of the first moment of an element whose gradient is not finite: NaN, or 0 to skip it.
+  float bad_mu_hat;
+  uint32_t ratio_phase;  // of the random bits of ratio.h
 };
 
 // base^exponent by squaring, in float64: the same operations, so the same bits, everywhere. float32
@@ -37,7 +44,8 @@ PAGED_HD double Power(double base, int64_t exponent) {
 }
 
 // `count` is the number of steps already taken; this step is number count + 1.
-PAGED_HD AdamStep MakeAdamStep(const float* hyperparams, int32_t count, bool nesterov) {
+PAGED_HD AdamStep MakeAdamStep(const float* hyperparams, int32_t count, bool nesterov,
+                               BadElement bad_element) {
   AdamStep step;
   step.b1 = hyperparams[0];
   step.b2 = hyperparams[1];
@@ -60,6 +68,9 @@ PAGED_HD AdamStep MakeAdamStep(const float* hyperparams, int32_t count, bool nes
     step.grad_scale = 0.0f;
   }
   step.nu_scale = static_cast<float>(1.0 / c2);
+  // A gradient can be skipped, a bad decay rate not.
+  step.bad_mu_hat = is_valid && bad_element == BadElement::kSkip ? 0.0f : FloatOf(0x7fc00000u);
+  step.ratio_phase = RatioPhase(count);
   return step;
 }
 
@@ -70,16 +81,16 @@ struct IeeeMath {
 };
 
 // Advances the moments of one element and returns the bias-corrected first moment. A gradient that
-// would make a moment non-finite gives NaN and leaves the moments as they were.
+// would make a moment non-finite gives NaN, or 0, and leaves the moments as they were.
 PAGED_HD float AdvanceMoments(const AdamStep& step, float grad, float* mu, float* nu) {
   const float new_mu = step.b1 * *mu + step.one_minus_b1 * grad;
   const float new_nu = step.b2 * *nu + step.one_minus_b2 * grad * grad;
   // NaN fails the comparison. If nu is finite, so is grad, and then mu, a mean of finite numbers.
   const bool finite = new_nu <= 3.40282347e38f;
   const float mu_hat = new_mu * step.mu_scale + grad * step.grad_scale;
-  *mu = finite ? new_mu : *mu;
-  *nu = finite ? new_nu : *nu;
-  return finite ? mu_hat : FloatOf(0x7fc00000u);
+  *mu = Select(finite, new_mu, *mu);
+  *nu = Select(finite, new_nu, *nu);
+  return Select(finite, mu_hat, step.bad_mu_hat);
 }
 
 // The update of one element (the direction, before the learning rate).

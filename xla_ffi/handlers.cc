@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -28,25 +29,42 @@ namespace paged_optax {
 
 // What the compiled program says of an update.
 struct UpdateAttrs {
-  ffi::Span<const int8_t> codecs;  // of the leaves
-  int64_t device_bytes;            // budget, -1 for none
+  ffi::Span<const int8_t> codecs;   // of the leaves
+  ffi::Span<const int8_t> decayed;  // whether weight decay applies to a leaf; see takes_params
+  int64_t device_bytes;             // budget, -1 for none
+  std::string_view directory;       // CPU: of the file that holds the moments; empty for none
   int64_t headroom_bytes;
+  ffi::Span<const int64_t> keys;  // of the leaves' random bits
   bool nesterov;
-  int64_t num_devices;  // that the program runs on
-  int64_t paths;        // a number for the names of the leaves
+  int64_t num_devices;     // that the program runs on
+  int64_t param_rounding;  // ParamRounding of 16-bit parameters
+  int64_t paths;           // a number for the names of the leaves
+  bool pinned;             // memory instead of managed memory
   bool replay;
   std::string_view shards;  // which part of the leaves each device has; empty if not known
+  bool skip_elements;       // those whose gradient is not finite
   int64_t tree;             // a number for the tree structure, for Python
+
+  // Whether learning rate, weight decay and parameters are operands; else `decayed` is empty.
+  // `keys` may be empty where nothing is rounded at random.
+  bool takes_params() const {
+    return static_cast<ParamRounding>(param_rounding) != ParamRounding::kNone;
+  }
+  BadElement bad_element() const { return skip_elements ? BadElement::kSkip : BadElement::kNan; }
 };
 
 }  // namespace paged_optax
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     paged_optax::UpdateAttrs, ffi::StructMember<ffi::Span<const int8_t>>("codecs"),
-    ffi::StructMember<int64_t>("device_bytes"), ffi::StructMember<int64_t>("headroom_bytes"),
-    ffi::StructMember<bool>("nesterov"), ffi::StructMember<int64_t>("num_devices"),
-    ffi::StructMember<int64_t>("paths"), ffi::StructMember<bool>("replay"),
-    ffi::StructMember<std::string_view>("shards"), ffi::StructMember<int64_t>("tree"));
+    ffi::StructMember<ffi::Span<const int8_t>>("decayed"),
+    ffi::StructMember<int64_t>("device_bytes"), ffi::StructMember<std::string_view>("directory"),
+    ffi::StructMember<int64_t>("headroom_bytes"),
+    ffi::StructMember<ffi::Span<const int64_t>>("keys"), ffi::StructMember<bool>("nesterov"),
+    ffi::StructMember<int64_t>("num_devices"), ffi::StructMember<int64_t>("param_rounding"),
+    ffi::StructMember<int64_t>("paths"), ffi::StructMember<bool>("pinned"),
+    ffi::StructMember<bool>("replay"), ffi::StructMember<std::string_view>("shards"),
+    ffi::StructMember<bool>("skip_elements"), ffi::StructMember<int64_t>("tree"));
 
 namespace paged_optax {
 namespace {
@@ -92,12 +110,14 @@ DType DTypeOf(ffi::DataType dtype) {
       return DType::kFloat16;
     default:
       throw StatusError(StatusCode::kInvalidArgument,
-                        "gradients must be float32, bfloat16 or float16");
+                        "gradients and parameters must be float32, bfloat16 or float16");
   }
 }
 
 // The operands of an update: token s32[2], count s32[], hyperparams f32[4], part s32[], then one
-// gradient a leaf. Its results: token s32[2], then one update a leaf.
+// gradient a leaf; where it takes the parameters hyperparams f32[6], and one parameter a leaf
+// behind the gradients. A negative count is a step that is skipped. Its results: token s32[2], then
+// one update a leaf.
 struct UpdateCall {
   Signature signature;
   uint64_t fingerprint = 0;
@@ -124,34 +144,60 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
                  const ffi::RemainingRets& rets) {
   const ffi::Span<const int8_t> codecs = attrs.codecs;
   constexpr size_t kOperands = 4;
-  if (args.size() != codecs.size() + kOperands || rets.size() != codecs.size() + 1) {
+  const bool takes_params = attrs.takes_params();
+  const size_t num_leaves = codecs.size();
+  const size_t num_extra = takes_params ? num_leaves : 0;
+  if (args.size() != kOperands + num_leaves + num_extra || rets.size() != 1 + num_leaves ||
+      attrs.decayed.size() != num_extra ||
+      (attrs.keys.size() != num_leaves && (takes_params || attrs.keys.size() != 0))) {
     throw StatusError(StatusCode::kInvalidArgument,
                       "update called with a wrong number of operands");
   }
   UpdateCall call{Signature(attrs.paths, attrs.replay ? 2 : 1, attrs.num_devices, attrs.shards)};
   call.token = Operand<const Token*>(args, 0, ffi::DataType::S32, 2);
   call.count = Operand<const int32_t*>(args, 1, ffi::DataType::S32, 1);
-  call.hyperparams =
-      Operand<const float*>(args, 2, ffi::DataType::F32, static_cast<size_t>(kNumHyperparams));
+  call.hyperparams = Operand<const float*>(
+      args, 2, ffi::DataType::F32,
+      static_cast<size_t>(takes_params ? kNumParamHyperparams : kNumHyperparams));
   call.part = Operand<const int32_t*>(args, 3, ffi::DataType::S32, 1);
   call.new_token = static_cast<Token*>((*rets.get<ffi::AnyBuffer>(0))->untyped_data());
-  call.leaves.reserve(codecs.size());
-  for (size_t i = 0; i < codecs.size(); ++i) {
+  call.leaves.reserve(num_leaves);
+  for (size_t i = 0; i < num_leaves; ++i) {
     const ffi::AnyBuffer grad = *args.get<ffi::AnyBuffer>(i + kOperands);
     auto update = *rets.get<ffi::AnyBuffer>(i + 1);
     const auto dims = grad.dimensions();
     const Codec codec = static_cast<Codec>(codecs[i]);
-    Leaf leaf;
+    Leaf leaf{};
     leaf.grads = grad.untyped_data();
     leaf.updates = update->untyped_data();
     leaf.size = static_cast<int64_t>(grad.element_count());
     leaf.first_block =
         call.signature.Append(codec, dims.begin(), static_cast<int64_t>(dims.size()));
-    leaf.first_work = call.num_work;
     leaf.dtype = DTypeOf(grad.element_type());
     leaf.codec = codec;
-    call.num_work += NumBlocks(leaf.size);
+    if (attrs.keys.size() != 0) leaf.key = static_cast<uint64_t>(attrs.keys[i]);
+    if (takes_params) {
+      const ffi::AnyBuffer param = *args.get<ffi::AnyBuffer>(i + kOperands + num_leaves);
+      if (param.element_count() != grad.element_count()) {
+        throw StatusError(StatusCode::kInvalidArgument,
+                          "a parameter has another size than its gradient");
+      }
+      leaf.param_dtype = DTypeOf(param.element_type());
+      leaf.rounding = leaf.param_dtype == DType::kFloat32
+                          ? ParamRounding::kNone
+                          : static_cast<ParamRounding>(attrs.param_rounding);
+      leaf.decays = attrs.decayed[i] != 0;
+      leaf.params = param.untyped_data();
+      if (leaf.rounding == ParamRounding::kCompensated) call.signature.KeepResiduals();
+    }
     call.leaves.push_back(leaf);
+  }
+  // In the order of the arena, so that what is resident comes first.
+  std::stable_partition(call.leaves.begin(), call.leaves.end(),
+                        [](const Leaf& leaf) { return Is8Bit(leaf.codec); });
+  for (Leaf& leaf : call.leaves) {
+    leaf.first_work = call.num_work;
+    call.num_work += NumBlocks(leaf.size);
   }
   call.fingerprint = call.signature.Fingerprint();
   Registry::Get().Remember(call.signature, call.fingerprint);
@@ -164,7 +210,7 @@ Request MakeRequest(DeviceId device, int64_t run, const UpdateAttrs& attrs, cons
           run,
           attrs.tree,
           attrs.shards,
-          {attrs.device_bytes, attrs.headroom_bytes},
+          {attrs.device_bytes, attrs.headroom_bytes, attrs.pinned, std::string(attrs.directory)},
           &call.signature,
           call.fingerprint,
           part};
@@ -231,12 +277,27 @@ ffi::Error UpdateCpu(ffi::ThreadPool pool, ffi::RunId run, int32_t device, Updat
       throw StatusError(StatusCode::kFailedPrecondition,
                         registry.Explain(judgement.verdict, id, token, version, call.fingerprint));
     }
-    const AdamStep step = MakeAdamStep(call.hyperparams, *call.count, attrs.nesterov);
-    uint8_t* const* bases = arena->header.bases;
+    const int32_t count = *call.count;
+    if (count < 0) {
+      for (const Leaf& leaf : call.leaves) {
+        std::memset(leaf.updates, 0, leaf.size * SizeOf(leaf.dtype));
+      }
+      *call.new_token = token;
+      return;
+    }
+    const AdamStep step =
+        MakeAdamStep(call.hyperparams, count, attrs.nesterov, attrs.bad_element());
+    ParamStep param_step{};
+    if (attrs.takes_params()) param_step = MakeParamStep(call.hyperparams, count);
+    const auto& bases = arena->segments.bases;  // of one segment
     const bool fresh = judgement.verdict == Verdict::kFresh;
-    const Work work{call.leaves.data(),      static_cast<int64_t>(call.leaves.size()),
-                    call.num_work,           fresh ? nullptr : bases[judgement.source],
-                    bases[judgement.target], call.signature.extent()};
+    const Work work{call.leaves.data(),
+                    static_cast<int64_t>(call.leaves.size()),
+                    call.num_work,
+                    fresh ? nullptr : bases[judgement.source][0],
+                    bases[judgement.target][0],
+                    call.signature.extent(),
+                    attrs.takes_params() ? &param_step : nullptr};
     const int64_t num_tasks = (call.num_work + kBlocksPerTask - 1) / kBlocksPerTask;
     ParallelFor(pool, num_tasks, [&](int64_t task) {
       StepBlocksCpu(step, work, task * kBlocksPerTask,
@@ -260,7 +321,7 @@ XLA_FFI_DEFINE_HANDLER(kUpdateCpu, UpdateCpu,
                            .Ctx<ffi::RunId>()
                            .Ctx<ffi::DeviceOrdinal>()
                            .Attrs<UpdateAttrs>()
-                           .RemainingArgs()    // token, count, hyperparams, part, gradients
+                           .RemainingArgs()    // as UpdateCall says
                            .RemainingRets());  // token, updates
 
 #if PAGED_OPTAX_CUDA
@@ -299,12 +360,15 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
     if (!resolved.has_value()) {
       throw StatusError(StatusCode::kResourceExhausted, "XLA has no scratch memory left");
     }
+    table.pager.BeforeStep(stream);
     const bool has_arena = !table.arenas.empty();
     LaunchUpdate({has_arena ? table.headers() : nullptr, static_cast<int>(table.arenas.size()),
                   call.token, call.count, call.hyperparams, call.part, call.new_token,
                   table.device_rejection(), static_cast<ResolvedStep*>(*resolved), attrs.nesterov,
-                  call.fingerprint, call.signature.extent(), std::move(call.leaves), call.num_work},
+                  attrs.bad_element(), attrs.takes_params(), call.fingerprint,
+                  call.signature.extent(), std::move(call.leaves), call.num_work},
                  device, stream);
+    table.pager.AfterStep(stream);
   });
 }
 
@@ -324,7 +388,7 @@ XLA_FFI_DEFINE_HANDLER(kUpdateCuda, UpdateCuda,
                            .Ctx<ffi::RunId>()
                            .Ctx<ffi::DeviceOrdinal>()
                            .Attrs<UpdateAttrs>()
-                           .RemainingArgs()    // token, count, hyperparams, part, gradients
+                           .RemainingArgs()    // as UpdateCall says
                            .RemainingRets());  // token, updates
 
 #endif  // PAGED_OPTAX_CUDA

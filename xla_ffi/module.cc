@@ -6,17 +6,24 @@
 
 #include <algorithm>
 #include <array>
+#include <deque>
+#include <mutex>
 #include <string>
 #include <vector>
 
 #include "arena.h"
 #include "handlers.h"
 #include "memory.h"
+#include "notice.h"
+#include "placement.h"
+#include "preflight.h"
+#include "random.h"
 #include "status.h"
 #include "step.h"
 
 #if PAGED_OPTAX_CUDA
 #include "cuda_check.h"
+#include "link.h"
 #include "step_cuda.h"
 #endif
 
@@ -105,6 +112,18 @@ DeviceId ParseDevice(const std::string& platform, int ordinal) {
   return {platform == "cpu" ? Platform::kCpu : Platform::kCuda, ordinal};
 }
 
+// Bytes of a leaf's blocks, and of those that are resident.
+std::pair<int64_t, int64_t> LeafBytes(const ArenaReport& report, const Signature::LeafInfo& leaf) {
+  const bool is_dynamic = Is8Bit(leaf.codec);
+  const int64_t first = leaf.first_block + (is_dynamic ? 0 : report.extent.num_dynamic_blocks);
+  const int64_t blocks = NumBlocks(leaf.size);
+  const int64_t residual_bytes = report.extent.has_residuals ? kResidualBytes : 0;
+  const int64_t nbytes =
+      ((is_dynamic ? kDynamicBlockBytes : kFloat32BlockBytes) + residual_bytes) * report.num_slots;
+  const int64_t resident = std::clamp<int64_t>(report.resident_blocks - first, 0, blocks);
+  return {blocks * nbytes, resident * nbytes};
+}
+
 py::list Describe(int32_t handle, int32_t version) {
   std::vector<ArenaReport> reports;
   {
@@ -113,11 +132,12 @@ py::list Describe(int32_t handle, int32_t version) {
   }
   py::list result;
   for (const ArenaReport& report : reports) {
-    py::list leaves;
+    py::list leaves, leaf_bytes;
     for (const Signature::LeafInfo& leaf : report.leaves) {
       leaves.append(py::make_tuple(static_cast<int>(leaf.codec), py::tuple(py::cast(leaf.dims))));
+      const auto [total, resident] = LeafBytes(report, leaf);
+      leaf_bytes.append(py::make_tuple(total, resident));
     }
-    const bool resident = report.placement == Placement::kDevice;
     py::dict item;
     item["platform"] = report.device.platform == Platform::kCpu ? "cpu" : "cuda";
     item["ordinal"] = report.device.ordinal;
@@ -125,10 +145,15 @@ py::list Describe(int32_t handle, int32_t version) {
     item["tree"] = report.tree;
     item["shards"] = report.shards;
     item["num_devices"] = report.num_devices;
+    item["memory"] = Name(report.kind);
     item["total"] = report.nbytes;
     item["replay"] = report.nbytes / report.num_slots * (report.num_slots - 1);
-    item["resident"] = resident ? report.nbytes : 0;
+    item["resident"] = report.resident_bytes;
+    item["budget"] = report.budget;
+    item["moved"] = report.residency.moved_bytes;
+    item["moving_seconds"] = report.residency.moving_seconds;
     item["leaves"] = leaves;
+    item["leaf_bytes"] = leaf_bytes;
     result.append(item);
   }
   return result;
@@ -149,11 +174,7 @@ py::tuple ReadLeaf(const std::string& platform, int ordinal, int32_t handle, int
   for (const ArenaReport& report : reports) {
     if (!(report.device == device) || index >= report.leaves.size()) continue;
     const Signature::LeafInfo& leaf = report.leaves[index];
-    ArenaExtent extent;
-    for (const auto& other : report.leaves) {
-      (other.codec == Codec::kDynamic ? extent.num_dynamic_blocks : extent.num_float32_blocks) +=
-          NumBlocks(other.size);
-    }
+    const ArenaExtent& extent = report.extent;
     const int64_t blocks = NumBlocks(leaf.size);
     // Addresses relative to the arena, from the same arithmetic that the kernels use.
     const uint8_t* origin = nullptr;
@@ -166,29 +187,55 @@ py::tuple ReadLeaf(const std::string& platform, int ordinal, int32_t handle, int
     };
     if (leaf.codec == Codec::kFloat32) {
       py::array_t<float> mu(blocks * kBlockSize), nu(blocks * kBlockSize);
-      for (int64_t b = 0, run; b < blocks; b += run) {
-        run = std::min(blocks - b,
-                       kFloat32BlocksPerChunk - (leaf.first_block + b) % kFloat32BlocksPerChunk);
+      for (int64_t b = 0; b < blocks; ++b) {
         const auto block = extent.LocateFloat32(origin, leaf.first_block + b);
-        read(block.mu, run * kBlockSize * 4, mu.mutable_data() + b * kBlockSize);
-        read(block.nu, run * kBlockSize * 4, nu.mutable_data() + b * kBlockSize);
+        read(block.mu, kBlockSize * 4, mu.mutable_data() + b * kBlockSize);
+        read(block.nu, kBlockSize * 4, nu.mutable_data() + b * kBlockSize);
       }
       return py::make_tuple(mu, nu);
     }
     py::array_t<uint8_t> mu(blocks * kBlockSize), nu(blocks * kBlockSize);
     py::array_t<float> mu_scales(blocks), nu_scales(blocks);
+    std::vector<float> scales;
+    const int64_t per_chunk = extent.DynamicBlocksPerChunk();
     for (int64_t b = 0, run; b < blocks; b += run) {
-      run = std::min(blocks - b,
-                     kDynamicBlocksPerChunk - (leaf.first_block + b) % kDynamicBlocksPerChunk);
+      run = std::min(blocks - b, per_chunk - (leaf.first_block + b) % per_chunk);
       const auto block = extent.LocateDynamic(origin, leaf.first_block + b);
       read(block.mu, run * kBlockSize, mu.mutable_data() + b * kBlockSize);
       read(block.nu, run * kBlockSize, nu.mutable_data() + b * kBlockSize);
-      read(block.mu_scale, run * 4, mu_scales.mutable_data() + b);
-      read(block.nu_scale, run * 4, nu_scales.mutable_data() + b);
+      scales.resize(2 * run);
+      read(block.scales, run * 8, scales.data());
+      for (int64_t i = 0; i < run; ++i) {
+        mu_scales.mutable_data()[b + i] = scales[2 * i];
+        nu_scales.mutable_data()[b + i] = scales[2 * i + 1];
+      }
     }
     return py::make_tuple(mu, nu, mu_scales, nu_scales);
   }
   throw StatusError(StatusCode::kInvalidArgument, "no such leaf on this device");
+}
+
+// The residuals of one leaf's parameters, blocks concatenated, padding included.
+py::array_t<uint8_t> ReadResiduals(const std::string& platform, int ordinal, int32_t handle,
+                                   int32_t version, size_t index) {
+  const DeviceId device = ParseDevice(platform, ordinal);
+  const Token token{handle, version};
+  Registry& registry = Registry::Get();
+  py::gil_scoped_release unlocked;
+  for (const ArenaReport& report : registry.Describe(token)) {
+    if (!(report.device == device) || index >= report.leaves.size()) continue;
+    if (!report.extent.has_residuals) continue;
+    const Signature::LeafInfo& leaf = report.leaves[index];
+    const int64_t blocks = NumBlocks(leaf.size);
+    std::vector<uint8_t> residuals(blocks * kResidualBytes);
+    for (int64_t b = 0; b < blocks; ++b) {
+      registry.Read(device, token, report.extent.ResidualOffset(leaf.codec, leaf.first_block + b),
+                    kResidualBytes, residuals.data() + b * kResidualBytes);
+    }
+    py::gil_scoped_acquire locked;
+    return py::array_t<uint8_t>(static_cast<py::ssize_t>(residuals.size()), residuals.data());
+  }
+  throw StatusError(StatusCode::kInvalidArgument, "no residuals of such a leaf on this device");
 }
 
 // The code alone, for the tests: codes of values that are already divided by their block's scale.
@@ -202,32 +249,110 @@ py::array_t<uint8_t> Encode(const py::array_t<float, py::array::c_style>& values
   return codes;
 }
 
+// The `ratio` code alone, for the tests. Codes of second moments in the window of a word:
+py::array_t<uint8_t> EncodeRatioNus(const py::array_t<float, py::array::c_style>& values,
+                                    uint32_t word,
+                                    const py::array_t<uint32_t, py::array::c_style>& random) {
+  py::array_t<uint8_t> codes(values.size());
+  const RatioWindow window = WindowOf(word);
+  for (py::ssize_t i = 0; i < values.size(); ++i) {
+    const uint32_t stored = RoundRatioNu(BitsOf(values.data()[i]), window, random.data()[i]);
+    codes.mutable_data()[i] = RatioNuCode(stored, window);
+  }
+  return codes;
+}
+
+// and of first moments that are already divided by their units.
+py::array_t<uint8_t> EncodeRatioMus(const py::array_t<float, py::array::c_style>& ratios,
+                                    float scale,
+                                    const py::array_t<uint32_t, py::array::c_style>& random) {
+  py::array_t<uint8_t> codes(ratios.size());
+  for (py::ssize_t i = 0; i < ratios.size(); ++i) {
+    codes.mutable_data()[i] =
+        EncodeRatioMu(ratios.data()[i], InverseMuStep(scale), random.data()[i]);
+  }
+  return codes;
+}
+
+// Random bits alone, for the tests: those of elements [start, start + size) of a leaf.
+py::array_t<uint32_t> RandomBitsOf(int64_t leaf_key, int32_t count, int64_t start, int64_t size,
+                                   uint32_t stream) {
+  py::array_t<uint32_t> bits(size);
+  for (int64_t i = 0; i < size; ++i) {
+    const RandomKey key =
+        BlockKey(StepKey(count), static_cast<uint64_t>(leaf_key), stream, start + i);
+    bits.mutable_data()[i] = RandomBits(key, static_cast<uint32_t>(start + i));
+  }
+  return bits;
+}
+
 // The step alone, for the tests: blocks [begin, end) of a single leaf, moments in `arena`.
 void StepLeaf(py::buffer values, int dtype, int codec, py::buffer arena, int64_t begin, int64_t end,
               std::array<float, kNumHyperparams> hyperparams, int32_t count, bool nesterov,
-              bool fresh) {
+              bool fresh, int64_t leaf_key) {
   const py::buffer_info values_info = values.request(/*writable=*/true);
   const py::buffer_info arena_info = arena.request(/*writable=*/true);
-  Leaf leaf{values_info.ptr,
-            values_info.ptr,
-            values_info.size * values_info.itemsize,
-            0,
-            0,
-            static_cast<DType>(dtype),
-            static_cast<Codec>(codec)};
-  leaf.size /= SizeOf(leaf.dtype);
+  Leaf leaf{};
+  leaf.grads = leaf.updates = values_info.ptr;
+  leaf.dtype = static_cast<DType>(dtype);
+  leaf.codec = static_cast<Codec>(codec);
+  leaf.key = static_cast<uint64_t>(leaf_key);
+  leaf.size = values_info.size * values_info.itemsize / SizeOf(leaf.dtype);
   ArenaExtent extent;
   const int64_t blocks = NumBlocks(leaf.size);
-  (leaf.codec == Codec::kDynamic ? extent.num_dynamic_blocks : extent.num_float32_blocks) = blocks;
+  (Is8Bit(leaf.codec) ? extent.num_dynamic_blocks : extent.num_float32_blocks) = blocks;
   if (begin < 0 || end > blocks || extent.NumBytes() > arena_info.size * arena_info.itemsize) {
     throw StatusError(StatusCode::kInvalidArgument, "blocks outside the leaf, or arena too small");
   }
   uint8_t* base = static_cast<uint8_t*>(arena_info.ptr);
-  const Work work{&leaf, 1, blocks, fresh ? nullptr : base, base, extent};
-  StepBlocksCpu(MakeAdamStep(hyperparams.data(), count, nesterov), work, begin, end);
+  const Work work{&leaf, 1, blocks, fresh ? nullptr : base, base, extent, nullptr};
+  StepBlocksCpu(MakeAdamStep(hyperparams.data(), count, nesterov, BadElement::kNan), work, begin,
+                end);
+}
+
+// Notices wait here until the interpreter's main thread passes by; posting one takes no GIL, since
+// its holder may be waiting for the very lock that the poster has.
+struct Notices {
+  std::mutex mutex;
+  std::deque<Notice> queue;
+  PyObject* handler = nullptr;  // called with ordinal, missing_bytes, text
+};
+
+Notices& AllNotices() {
+  static Notices* notices = new Notices();
+  return *notices;
+}
+
+int DeliverNotices(void*) {
+  Notices& notices = AllNotices();
+  for (;;) {
+    Notice notice;
+    {
+      std::lock_guard<std::mutex> lock(notices.mutex);
+      if (notices.queue.empty() || notices.handler == nullptr) return 0;
+      notice = std::move(notices.queue.front());
+      notices.queue.pop_front();
+    }
+    try {
+      py::handle(notices.handler)(notice.ordinal, notice.missing_bytes, notice.text);
+    } catch (py::error_already_set& error) {
+      // Where warnings are errors. This may be any place of the user's program: nothing to unwind.
+      error.discard_as_unraisable("a notice of paged_optax");
+    }
+  }
 }
 
 }  // namespace
+
+void PostNotice(Notice notice) {
+  Notices& notices = AllNotices();
+  {
+    std::lock_guard<std::mutex> lock(notices.mutex);
+    notices.queue.push_back(std::move(notice));
+  }
+  Py_AddPendingCall(&DeliverNotices, nullptr);
+}
+
 }  // namespace paged_optax
 
 PYBIND11_MODULE(_ext, module) {
@@ -251,24 +376,84 @@ PYBIND11_MODULE(_ext, module) {
   module.def("free_device_bytes", &FreeDeviceMemory, py::arg("ordinal"));
   module.def("available_host_bytes", &AvailableHostBytes);
   module.def("check_host_memory", &CheckHostMemory);
+  module.def("check_address_space", &CheckAddressSpace);
   module.def("describe", &Describe, py::arg("handle"), py::arg("version"));
   module.def("read_leaf", &ReadLeaf, py::arg("platform"), py::arg("ordinal"), py::arg("handle"),
              py::arg("version"), py::arg("leaf"));
+  module.def("read_residuals", &ReadResiduals, py::arg("platform"), py::arg("ordinal"),
+             py::arg("handle"), py::arg("version"), py::arg("leaf"));
   module.def(
       "release", [](int32_t handle) { return Registry::Get().Release(handle); }, py::arg("handle"),
       py::call_guard<py::gil_scoped_release>());
   module.def(
       "release_all", [] { return Registry::Get().ReleaseAll(); },
       py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "limit",
+      [](int32_t handle, int32_t version, int64_t device_bytes) {
+        return Registry::Get().Limit({handle, version}, device_bytes);
+      },
+      py::arg("handle"), py::arg("version"), py::arg("device_bytes"),
+      py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "stop_pagers", [] { Registry::Get().StopPagers(); },
+      py::call_guard<py::gil_scoped_release>());
+  module.def("set_notice_handler", [](const py::object& handler) {
+    std::lock_guard<std::mutex> lock(AllNotices().mutex);
+    AllNotices().handler = py::object(handler).release().ptr();  // kept until the process ends
+  });
+  module.def("deliver_notices", [] { DeliverNotices(nullptr); });
+  // For the tests.
+  module.def("post_notice", [](int ordinal, int64_t missing_bytes, const std::string& text) {
+    PostNotice({ordinal, missing_bytes, text});
+  });
+  module.def("fair_shares",
+             [](const std::vector<std::pair<int64_t, int64_t>>& demands, int64_t capacity) {
+               std::vector<Demand> converted;
+               for (const auto& [wanted, budget] : demands) converted.push_back({wanted, budget});
+               return FairShares(converted, capacity);
+             });
+  module.def("steady_capacity", [](const std::vector<int64_t>& capacities) {
+    SteadyCapacity steady;
+    std::vector<int64_t> seen;
+    for (const int64_t capacity : capacities) seen.push_back(steady.Observe(capacity));
+    return seen;
+  });
   module.def("encode", &Encode, py::arg("values"), py::arg("signed"));
+  module.def("window_word", &WindowWord, py::arg("top"), py::arg("depth"), py::arg("active_depth"));
+  module.def("encode_ratio_nu", &EncodeRatioNus, py::arg("values"), py::arg("word"),
+             py::arg("random"));
+  module.def("encode_ratio_mu", &EncodeRatioMus, py::arg("ratios"), py::arg("scale"),
+             py::arg("random"));
+  module.def("random_bits", &RandomBitsOf, py::arg("leaf_key"), py::arg("count"), py::arg("start"),
+             py::arg("size"), py::arg("stream") = 0);
   module.def("step_leaf", &StepLeaf, py::arg("values"), py::arg("dtype"), py::arg("codec"),
              py::arg("arena"), py::arg("begin"), py::arg("end"), py::arg("hyperparams"),
-             py::arg("count"), py::arg("nesterov") = false, py::arg("fresh") = false);
-  module.def("arena_bytes", [](int64_t num_dynamic_blocks, int64_t num_float32_blocks) {
-    return ArenaExtent{num_dynamic_blocks, num_float32_blocks}.NumBytes();
-  });
+             py::arg("count"), py::arg("nesterov") = false, py::arg("fresh") = false,
+             py::arg("leaf_key") = 0);
+  module.def(
+      "arena_bytes",
+      [](int64_t num_dynamic_blocks, int64_t num_float32_blocks, bool has_residuals) {
+        return ArenaExtent{num_dynamic_blocks, num_float32_blocks, has_residuals}.NumBytes();
+      },
+      py::arg("num_dynamic_blocks"), py::arg("num_float32_blocks"),
+      py::arg("has_residuals") = false);
 #if PAGED_OPTAX_CUDA
+  module.def(
+      "measure_link",
+      [](int ordinal, int64_t nbytes) {
+        const LinkRates rates = MeasureLink(ordinal, nbytes);
+        return std::make_tuple(rates.in, rates.out, rates.each_way);
+      },
+      py::arg("ordinal"), py::arg("nbytes"), py::call_guard<py::gil_scoped_release>());
   module.def("count_inexact", &CountInexact, py::arg("ordinal"));
+  // For the tests.
+  module.def("pretend_not_managed", &PretendNotManaged, py::arg("pretend"));
+  module.def("take_device_memory", [](int ordinal, int64_t nbytes) {
+    ScopedDevice scope(ordinal);
+    return py::capsule(new DeviceBuffer(nbytes),
+                       [](void* buffer) { delete static_cast<DeviceBuffer*>(buffer); });
+  });
 #endif
   module.def(
       "raise_if_rejected", [] { Registry::Get().ThrowIfRejected(); },

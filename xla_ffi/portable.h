@@ -39,4 +39,23 @@ PAGED_HD float FloatOf(uint32_t bits) {
 #endif
 }
 
+// condition ? a : b. On the host without a branch, however the compiler would merge it with others:
+// branches keep it from vectorizing a loop.
+PAGED_HD uint32_t Select(bool condition, uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  return condition ? a : b;
+#else
+  const uint32_t mask = 0u - static_cast<uint32_t>(condition);
+  return b ^ ((a ^ b) & mask);
+#endif
+}
+
+PAGED_HD float Select(bool condition, float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return condition ? a : b;
+#else
+  return FloatOf(Select(condition, BitsOf(a), BitsOf(b)));
+#endif
+}
+
 }  // namespace paged_optax

@@ -34,10 +34,11 @@ std::string LeafDifference(const std::vector<Signature::LeafInfo>& moments,
       return text.str();
     }
     if (moments[i].codec != call[i].codec) {
-      const bool is_8bit = moments[i].codec == Codec::kDynamic;
+      const char* names[] = {"as float32", "in 8 bits, codec 'dynamic'",
+                             "in 8 bits, codec 'ratio'"};
       text << "the moments of leaf " << i << " are stored "
-           << (is_8bit ? "in 8 bits" : "as float32") << " but this step wants them "
-           << (is_8bit ? "as float32" : "in 8 bits");
+           << names[static_cast<int>(moments[i].codec)] << " but this step wants them "
+           << names[static_cast<int>(call[i].codec)];
       return text.str();
     }
   }
@@ -52,8 +53,7 @@ int64_t Signature::Append(Codec codec, const int64_t* dims, int64_t rank) {
   words_.insert(words_.end(), dims, dims + rank);
   int64_t size = 1;
   for (int64_t i = 0; i < rank; ++i) size *= dims[i];
-  int64_t& blocks =
-      codec == Codec::kDynamic ? extent_.num_dynamic_blocks : extent_.num_float32_blocks;
+  int64_t& blocks = Is8Bit(codec) ? extent_.num_dynamic_blocks : extent_.num_float32_blocks;
   const int64_t first_block = blocks;
   blocks += NumBlocks(size);
   if (blocks >= kMaxBlocks) {
@@ -73,6 +73,7 @@ uint64_t Signature::Fingerprint() const {
   };
   mix(num_slots_);
   mix(num_devices_);
+  mix(extent_.has_residuals);
   for (const char c : shards_) mix(c);
   for (const int64_t word : words_) mix(word);
   return hash;
@@ -87,7 +88,7 @@ std::vector<Signature::LeafInfo> Signature::Leaves() const {
     leaf.dims.assign(words_.begin() + i + 2, words_.begin() + i + 2 + words_[i + 1]);
     leaf.size = 1;
     for (const int64_t dim : leaf.dims) leaf.size *= dim;
-    int64_t& next = blocks[leaf.codec == Codec::kDynamic];
+    int64_t& next = blocks[Is8Bit(leaf.codec)];
     leaf.first_block = next;
     next += NumBlocks(leaf.size);
     leaves.push_back(std::move(leaf));
@@ -110,6 +111,15 @@ std::string Signature::Difference(const Signature& moments, const Signature& cal
     const char* names[] = {"replay=False", "replay=True"};
     text << "the moments were made with " << names[moments.num_slots_ - 1] << " and this step has "
          << names[call.num_slots_ - 1] << ". Make a new state with init(params). " << kUntouched;
+    return text.str();
+  }
+  if (moments.extent_.has_residuals != call.extent_.has_residuals) {
+    const char* who[] = {"the state", "this step"};
+    const bool step_keeps = call.extent_.has_residuals;
+    text << who[step_keeps] << " keeps residuals of 16-bit parameters and " << who[!step_keeps]
+         << " does not (was param_rounding='compensated' or the parameters' dtype changed?). Make a"
+            " new state with init(params). "
+         << kUntouched;
     return text.str();
   }
   const std::string difference = LeafDifference(moments.Leaves(), call.Leaves());

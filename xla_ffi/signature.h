@@ -28,6 +28,9 @@ class Signature {
   // Adds a leaf, in tree order. Returns the number of its first block among those of its codec.
   int64_t Append(Codec codec, const int64_t* dims, int64_t rank);
 
+  // Says that residuals of the parameters are kept beside the moments.
+  void KeepResiduals() { extent_.has_residuals = true; }
+
   uint64_t Fingerprint() const;
   std::vector<LeafInfo> Leaves() const;
   const ArenaExtent& extent() const { return extent_; }

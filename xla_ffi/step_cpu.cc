@@ -46,14 +46,15 @@ class ScopedIeeeMode {
 
 constexpr int kLane = static_cast<int>(kBlockSize);
 
-PAGED_HD void Load(const Leaf& leaf, int64_t start, int count, float (&values)[kLane]) {
+PAGED_HD void Load(const void* source, DType dtype, int64_t start, int count,
+                   float (&values)[kLane]) {
   if (count < kLane) std::memset(values, 0, sizeof(values));
-  if (leaf.dtype == DType::kFloat32) {
-    std::memcpy(values, static_cast<const float*>(leaf.grads) + start, count * sizeof(float));
+  if (dtype == DType::kFloat32) {
+    std::memcpy(values, static_cast<const float*>(source) + start, count * sizeof(float));
     return;
   }
-  const uint16_t* halves = static_cast<const uint16_t*>(leaf.grads) + start;
-  if (leaf.dtype == DType::kBFloat16) {
+  const uint16_t* halves = static_cast<const uint16_t*>(source) + start;
+  if (dtype == DType::kBFloat16) {
     for (int k = 0; k < count; ++k) values[k] = FromBFloat16(halves[k]);
   } else {
     for (int k = 0; k < count; ++k) values[k] = FromFloat16(halves[k]);
@@ -73,6 +74,22 @@ PAGED_HD void Store(const Leaf& leaf, int64_t start, int count, const float (&va
   }
 }
 
+PAGED_HD void StepParams(const Work& work, const Leaf& leaf, int64_t start, int count,
+                         int64_t block, float (&values)[kLane]) {
+  alignas(64) float params[kLane];
+  alignas(64) uint8_t residuals[kLane];
+  Load(leaf.params, leaf.param_dtype, start, count, params);
+  const bool has_residuals = work.extent.has_residuals;
+  const int64_t offset = work.extent.ResidualOffset(leaf.codec, block);
+  if (has_residuals && work.source != nullptr) {
+    std::memcpy(residuals, work.source + offset, sizeof(residuals));
+  } else {
+    std::memset(residuals, kZeroResidual, sizeof(residuals));
+  }
+  UpdateParams<kLane>(*work.params, leaf, start, params, residuals, values);
+  if (has_residuals) std::memcpy(work.target + offset, residuals, sizeof(residuals));
+}
+
 PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begin, int64_t end) {
   float values[kLane];
   int64_t index = FindLeaf(work.leaves, work.num_leaves, begin);
@@ -84,28 +101,36 @@ PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begi
     const int64_t start = in_leaf * kBlockSize;
     const int64_t left = leaf.size - start;
     const int count = left < kLane ? static_cast<int>(left) : kLane;
-    Load(leaf, start, count, values);
+    Load(leaf.grads, leaf.dtype, start, count, values);
     const int64_t block = leaf.first_block + in_leaf;
-    if (leaf.codec == Codec::kDynamic) {
+    if (Is8Bit(leaf.codec)) {
       alignas(64) uint8_t mu[kLane], nu[kLane];
       float mu_scale = 0.0f, nu_scale = 0.0f;
       if (work.source == nullptr) {
-        std::memset(mu, kZeroMu, sizeof(mu));
-        std::memset(nu, kZeroNu, sizeof(nu));
+        const bool is_ratio = leaf.codec == Codec::kRatio;
+        std::memset(mu, is_ratio ? kZeroRatio : kZeroMu, sizeof(mu));
+        std::memset(nu, is_ratio ? kZeroRatio : kZeroNu, sizeof(nu));
       } else {
         const auto source = work.extent.LocateDynamic(work.source, block);
         std::memcpy(mu, source.mu, sizeof(mu));
         std::memcpy(nu, source.nu, sizeof(nu));
-        mu_scale = *source.mu_scale;
-        nu_scale = *source.nu_scale;
+        mu_scale = source.scales[0];
+        nu_scale = source.scales[1];
       }
-      StepDynamicBlock<kLane>(IeeeMath(), step, kMaps, values, mu, nu, mu_scale, nu_scale,
-                              [](uint32_t lane_max) { return lane_max; });
+      const auto block_max = [](uint32_t lane_max) { return lane_max; };
+      if (leaf.codec == Codec::kDynamic) {
+        StepDynamicBlock<kLane>(IeeeMath(), step, kMaps, values, mu, nu, mu_scale, nu_scale,
+                                block_max);
+      } else {
+        StepRatioBlock<kLane>(IeeeMath(), step, RatioKey(leaf.key, start),
+                              static_cast<uint32_t>(start), values, mu, nu, mu_scale, nu_scale,
+                              block_max);
+      }
       const auto target = work.extent.LocateDynamic(work.target, block);
       std::memcpy(target.mu, mu, sizeof(mu));
       std::memcpy(target.nu, nu, sizeof(nu));
-      *target.mu_scale = mu_scale;
-      *target.nu_scale = nu_scale;
+      target.scales[0] = mu_scale;
+      target.scales[1] = nu_scale;
     } else {
       alignas(64) float mu[kLane] = {}, nu[kLane] = {};
       if (work.source != nullptr) {
@@ -118,6 +143,7 @@ PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begi
       std::memcpy(target.mu, mu, sizeof(mu));
       std::memcpy(target.nu, nu, sizeof(nu));
     }
+    if (work.params != nullptr) StepParams(work, leaf, start, count, block, values);
     Store(leaf, start, count, values);
   }
 }

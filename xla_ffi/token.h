@@ -3,7 +3,7 @@
 // token.
 #pragma once
 
-#include "portable.h"
+#include "geometry.h"
 
 namespace paged_optax {
 
@@ -22,9 +22,9 @@ struct Header {
   // One slot holds the newest moments. A second (replay) keeps those before the last step, so that
   // it can be run again: a step reads the slot of its token's version and writes the other one.
   int32_t num_slots;
-  int32_t versions[2];  // of the slots' contents; 0 for none
-  uint8_t* bases[2];    // of the slots
-  uint64_t layout;      // LayoutOf the calls that the moments belong to
+  int32_t versions[kMaxSlots];  // of the slots' contents; 0 for none
+  SegmentTable* segments;       // where the slots lie
+  uint64_t layout;              // LayoutOf the calls that the moments belong to
 };
 
 // What an arena compares: a call's fingerprint, and which parts of the leaves its device has. The

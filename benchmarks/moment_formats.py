@@ -1,0 +1,295 @@
+"""Candidate formats for Adam's moments, as `benchmarks/numerics.py` compares them.
+
+A format is given by what it does to moments: `Format.store` maps float32 moments to those that a
+reader of the stored bytes would see. So candidates need no bytes, no kernel and no codec of the
+package, and run in JAX at the speed of the device. Arrays are (blocks, 256), the elements of a
+block in storage order; a format with smaller blocks cuts them.
+
+`m` and `v` are the first and second moment.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+GOLDEN = np.uint32(0x9E3779B9)  # 2^32 times the golden ratio's fraction
+INFINITY = 0x7F800000
+
+
+def bits_of(x):
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def float_of(bits):
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+# --------------------------------------------------------------------------------- random numbers
+
+
+def _mix(x):
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def independent(shape, step):
+    """32 random bits an element, anew at every step."""
+    index = jnp.arange(np.prod(shape), dtype=jnp.uint32).reshape(shape)
+    return _mix(_mix(index) ^ _mix(jnp.asarray(step, jnp.uint32) * GOLDEN + np.uint32(1)))
+
+
+def golden(shape, step):
+    """Random for each element at one step; over the steps of an element, evenly spread.
+
+    A phase from a hash of the index, advanced by the golden ratio (a Weyl sequence): of the next
+    n draws of an element, about n p fall below p, with an error of order log n and not sqrt(n).
+    """
+    index = jnp.arange(np.prod(shape), dtype=jnp.uint32).reshape(shape)
+    return _mix(index + np.uint32(1)) + jnp.asarray(step, jnp.uint32) * GOLDEN
+
+
+def _fraction(word):
+    """The upper 24 of 32 random bits, as a number in [0, 1)."""
+    return (word >> 8).astype(jnp.float32) * np.float32(2.0**-24)
+
+
+# ------------------------------------------------------------------- tables, as functions of [0, 1]
+
+
+def dynamic_levels(signed: bool) -> np.ndarray:
+    """The map of bitsandbytes: 7 decades, the upper ones with ever more levels."""
+    positive = []
+    for decade in range(7):
+        bins = 2 ** (decade + (not signed))
+        edges = np.linspace(0.1, 1, bins + 1)
+        positive += list((edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - 6))
+    negative = [-x for x in positive] if signed else []
+    return np.sort(np.array([*negative, 0.0, *positive, 1.0]))
+
+
+def softsign_levels() -> np.ndarray:
+    y = np.arange(-127, 128) / 127
+    return y / (2 - np.abs(y))
+
+
+def logarithmic_levels(octaves: float, zero: bool) -> np.ndarray:
+    steps = 254 if zero else 255
+    levels = 2.0 ** (-octaves * np.arange(steps, -1, -1) / steps)
+    return np.array([0.0, *levels]) if zero else levels
+
+
+def power_levels(exponent: float) -> np.ndarray:
+    return (np.arange(256) / 255) ** exponent
+
+
+# ------------------------------------------------------------------------------ formats of a moment
+# All of them: function of moments (blocks, block) and of random bits, None for the nearest value.
+
+
+def _between(low, high, x, word):
+    """`low` or `high`, its neighbours, for `x`: the nearer, or at random so that the mean is x."""
+    share = (x - low) / (high - low)
+    return jnp.where(share > (0.5 if word is None else _fraction(word)), high, low)
+
+
+def _block_scale(x, scale_bits: int):
+    """The largest magnitude, rounded up to what a scale of that many bits can hold."""
+    scale = jnp.max(jnp.abs(x), axis=1, keepdims=True)
+    drop = np.int32((1 << (32 - scale_bits)) - 1)
+    return float_of((bits_of(scale) + drop) & ~drop)
+
+
+def table(levels: np.ndarray, scale_bits: int = 32, negative_zero: float | None = None):
+    """Levels times the block's largest magnitude."""
+    levels = levels.astype(np.float32)
+
+    def store(x, word, idle=None):
+        del idle
+        scale = _block_scale(x, scale_bits)
+        y = x / jnp.where(scale > 0, scale, 1)
+        below = jnp.searchsorted(jnp.asarray(levels), y, side="right") - 1
+        below = jnp.clip(below, 0, len(levels) - 2)
+        stored = _between(jnp.asarray(levels)[below], jnp.asarray(levels)[below + 1], y, word)
+        if negative_zero is not None:  # the original never turns a negative value into 0
+            stored = jnp.where((y < 0) & (stored == 0), negative_zero, stored)
+        return jnp.where(scale > 0, stored * scale, 0)
+
+    return store
+
+
+def squares(scale_bits: int = 32):
+    """Codes -127 .. 127, code k for k |k| / 127^2 of the block's largest magnitude."""
+
+    def store(x, word):
+        scale = _block_scale(x, scale_bits)
+        scale = jnp.where(scale >= 2.0**-64, scale, 0)  # what is smaller moves no parameter
+        y = jnp.abs(x) * (127.0**2 / jnp.where(scale > 0, scale, jnp.inf))
+        k = jnp.clip(jnp.floor(jnp.sqrt(y)), 0, 126)
+        stored = _between(k * k, (k + 1) * (k + 1), y, word)
+        return jnp.sign(x) * stored * (scale / np.float32(127.0**2))
+
+    return store
+
+
+def window(finest: int = 16, coarsest: int = 21, idle_octaves: int | None = 15):
+    """Second moments as floats with fewer bits of fraction, as many as the block's range allows.
+
+    A code is the upper bits of the float32 less an offset: code + offset = bits >> shift. The
+    shift is the least with which 255 codes reach from the block's largest value to its smallest
+    (but 0, which has its own code). No scale multiplies the values, so a block's grid stays where
+    it is when its maximum moves, and a finer grid contains the coarser ones: what was stored and
+    has not changed is stored again without error. Random bits that are added below the cut round
+    without bias, since floats of an octave are evenly spaced.
+
+    Values below the window take its lowest code. Idle elements, those with m = 0, whose v decays
+    for ever, widen the window no further than `idle_octaves`.
+    """
+
+    def store(v, word, idle):
+        bits = bits_of(v)
+        top = jnp.max(bits, axis=1, keepdims=True)
+        low = jnp.where(bits > 0, bits, INFINITY)
+        if idle_octaves is not None:
+            low = jnp.where(idle, jnp.maximum(low, top - (idle_octaves << 23)), low)
+        bottom = jnp.min(low, axis=1, keepdims=True)
+        shift = jnp.full_like(top, coarsest)
+        for candidate in range(coarsest - 1, finest - 1, -1):
+            fits = (jnp.maximum(top - bottom, 0) >> candidate) <= 252
+            shift = jnp.where(fits, candidate, shift)
+        one = jnp.int32(1) << shift
+        added = one >> 1 if word is None else (word >> (32 - shift).astype(jnp.uint32))
+        cut = (bits + added.astype(jnp.int32)) >> shift
+        cut = jnp.clip(cut, (top >> shift) - 253, 0x7F7FFFFF >> shift)
+        return jnp.where(v > 0, float_of(cut << shift), 0.0)
+
+    return store
+
+
+def tapered(segments=((8, 19), (8, 20), (8, 21), (15, 22))):
+    """The same with a fixed window: (octaves, shift) from the octave of the maximum down."""
+
+    def store(v, word, idle):
+        del idle
+        bits = bits_of(v)
+        top = ((jnp.max(bits, axis=1, keepdims=True) >> 23) + 1) << 23
+        shift, depth = jnp.full_like(bits, segments[0][1]), 0
+        for (octaves, _), (_, coarser) in zip(segments[:-1], segments[1:], strict=True):
+            depth += octaves
+            shift = jnp.where(top - bits > depth << 23, coarser, shift)
+        depth += segments[-1][0]
+        one = jnp.int32(1) << shift
+        added = one >> 1 if word is None else (word >> (32 - shift).astype(jnp.uint32))
+        cut = jnp.minimum((bits + added.astype(jnp.int32)) >> shift, 0x7F7FFFFF >> shift) << shift
+        lowest = jnp.maximum(top - (depth << 23), 1 << 22)
+        low = _between(jnp.zeros_like(v), float_of(lowest), v, word)
+        return jnp.where(bits < lowest, low, float_of(cut))
+
+    return store
+
+
+def root_unit(v):
+    """A number near sqrt(v), 1 or 1.5 times a power of two, and its reciprocal; v >= 0."""
+    unit = ((bits_of(v) >> 1) + 0x1FC00000) & ~0x3FFFFF
+    reciprocal = 0x7F000000 - unit - ((unit >> 22) & 1) * 0x155555
+    return float_of(unit), float_of(reciprocal)
+
+
+# ----------------------------------------------------------------------------------- whole formats
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    name: str
+    bytes_per_parameter: float
+    m: Callable
+    v: Callable
+    m_block: int
+    v_block: int
+    relative: bool  # m is stored as a multiple of root_unit(stored v)
+    m_random: Callable | None = None
+    v_random: Callable | None = None
+
+    def store(self, m, v, step):
+        """The moments after a write and a read; `step` tells steps apart."""
+        shape = m.shape
+
+        def blocks(x, size):
+            return x.reshape(-1, size)
+
+        def random(draw, size):
+            return None if draw is None else draw((m.size // size, size), step)
+
+        idle = blocks(m == 0, self.v_block)
+        word = random(self.v_random, self.v_block)
+        v = self.v(blocks(v, self.v_block), word, idle).reshape(shape)
+        unit, reciprocal = root_unit(v) if self.relative else (1.0, 1.0)
+        ratio = jnp.where(v > 0, m * reciprocal, 0) if self.relative else m
+        word = random(self.m_random, self.m_block)
+        if (
+            word is not None
+        ):  # one draw serves both moments: the upper half one, the lower the other
+            word = (word << 16) | (word >> 16)
+        return self.m(blocks(ratio, self.m_block), word).reshape(shape) * unit, v
+
+
+def scale_bytes(m_block, m_bytes, v_block, v_bytes):
+    return 2 + m_bytes / m_block + v_bytes / v_block
+
+
+_DYNAMIC_M, _DYNAMIC_V = table(dynamic_levels(True), negative_zero=-5.5e-7), dynamic_levels(False)
+_NEAREST = {}
+_STOCHASTIC = {"m_random": independent, "v_random": independent}
+_STOCHASTIC_V = {"v_random": independent}
+_GOLDEN = {"m_random": golden, "v_random": golden}
+
+
+def _format(name, m, v, rounding, m_block=256, v_block=256, scale_bits=(32, 32), relative=False):
+    size = 2 + scale_bits[0] / 8 / m_block + scale_bits[1] / 8 / v_block
+    return Format(name, size, m, v, m_block, v_block, relative, **rounding)
+
+
+def _softsign(name, levels, rounding, m_block, v_block):
+    m, v = table(softsign_levels(), 16), table(levels, 16)
+    return _format(name, m, v, rounding, m_block, v_block, (16, 16))
+
+
+def _ratio(name, rounding, v=None, **kwargs):
+    return _format(name, squares(), v or window(), rounding, relative=True, **kwargs)
+
+
+FLOAT32 = Format("float32", 8, lambda m, word: m, lambda v, word, idle: v, 256, 256, False)
+BASELINE = _format("dynamic (bitsandbytes)", _DYNAMIC_M, table(_DYNAMIC_V), _NEAREST)
+WINNER = _ratio("ratio", _GOLDEN)
+_LOG, _LOG0 = logarithmic_levels(50, zero=False), logarithmic_levels(50, zero=True)
+FORMATS = [
+    BASELINE,
+    _format("dynamic, stochastic", _DYNAMIC_M, table(_DYNAMIC_V), _STOCHASTIC),
+    _format("dynamic m, sqrt v, stochastic", _DYNAMIC_M, table(_DYNAMIC_V**2), _STOCHASTIC),
+    _softsign("softsign/128, log v", _LOG0, _NEAREST, 128, 256),
+    _softsign("softsign/128, log v, v stochastic", _LOG0, _STOCHASTIC_V, 128, 256),
+    _softsign("softsign/128, log v, no 0, v stoch.", _LOG, _STOCHASTIC_V, 128, 256),
+    _softsign("softsign/32, sqrt v/32", power_levels(2), _NEAREST, 32, 32),
+    _softsign("softsign/32, sqrt v/32, v stochastic", power_levels(2), _STOCHASTIC_V, 32, 32),
+    _format("dynamic m, window v, stochastic", _DYNAMIC_M, window(), _STOCHASTIC),
+    _format("squares m, window v, stochastic", squares(), window(), _STOCHASTIC),
+    _ratio("ratio m, tapered v, stochastic", _STOCHASTIC, tapered()),
+    _ratio("ratio m, window v, nearest", _NEAREST),
+    _ratio("ratio m, window v, stochastic", _STOCHASTIC),
+    _ratio("ratio, idle elements widen", _GOLDEN, window(idle_octaves=None)),
+    _format(
+        "ratio/128, scales of 14 + 18 bits",
+        squares(14),
+        window(),
+        _GOLDEN,
+        128,
+        128,
+        (14, 18),
+        True,
+    ),
+    _ratio("ratio, m nearest", {"v_random": golden}),
+    WINNER,
+]

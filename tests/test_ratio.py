@@ -1,0 +1,278 @@
+"""The `ratio` code: C++ and NumPy against what the code promises, and against each other.
+
+What a code stands for is computed here in exact integer or rational arithmetic; that rounding is
+without bias is shown by running through all random bits that matter, not by sampling.
+"""
+
+import dataclasses
+import fractions
+
+import numpy as np
+import pytest
+
+from paged_optax import _ext
+from paged_optax import _reference as reference
+from paged_optax._state import RATIO
+
+f32, u32 = np.float32, np.uint32
+BLOCK = 256
+SHIFTS = range(16, 22)
+LARGEST = 0x7F7FFFFF  # bits of the largest finite float
+
+
+def floats(bits):
+    return np.asarray(bits, u32).view(f32)
+
+
+def word_of(top, bottom):
+    """The word of a block whose second moments have bits from `bottom` to `top`."""
+    return _ext.window_word(top, 2**32 - bottom, 2**32 - bottom)
+
+
+def window_of(word):
+    shift = word & 31
+    return shift, max((word >> shift) - 254, 0)
+
+
+TOPS = [0x3F800000, 0x3F812345, 0x3FFFFFFF, 0x7F7FFFFF, 0x7F7F0000, 0x01000000, 0x00800000, 0x2000]
+tops = pytest.mark.parametrize("top", TOPS, ids=hex)
+
+
+@tops
+@pytest.mark.parametrize("octaves", [0, 0.9, 1.9, 3.9, 7.8, 15.7, 31.4, 62, 100])
+def test_window_is_the_finest_that_reaches(top, octaves):
+    bottom = max(top - int(octaves * 2**23), 1)
+    shift, offset = window_of(word_of(top, bottom))
+    span = top - bottom
+    assert shift == next((s for s in SHIFTS if span >> s <= 252), 21)
+    if span >> shift <= 252:
+        assert bottom >> shift >= offset  # and not below: it has a code of its own or the first
+        assert max(bottom >> shift, 1) - offset >= (1 if offset else 0)
+    assert (top >> shift) + 1 - offset <= 255  # rounding up at the top
+
+
+@tops
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_every_code_of_a_second_moment_is_stored_again(top, shift):
+    """For any random bits: what has not changed has no error."""
+    word = top & 0xFFFF0000 | shift
+    _, offset = window_of(word)
+    codes = np.arange(1, 255)
+    bits = (codes + offset) << shift
+    codes, bits = codes[bits <= top], bits[bits <= top]
+    for random in 0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF:
+        actual = _ext.encode_ratio_nu(floats(bits), word, np.full(bits.size, random, u32))
+        np.testing.assert_array_equal(actual, codes)
+
+
+@pytest.mark.parametrize("shift", [16, 18, 21])
+@pytest.mark.parametrize("top", [0x3F800000, 0x3FFFFFFF], ids=hex)
+def test_second_moments_are_rounded_without_bias(top, shift):
+    """Over all values of the random bits that count, the mean is the value: exactly."""
+    word = top & 0xFFFF0000 | shift
+    _, offset = window_of(word)
+    rng = np.random.default_rng(shift)
+    lowest = (1 + offset) << shift
+    values = [lowest, lowest + 1, top, top - 1, *rng.integers(lowest, top, 8)]
+    # Both sides of an octave's end, where the distance of neighbours changes.
+    values += [x for e in (0x3F800000, 0x3F000000) for x in (e - 1, e, e + 1) if lowest <= x <= top]
+    steps = np.arange(2**shift, dtype=np.uint64)
+    random = (steps << np.uint64(32 - shift)).astype(u32)
+    for bits in values:
+        codes = _ext.encode_ratio_nu(np.full(random.size, floats(bits)), word, random)
+        stored = floats((codes.astype(np.int64) + offset) << shift).astype(np.float64)
+        assert stored.sum() == float(floats(bits)) * random.size  # exact in float64
+        assert np.unique(codes).size <= 2
+
+
+def test_only_zero_is_stored_as_zero():
+    word = word_of(0x3F800000, 0x3F000000)
+    values = floats([0, 1, 0x00800000, 0x30000000, 0x3EFFFFFF, 0x3F800000])
+    for random in 0, 0xFFFFFFFF:
+        codes = _ext.encode_ratio_nu(values, word, np.full(values.size, random, u32))
+        assert codes[0] == 0
+        assert (codes[1:] >= 1).all()
+
+
+def test_largest_second_moments_stay_finite():
+    for shift in SHIFTS:
+        word = LARGEST & 0xFFFF0000 | shift
+        random = np.array([0, 0xFFFFFFFF], u32)
+        codes = _ext.encode_ratio_nu(floats([LARGEST, LARGEST]), word, random)
+        _, offset = window_of(word)
+        assert np.isfinite(floats((codes.astype(np.int64) + offset) << shift)).all()
+
+
+def test_every_code_of_a_first_moment():
+    """Code k stands for k |k| / 127^2 of the scale, and its value is stored as k again."""
+    k = np.arange(-127, 128)
+    codes = k.astype(np.int8).view(np.uint8)
+    for scale in f32(1), f32(0.3), f32(7.1e-5), f32(2.0**-64):
+        state = reference.RatioState(
+            np.pad(codes, (0, 1)),
+            np.full(BLOCK, 254, np.uint8),  # 1, of which the unit is 1
+            np.array([scale]),
+            np.array([0x3F800000 | 16], u32).view(f32),
+        )
+        mu, nu = reference.dequantize_ratio(state)
+        assert (nu == 1).all()
+        np.testing.assert_allclose(mu[:255], k * np.abs(k) / 127.0**2 * scale, rtol=1e-6)
+        random = np.full(255, 0x8000, u32)
+        np.testing.assert_array_equal(_ext.encode_ratio_mu(mu[:255], scale, random), codes)
+
+
+def test_first_moments_are_rounded_without_bias():
+    """Over all values of the random bits, the mean is the value, up to 2^-16 of a step."""
+    random = np.arange(2**16, dtype=u32)
+    rng = np.random.default_rng(0)
+    for ratio in [0.0, 1e-9, 1.0, 0.5, *rng.uniform(0, 1, 20), *rng.uniform(0, 1e-3, 20)]:
+        for value in f32(ratio), f32(-ratio):
+            codes = _ext.encode_ratio_mu(np.full(random.size, value), 1.0, random).view(np.int8)
+            k = codes.astype(np.int64)
+            mean = fractions.Fraction(int((k * np.abs(k)).sum()), random.size)
+            step = 2 * int(np.abs(k).max()) + 1
+            exact = fractions.Fraction(float(value)) * fractions.Fraction(float(f32(16128.99)))
+            assert abs(mean - exact) <= step * fractions.Fraction(1, 2**16) + abs(exact) / 2**23
+            assert np.unique(codes).size <= 2
+
+
+def test_every_root():
+    """Around every square, where a wrong floor would show: against integers."""
+    squares = (np.arange(1, 127) ** 2).astype(f32)
+    x = np.concatenate([squares, np.nextafter(squares, f32(0)), np.nextafter(squares, f32(1e9))])
+    inverse = f32(16128.99)  # of scale 1
+    ratios = (x / inverse).astype(f32)
+    scaled = (ratios * inverse).astype(f32)
+    expected = np.floor(np.sqrt(scaled.astype(np.float64)))
+    # With the largest threshold only a value right below the next square goes up.
+    codes = _ext.encode_ratio_mu(ratios, 1.0, np.full(x.size, 0xFFFF, u32)).view(np.int8)
+    share = (scaled - expected**2) / (2 * expected + 1)
+    np.testing.assert_array_equal(codes, expected + (share * 65536 > 65535))
+
+
+def test_units_are_near_the_root():
+    bits = np.concatenate([np.arange(0x00800000, LARGEST, 0x3FFF1), np.arange(0, 40, 1) << 22])
+    nu = floats(bits[bits >= 0x00800000])
+    unit, reciprocal = reference._ratio_unit(nu)
+    ratio = np.sqrt(nu.astype(np.float64)) / unit
+    assert (ratio >= 0.94).all() and (ratio < 1.5).all()
+    np.testing.assert_allclose(unit.astype(np.float64) * reciprocal, 1, rtol=2e-7)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Gradients of one leaf over several steps."""
+
+    size: int = 700
+    exponent: float = 0.0  # of ten: the size of the gradients
+    spread: float = 2.0  # elements differ by e to the power of this, typically
+    count: int = 0  # steps already taken
+    hyperparams: tuple[float, float, float, float] = (0.9, 0.999, 1e-8, 0.0)
+    key: int = 0x123456789ABCDEF
+
+    def grads(self, num_steps):
+        rng = np.random.default_rng(0)
+        scale = 10.0**self.exponent * np.exp(rng.normal(0, self.spread, self.size))
+        for step in range(num_steps):
+            grad = (rng.normal(size=self.size) * scale).astype(f32)
+            grad[rng.random(self.size) < 0.1] = 0
+            if step > 10:
+                grad[::5] = 0  # for ever: idle elements
+            if step == 15:
+                grad[:] = 0
+            if step == 20:
+                grad[3:4], grad[300:301] = np.nan, np.inf
+            yield grad
+
+
+STREAMS = {
+    "plain": Stream(),
+    "uniform": Stream(spread=0.1),
+    "wide": Stream(spread=10),
+    "wider than the window": Stream(spread=25),
+    "one block": Stream(size=256),
+    "one element": Stream(size=1),
+    "tiny": Stream(exponent=-9),
+    "subnormal second moments": Stream(exponent=-21),
+    "vanishing second moments": Stream(exponent=-30),
+    "huge": Stream(exponent=19, spread=1),
+    "fast decay": Stream(hyperparams=(0.95, 0.9, 1e-8, 0.0)),
+    "no memory": Stream(hyperparams=(0.0, 0.0, 1e-8, 0.0)),
+    "ratios that overflow": Stream(exponent=10, spread=20, hyperparams=(0.99, 0.0, 1e-8, 0.0)),
+    "late": Stream(count=2**31 - 60),
+    "negative key": Stream(key=-1),
+}
+
+
+@pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS)
+def test_step_is_that_of_the_reference(stream):
+    """Updates, codes and words, bit for bit."""
+    num_blocks = -(-stream.size // BLOCK)
+    arena = np.full(_ext.arena_bytes(num_blocks, 0), 0xCC, np.uint8)
+    state = reference.init_leaf(stream.size, True, "ratio")
+    hyperparams = reference.Hyperparams(*stream.hyperparams)
+    for step, grad in enumerate(stream.grads(50)):
+        count = stream.count + step
+        expected, state = reference.step_leaf(grad, state, count, hyperparams, leaf_key=stream.key)
+        update = grad.copy()
+        _ext.step_leaf(
+            update, 0, RATIO, arena, 0, num_blocks, stream.hyperparams, count,
+            fresh=step == 0, leaf_key=stream.key,
+        )  # fmt: skip
+        np.testing.assert_array_equal(update, expected)
+        codes, words = arena[: 2 * num_blocks * BLOCK], arena[2 * num_blocks * BLOCK :]
+        np.testing.assert_array_equal(codes, np.concatenate([state.mu_codes, state.nu_codes]))
+        stored = words[: 8 * num_blocks].view(u32)
+        expected_words = np.stack([state.mu_scales.view(u32), state.nu_words.view(u32)], axis=1)
+        np.testing.assert_array_equal(stored, expected_words.ravel())
+
+
+def rms(x):
+    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
+
+
+def carry(grads, key=0):
+    """Updates of the code and of float32 moments on the same gradients, (steps, size) each."""
+    state = reference.init_leaf(grads[0].size, True, "ratio")
+    exact = reference.init_leaf(grads[0].size, False)
+    ours, theirs = [], []
+    for count, grad in enumerate(grads):
+        update, state = reference.step_leaf(
+            grad, state, count, reference.Hyperparams(), leaf_key=key
+        )
+        ours.append(update)
+        update, exact = reference.step_leaf(grad, exact, count, reference.Hyperparams())
+        theirs.append(update)
+    return np.array(ours), np.array(theirs)
+
+
+def test_small_gradients_beside_large_ones_take_the_steps_of_float32():
+    """Bars: never above 1.5 times float32 (no blow-up), never below a third (no freeze)."""
+    scales = np.array([1, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-6])[np.arange(BLOCK) % 8]
+    rng = np.random.default_rng(0)
+    grads = [(rng.normal(size=BLOCK) * scales).astype(f32) for _ in range(1000)]
+    ours, exact = carry(grads)
+    for i in range(8):
+        ratio = rms(ours[-200:, i::8]) / rms(exact[-200:, i::8])
+        assert 1 / 3 < ratio < 1.5
+        assert 0.8 < ratio < 1.25  # what it does
+
+
+def test_second_moments_decay():
+    """Gradients of a few elements shrink ten times: their steps follow float32's within 1.2."""
+    rng = np.random.default_rng(0)
+    few = np.arange(BLOCK) % 16 == 15
+    grads = rng.normal(size=(5000, BLOCK)).astype(f32)
+    grads[500:, few] *= f32(0.1)
+    ours, exact = carry(grads)
+    assert 1 / 1.2 < rms(ours[-500:, few]) / rms(exact[-500:, few]) < 1.2
+
+
+def test_zero_gradients_end_in_zero_updates():
+    """First moments do not freeze at a last code: they become 0, and the element stands still."""
+    rng = np.random.default_rng(0)
+    grads = rng.normal(size=(400, BLOCK)).astype(f32)
+    grads[100:, ::2] = 0
+    ours, _ = carry(grads)
+    assert not ours[-1, ::2].any()
+    assert ours[-1, 1::2].all()
