@@ -2,10 +2,10 @@
 
 XLA's pool is capped so that parameters, gradients and what a step needs besides have room in it,
 but not the two float32 moments of optax.adamw on top: at 14 bytes a parameter, where a step takes
-less than 12 without the moments, which are another 8. The same training is started twice, each time in a process of its own,
-first with `optax.adamw` and then with `paged_adamw8bit`, whose moments lie outside of the pool.
-Only that one line differs. Meanwhile the memory of the GPU is sampled, as nvidia-smi shows it, and
-drawn.
+less than 12 without the moments, which are another 8. The same training is started twice, each time
+in a process of its own, first with `optax.adamw` and then with `paged_adamw8bit`, whose moments lie
+outside of the pool. Only that one line differs. Meanwhile the memory of the GPU is sampled, as
+nvidia-smi shows it, and drawn.
 
 The model has random weights, in place of a checkpoint, and learns the source code of Python's
 standard library, byte by byte. Needs an NVIDIA GPU with some 10 GiB free. Try::
