@@ -2,6 +2,7 @@
 #include "arena.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <exception>
 #include <random>
 #include <sstream>
@@ -422,21 +423,30 @@ void PlaceOnDevice(Arena& arena, DeviceTable& table, void* stream) {
   ScopedDevice scope(table.ordinal);
   const Geometry geometry =
       MakeGeometry(SlotBytes(arena.signature, kChunkBytes), arena.signature.num_slots());
-  const FirstShare share = table.pager.FirstPlacement(geometry, arena.policy);
+  std::string why_pinned = arena.policy.pinned ? "" : WhyNotManaged(table.ordinal);
+  Residency& residency = arena.residency;
+  residency.geometry = geometry;
+  residency.device_bytes = arena.policy.device_bytes;
+  residency.headroom_bytes = arena.policy.headroom_bytes;
+  const FirstShare share = table.pager.FirstPlacement(residency);
   const int32_t resident = share.segments;
-  std::string why_pinned;
-  if (!arena.policy.pinned) {
-    why_pinned = WhyNotManaged(table.ordinal);
-    if (why_pinned.empty()) {
-      try {
-        arena.memory = MakeManagedMemory(geometry, table.ordinal, resident, stream);
-      } catch (const CudaError& error) {
-        why_pinned = error.what();
-      }
+  if (!arena.policy.pinned && why_pinned.empty()) {
+    try {
+      arena.memory = MakeManagedMemory(geometry, table.ordinal, resident, stream);
+    } catch (const CudaError& error) {
+      why_pinned = error.what();
     }
   }
   if (arena.memory == nullptr) {
-    arena.memory = MakePinnedMemory(geometry, table.ordinal, resident, stream);
+    try {
+      arena.memory = MakePinnedMemory(geometry, table.ordinal, resident, stream);
+    } catch (const StatusError& error) {
+      if (why_pinned.empty()) throw;
+      throw StatusError(error.code(), std::string(error.what()) +
+                                          " (Pinned memory was tried because managed memory cannot "
+                                          "be used: " +
+                                          why_pinned + ")");
+    }
     if (!why_pinned.empty()) {
       PostNotice({table.ordinal, 0,
                   "managed memory cannot be used: " + why_pinned +
@@ -444,7 +454,8 @@ void PlaceOnDevice(Arena& arena, DeviceTable& table, void* stream) {
                       "with Paging(memory='pinned')."});
     }
   }
-  arena.residency.segments = arena.residency.target = arena.residency.held = resident;
+  residency.segments = residency.target = residency.held = resident;
+  residency.is_kept = !arena.memory->ChangesAddresses();
   arena.segments = arena.memory->Table(resident);
   arena.device_segments = std::make_unique<DeviceBuffer>(sizeof(SegmentTable));
   CUDA_CHECK(cudaMemcpy(arena.device_segments->data(), &arena.segments, sizeof(SegmentTable),

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "memory.h"
+#include "planner.h"
 #include "signature.h"
 #include "token.h"
 
@@ -39,19 +40,6 @@ struct PlacementPolicy {
   int64_t headroom_bytes;  // device memory to leave free
   bool pinned;             // pinned memory instead of managed memory
   std::string directory;   // CPU: of the file to keep moments in; empty for none
-};
-
-// How much of an arena is in the memory of its GPU. Segments are counted from the first one.
-struct Residency {
-  int32_t segments = 0;     // that are there
-  int32_t target = 0;       // that should be
-  bool moving = false;      // the pager is at work on it, and when that is done
-  int32_t moving_to = 0;    // so many will be there
-  int32_t held = 0;         // that the driver holds device memory for; see Pager::HeldBytes
-  int64_t limit = -1;       // most bytes that may be there, set by hand; negative for none
-  bool failed = false;      // a move to the GPU failed: only prefetch tries again
-  int64_t moved_bytes = 0;  // since the arena was made
-  double moving_seconds = 0.0;
 };
 
 // The moments of one state on one device.

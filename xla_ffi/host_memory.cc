@@ -1,7 +1,9 @@
 // Memory of a state on the CPU: anonymous pages, or those of a file. See memory.h.
 #include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
+#if defined(__linux__)
+#include <sys/vfs.h>
+#endif
 #include <unistd.h>
 
 #include <algorithm>
@@ -48,6 +50,17 @@ int OpenNameless(const std::string& directory) {
   return named;
 }
 
+bool IsInRam(int fd) {
+#if defined(__linux__)
+  constexpr long kTmpfs = 0x01021994;  // TMPFS_MAGIC of linux/magic.h
+  struct statfs system;
+  return fstatfs(fd, &system) == 0 && static_cast<long>(system.f_type) == kTmpfs;
+#else
+  (void)fd;
+  return false;
+#endif
+}
+
 class HostMemory final : public Memory {
  public:
   HostMemory(const Geometry& geometry, const std::string& directory)
@@ -67,13 +80,21 @@ class HostMemory final : public Memory {
                             "). Name an existing directory that this process may write to.");
     }
     // Reserved now: a full disk would otherwise show as a SIGBUS in the middle of a step.
-    const int error = posix_fallocate(file.get(), 0, nbytes);
+    if (IsInRam(file.get())) CheckHostMemory(nbytes);
+    int error;
+    do {
+      error = posix_fallocate(file.get(), 0, nbytes);
+    } while (error == EINTR);
     if (error != 0) {
       Refuse("the file system of '" + directory + "' has no " + FormatBytes(nbytes) +
                  " for the optimizer's moments",
              error, "Free space, or name a directory of a larger file system.");
     }
     data_ = Map(nbytes, MAP_SHARED, file.get());
+    // A forked process would share the pages, and keep the file's space after a release.
+#if defined(MADV_DONTFORK)
+    madvise(data_, nbytes, MADV_DONTFORK);
+#endif
   }
 
   ~HostMemory() override { munmap(data_, geometry().NumBytes()); }
@@ -95,7 +116,9 @@ class HostMemory final : public Memory {
 
   void PageOut(int64_t nbytes) override {
     if (kind_ == MemoryKind::kAnonymous) return;
-    const int64_t end = geometry().NumBytes(), begin = RoundUp(nbytes, sysconf(_SC_PAGESIZE));
+    const int64_t end = geometry().NumBytes();
+    if (nbytes >= end) return;
+    const int64_t begin = RoundUp(nbytes, sysconf(_SC_PAGESIZE));
     if (begin >= end) return;
     msync(data_ + begin, end - begin, MS_SYNC);  // clean pages can be dropped at once
 #if defined(MADV_PAGEOUT)

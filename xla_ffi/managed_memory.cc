@@ -68,6 +68,17 @@ class ManagedMemory final : public Memory {
   // because a prefetch holds up every other call of the process to CUDA, such as the launch of a
   // step.
   void Prepare(const Move& move, void* stream) override {
+    try {
+      Send(move, stream);
+    } catch (...) {
+      // Pages that were sent come back when they are used.
+      Place({move.first, move.count, move.to == Tier::kDevice ? Tier::kHost : Tier::kDevice});
+      throw;
+    }
+  }
+
+ private:
+  void Send(const Move& move, void* stream) {
     Place(move);
     ForEachSlot(move, [&](uint8_t* data, int64_t nbytes) {
       for (int64_t done = 0; done < nbytes; done += kPieceBytes) {
@@ -79,7 +90,6 @@ class ManagedMemory final : public Memory {
     });
   }
 
- private:
   template <class F>
   void ForEachSlot(const Move& move, const F& body) {
     const int64_t begin = geometry().Offset(move.first);

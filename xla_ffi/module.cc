@@ -15,7 +15,7 @@
 #include "handlers.h"
 #include "memory.h"
 #include "notice.h"
-#include "placement.h"
+#include "planner.h"
 #include "preflight.h"
 #include "random.h"
 #include "status.h"
@@ -150,6 +150,7 @@ py::list Describe(int32_t handle, int32_t version) {
     item["replay"] = report.nbytes / report.num_slots * (report.num_slots - 1);
     item["resident"] = report.resident_bytes;
     item["budget"] = report.budget;
+    item["limit"] = report.residency.limit;
     item["moved"] = report.residency.moved_bytes;
     item["moving_seconds"] = report.residency.moving_seconds;
     item["leaves"] = leaves;
@@ -419,6 +420,47 @@ PYBIND11_MODULE(_ext, module) {
     for (const int64_t capacity : capacities) seen.push_back(steady.Observe(capacity));
     return seen;
   });
+  py::class_<Residency>(module, "Residency")
+      .def(py::init([](int64_t nbytes, int32_t num_slots, int64_t device_bytes,
+                       int64_t headroom_bytes, bool is_kept) {
+             Residency state;
+             state.geometry = MakeGeometry(nbytes / num_slots, num_slots);
+             state.device_bytes = device_bytes;
+             state.headroom_bytes = headroom_bytes;
+             state.is_kept = is_kept;
+             return state;
+           }),
+           py::arg("nbytes"), py::arg("num_slots") = 1, py::arg("device_bytes") = -1,
+           py::arg("headroom_bytes") = 0, py::arg("is_kept") = true)
+      .def_readwrite("segments", &Residency::segments)
+      .def_readwrite("target", &Residency::target)
+      .def_readwrite("moving", &Residency::moving)
+      .def_readwrite("held", &Residency::held)
+      .def_readwrite("limit", &Residency::limit)
+      .def_readwrite("failure", &Residency::failure)
+      .def("leading_bytes",
+           [](const Residency& state, int32_t n) { return state.geometry.LeadingBytes(n); });
+  py::class_<Planner>(module, "Planner")
+      .def(py::init<>())
+      .def("place",
+           [](Planner& planner, const Residencies& states, const Residency& newcomer,
+              int64_t free_bytes) {
+             const FirstShare share = planner.Place(states, newcomer, free_bytes);
+             return std::make_pair(share.segments, share.missing_bytes);
+           })
+      .def("observe", &Planner::Observe)
+      .def("note_slow_step", &Planner::NoteSlowStep)
+      .def("retarget", &Planner::Retarget, py::arg("states"), py::arg("free_bytes"),
+           py::arg("only") = nullptr)
+      .def("next",
+           [](Planner& planner, const Residencies& states, int64_t free_bytes, int64_t most_bytes) {
+             Step step;
+             const bool any = planner.Next(states, free_bytes, most_bytes, &step);
+             return any ? py::object(py::make_tuple(step.state, step.segments)) : py::none();
+           })
+      .def("begin",
+           [](Planner& planner, const Residencies& states, size_t state, int32_t segments,
+              int64_t free_bytes) { planner.Begin(states, {state, segments}, free_bytes); });
   module.def("encode", &Encode, py::arg("values"), py::arg("signed"));
   module.def("window_word", &WindowWord, py::arg("top"), py::arg("depth"), py::arg("active_depth"));
   module.def("encode_ratio_nu", &EncodeRatioNus, py::arg("values"), py::arg("word"),

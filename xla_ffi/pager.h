@@ -1,29 +1,21 @@
 // Moves moments between the memory of one GPU and the host's, while training goes on: a thread with
-// a stream of its own, woken by steps and by evict and prefetch. Owned by DeviceTable.
+// a stream of its own, woken by steps and by evict and prefetch. What moves is the planner's
+// decision. Owned by DeviceTable.
 #pragma once
 
 #include <condition_variable>
 #include <cstdint>
 #include <memory>
 #include <mutex>
-#include <string>
 #include <thread>
 
 #include "cuda_check.h"
-#include "placement.h"
+#include "planner.h"
 
 namespace paged_optax {
 
 struct Arena;
 struct DeviceTable;
-struct Geometry;
-struct PlacementPolicy;
-
-// Where a new state starts.
-struct FirstShare {
-  int32_t segments;       // resident from the start
-  int64_t missing_bytes;  // that it would have besides, were the GPU's memory not short
-};
 
 class Pager {
  public:
@@ -33,7 +25,7 @@ class Pager {
   // The table's mutex must be held for all that follows, except for Stop.
 
   // For a state that is about to be made.
-  FirstShare FirstPlacement(const Geometry& geometry, const PlacementPolicy& policy);
+  FirstShare FirstPlacement(const Residency& newcomer);
   // Before a step is launched: looks at the device's free memory, decides what should move, and
   // lets the thread move the bytes of one step. Never waits for the device or the thread.
   void BeforeStep(void* stream);
@@ -48,34 +40,31 @@ class Pager {
   void Stop();
 
  private:
-  struct Task {
-    std::shared_ptr<Arena> arena;
-    int32_t first, count;
-    bool to_device;
-  };
-
-  void SetTargets(int64_t capacity, bool at_once);
-  bool Pick(Task* task);
+  Residencies States() const;
+  bool Pick(Step* step);
   void Run();
-  void Execute(std::unique_lock<std::mutex>& lock, const Task& task);
+  void Execute(std::unique_lock<std::mutex>& lock, const std::shared_ptr<Arena>& arena,
+               int32_t segments);
+  void Fail(Arena& arena, const char* what);
   void Wake();
-  int64_t ResidentBytes() const;
-  int64_t HeldBytes(int64_t free_bytes);
-  // Device memory that moments may take besides what they have; negative: that they should give up.
-  int64_t Room();
-  int64_t Headroom() const;
+  void MakeEvents();
+  void TakeTime(const Residencies& states);
 
   DeviceTable& table_;
-  SteadyCapacity capacity_;
+  Planner planner_;
   int64_t allowance_ = 0;  // bytes that may still move in the background
+  int urgent_ = 0;         // calls that wait for moves, which then need no allowance
   std::thread thread_;
   std::condition_variable wake_, settled_;
   bool stopping_ = false;
-  std::string failure_;  // of the last move, until the next evict or prefetch
+  bool has_complained_ = false;
   cudaStream_t stream_ = nullptr;
   // Order between steps and moves that change addresses: each waits, on the device, for the other.
   cudaEvent_t stepped_ = nullptr, moved_ = nullptr;
   bool has_stepped_ = false, has_moved_ = false;
+  // Around a step, while the device is full.
+  cudaEvent_t began_ = nullptr, ended_ = nullptr;
+  enum class Timing { kNone, kBegun, kEnded } timing_ = Timing::kNone;
 };
 
 }  // namespace paged_optax

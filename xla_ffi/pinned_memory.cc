@@ -13,10 +13,14 @@
 namespace paged_optax {
 namespace {
 
-// Device memory comes from a pool of its own: freeing it there does not stop the device.
+// Device memory for segments, where the device can from a pool of its own: freeing it there does
+// not stop the device. Some virtual GPUs, for which this file is there, have no pools.
 class Pool {
  public:
   explicit Pool(int device) {
+    int has_pools = 0;
+    CUDA_CHECK(cudaDeviceGetAttribute(&has_pools, cudaDevAttrMemoryPoolsSupported, device));
+    if (!has_pools) return;
     cudaMemPoolProps properties{};
     properties.allocType = cudaMemAllocationTypePinned;
     properties.location.type = cudaMemLocationTypeDevice;
@@ -24,16 +28,28 @@ class Pool {
     CUDA_CHECK(cudaMemPoolCreate(&pool_, &properties));
   }
   Pool(const Pool&) = delete;
-  ~Pool() { (void)cudaMemPoolDestroy(pool_); }
+  ~Pool() {
+    if (pool_ != nullptr) (void)cudaMemPoolDestroy(pool_);
+  }
 
   uint8_t* Allocate(int64_t nbytes, cudaStream_t stream) {
     void* data = nullptr;
-    CUDA_CHECK(cudaMallocFromPoolAsync(&data, nbytes, pool_, stream));
+    if (pool_ == nullptr) {
+      CUDA_CHECK(cudaMalloc(&data, nbytes));
+    } else {
+      CUDA_CHECK(cudaMallocFromPoolAsync(&data, nbytes, pool_, stream));
+    }
     return static_cast<uint8_t*>(data);
   }
 
+  void Free(uint8_t* data, cudaStream_t stream) {
+    (void)(pool_ == nullptr ? cudaFree(data) : cudaFreeAsync(data, stream));
+  }
+
   // Gives back what is not in use.
-  void Trim() { CUDA_CHECK(cudaMemPoolTrimTo(pool_, 0)); }
+  void Trim() {
+    if (pool_ != nullptr) CUDA_CHECK(cudaMemPoolTrimTo(pool_, 0));
+  }
 
  private:
   cudaMemPool_t pool_ = nullptr;
@@ -81,17 +97,18 @@ class PinnedMemory final : public Memory {
 
   void Enqueue(const Move& move, void* stream) override {
     ScopedDevice scope(device_);
+    const bool is_in = move.to == Tier::kDevice;
     for (int32_t k = move.first; k < move.first + move.count; ++k) {
       for (int32_t slot = 0; slot < geometry().num_slots; ++slot) {
         uint8_t* host = Host(host_.host(), slot, k);
         uint8_t* copy = copies_[k] + slot * Length(k);
-        const bool in = move.to == Tier::kDevice;
-        CUDA_CHECK(cudaMemcpyAsync(in ? copy : host, in ? host : copy, Length(k),
-                                   in ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost,
+        CUDA_CHECK(cudaMemcpyAsync(is_in ? copy : host, is_in ? host : copy, Length(k),
+                                   is_in ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost,
                                    static_cast<cudaStream_t>(stream)));
       }
-      resident_[k] = move.to == Tier::kDevice;
     }
+    // Only now: if a copy cannot be made, everything stays where it is.
+    for (int32_t k = move.first; k < move.first + move.count; ++k) resident_[k] = is_in;
   }
 
   void Finish(const Move& move, void* stream) override {
@@ -118,7 +135,7 @@ class PinnedMemory final : public Memory {
   }
 
   void Free(int32_t segment, void* stream) {
-    (void)cudaFreeAsync(copies_[segment], static_cast<cudaStream_t>(stream));
+    pool_.Free(copies_[segment], static_cast<cudaStream_t>(stream));
     copies_[segment] = nullptr;
   }
 
