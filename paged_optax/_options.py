@@ -23,7 +23,7 @@ class Quantization:
       ValueError: for an unknown codec or a negative size.
     """
 
-    codec: str = "dynamic"
+    codec: str = "ratio"
     min_size: int = 4096
     seed: int = 0
 

