@@ -30,7 +30,7 @@ from tiny_llama import Llama
 
 from paged_optax import paged_adamw8bit
 
-NF4_TILE = 64  # weights that share one scale, as in the QLoRA paper; divides DIM and HIDDEN
+NF4_TILE = 64  # weights that share one scale, as in the QLoRA paper; divides the widths
 
 
 def pretrain(args: argparse.Namespace) -> Llama:

@@ -3,6 +3,7 @@
 The fine-tuning examples use it. Nothing in here knows of 8-bit moments, LoRA or several devices.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,20 @@ import optax
 from flax import nnx
 
 VOCAB = 256  # one token per byte value
-DIM, LAYERS, HEADS, KV_HEADS, HIDDEN = 256, 2, 8, 4, 704
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of the model; those of the fine-tuning examples by default."""
+
+    dim: int = 256
+    layers: int = 2
+    heads: int = 8
+    kv_heads: int = 4
+    hidden: int = 704
+
+
+TINY = Config()
 
 
 # ---------------------------------------------------------------------------------------- the model
@@ -30,18 +44,19 @@ def rope(x: jax.Array) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Causal self-attention; `KV_HEADS` key/value heads serve `HEADS` query heads."""
+    """Causal self-attention; `kv_heads` key/value heads serve `heads` query heads."""
 
-    def __init__(self, rngs: nnx.Rngs):
+    def __init__(self, config: Config, rngs: nnx.Rngs):
         linear = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
-        self.q_proj = linear(DIM, DIM)
-        self.k_proj = linear(DIM, DIM // HEADS * KV_HEADS)
-        self.v_proj = linear(DIM, DIM // HEADS * KV_HEADS)
-        self.o_proj = linear(DIM, DIM)
+        self.head_dim = config.dim // config.heads
+        self.q_proj = linear(config.dim, config.dim)
+        self.k_proj = linear(config.dim, self.head_dim * config.kv_heads)
+        self.v_proj = linear(config.dim, self.head_dim * config.kv_heads)
+        self.o_proj = linear(config.dim, config.dim)
 
     def __call__(self, x):
         q, k, v = (
-            project(x).reshape(*x.shape[:2], -1, DIM // HEADS)
+            project(x).reshape(*x.shape[:2], -1, self.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         mixed = jax.nn.dot_product_attention(rope(q), rope(k), v, is_causal=True)
@@ -49,22 +64,22 @@ class Attention(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs):
+    def __init__(self, config: Config, rngs: nnx.Rngs):
         linear = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
-        self.gate_proj = linear(DIM, HIDDEN)
-        self.up_proj = linear(DIM, HIDDEN)
-        self.down_proj = linear(HIDDEN, DIM)
+        self.gate_proj = linear(config.dim, config.hidden)
+        self.up_proj = linear(config.dim, config.hidden)
+        self.down_proj = linear(config.hidden, config.dim)
 
     def __call__(self, x):
         return self.down_proj(nnx.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs):
-        self.attention_norm = nnx.RMSNorm(DIM, rngs=rngs)
-        self.attention = Attention(rngs)
-        self.mlp_norm = nnx.RMSNorm(DIM, rngs=rngs)
-        self.mlp = SwiGLU(rngs)
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        self.attention_norm = nnx.RMSNorm(config.dim, rngs=rngs)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = nnx.RMSNorm(config.dim, rngs=rngs)
+        self.mlp = SwiGLU(config, rngs)
 
     def __call__(self, x):
         x = x + self.attention(self.attention_norm(x))
@@ -74,11 +89,16 @@ class Block(nnx.Module):
 class Llama(nnx.Module):
     """Token ids (batch, time) to logits (batch, time, VOCAB). Every layer goes through `wrap`."""
 
-    def __init__(self, rngs: nnx.Rngs, wrap: Callable[[Any], Any] = lambda layer: layer):
-        self.embed = wrap(nnx.Embed(VOCAB, DIM, rngs=rngs))
-        self.blocks = nnx.List([wrap(Block(rngs)) for _ in range(LAYERS)])
-        self.norm = wrap(nnx.RMSNorm(DIM, rngs=rngs))
-        self.head = wrap(nnx.Linear(DIM, VOCAB, use_bias=False, rngs=rngs))
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        wrap: Callable[[Any], Any] = lambda layer: layer,
+        config: Config = TINY,
+    ):
+        self.embed = wrap(nnx.Embed(VOCAB, config.dim, rngs=rngs))
+        self.blocks = nnx.List([wrap(Block(config, rngs)) for _ in range(config.layers)])
+        self.norm = wrap(nnx.RMSNorm(config.dim, rngs=rngs))
+        self.head = wrap(nnx.Linear(config.dim, VOCAB, use_bias=False, rngs=rngs))
 
     def __call__(self, ids):
         x = self.embed(ids)

@@ -27,32 +27,39 @@ except ImportError as error:
 
 from ._accumulate import MultiSteps
 from ._adam import paged_adam8bit, paged_adamw8bit, scale_by_paged_adam8bit
-from ._options import Paging, Quantization
-from ._state import (
+from ._check import check_last
+from ._memory import (
     DeviceMemory,
+    LeafGroup,
     MemoryReport,
-    Moments,
-    ScaleByPagedAdam8bitState,
+    evict,
     memory_report,
-    moments,
+    prefetch,
     release,
     release_all,
 )
+from ._options import Paging, Quantization
+from ._state import Moments, ScaleByPagedAdam8bitState, SkipNonFiniteState, moments
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DeviceMemory",
+    "LeafGroup",
     "MemoryReport",
     "Moments",
     "MultiSteps",
     "Paging",
     "Quantization",
     "ScaleByPagedAdam8bitState",
+    "SkipNonFiniteState",
+    "check_last",
+    "evict",
     "memory_report",
     "moments",
     "paged_adam8bit",
     "paged_adamw8bit",
+    "prefetch",
     "release",
     "release_all",
     "scale_by_paged_adam8bit",

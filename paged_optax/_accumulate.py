@@ -114,7 +114,10 @@ class MultiSteps:
           the mean or sum in this cycle so far, of the parameters' shapes; ``skip_state``.
         """
         gradient_step = jnp.zeros([], jnp.int32)
-        _, skip_state = self._should_skip(_zeros_like(params), gradient_step, params)
+        skip_state: Any = ()
+        if self._should_skip_update_fn is not None:
+            zeros = _zeros_like(params)
+            _, skip_state = _check_skip(self._should_skip_update_fn(zeros, gradient_step, params))
         return optax.MultiStepsState(
             mini_step=jnp.zeros([], jnp.int32),
             gradient_step=gradient_step,
@@ -147,7 +150,8 @@ class MultiSteps:
         acc_grads = self._accumulate(updates, state)
         skip_state = state.skip_state
         if self._should_skip_update_fn is not None:
-            skip, skip_state = self._should_skip(updates, state.gradient_step, params)
+            answer = self._should_skip_update_fn(updates, state.gradient_step, params)
+            skip, skip_state = _check_skip(answer)
             is_last = jnp.logical_and(is_last, jnp.logical_not(skip))
             mini_step = jnp.where(skip, state.mini_step, mini_step)
             acc_grads = jax.tree.map(
@@ -198,18 +202,6 @@ class MultiSteps:
             )
         return k_steps.astype(jnp.int32)
 
-    def _should_skip(self, grads: optax.Updates, gradient_step: jax.Array, params: Any):
-        if self._should_skip_update_fn is None:
-            return jnp.array(False), ()
-        skip, skip_state = self._should_skip_update_fn(grads, gradient_step, params)
-        skip = jnp.asarray(skip)
-        if skip.dtype != jnp.bool_ or skip.shape != ():
-            raise ValueError(
-                f"should_skip_update_fn returned {skip.dtype}{list(skip.shape)} and a tree; the"
-                " first must be a boolean scalar"
-            )
-        return skip, skip_state
-
     def _new_accumulator(self, param: jax.typing.ArrayLike) -> jax.Array:
         dtype = self._accumulator_dtype
         if dtype is not None and jnp.iscomplexobj(param):
@@ -228,6 +220,18 @@ class MultiSteps:
         # Gradients may have another dtype than the accumulators, and the counter has one.
         with jax.numpy_dtype_promotion("standard"):
             return jax.tree.map(add, grads, state.acc_grads)
+
+
+def _check_skip(answer: tuple[jax.typing.ArrayLike, Any]) -> tuple[jax.Array, Any]:
+    """What `should_skip_update_fn` returned."""
+    skip, skip_state = answer
+    skip = jnp.asarray(skip)
+    if skip.dtype != jnp.bool_ or skip.shape != ():
+        raise ValueError(
+            f"should_skip_update_fn returned {skip.dtype}{list(skip.shape)} and a tree; the"
+            " first must be a boolean scalar"
+        )
+    return skip, skip_state
 
 
 def _cond(

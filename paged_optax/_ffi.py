@@ -13,12 +13,15 @@ from typing import NoReturn
 import jax
 import jax.extend
 import numpy as np
+from jax.core import ShapedArray
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
 
 from . import _ext
 
 TOKEN_SHAPE = (2,)  # handle, version
-NUM_SCALARS = 3  # token, count, hyperparams: the operands of an update before the leaves
+NUM_SCALARS = 4  # token, count, hyperparams, part: the operands of an update before the leaves
 
 _ISSUE_TARGET = "paged_optax_issue"
 _UPDATE_TARGET = "paged_optax_update"
@@ -29,11 +32,14 @@ for _name, _platform, _handler in _ext.targets():
 # issue_call_p: a seed, int32 (2,), that only tells apart two calls of one program -> a new token.
 # Static: `shared` (bool), whether other processes take part in the program.
 issue_call_p = jax.extend.core.Primitive("paged_optax_issue_call")
-# update_call_p: token, count, hyperparams, gradients, parameters or none -> the advanced token,
-# updates.
+# update_call_p: token, count, hyperparams, part, gradients, parameters or none -> the advanced
+# token, updates.
 # Static: the members of UpdateAttrs in xla_ffi/handlers.cc.
 update_call_p = jax.extend.core.Primitive("paged_optax_update_call")
 issue_call_p.multiple_results = update_call_p.multiple_results = True
+# position_p: nothing -> int32 (): where in its mesh the device is, axes of all types counted. For
+# code that is partitioned already; jax.lax.axis_index has to know the axes there.
+position_p = jax.extend.core.Primitive("paged_optax_position")
 
 
 @issue_call_p.def_abstract_eval
@@ -43,8 +49,8 @@ def _issue_avals(seed, *, shared):
 
 
 @update_call_p.def_abstract_eval
-def _update_avals(token, count, hyperparams, *leaves, **static):
-    del count, hyperparams
+def _update_avals(token, count, hyperparams, part, *leaves, **static):
+    del count, hyperparams, part
     return [token, *leaves[: len(static["codecs"])]]
 
 
@@ -58,6 +64,20 @@ def _lower_update(ctx, *operands, **attrs):
         _UPDATE_TARGET, has_side_effect=True, operand_output_aliases=aliases
     )
     return lowering(ctx, *operands, **{name: _attribute(name, x) for name, x in attrs.items()})
+
+
+@position_p.def_abstract_eval
+def _position_aval():
+    return ShapedArray((), np.dtype(np.int32))
+
+
+def _lower_position(ctx):
+    del ctx
+    int32 = ir.RankedTensorType.get([], ir.IntegerType.get_signless(32))
+    return [hlo.convert(int32, hlo.partition_id())]
+
+
+mlir.register_lowering(position_p, _lower_position)
 
 
 def _attribute(name, value):

@@ -1,6 +1,7 @@
 """Options that are fixed when a transformation is built: how moments are stored, and where."""
 
 import dataclasses
+import os
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,24 +43,41 @@ class Quantization:
 
 @dataclasses.dataclass(frozen=True)
 class Paging:
-    """Where moments live on a GPU; on a CPU there is one place.
+    """Where moments live.
 
-    Moments of one state on one GPU are placed as a whole, when the state is first used: in device
-    memory if they fit, else in host memory, which the GPU then reads and writes in place at every
-    step.
+    On a GPU as many of a state's moments as there is room for, counted from the first leaf on, are
+    in device memory, and a step reads and writes the others in host memory, in place, at the rate
+    of the link. Every step looks at the free device memory. When that gets short, moments make
+    room; when there is more for a while, they come back. This happens beside training, at most 128
+    MiB for each step, and changes no bit of the results. The states on a GPU share what there is
+    fairly (max-min).
+
+    A state keeps the options that it was first updated with; `evict` and `prefetch` change where
+    its moments are.
 
     Attributes:
       device_bytes: device memory that the moments of all states on a GPU may take together; None
-        for whatever is free, 0 for everything on the host.
-      headroom_bytes: device memory that must stay free beside the moments.
+        for whatever is free, 0 for everything on the host. States with other limits may go on where
+        this one stops.
+      headroom_bytes: device memory to leave free beside the moments; of several states, the most
+        that one asks for.
+      memory: ``"managed"``, CUDA managed memory, or ``"pinned"``, pinned host memory and plain
+        device memory, which steps use in the same way. Where managed memory does not work (WSL and
+        some virtual GPUs) pinned memory is taken instead, with a warning.
+      directory: on the CPU, a folder for a file that holds the moments, so that they may be larger
+        than RAM and the operating system pages them to disk. The file has no name, and is gone when
+        the state is released or the process ends in whatever way. None for plain memory. A step on
+        a GPU refuses it.
 
     Raises:
-      ValueError: for negative numbers of bytes.
-      TypeError: for anything but ints (device_bytes may be None).
+      ValueError: for negative numbers of bytes, another kind of memory, or an empty directory.
+      TypeError: for numbers of bytes that are not ints, or a directory that is not a path.
     """
 
     device_bytes: int | None = None
     headroom_bytes: int = 512 * 2**20
+    memory: str = "managed"
+    directory: str | os.PathLike[str] | None = None
 
     def __post_init__(self):
         for name in ("device_bytes", "headroom_bytes"):
@@ -70,3 +88,11 @@ class Paging:
                 raise ValueError(f"{name} is {value}; no machine has 2**63 bytes")
             if value is not None and value < 0:
                 raise ValueError(f"{name} is {value}; it counts bytes and cannot be negative")
+        if self.memory not in ("managed", "pinned"):
+            raise ValueError(f"unknown memory {self.memory!r}; it is 'managed' or 'pinned'")
+        if self.directory is None:
+            return
+        if not isinstance(self.directory, str | os.PathLike):
+            raise TypeError(f"directory is {self.directory!r}; it must be the path of a folder")
+        if not os.fspath(self.directory):
+            raise ValueError("directory is empty; name a folder, or leave it out")

@@ -12,10 +12,8 @@ Tokens are replicated: every device keeps the moments of its shards under the sa
 import dataclasses
 import functools
 import itertools
-import json
-import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -28,12 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from . import _ext, _ffi
-
-# How one dimension of a leaf is cut: (parts, stride) per mesh axis, the slowest varying first. A
-# device at `position` in the mesh has part position // stride % parts.
-Cut = tuple[tuple[int, int], ...]
-# Of each dimension of each leaf.
-Cuts = tuple[tuple[Cut, ...], ...]
+from ._shards import Cuts, Shards, cuts_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,41 +37,12 @@ class _Place:
     shared: bool = False  # other processes take part
     shards: str = ""  # see `Shards`; empty where that is not known, or the device is the only one
 
-
-@dataclasses.dataclass(frozen=True)
-class Shards:
-    """Which part of each leaf a device has. Travels through the compiled program as text.
-
-    Texts are equal if all devices have the same parts, whatever the mesh axes are called.
-    """
-
-    cuts: Cuts
-
-    def encode(self) -> str:
-        kinds = list(dict.fromkeys(self.cuts))  # many leaves, few ways to cut them
-        return json.dumps([kinds, [kinds.index(cut) for cut in self.cuts]])
-
-    @classmethod
-    def decode(cls, text: str) -> "Shards":
-        kinds, leaves = json.loads(text)
-        return cls(tuple(tuple(tuple(map(tuple, cut)) for cut in kinds[i]) for i in leaves))
-
-    def index(self, leaf: int, position: int, shape: Sequence[int]) -> tuple[slice, ...]:
-        """Where the shard, of `shape`, of the device at `position` lies in the whole leaf."""
-        index = []
-        for cut, size in zip(self.cuts[leaf], shape, strict=True):
-            part = 0
-            for parts, stride in cut:
-                part = part * parts + position // stride % parts
-            index.append(slice(part * size, (part + 1) * size))
-        return tuple(index)
-
-    def whole(self, leaf: int, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of the whole leaf, whose shards have `shape`."""
-        return tuple(
-            size * math.prod(parts for parts, _ in cut)
-            for cut, size in zip(self.cuts[leaf], shape, strict=True)
-        )
+    def part(self) -> jax.Array:
+        """Which parts of the leaves the device has; its position if that is not known. int32 ()."""
+        if self.num_devices == 1:
+            return jnp.zeros([], jnp.int32)
+        position = _ffi.position_p.bind()
+        return Shards.decode(self.shards).part(position) if self.shards else position
 
 
 def issue(seed: jax.typing.ArrayLike) -> jax.Array:
@@ -109,14 +73,17 @@ def update(
 
     Args:
       token: int32 of shape (2,).
-      count: int32 of shape (), the number of steps already taken.
-      hyperparams: float32 of shape (4,): b1, b2, eps, eps_root.
+      count: int32 of shape (), the number of steps already taken; -1 skips this one.
+      hyperparams: float32 of shape (4,): b1, b2, eps, eps_root; where parameters are rounded, of
+        shape (6,), with learning rate and weight decay.
       grads: gradients, in tree order.
-      params: their parameters, or nothing. Only their shardings matter: where the compiler decides,
-        gradients are cut as their parameters are.
+      params: their parameters, or nothing. Unless they are rounded, only their shardings matter:
+        where the compiler decides, gradients are cut as their parameters are.
       **static: ``codecs`` (tuple of int, the codec of each leaf), ``nesterov`` (bool), ``replay``
         (bool), ``tree`` (int, names the tree structure), ``paths`` (int, names the leaves),
-        ``device_bytes`` and ``headroom_bytes`` (int).
+        ``device_bytes`` and ``headroom_bytes`` (int), ``pinned`` (bool), ``directory`` (str),
+        ``skip_elements`` (bool), ``param_rounding`` (int, enum ParamRounding) and, where that is
+        not 0, ``decayed`` (tuple of bool) and ``keys`` (tuple of int) of the leaves, else ().
 
     Returns:
       The token of the advanced moments, and the updates with the gradients' shapes and dtypes.
@@ -125,11 +92,14 @@ def update(
       NotImplementedError: under `jax.vmap`.
       TypeError: under differentiation.
     """
-    models = map(jax.lax.stop_gradient, params)  # a step does not depend on their values
-    operands = guard(token, count, jnp.asarray(hyperparams), *grads, *models)
     call = _Update(tuple(sorted(static.items())))
-    end = _ffi.NUM_SCALARS + len(grads)
-    token, *updates = _spread(call, operands[:end], _ffi.NUM_SCALARS, operands[end:])
+    models = params
+    if not call.takes_models:  # then the step does not depend on their values
+        models = [jax.lax.stop_gradient(param) for param in params]
+    operands = guard(token, count, jnp.asarray(hyperparams), *grads, *models)
+    num_scalars = len(operands) - len(grads) - len(models)
+    end = num_scalars + len(grads)
+    token, *updates = _spread(call, operands[:end], num_scalars, operands[end:])
     return token, updates
 
 
@@ -155,6 +125,8 @@ def _share_base() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Issue:
+    takes_models = False
+
     def __call__(self, place: _Place, seed: jax.Array):
         return _fence(functools.partial(_ffi.issue_call_p.bind, shared=place.shared), seed)
 
@@ -163,6 +135,10 @@ class _Issue:
 class _Update:
     static: tuple[tuple[str, Any], ...]
 
+    @property
+    def takes_models(self) -> bool:
+        return dict(self.static)["param_rounding"] != 0
+
     def __call__(self, place: _Place, *operands: jax.Array):
         call = functools.partial(
             _ffi.update_call_p.bind,
@@ -170,7 +146,8 @@ class _Update:
             shards=place.shards,
             **dict(self.static),
         )
-        return _fence(call, *operands)
+        token, count, hyperparams, *grads = operands
+        return _fence(call, token, count, hyperparams, place.part(), *grads)
 
 
 def _fence(call, *operands):
@@ -179,11 +156,28 @@ def _fence(call, *operands):
     XLA:GPU fuses slices of operands and results into a copy of a call. Where the call has a side
     effect, some versions leave the original in place as well, and it runs twice.
     """
-    return tuple(jax.lax.optimization_barrier(call(*jax.lax.optimization_barrier(operands))))
+    return tuple(_barrier(call(*_barrier(operands))))
+
+
+def _barrier(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """An optimization barrier for each kind of array.
+
+    In jax 0.10 the results of one barrier all vary along the axes that any operand varies along, so
+    that `jax.shard_map` would not see that a token is the same on all devices.
+    """
+    kinds: dict[Any, list[int]] = {}
+    for i, array in enumerate(arrays):
+        kinds.setdefault(getattr(jax.typeof(array), "manual_axis_type", None), []).append(i)
+    results = list(arrays)
+    for indices in kinds.values():
+        fenced = jax.lax.optimization_barrier([arrays[i] for i in indices])
+        for i, array in zip(indices, fenced, strict=True):
+            results[i] = array
+    return results
 
 
 def _spread(
-    call,
+    call: _Issue | _Update,
     operands: Sequence[jax.Array],
     num_replicated: int,
     models: Sequence[jax.Array] = (),
@@ -192,7 +186,8 @@ def _spread(
     """Calls `call(place, *operands)` on every device with its shards of the operands.
 
     Args:
-      call: a hashable function of a `_Place` and operands.
+      call: a hashable function of a `_Place` and operands; if `call.takes_models`, the models are
+        its last operands.
       operands: arrays; the first `num_replicated` are the same on every device.
       num_replicated: as many as that; of the results, the first one is.
       models: arrays to be cut like, for the operands behind those, or nothing.
@@ -204,34 +199,44 @@ def _spread(
     with jax.disable_jit(False):  # a custom call has to be compiled, also under jax.disable_jit()
         if explicit:
             leaves = operands[num_replicated:]
-            specs = tuple(jax.typeof(x).sharding.spec for x in models or leaves)
-            return _explicit(call, num_replicated, frozenset(explicit), specs)(*operands)
+            # Without `unreduced`: what is a sum over devices is summed before it is a gradient.
+            specs = tuple(P(*jax.typeof(x).sharding.spec.partitions) for x in models or leaves)
+            taken = models if call.takes_models else ()
+            return _explicit(call, num_replicated, frozenset(explicit), specs)(*operands, *taken)
         # custom_partitioning fails where some axes are manual and the others leave nothing to cut.
         nothing_left = all(kind == AxisType.Manual or size == 1 for _, size, kind in axes)
         if AxisType.Manual in mesh.axis_types and nothing_left:
-            return call(_place(mesh.size, cuts), *operands)
+            taken = models if call.takes_models else ()
+            return call(_place(mesh.size, cuts), *operands, *taken)
         return _automatic(call, num_replicated, len(models))(*operands, *models)
 
 
 @functools.lru_cache(maxsize=256)
-def _explicit(call: Callable, num_replicated: int, explicit: frozenset[str], specs: tuple[P, ...]):
+def _explicit(
+    call: _Issue | _Update,
+    num_replicated: int,
+    explicit: frozenset[str],
+    specs: tuple[P, ...],
+):
     @jax.jit  # shard_map over some axes of several has to be compiled
     def function(*operands):
         mesh = jax.sharding.get_abstract_mesh()
+        end = num_replicated + len(specs)
+        models = operands[end:]  # none, or cut as specs say
         leaves = [
             jax.sharding.reshard(leaf, spec)
-            for leaf, spec in zip(operands[num_replicated:], specs, strict=True)
+            for leaf, spec in zip(operands[num_replicated:end], specs, strict=True)
         ]
         cuts = None
         if AxisType.Manual not in mesh.axis_types:  # along those, the user has cut already
-            cuts = tuple(_cuts(mesh, spec, x.ndim) for spec, x in zip(specs, leaves, strict=True))
+            cuts = tuple(cuts_of(mesh, spec, x.ndim) for spec, x in zip(specs, leaves, strict=True))
         return jax.shard_map(
-            lambda *shards: _spread(call, shards, num_replicated, cuts=cuts),
-            in_specs=(*[P()] * num_replicated, *specs),
+            lambda *shards: _spread(call, shards[:end], num_replicated, shards[end:], cuts),
+            in_specs=(*[P()] * num_replicated, *specs, *specs[: len(models)]),
             out_specs=(P(), *specs),
             axis_names=explicit,
             check_vma=False,
-        )(*operands[:num_replicated], *leaves)
+        )(*operands[:num_replicated], *leaves, *models)
 
     return function
 
@@ -242,29 +247,8 @@ def _place(num_devices: int, cuts: Cuts | None) -> _Place:
     return _Place(num_devices, shared, "" if cuts is None else Shards(cuts).encode())
 
 
-def _cuts(mesh: Any, spec: P, ndim: int) -> tuple[Cut, ...]:
-    sizes = dict(mesh.shape)
-    strides = dict(zip(sizes, _strides(list(sizes.values())), strict=True))
-    dims = []
-    for entry in [*spec, *[None] * (ndim - len(spec))]:
-        names = () if entry is None else (entry,) if isinstance(entry, str) else entry
-        cut: list[tuple[int, int]] = []
-        for name in names:
-            parts, stride = sizes[name], strides[name]
-            if cut and cut[-1][1] == parts * stride:  # as one axis of the product of their sizes
-                parts *= cut.pop()[0]
-            if parts > 1:
-                cut.append((parts, stride))
-        dims.append(tuple(cut))
-    return tuple(dims)
-
-
-def _strides(sizes: Sequence[int]) -> list[int]:
-    return [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
-
-
 @functools.lru_cache(maxsize=256)
-def _automatic(call: Callable, num_replicated: int, num_models: int):
+def _automatic(call: _Issue | _Update, num_replicated: int, num_models: int):
     def partition(mesh, operands, results):
         del results
         # A model's sharding goes before that of its leaf.
@@ -275,32 +259,69 @@ def _automatic(call: Callable, num_replicated: int, num_models: int):
         if not mesh.empty:  # it is where some axes are manual: shardings then do not name axes
             named: list[Any] = shardings
             dims = [len(leaf.shape) for leaf in leaves]
-            cuts = tuple(_cuts(mesh, x.spec, ndim) for x, ndim in zip(named, dims, strict=True))
+            cuts = tuple(cuts_of(mesh, x.spec, ndim) for x, ndim in zip(named, dims, strict=True))
         place = _place(operands[0].sharding.num_devices, cuts)
         everywhere = NamedSharding(mesh, P())
         return (
             mesh,
-            lambda *operands: call(place, *operands[:end]),
+            lambda *operands: call(place, *(operands if call.takes_models else operands[:end])),
             (everywhere, *shardings),
             (*[everywhere] * num_replicated, *shardings, *shardings[:num_models]),
         )
 
     def sharding_rule(mesh, operand_types, result_types):
         del mesh, result_types
-        # A factor of its own for every dimension; a result's and a model's are those of its leaf.
-        factors = (f"f{i}" for i in itertools.count())
-        terms = [" ".join(next(factors) for _ in operand.shape) for operand in operand_types]
-        terms = terms[: len(terms) - num_models]
-        leaves = terms[num_replicated:]
-        operands = [*terms, *leaves[:num_models]]
-        return f"{', '.join(operands)} -> {', '.join([terms[0], *leaves])}"
+        # A factor of its own for every dimension; a result's are those of its model, or else leaf.
+        terms = _terms(operand_types)
+        results = terms[-num_models:] if num_models else terms[num_replicated:]
+        return f"{', '.join(terms)} -> {', '.join([terms[0], *results])}"
 
     def everywhere(*operands):
-        return call(_Place(), *operands[: len(operands) - num_models])
+        end = len(operands) - (0 if call.takes_models else num_models)
+        return call(_Place(), *operands[:end])
 
     function = custom_partitioning(everywhere)
     function.def_partition(partition=partition, sharding_rule=sharding_rule)
-    return jax.jit(function)
+    if not num_models:
+        return jax.jit(function)
+    lead = _lead(num_models)
+
+    @jax.jit
+    def led(*operands):
+        end = len(operands) - num_models
+        leaves = lead(*operands[num_replicated:])
+        return function(*operands[:num_replicated], *leaves, *operands[end:])
+
+    return led
+
+
+def _lead(num_models: int):
+    """Leaves as they are, told to the compiler to be cut like their models where that is free.
+
+    It then makes gradients in shards. In the rule of the update itself this would work the other
+    way round as well: the sharding of a gradient would come to the update, and with it to the new
+    parameter, which the next step would find cut in another way than its moments.
+    """
+
+    def partition(mesh, operands, results):
+        leaves = tuple(_even(mesh, leaf.sharding, leaf.shape) for leaf in results)
+        models = tuple(model.sharding for model in operands[num_models:])
+        return mesh, lambda *operands: operands[:num_models], leaves, (*leaves, *models)
+
+    def sharding_rule(mesh, operand_types, result_types):
+        del mesh, result_types
+        terms = ", ".join(_terms(operand_types[:num_models]))
+        return f"{terms}, {terms} -> {terms}"
+
+    function = custom_partitioning(lambda *operands: operands[:num_models])
+    function.def_partition(partition=partition, sharding_rule=sharding_rule)
+    return function
+
+
+def _terms(types: Sequence[Any]) -> list[str]:
+    """Terms of a sharding rule in which every dimension of every array is a factor of its own."""
+    factors = (f"f{i}" for i in itertools.count())
+    return [" ".join(next(factors) for _ in array.shape) for array in types]
 
 
 def _even(mesh: Mesh, sharding: Sharding, shape: Sequence[int]) -> Sharding:

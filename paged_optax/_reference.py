@@ -223,7 +223,15 @@ class Hyperparams(NamedTuple):
     eps_root: float = 0.0
 
 
-def adam(grad, mu, nu, count: int, hyperparams: Hyperparams, nesterov: bool = False):
+def adam(
+    grad,
+    mu,
+    nu,
+    count: int,
+    hyperparams: Hyperparams,
+    nesterov: bool = False,
+    skip_elements: bool = False,
+):
     """One Adam step on flat float32 arrays.
 
     Args:
@@ -233,10 +241,11 @@ def adam(grad, mu, nu, count: int, hyperparams: Hyperparams, nesterov: bool = Fa
       count: number of steps already taken.
       hyperparams: b1, b2, eps, eps_root.
       nesterov: whether to use Nesterov momentum (Dozat, 2016).
+      skip_elements: whether an element whose moments would become non-finite is skipped.
 
     Returns:
-      ``(update, mu, nu)``, float32. Where a moment would become non-finite, the update is NaN and
-      the moments are unchanged.
+      ``(update, mu, nu)``, float32. Where a moment would become non-finite, the update is NaN, or
+      that of a first moment of 0 with `skip_elements`, and the moments are unchanged.
     """
     f32 = np.float32
     b1, b2, eps, eps_root = (f32(x) for x in hyperparams)
@@ -254,14 +263,121 @@ def adam(grad, mu, nu, count: int, hyperparams: Hyperparams, nesterov: bool = Fa
     with np.errstate(all="ignore"):
         new_mu = b1 * mu + one_minus_b1 * grad
         new_nu = b2 * nu + one_minus_b2 * grad * grad
+        finite = np.isfinite(new_mu) & np.isfinite(new_nu)
         mu_hat = new_mu * mu_scale + grad * grad_scale
+        mu_hat = np.where(finite, mu_hat, f32(0 if skip_elements else np.nan))
+        new_mu, new_nu = np.where(finite, new_mu, mu), np.where(finite, new_nu, nu)
         update = mu_hat * (f32(1) / (np.sqrt(new_nu * nu_scale + eps_root) + eps))
-    finite = np.isfinite(new_mu) & np.isfinite(new_nu)
-    return (
-        np.where(finite, update, f32(np.nan)),
-        np.where(finite, new_mu, mu),
-        np.where(finite, new_nu, nu),
-    )
+    return update, new_mu, new_nu
+
+
+class ParamHyperparams(NamedTuple):
+    learning_rate: float
+    weight_decay: float = 0.0
+
+
+ZERO_RESIDUAL = 128
+_POWER = np.float32(2.0**112)  # bits of a float16 behind those of a float32 divided by this
+
+
+def dropped_bits(dtype) -> int:
+    """Bits that a float32 has behind those of a 16-bit type."""
+    return 13 if dtype == np.float16 else 16
+
+
+def aligned_bits(x: np.ndarray, dtype) -> np.ndarray:
+    """float32 as uint32 bits in which numbers of the 16-bit type `dtype` end in zeros."""
+    with np.errstate(all="ignore"):
+        return (x / _POWER if dtype == np.float16 else x).astype(np.float32).view(np.uint32)
+
+
+def from_aligned_bits(bits: np.ndarray, dtype) -> np.ndarray:
+    """The float32 of such bits."""
+    x = np.asarray(bits, np.uint32).view(np.float32)
+    with np.errstate(all="ignore"):
+        return x * _POWER if dtype == np.float16 else x
+
+
+def round_stochastically(x: np.ndarray, random: np.ndarray, dtype) -> np.ndarray:
+    """float32 to `dtype`, up or down with a mean of x.
+
+    Args:
+      x: float32 array.
+      random: uint32 array; its leading bits are used.
+      dtype: bfloat16 or float16.
+    """
+    dropped = np.uint32(dropped_bits(dtype))
+    bits = aligned_bits(x, dtype) + (random >> (np.uint32(32) - dropped))
+    with np.errstate(over="ignore"):
+        rounded = from_aligned_bits(bits >> dropped << dropped, dtype).astype(dtype)
+    return np.where(np.isnan(x), np.asarray(np.nan, dtype), rounded)
+
+
+def split_master(master: np.ndarray, random: np.ndarray, dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Parameters of type `dtype`, and residuals (uint8), that together stand for `master`.
+
+    `master` is first rounded stochastically to 8 bits more than `dtype` has.
+    """
+    dropped = np.uint32(dropped_bits(dtype))
+    unit = dropped - np.uint32(8)
+    bits = aligned_bits(master, dtype) + (random >> (np.uint32(32) - unit)) >> unit
+    up = bits + np.uint32(128)
+    with np.errstate(over="ignore"):
+        params = from_aligned_bits(up >> np.uint32(8) << dropped, dtype).astype(dtype)
+    residuals = (up & np.uint32(255)).astype(np.uint8)
+    return np.where(np.isnan(master), np.asarray(np.nan, dtype), params), residuals
+
+
+def join_master(params: np.ndarray, residuals: np.ndarray) -> np.ndarray:
+    """The float32 master weights of parameters (bfloat16 or float16) and residuals."""
+    dtype, param = params.dtype, params.astype(np.float32)
+    unit = np.uint32(dropped_bits(dtype) - 8)
+    bits = aligned_bits(param, dtype) + (residuals.astype(np.uint32) - np.uint32(128) << unit)
+    return np.where(param == 0, param, from_aligned_bits(bits, dtype))
+
+
+def update_params(
+    direction: np.ndarray,
+    params: np.ndarray,
+    residuals: np.ndarray,
+    random: np.ndarray,
+    hyperparams: ParamHyperparams,
+    dtype,
+    rounding: str,
+    decays: bool = True,
+):
+    """Updates of one leaf's parameters, all arrays flat.
+
+    Args:
+      direction: what `adam` returned.
+      params: float32, bfloat16 or float16.
+      residuals: uint8, those of the parameters; used for ``"compensated"`` and 16 bits.
+      random: uint32, for 16-bit parameters.
+      hyperparams: learning rate and weight decay.
+      dtype: of the updates.
+      rounding: ``"stochastic"`` or ``"compensated"``.
+      decays: whether weight decay applies.
+
+    Returns:
+      ``(update, residuals)``; the new parameters are ``params + update`` in their own type.
+    """
+    lr, decay = (np.float32(x) for x in hyperparams)
+    decay = decay if decays else np.float32(0)
+    param = params.astype(np.float32)
+    compensated = rounding == "compensated" and params.dtype != np.float32
+    with np.errstate(all="ignore"):
+        master = join_master(params, residuals) if compensated else param
+        change = -lr * (direction + decay * master)
+        if params.dtype == np.float32:
+            return change.astype(dtype), residuals
+        exact = master + change
+        if not compensated:
+            rounded = round_stochastically(exact, random, params.dtype)
+            return (rounded.astype(np.float32) - param).astype(dtype), residuals
+        rounded, residuals = split_master(exact, random, params.dtype)
+        update = (rounded.astype(np.float32) - param).astype(dtype)
+        landed = (param + update.astype(np.float32)).astype(params.dtype)
+    return update, np.where(landed == rounded, residuals, np.uint8(ZERO_RESIDUAL))
 
 
 class LeafState(NamedTuple):
@@ -288,7 +404,9 @@ def step_leaf(
     state: LeafState | RatioState,
     count: int,
     hyperparams: Hyperparams,
-    nesterov=False,
+    nesterov: bool = False,
+    *,
+    skip_elements: bool = False,
     leaf_key: int = 0,
 ):
     """One step for one leaf.
@@ -299,27 +417,51 @@ def step_leaf(
       count: number of steps already taken.
       hyperparams: b1, b2, eps, eps_root.
       nesterov: whether to use Nesterov momentum.
+      skip_elements: whether elements whose gradient is not finite are skipped.
       leaf_key: names the leaf, for the random bits of the ``ratio`` code.
 
     Returns:
       ``(update, state)``; the update has the gradient's shape and dtype.
     """
+    direction, state = directions(
+        grad,
+        state,
+        count,
+        hyperparams,
+        nesterov,
+        skip_elements=skip_elements,
+        leaf_key=leaf_key,
+    )
+    with np.errstate(over="ignore"):
+        return direction.astype(grad.dtype).reshape(grad.shape), state
+
+
+def directions(
+    grad,
+    state: LeafState | RatioState,
+    count: int,
+    hyperparams: Hyperparams,
+    nesterov: bool = False,
+    *,
+    skip_elements: bool = False,
+    leaf_key: int = 0,
+):
+    """As `step_leaf`, but the update is flat and float32."""
     flat = np.asarray(grad).ravel().astype(np.float32)
     size = flat.size
     if isinstance(state, RatioState):
         mu, nu = (x[:size] for x in dequantize_ratio(state))
-        update, mu, nu = adam(flat, mu, nu, count, hyperparams, nesterov)
+        update, mu, nu = adam(flat, mu, nu, count, hyperparams, nesterov, skip_elements)
         state = quantize_ratio(mu, nu, ratio_random(leaf_key, count, size))
     elif isinstance(state.mu, Quantized) and isinstance(state.nu, Quantized):
         mu = dequantize(state.mu, signed=True)[:size]
         nu = dequantize(state.nu, signed=False)[:size]
-        update, mu, nu = adam(flat, mu, nu, count, hyperparams, nesterov)
+        update, mu, nu = adam(flat, mu, nu, count, hyperparams, nesterov, skip_elements)
         state = LeafState(quantize(mu, signed=True), quantize(nu, signed=False))
     else:
-        update, mu, nu = adam(flat, state.mu, state.nu, count, hyperparams, nesterov)
+        update, mu, nu = adam(flat, state.mu, state.nu, count, hyperparams, nesterov, skip_elements)
         state = LeafState(mu, nu)
-    with np.errstate(over="ignore"):
-        return update.astype(grad.dtype).reshape(grad.shape), state
+    return update, state
 
 
 def _to_blocks(values: np.ndarray) -> np.ndarray:

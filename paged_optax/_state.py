@@ -6,12 +6,12 @@ that is not the newest is recognised and refused, and the moments stay as they w
 `xla_ffi/README.md` gives the full contract.
 """
 
-import dataclasses
 import functools
 import hashlib
 import itertools
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,10 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jax.sharding import NamedSharding
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
 
 from . import _ext, _ffi, _partition
 from . import _reference as reference
+from ._shards import Shards
 
 FLOAT32, DYNAMIC, RATIO = 0, 1, 2  # enum Codec in xla_ffi/layout.h
 CODECS = {"dynamic": DYNAMIC, "ratio": RATIO}  # by the names in Quantization
@@ -37,8 +39,20 @@ class ScaleByPagedAdam8bitState(NamedTuple):
     token: jax.Array  # int32 (2,): handle of the moments, version of their contents
 
 
+class SkipNonFiniteState(NamedTuple):
+    """State of a paged optimizer with ``non_finite="skip_element"`` or ``"skip_step"``.
+
+    Inside `jax.shard_map` with ``check_vma=False``, and `jax.pmap`, an element of a gradient that
+    devices have in common counts once a device.
+    """
+
+    skipped: jax.Array  # int32 (): gradient elements, or steps, that were skipped so far
+    inner_state: Any  # that of the optimizer
+
+
 _seeds = itertools.count()
-_trees: dict[int, Any] = {}  # tree name -> treedef, filled while tracing
+trees: OrderedDict[int, Any] = OrderedDict()  # tree name -> treedef, the last traced at the end
+MAX_TREES = 4096
 
 
 def new_token(num_leaves: int) -> jax.Array:
@@ -64,7 +78,10 @@ def name_tree(paths: Sequence[str], treedef: Any) -> int:
     # Without the addresses of objects, which would differ from process to process.
     containers = re.sub(r" at 0x[0-9a-f]+", "", str(treedef))
     name = _number("\n".join([*paths, containers]))
-    _trees[name] = treedef
+    trees[name] = treedef
+    trees.move_to_end(name)
+    if len(trees) > MAX_TREES:
+        trees.popitem(last=False)
     return name
 
 
@@ -79,7 +96,7 @@ class Moments(NamedTuple):
     nu: Any
 
 
-def moments(opt_state: Any) -> Moments:
+def moments(opt_state: Any, *, gather: bool = False) -> Moments:
     """Reads the moments of an optimizer state.
 
     Waits for the updates under way. For looking at and for tests; at 8 bytes per parameter the
@@ -87,6 +104,8 @@ def moments(opt_state: Any) -> Moments:
 
     Args:
       opt_state: any optax state, nnx.Optimizer or TrainState with a paged state in it.
+      gather: of a state on devices of several processes (`jax.distributed`), collects the shards of
+        all of them. Every process of the job must then call this, or those that do wait for ever.
 
     Returns:
       A `Moments` of float32 NumPy arrays in the tree of the updates. States for disjoint parts of
@@ -94,7 +113,9 @@ def moments(opt_state: Any) -> Moments:
 
     Raises:
       ValueError: if there is no paged state, or several for the same parameters.
-      RuntimeError: if the state is not the newest one, was released, or was never updated.
+      RuntimeError: if the state is not the newest one, was released, or was never updated; without
+        `gather`, if other processes have a part of it.
+      NotImplementedError: if it is not known which part of the parameters each device has.
 
     Example:
       >>> import jax, jax.numpy as jnp, paged_optax
@@ -104,7 +125,7 @@ def moments(opt_state: Any) -> Moments:
       >>> print(paged_optax.moments(state).mu["w"][0, 0].round(4))
       0.2
     """
-    trees = [_read_state(state) for state in find_states(opt_state)]
+    trees = [_read_state(state, gather) for state in find_states(opt_state)]
     try:
         return Moments(*(functools.reduce(_merge, [tree[i] for tree in trees]) for i in range(2)))
     except _Overlap:
@@ -112,149 +133,6 @@ def moments(opt_state: Any) -> Moments:
             f"found {len(trees)} paged states for the same parameters; pass one of them, for"
             " example opt_state[0]"
         ) from None
-
-
-@dataclasses.dataclass(frozen=True)
-class DeviceMemory:
-    """Bytes of moments on one device.
-
-    Attributes:
-      device: platform and number, such as ``cuda:0``.
-      total: all bytes.
-      resident: those in the device's own memory.
-      replay: those of the second copy that ``replay=True`` keeps; part of the total.
-    """
-
-    device: str
-    total: int
-    resident: int
-    replay: int = 0
-
-    @property
-    def on_host(self) -> int:
-        return self.total - self.resident
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoryReport:
-    """Where the moments are. Prints as a table.
-
-    Attributes:
-      devices: one `DeviceMemory` a device.
-    """
-
-    devices: tuple[DeviceMemory, ...]
-
-    @property
-    def total(self) -> int:
-        """Bytes of moments, over all devices."""
-        return sum(device.total for device in self.devices)
-
-    @property
-    def resident(self) -> int:
-        """Bytes of moments in the devices' own memory."""
-        return sum(device.resident for device in self.devices)
-
-    @property
-    def on_host(self) -> int:
-        """Bytes of moments in host memory that a GPU reaches over its link."""
-        return sum(device.on_host for device in self.devices)
-
-    @property
-    def replay(self) -> int:
-        """Bytes of the second copies that ``replay=True`` keeps; part of the total."""
-        return sum(device.replay for device in self.devices)
-
-    def __str__(self) -> str:
-        columns = ["total", "resident", "on_host", *["replay"] * (self.replay > 0)]
-        rows = list(self.devices)
-        if len(rows) != 1:
-            rows.append(DeviceMemory("all", self.total, self.resident, self.replay))
-        lines = [f"{'moments':<10}" + "".join(f"{c.replace('_', ' '):>12}" for c in columns)]
-        for row in rows:
-            numbers = "".join(f"{format_bytes(getattr(row, c)):>12}" for c in columns)
-            lines.append(f"{row.device:<10}{numbers}")
-        return "\n".join(lines)
-
-
-def memory_report(opt_state: Any) -> MemoryReport:
-    """Reports where the moments of an optimizer state are.
-
-    Moments are made by a state's first update; before it there is nothing to report.
-
-    Args:
-      opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it.
-
-    Returns:
-      A `MemoryReport`, all paged states added up.
-
-    Raises:
-      ValueError: if there is no paged state.
-      RuntimeError: if the moments were released or are not in this process.
-
-    Example:
-      >>> import jax.numpy as jnp, paged_optax
-      >>> tx = paged_optax.scale_by_paged_adam8bit()
-      >>> params = {"w": jnp.ones((1024, 1024))}
-      >>> _, state = tx.update(params, tx.init(params))
-      >>> print(f"{paged_optax.memory_report(state).total / 1024**2:.2f} bytes per parameter")
-      2.03 bytes per parameter
-    """
-    devices: dict[str, list[int]] = {}
-    tokens = dict(_read_token(state) for state in find_states(opt_state))
-    for token in tokens.items():  # several versions of one state count once
-        for report in _ext.describe(*token):
-            name = f"{report['platform']}:{report['ordinal']}"
-            numbers = devices.setdefault(name, [0, 0, 0])
-            for i, kind in enumerate(["total", "resident", "replay"]):
-                numbers[i] += report[kind]
-    return MemoryReport(tuple(DeviceMemory(name, *numbers) for name, numbers in devices.items()))
-
-
-def release(opt_state: Any) -> int:
-    """Frees the moments of an optimizer state. The state cannot be updated any more.
-
-    Args:
-      opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it, of any
-        version.
-
-    Returns:
-      The number of bytes freed.
-
-    Raises:
-      ValueError: if there is no paged state.
-
-    Example:
-      >>> import jax.numpy as jnp, paged_optax
-      >>> tx = paged_optax.scale_by_paged_adam8bit()
-      >>> params = {"w": jnp.ones((1024, 1024))}
-      >>> _, state = tx.update(params, tx.init(params))
-      >>> paged_optax.release(state) >= 2 * 1024**2
-      True
-    """
-    handles = {_read_token(state)[0] for state in find_states(opt_state)}
-    return sum(_ext.release(handle) for handle in handles)
-
-
-def release_all() -> int:
-    """Frees the moments of every optimizer state of this process, also of states that are lost.
-
-    For notebooks, where states get lost when a cell runs again. No state made so far can be
-    updated any more.
-
-    Returns:
-      The number of bytes freed.
-
-    Example:
-      >>> import jax.numpy as jnp, paged_optax
-      >>> tx = paged_optax.scale_by_paged_adam8bit()
-      >>> params = {"w": jnp.ones((1024, 1024))}
-      >>> for _ in range(2):
-      ...   _, state = tx.update(params, tx.init(params))
-      >>> paged_optax.release_all() >= 2 * 2 * 1024**2
-      True
-    """
-    return _ext.release_all()
 
 
 def find_states(opt_state: Any) -> list[ScaleByPagedAdam8bitState]:
@@ -301,16 +179,7 @@ def _check_token(token: Any) -> None:
         )
 
 
-def format_bytes(nbytes: int) -> str:
-    """Bytes for people: ``2.03 MiB``."""
-    value, units = float(nbytes), ["B", "KiB", "MiB", "GiB"]
-    while value >= 1024 and len(units) > 1:
-        value /= 1024
-        units.pop(0)
-    return f"{nbytes} B" if units[0] == "B" else f"{value:.2f} {units[0]}"
-
-
-def _read_token(state: ScaleByPagedAdam8bitState) -> tuple[int, int]:
+def read_token(state: ScaleByPagedAdam8bitState) -> tuple[int, int]:
     token = jnp.asarray(state.token)
     if isinstance(token, Tracer):
         raise TypeError(
@@ -347,47 +216,45 @@ def _merge(one: Any, other: Any) -> Any:
     return jax.tree.unflatten(treedef, [_merge(*pair) for pair in zip(ones, others, strict=True)])
 
 
-def _read_state(state: ScaleByPagedAdam8bitState) -> tuple[Any, Any]:
-    handle, version = _read_token(state)
+def _read_state(state: ScaleByPagedAdam8bitState, gather: bool) -> tuple[Any, Any]:
+    handle, version = read_token(state)
     reports = _ext.describe(handle, version)
-    if not reports:
+    if not any(report["version"] for report in reports):
         raise RuntimeError(
             "this optimizer state was never updated: its moments are zero and have no memory yet"
         )
     first = reports[0]
-    if first["tree"] not in _trees:
-        raise RuntimeError("the tree of the parameters is unknown: the update was not traced here")
+    if first["tree"] not in trees:
+        raise RuntimeError(
+            "the tree of the parameters is unknown: the update was not traced in this process, or"
+            f" before those of {MAX_TREES} other models. Trace it again (an eager update does)."
+        )
     if first["num_devices"] == 1:
         parts = [_read_shards(first, handle, version)]
         leaves = parts[0]
     else:
-        positions, shards = _positions(state, reports)
-        leaves = [
-            [np.empty(shards.whole(i, shape), np.float32) for _ in range(2)]
-            for i, (_, shape) in enumerate(first["leaves"])
-        ]
-        for report in reports:
-            position = positions[report["ordinal"]]
-            for i, part in enumerate(_read_shards(report, handle, version)):
-                index = shards.index(i, position, part[0].shape)
-                for whole, shard in zip(leaves[i], part, strict=True):
-                    whole[index] = shard
+        mesh, shards = _mesh(state, reports)
+        if len(reports) < mesh.size and not gather:
+            raise RuntimeError(
+                f"{mesh.size - len(reports)} of the {mesh.size} devices with moments of this state"
+                " belong to other processes; to collect theirs, call"
+                " moments(opt_state, gather=True) in every process"
+            )
+        leaves = _assemble(mesh, shards, reports, handle, version)
     mu, nu = zip(*leaves, strict=True)
-    treedef = _trees[first["tree"]]
+    treedef = trees[first["tree"]]
     return jax.tree.unflatten(treedef, mu), jax.tree.unflatten(treedef, nu)
 
 
-def _positions(
-    state: ScaleByPagedAdam8bitState, reports: list[dict[str, Any]]
-) -> tuple[dict[int, int], _partition.Shards]:
-    """Where in the mesh each local device is, by its ordinal, and how leaves are cut along it."""
+def _mesh(state: ScaleByPagedAdam8bitState, reports: list[dict[str, Any]]) -> tuple[Mesh, Shards]:
+    """The devices that a state was updated on, and how leaves are cut along them."""
     if not reports[0]["shards"]:
         raise NotImplementedError(
             "moments() does not know which part of the parameters each device has: the state was"
             " updated inside jax.shard_map or jax.pmap, or on a mesh with axes of several types."
             " Update it under jax.jit with sharded arrays on a mesh of one type instead."
         )
-    shards = _partition.Shards.decode(reports[0]["shards"])
+    shards = Shards.decode(reports[0]["shards"])
     sharding = jnp.asarray(state.token).sharding
     num_devices = reports[0]["num_devices"]
     if not isinstance(sharding, NamedSharding) or sharding.mesh.size != num_devices:
@@ -395,14 +262,45 @@ def _positions(
             f"the state was updated on {num_devices} devices, but its token has the sharding"
             f" {sharding}; pass the state as update returned it"
         )
-    ids = [device.id for device in np.ravel(np.asarray(sharding.mesh.devices))]
-    if len(reports) < len(ids):
-        raise RuntimeError(
-            f"{len(ids) - len(reports)} of the {len(ids)} devices with moments of this state belong"
-            " to other processes, and moments() reads those of its own only"
-        )
-    local = jax.local_devices(backend=reports[0]["platform"])
-    return {d.local_hardware_id: ids.index(d.id) for d in local if d.id in ids}, shards
+    assert isinstance(sharding.mesh, Mesh)
+    return sharding.mesh, shards
+
+
+def _assemble(
+    mesh: Mesh,
+    shards: Shards,
+    reports: list[dict[str, Any]],
+    handle: int,
+    version: int,
+) -> list[list[np.ndarray]]:
+    """Whole leaves out of the shards of all devices, those of other processes included."""
+    devices = list(mesh.devices.flat)
+    local = [i for i, device in enumerate(devices) if device.process_index == jax.process_index()]
+    positions = {_ordinal(devices[i]): i for i in local}
+    shapes = [shape for _, shape in reports[0]["leaves"]]
+    leaves = [
+        [np.zeros(shards.whole(i, shape), np.float32) for _ in range(2)]
+        for i, shape in enumerate(shapes)
+    ]
+    for report in reports:
+        for i, part in enumerate(_read_shards(report, handle, version)):
+            index = shards.index(i, positions[report["ordinal"]], shapes[i])
+            for whole, shard in zip(leaves[i], part, strict=True):
+                whole[index] = shard
+    if len(local) == len(devices):
+        return leaves
+    for i, shape in enumerate(shapes):  # one by one: every process's copy comes to every process
+        for whole in leaves[i]:
+            copies = multihost_utils.process_allgather(whole)
+            for position, device in enumerate(devices):
+                index = shards.index(i, position, shape)
+                whole[index] = copies[device.process_index][index]
+    return leaves
+
+
+def _ordinal(device: Any) -> int:
+    """What handlers call a device of this process."""
+    return device.id if device.platform == "cpu" else device.local_hardware_id
 
 
 def _read_shards(report: dict[str, Any], handle: int, version: int) -> list[list[np.ndarray]]:

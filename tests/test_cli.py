@@ -14,6 +14,8 @@ import pytest
 import paged_optax
 from paged_optax import _ext
 
+pytestmark = pytest.mark.slow
+
 
 def run(tmp_path, *command, **environment):
     return subprocess.run(

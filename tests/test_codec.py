@@ -114,7 +114,7 @@ def test_compiled_map(signed):
     )
     grads = np.zeros(256 * BLOCK, f32)
     _ext.step_leaf(grads, 0, DYNAMIC, arena, 0, 256, (0.5, 0.5, 1.0, 0.0), 1000)
-    mu_scales, nu_scales = arena[2 * 256 * BLOCK :].view(f32).reshape(2, 256)
+    mu_scales, nu_scales = arena[2 * 256 * BLOCK :].view(f32).reshape(256, 2).T
     np.testing.assert_array_equal(2 * (mu_scales if signed else nu_scales), np.abs(table))
 
 
@@ -251,7 +251,7 @@ def blocks_of_step(grads):
     arena = np.zeros(_ext.arena_bytes(n, 0), np.uint8)
     _ext.step_leaf(grads.copy(), 0, DYNAMIC, arena, 0, n, (0.0, 0.0, 1e-8, 0.0), 0, fresh=True)
     codes = arena[: 2 * n * BLOCK].reshape(2, -1)
-    scales = arena[2 * n * BLOCK :][: 8 * n].view(f32).reshape(2, n)
+    scales = arena[2 * n * BLOCK :][: 8 * n].view(f32).reshape(n, 2).T
     return [reference.Quantized(*pair) for pair in zip(codes, scales, strict=True)]
 
 

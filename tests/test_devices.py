@@ -7,6 +7,7 @@ bit where shards consist of whole blocks of moments, else within a bound that is
 import contextlib
 import functools
 import itertools
+import random
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import paged_optax
 from paged_optax import memory_report, moments, paged_adamw8bit, release
+from paged_optax._shards import Shards, cuts_of
 
 RAISES = (RuntimeError, ValueError)
 
@@ -172,7 +174,8 @@ def test_mesh_known_from_arrays_alone(devices, transform, with_mesh):
     release(state)
 
 
-def test_update_inside_shard_map(devices):
+@pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
+def test_update_inside_shard_map(devices, check_vma):
     tx = paged_optax.scale_by_paged_adam8bit()
     mesh = make_mesh(devices, "Auto")
     specs = {"rows": P("x"), "columns": P(None, "x"), "replicated": P()}
@@ -186,7 +189,7 @@ def test_update_inside_shard_map(devices):
         mesh=mesh,
         in_specs=(specs, P(), specs),
         out_specs=(specs, P()),
-        check_vma=False,
+        check_vma=check_vma,
     )
     def step(grads, state, params):
         return tx.update(grads, state, params)
@@ -200,10 +203,12 @@ def test_update_inside_shard_map(devices):
     release(single)
 
 
-def test_update_where_some_axes_are_manual(devices):
-    """`jax.shard_map` over one axis of two, the other left to the compiler."""
+@pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_update_where_some_axes_are_manual(devices, kind, check_vma):
+    """`jax.shard_map` over one axis of two, the other left to the compiler or to types."""
     tx = paged_optax.scale_by_paged_adam8bit()
-    mesh = make_mesh(devices, "Auto", "Auto")
+    mesh = make_mesh(devices, kind, kind)
     params, grads = make_tree(0), make_tree(1)
     expected, single = tx.update(grads, tx.init(params), params)
     manual = {k: P(*(axis if axis == "x" else None for axis in spec)) for k, spec in SPECS.items()}
@@ -215,7 +220,7 @@ def test_update_where_some_axes_are_manual(devices):
         in_specs=(manual, P(), manual),
         out_specs=(manual, P()),
         axis_names={"x"},
-        check_vma=False,
+        check_vma=check_vma,
     )
     def step(grads, state, params):
         return tx.update(grads, state, params)
@@ -240,6 +245,79 @@ def test_moments_follow_parameters_and_not_gradients(devices, kind):
     assert_each_holds_its_shards(state, mesh)
     assert not [name for name in COLLECTIVES if name in program]
     release(state)
+
+
+LAYOUTS = {  # of the parameters and the batch; the bias is replicated
+    "tensor parallel": ({"in": P(None, "x"), "bias": P(), "out": P("x")}, P()),
+    "fully sharded": ({"in": P("x"), "bias": P(), "out": P("x")}, P("x")),
+}
+
+
+@pytest.mark.parametrize(("specs", "batch"), LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("replay", [False, True])
+def test_parameters_keep_their_sharding(devices, specs, batch, replay):
+    """The compiler would like to cut the new bias as it cuts its gradient (optax.adamw's is so).
+
+    The next step would then find parameters that are not where their moments are.
+    """
+    mesh = make_mesh(devices, "Auto")
+    shapes = {"in": (64, 640), "bias": (640,), "out": (640, 64)}
+    tx = optax.chain(optax.clip_by_global_norm(1.0), paged_adamw8bit(1e-2, replay=replay))
+
+    def loss(params, x):
+        hidden = jnp.tanh(x @ params["in"] + params["bias"])
+        return jnp.mean((hidden @ params["out"]) ** 2)
+
+    @jax.jit
+    def step(params, state, x):
+        updates, state = tx.update(jax.grad(loss)(params, x), state, params)
+        return optax.apply_updates(params, updates), state
+
+    def run(put, put_batch):
+        params = put(make_tree(0, shapes))
+        state = jax.jit(tx.init)(params)
+        for i in range(3):
+            params, state = step(params, state, put_batch(make_tree(1 + i, {"x": (16, 64)})["x"]))
+        return params, state
+
+    expected, single = run(on(devices[0]), on(devices[0]))
+    params, state = run(
+        functools.partial(place, mesh=mesh, specs=specs), on(NamedSharding(mesh, batch))
+    )
+    assert_sharded(params, mesh, specs)
+    # Sums over devices are rounded in another order, and the first steps go by a gradient's sign.
+    x = make_tree(9, {"x": (16, 64)})["x"]
+    np.testing.assert_allclose(loss(params, x), loss(expected, x), rtol=1e-3)
+    assert loss(params, x) < 0.96 * loss(make_tree(0, shapes), x)
+    assert int(state[1][0].token[1]) == 3
+    release(state)
+    release(single)
+
+
+@pytest.mark.parametrize("with_params", [True, False])
+def test_unreduced_gradients_are_summed(devices, with_params):
+    """Explicit axes know gradients of which every device has a term; optax.adamw refuses those."""
+    mesh = make_mesh(devices, "Explicit")
+    tx = paged_optax.scale_by_paged_adam8bit()
+    rng = np.random.default_rng(0)
+    x, y = (rng.integers(-8, 9, (16, n)).astype(np.float32) for n in (64, 80))  # exact sums
+    expected, single = tx.update({"w": x.T @ y}, tx.init({"w": x.T @ y}))
+
+    @jax.jit
+    def step(x, y, state):
+        product = functools.partial(jax.lax.dot_general, dimension_numbers=(((0,), (0,)), ((), ())))
+        grads = {"w": product(x, y, out_sharding=P(unreduced={"x"}))}
+        assert jax.typeof(grads["w"]).sharding.spec.unreduced == {"x"}
+        params = {"w": product(x, y, out_sharding=P())}
+        return tx.update(grads, state, params if with_params else None)
+
+    with jax.set_mesh(mesh):
+        x, y = (jax.device_put(a, NamedSharding(mesh, P("x"))) for a in (x, y))
+        updates, state = step(x, y, tx.init({"w": x}))
+    assert_trees_equal(updates, expected)
+    assert_trees_equal(moments(state), moments(single))
+    release(state)
+    release(single)
 
 
 def test_compilers_uneven_shards_are_not_padded(devices):
@@ -354,6 +432,79 @@ def test_other_parts_of_the_same_size_are_refused(cuts, kind):
     assert int(state.token[1]) == 2
 
 
+ORDERS = {"swapped": (1, 0, 2, 3, 4, 5, 6, 7), "turned": (7, 6, 5, 4, 3, 2, 1, 0)}
+MESHES = ("Auto", "Auto"), ("Explicit", "Explicit"), ("Auto", "Explicit"), ("Explicit", "Auto")
+
+
+@pytest.mark.parametrize("kinds", MESHES, ids="-".join)
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_devices_in_another_order_are_refused(devices, kinds, order):
+    """The state comes to the same mesh with its devices in other places, through the host."""
+    tx = paged_optax.scale_by_paged_adam8bit()
+    shapes, specs = {"w": (64, 1024)}, {"w": P("x", "y")}
+    mesh = make_mesh(devices, *kinds)
+    order = [i for i in order if i < len(devices)]
+    there = jax.sharding.Mesh(
+        mesh.devices.reshape(-1)[order].reshape(mesh.devices.shape),
+        mesh.axis_names,
+        axis_types=mesh.axis_types,
+    )
+    update = jax.jit(tx.update)
+    with jax.set_mesh(mesh):
+        _, state = update(place(make_tree(0, shapes), mesh, specs), tx.init(make_tree(0, shapes)))
+    with (
+        jax.set_mesh(there),
+        pytest.raises(RAISES, match="the devices are in another order than at the first step"),
+    ):
+        grads = place(make_tree(1, shapes), there, specs)
+        jax.block_until_ready(update(grads, jax.device_get(state)))
+        memory_report(state)  # on a GPU the error comes with the next call
+    if order == sorted(order, reverse=True):  # no device kept its place, and so none stepped
+        with jax.set_mesh(mesh):
+            _, state = update(place(make_tree(2, shapes), mesh, specs), state)
+        assert int(state.token[1]) == 2
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_order_of_devices_with_the_same_parts_is_free(kind):
+    """Along 'y' nothing is cut, so its devices may change places."""
+    devices = jax.devices("cpu")[:8]
+    tx = paged_optax.scale_by_paged_adam8bit()
+    update = jax.jit(tx.update)
+    shapes, specs = {"w": (64, 1024), "b": (64,)}, {"w": P("x"), "b": P()}
+    here = make_mesh(devices, kind, kind)
+    there = make_mesh([devices[i] for i in ORDERS["swapped"]], kind, kind)
+    assert here.devices.tolist() != there.devices.tolist()
+    _, state = update(place(make_tree(0, shapes), here, specs), tx.init(make_tree(0, shapes)))
+    grads = place(make_tree(1, shapes), there, specs)
+    updates, state = update(grads, jax.device_get(state))
+    _, single = tx.update(make_tree(0, shapes), tx.init(make_tree(0, shapes)))
+    expected, single = tx.update(make_tree(1, shapes), single)
+    assert_trees_equal(updates, expected)
+    assert_trees_equal(moments(state), moments(single))
+
+
+@pytest.mark.parametrize("sizes", [(8,), (4, 2), (2, 2, 2), (3, 2, 5)], ids=str)
+def test_numbers_of_parts(sizes):
+    """Two devices have one number exactly if the indices of all their shards are equal."""
+    rng = random.Random(0)
+    names = "xyz"[: len(sizes)]
+    mesh = jax.sharding.AbstractMesh(sizes, tuple(names))
+    for _ in range(50):
+        cuts = []
+        for _ in range(rng.randint(1, 3)):
+            used = rng.sample(names, rng.randint(0, len(names)))
+            split = rng.randint(0, len(used))
+            cuts.append(cuts_of(mesh, P(tuple(used[:split]), tuple(used[split:])), 2))
+        shards = Shards(tuple(cuts))
+        numbers = [shards.part(position) for position in range(mesh.size)]
+        parts = [
+            [shards.index(leaf, position, (7, 7)) for leaf in range(len(cuts))]
+            for position in range(mesh.size)
+        ]
+        assert numbers == [parts.index(part) for part in parts]
+
+
 def test_equal_cuts_of_other_meshes_go_on():
     """Eight devices in one axis or two: the same parts in the same places."""
     devices = jax.devices("cpu")[:8]
@@ -372,13 +523,26 @@ def test_equal_cuts_of_other_meshes_go_on():
     assert_trees_equal(moments(state), moments(single))
 
 
+def test_two_meshes_in_one_tree_are_refused_by_jax():
+    devices = jax.devices("cpu")[:8]
+    one, two = make_mesh(devices, "Auto"), make_mesh(devices, "Auto", "Auto")
+    params = {
+        "a": jax.device_put(np.ones((64, 64), np.float32), NamedSharding(one, P("x"))),
+        "b": jax.device_put(np.ones((64, 64), np.float32), NamedSharding(two, P("y"))),
+    }
+    tx = paged_optax.scale_by_paged_adam8bit()
+    with pytest.raises(ValueError, match="mesh should be the same across the entire program"):
+        tx.update(params, tx.init(params), params)
+
+
 def test_devices_that_disagree_are_noticed():
-    """Two of four devices are in the next mesh too: those step, the others refuse."""
+    """Two of four devices are in the next mesh too, in their old places: those step."""
     devices = jax.devices("cpu")
+    elsewhere = [devices[i] for i in (4, 5, 2, 3)]
     tx = paged_optax.scale_by_paged_adam8bit(replay=True)
     update = jax.jit(tx.update)
     shapes, specs = {"w": (64, 1024)}, {"w": P("x")}
-    here, there = make_mesh(devices[:4], "Auto"), make_mesh(devices[2:6], "Auto")
+    here, there = make_mesh(devices[:4], "Auto"), make_mesh(elsewhere, "Auto")
     _, state = update(place(make_tree(0, shapes), here, specs), tx.init(make_tree(0, shapes)))
     with pytest.raises(RAISES, match="not in this process|are on cpu:0"):
         grads = place(make_tree(1, shapes), there, specs)
@@ -485,6 +649,32 @@ def test_nothing_is_compiled_after_the_first_step(devices, caplog):
         _, state = update(params, state, params)
     assert not [r.getMessage() for r in caplog.records if "ompil" in r.getMessage()]
     release(state)
+
+
+def test_ensemble_of_one_state_a_device(devices):
+    """Members that step in one program, each with a model and a state of its own."""
+    tx = paged_optax.scale_by_paged_adam8bit()
+    mesh = make_mesh(devices, "Auto")
+    grads = make_tree(1, {"w": (mesh.size, 64, 80)})
+    members = [tx.init({"w": grads["w"][i]}) for i in range(mesh.size)]
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("x"), out_specs=P("x"))
+    def step(grads, states):
+        updates, states = tx.update(*jax.tree.map(lambda leaf: leaf[0], (grads, states)))
+        return jax.tree.map(lambda leaf: leaf[None], (updates, states))
+
+    states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    for _ in range(2):
+        updates, states = step(grads, states)
+    for i in range(mesh.size):
+        member = {"w": grads["w"][i]}
+        _, single = tx.update(member, tx.init(member))
+        expected, single = tx.update(member, single)
+        np.testing.assert_array_equal(updates["w"][i], expected["w"])
+        report = memory_report(jax.tree.map(lambda leaf, i=i: leaf[i], states))
+        assert (report.total, report.elsewhere) == (memory_report(single).total, 0)
+        assert len(report.devices) == 1
 
 
 def test_pmap(devices):

@@ -16,6 +16,8 @@ import pytest
 from flax import nnx
 from flax.training.dynamic_scale import DynamicScale
 from flax.training.train_state import TrainState
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import paged_optax
 from paged_optax import memory_report, moments, paged_adamw8bit, release
@@ -549,3 +551,32 @@ def test_state_is_found_in_state_dicts(contain, device):
     assert_trees_equal(moments(container), moments(state))
     assert memory_report(container) == memory_report(state)
     assert_found_and_freed(container, NUM_BYTES)
+
+
+# --- Many devices -------------------------------------------------------------------------------
+
+
+def test_nnx_model_on_a_mesh():
+    """A kernel in shards and a bias that is not, made and trained without a word on shardings."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:8])
+    x = np.ones((4, 64), np.float32)
+
+    @nnx.jit
+    def create():
+        kernel_init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "x"))
+        model = nnx.Linear(64, 1024, kernel_init=kernel_init, rngs=nnx.Rngs(0))
+        return model, nnx.Optimizer(model, paged_adamw8bit(1e-2), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        optimizer.update(model, nnx.grad(lambda model: jnp.mean(model(x) ** 2))(model))
+
+    with jax.set_mesh(mesh):
+        model, optimizer = create()
+        for _ in range(3):
+            step(model, optimizer)
+    assert model.kernel[...].sharding.spec == P(None, "x")
+    assert model.bias[...].sharding.spec == P()
+    assert int(optimizer.step[...]) == 3
+    # Each has 32 of 256 blocks of 8 bits, up to a multiple of 512, and the bias's 4 of float32.
+    assert {d.total for d in memory_report(optimizer).devices} == {33 * 512 + 4 * 2048}

@@ -125,20 +125,30 @@ def test_release_returns_device_memory():
     assert _ext.free_device_bytes(0) - free >= 0.9 * nbytes
 
 
-def test_step_returns_before_the_device_is_free():
+OPTIONS = {
+    "default": {},
+    "compensated": {"param_rounding": "compensated"},
+    "skip_step": {"non_finite": "skip_step", "param_rounding": "stochastic"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_step_returns_before_the_device_is_free(options):
+    """Also a step whose gradients turn out not to be finite, and which is skipped."""
+
     @jax.jit
     def busy(x):
         for _ in range(60):
             x = (x @ x) * jnp.bfloat16(1e-2)
         return x[0, 0].astype(jnp.float32)
 
-    tx = paged_adamw8bit(1e-3)
-    params = {"w": jnp.ones((1024, 1024)), "b": jnp.ones(10)}
+    tx = paged_adamw8bit(1e-3, **options)
+    params = {"w": jnp.ones((1024, 1024), jnp.bfloat16), "b": jnp.ones(10)}
     state = tx.init(params)
 
     @jax.jit
     def step(params, state, scale):
-        grads = jax.tree.map(lambda p: p * scale, params)
+        grads = jax.tree.map(lambda p: p * scale.astype(p.dtype), params)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -151,7 +161,7 @@ def test_step_returns_before_the_device_is_free():
     start = time.perf_counter()
     y = busy(x)
     queued = time.perf_counter()
-    params, state = step(params, state, y)
+    params, state = step(params, state, y * jnp.float32(jnp.nan if "non_finite" in options else 1))
     returned = time.perf_counter()
     assert not y.is_ready()
     wait((params, state))
@@ -159,6 +169,8 @@ def test_step_returns_before_the_device_is_free():
     print(f"busy {done - start:.3f} s, step returned after {1e3 * (returned - queued):.2f} ms")
     assert done - start > 0.5
     assert returned - queued < 0.010
+    if "non_finite" in options:
+        assert state.skipped == 1 and state.inner_state[0].count == 3
     release(state)
 
 
@@ -173,6 +185,20 @@ def test_stale_state_is_refused_on_the_device(stepped):
     np.testing.assert_array_equal(moments(newest).mu["w"], before.mu["w"])
     update, _ = tx.update(params, newest)
     assert np.asarray(update["w"]).all()
+
+
+def test_refused_step_behind_which_weight_decay_acts():
+    """Only the paged transformation knows of the refusal; what follows in the chain does not."""
+    tx = paged_adamw8bit(0.5, weight_decay=0.25)
+    params = {"w": jnp.full((64, 64), 2.0)}
+    update = jax.jit(tx.update)
+    _, old = update(params, tx.init(params), params)
+    _, newest = update(params, old, params)
+    refused, _ = update(params, old, params)
+    np.testing.assert_array_equal(refused["w"], np.full((64, 64), -0.5 * 0.25 * 2, np.float32))
+    with pytest.raises(RuntimeError, match="not the newest one"):
+        memory_report(newest)
+    release(newest)
 
 
 def test_refusal_reaches_reports(stepped):

@@ -5,7 +5,9 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,106 +15,169 @@ pytestmark = pytest.mark.slow
 
 # Run by each process, and once more by one process with all devices.
 PROGRAM = """
+    import os
     import sys
+    import traceback
 
     import jax
     import numpy as np
 
-    index, count, port, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-    jax.config.update("jax_num_cpu_devices", 4 // count)
+    index, count, port, platform, folder = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+    num_devices = 4 if platform == "cpu" else 2
+    if platform == "cpu":
+        jax.config.update("jax_num_cpu_devices", num_devices // count)
     if count > 1:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(f"localhost:{port}", count, index)
+        mine = [index] if platform == "cuda" else None
+        if platform == "cpu":
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(
+            f"localhost:{port}", count, index, local_device_ids=mine, initialization_timeout=60
+        )
 
     import jax.numpy as jnp
     import optax
     from jax.experimental import multihost_utils
-    from jax.sharding import NamedSharding, PartitionSpec as P
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
     import paged_optax
 
-    mesh = jax.make_mesh((4,), ("x",), axis_types=(getattr(jax.sharding.AxisType, sys.argv[5]),))
     # No gradient needs a sum over devices, which one process and two would round differently.
     specs = {"kernel": P(None, "x"), "bias": P("x"), "scale": P()}
-    rng = np.random.default_rng(0)
-
-    def sharded(shape, spec):
-        whole = rng.standard_normal(shape).astype(np.float32)
-        return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), lambda i: whole[i])
-
-    def tree():
-        shapes = {"kernel": (64, 1024), "bias": (1024,), "scale": (8192,)}
-        return {name: sharded(shape, specs[name]) for name, shape in shapes.items()}
-
-    tx = paged_optax.paged_adamw8bit(1e-2)
-    if index == 1:  # a state of its own does not bring the shared ones out of step
-        own = {"w": jnp.ones((64, 64))}
-        _, state = tx.update(own, tx.init(own), own)
-        assert paged_optax.moments(state).mu["w"].shape == (64, 64)
+    shapes = {"kernel": (64, 1024), "bias": (1024,), "scale": (8192,)}
 
     def loss(params, x):
         hidden = jnp.tanh(x @ params["kernel"] + params["bias"])
         return jnp.mean(hidden**2) + jnp.mean(params["scale"] ** 2)
 
-    @jax.jit
-    def step(params, state, x):
-        grads = jax.grad(loss)(params, x)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+    def train(kind):
+        devices = jax.devices()[:num_devices]
+        mesh = jax.make_mesh((num_devices,), ("x",), axis_types=(kind,), devices=devices)
+        rng = np.random.default_rng(0)
+        tx = paged_optax.paged_adamw8bit(1e-2)
 
-    with jax.set_mesh(mesh):
-        params = tree()
-        state = jax.jit(tx.init)(params)
-        x = sharded((16, 64), P())
-        for _ in range(4):
-            params, state = step(params, state, x)
+        def sharded(shape, spec):
+            whole = rng.standard_normal(shape).astype(np.float32)
+            sharding = NamedSharding(mesh, spec)
+            return jax.make_array_from_callback(shape, sharding, lambda i: whole[i])
 
-    tokens = np.concatenate([np.asarray(s.data) for s in state[0].token.addressable_shards])
-    report = paged_optax.memory_report(state)
-    assert len(report.devices) == 4 // count
-    if count > 1:
-        tokens = multihost_utils.process_allgather(tokens)
-        try:
-            paged_optax.moments(state)
-        except RuntimeError as error:
-            assert "belong to other processes" in str(error), error
-        else:
-            raise AssertionError("moments() returned part of the moments")
-        params = multihost_utils.process_allgather(params, tiled=True)
-    tokens = tokens.reshape(-1, 2)
-    assert len(np.unique(tokens, axis=0)) == 1, tokens
-    np.savez(f"{folder}/{count}-{index}.npz", **jax.tree.map(np.asarray, params))
+        if index == 1:  # a state of its own does not bring the shared ones out of step
+            own = {"w": jnp.ones((64, 64))}
+            _, state = tx.update(own, tx.init(own), own)
+            assert paged_optax.moments(state).mu["w"].shape == (64, 64)
+
+        @jax.jit
+        def step(params, state, x):
+            grads = jax.grad(loss)(params, x)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        with jax.set_mesh(mesh):
+            params = {name: sharded(shape, specs[name]) for name, shape in shapes.items()}
+            state = jax.jit(tx.init)(params)
+            x = sharded((16, 64), P())
+            for _ in range(4):
+                params, state = step(params, state, x)
+        return params, state
+
+    def check(params, state):
+        tokens = np.concatenate([np.asarray(s.data) for s in state[0].token.addressable_shards])
+        report = paged_optax.memory_report(state)
+        assert len(report.devices) == num_devices // count
+        assert report.elsewhere == (count - 1) * report.total, report
+        assert ("elsewhere" in str(report)) == (count > 1), report
+        if count > 1:
+            tokens = multihost_utils.process_allgather(tokens)
+            try:
+                paged_optax.moments(state)
+            except RuntimeError as error:
+                assert "belong to other processes; to collect theirs" in str(error), error
+            else:
+                raise AssertionError("moments() returned part of the moments")
+            params = multihost_utils.process_allgather(params, tiled=True)
+        tokens = tokens.reshape(-1, 2)
+        assert len(np.unique(tokens, axis=0)) == 1, tokens
+        moments = paged_optax.moments(state, gather=True)
+        return {
+            **{f"params/{name}": np.asarray(leaf) for name, leaf in params.items()},
+            **{f"mu/{name}": leaf for name, leaf in moments.mu.items()},
+            **{f"nu/{name}": leaf for name, leaf in moments.nu.items()},
+        }
+
+    try:
+        for kind in AxisType.Auto, AxisType.Explicit:
+            np.savez(f"{folder}/{kind.name}-{count}-{index}.npz", **check(*train(kind)))
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # at a regular exit a process waits for the other one
 """
 
 
-def run(folder, kind, count):
+def run(folder, platform, count):
+    """Runs the program in `count` processes; none is left behind, whatever happens."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment["JAX_PLATFORMS"] = platform
+    if platform == "cuda":
+        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # this process holds memory too
+        # One process and two would otherwise measure, and choose other matrix multiplications.
+        environment["XLA_FLAGS"] = "--xla_gpu_autotune_level=0 --xla_gpu_deterministic_ops=true"
+    logs = [open(folder / f"{platform}-{count}-{index}.log", "w+") for index in range(count)]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(PROGRAM), str(index), str(count), str(port)]
-            + [str(folder), kind],
+            [sys.executable, "-c", textwrap.dedent(PROGRAM)]
+            + [str(index), str(count), str(port), platform, str(folder)],
             cwd=folder,  # not a checkout, whose source folder would be imported
-            env={**environment, "JAX_PLATFORMS": "cpu"},
-            stderr=subprocess.PIPE,
-            text=True,
+            env=environment,
+            stdout=log,
+            stderr=log,
         )
-        for index in range(count)
+        for index, log in enumerate(logs)
     ]
     try:
-        errors = [process.communicate(timeout=240)[1] for process in processes]
+        wait(processes)
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0] * count, "\n".join(errors)
-    return [np.load(folder / f"{count}-{index}.npz") for index in range(count)]
+            process.wait()
+        texts = []
+        for log in logs:
+            log.seek(0)
+            texts.append(log.read())
+            log.close()
+    assert [process.returncode for process in processes] == [0] * count, "\n".join(texts)
+
+
+def wait(processes, timeout=240, grace=10):
+    """Until all have ended; once one has failed, the others have seconds: they may wait for it."""
+    deadline = time.monotonic() + timeout
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        if any(process.returncode for process in processes):
+            deadline = min(deadline, time.monotonic() + grace)
+            grace = timeout
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def results(request, tmp_path_factory):
+    """The folder with what one process and two, of four CPU devices or two GPUs, came to."""
+    platform = request.param
+    if platform == "cuda" and len(jax.devices("gpu")) < 2:
+        pytest.skip("there is only one GPU")
+    folder = tmp_path_factory.mktemp(platform)
+    for count in 1, 2:
+        run(folder, platform, count)
+    return folder
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_two_processes_agree_with_one(tmp_path, kind):
-    (expected,) = run(tmp_path, kind, 1)
-    for params in run(tmp_path, kind, 2):
+def test_two_processes_agree_with_one(results, kind):
+    """Parameters and moments, to the bit; tokens are equal everywhere."""
+    expected = np.load(results / f"{kind}-1-0.npz")
+    assert len(expected.files) == 9
+    for index in range(2):
+        actual = np.load(results / f"{kind}-2-{index}.npz")
         for name in expected.files:
-            np.testing.assert_array_equal(params[name], expected[name], name)
+            np.testing.assert_array_equal(actual[name], expected[name], name)

@@ -223,8 +223,8 @@ def test_step_is_that_of_the_reference(stream):
         codes, words = arena[: 2 * num_blocks * BLOCK], arena[2 * num_blocks * BLOCK :]
         np.testing.assert_array_equal(codes, np.concatenate([state.mu_codes, state.nu_codes]))
         stored = words[: 8 * num_blocks].view(u32)
-        expected_words = np.concatenate([state.mu_scales, state.nu_words]).view(u32)
-        np.testing.assert_array_equal(stored, expected_words)
+        expected_words = np.stack([state.mu_scales.view(u32), state.nu_words.view(u32)], axis=1)
+        np.testing.assert_array_equal(stored, expected_words.ravel())
 
 
 def rms(x):
@@ -237,7 +237,9 @@ def carry(grads, key=0):
     exact = reference.init_leaf(grads[0].size, False)
     ours, theirs = [], []
     for count, grad in enumerate(grads):
-        update, state = reference.step_leaf(grad, state, count, reference.Hyperparams(), False, key)
+        update, state = reference.step_leaf(
+            grad, state, count, reference.Hyperparams(), leaf_key=key
+        )
         ours.append(update)
         update, exact = reference.step_leaf(grad, exact, count, reference.Hyperparams())
         theirs.append(update)

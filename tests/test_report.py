@@ -3,6 +3,7 @@
 import gc
 import os
 import resource
+from collections import OrderedDict
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from paged_optax import (
     Paging,
     Quantization,
     _ext,
+    _state,
     memory_report,
     moments,
     paged_adam8bit,
@@ -160,6 +162,19 @@ def test_table_of_two_devices_has_a_total():
     )
 
 
+def test_table_of_one_process_of_several():
+    devices = (DeviceMemory("cuda:0", 2**22, 2**21), DeviceMemory("cuda:1", 2**22, 0))
+    report = MemoryReport(devices, elsewhere=3 * 2**23)
+    assert report.total == 2**23
+    assert str(report) == (
+        "moments          total    resident     on host\n"
+        "cuda:0        4.00 MiB    2.00 MiB    2.00 MiB\n"
+        "cuda:1        4.00 MiB         0 B    4.00 MiB\n"
+        "here          8.00 MiB    2.00 MiB    6.00 MiB\n"
+        "elsewhere    24.00 MiB"
+    )
+
+
 def test_table_of_a_state():
     lines = str(memory_report(update_once(jnp.ones(64 * 256)))).splitlines()
     assert [line.split() for line in lines] == [
@@ -185,6 +200,24 @@ def test_moments_are_numpy_arrays_in_the_parameters_tree():
             assert leaf.shape == param.shape
             # Large leaves have 8-bit moments; that of a second moment has 7 bits of fraction.
             np.testing.assert_allclose(leaf, value, rtol=2.0**-7 if leaf.size > 4096 else 1e-4)
+
+
+def test_trees_of_old_models_are_forgotten(monkeypatch):
+    monkeypatch.setattr(_state, "trees", OrderedDict())
+    monkeypatch.setattr(_state, "MAX_TREES", 3)
+    tx = scale_by_paged_adam8bit()
+    states = []
+    for i in range(4):
+        params = {f"w{i}": jnp.full(300, 1.0 + i)}
+        states.append(tx.update(params, tx.init(params))[1])
+        moments(states[0] if i < 2 else states[i])
+    assert len(_state.trees) == 3
+    assert list(moments(states[3]).mu) == ["w3"]
+    with pytest.raises(RuntimeError, match="the tree of the parameters is unknown: .* 3 "):
+        moments(states[0])
+    params = {"w0": jnp.ones(300)}
+    _, newest = tx.update(params, states[0])  # traced again
+    assert list(moments(newest).mu) == ["w0"]
 
 
 def test_moments_are_a_copy():

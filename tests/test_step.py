@@ -130,7 +130,7 @@ def check_run(device, stored_moments, same_bits):
             for leaf, (grad, actual) in enumerate(zip(grads, updates, strict=True)):
                 what = f"step {i + 1}, leaf {leaf}"
                 wanted, expected[leaf] = reference.step_leaf(
-                    grad, expected[leaf], start + i, hyperparams, nesterov, keys[leaf]
+                    grad, expected[leaf], start + i, hyperparams, nesterov, leaf_key=keys[leaf]
                 )
                 same_bits(actual, wanted, what)
                 same_bits(on_device[leaf], grad, f"{what}: the gradient was overwritten")
@@ -343,7 +343,8 @@ def arena_of(mu, nu):
     parts = []
     for first in range(0, len(rows[0]), per_chunk):
         part = slice(first, first + per_chunk)
-        arrays = [row[part] for row in rows] + [mu.scales[part], nu.scales[part]]
+        scales = np.stack([mu.scales[part], nu.scales[part]], axis=1)
+        arrays = [*(row[part] for row in rows), scales]
         chunk = b"".join(array.tobytes() for array in arrays)
         is_full = first + per_chunk <= len(rows[0])
         parts.append(chunk.ljust(2**21, b"\0") if is_full else chunk)
@@ -613,12 +614,12 @@ def test_more_than_two_billion_elements(same_bits):
     chunk = last_block // 4032 * 2**21
     in_chunk, row = num_blocks - last_block // 4032 * 4032, last_block % 4032
     places = {  # of the mu codes, nu codes, mu scale and nu scale of a block
-        0: (0, 4032 * 256, 4032 * 512, 4032 * 516),
+        0: (0, 4032 * 256, 4032 * 512, 4032 * 512 + 4),
         last_block: (
             chunk + row * 256,
             chunk + in_chunk * 256 + row * 256,
-            chunk + in_chunk * 512 + row * 4,
-            chunk + in_chunk * 516 + row * 4,
+            chunk + in_chunk * 512 + row * 8,
+            chunk + in_chunk * 512 + row * 8 + 4,
         ),
     }
     rng = np.random.default_rng(11)

@@ -2,6 +2,7 @@
 #include "arena.h"
 
 #include <algorithm>
+#include <exception>
 #include <random>
 #include <sstream>
 
@@ -10,6 +11,8 @@
 #if PAGED_OPTAX_CUDA
 #include "cuda_check.h"
 #include "device_table.h"
+#include "notice.h"
+#include "preflight.h"
 #endif
 
 namespace paged_optax {
@@ -26,19 +29,20 @@ int64_t SlotBytes(const Signature& signature, int64_t granularity) {
   return RoundUp(std::max<int64_t>(1, signature.extent().NumBytes()), granularity);
 }
 
-std::shared_ptr<Arena> MakeArena(const Request& request, Token token, Memory memory) {
-  const int32_t num_slots = request.signature->num_slots();
-  Header header{token.handle, 0, num_slots, {0, 0}, {nullptr, nullptr}, request.fingerprint};
-  for (int32_t slot = 0; slot < num_slots; ++slot) {
-    header.bases[slot] = memory.data() + memory.nbytes() / num_slots * slot;
-  }
-  return std::shared_ptr<Arena>(new Arena{request.device,
-                                          header,
-                                          *request.signature,
-                                          request.tree,
-                                          std::string(request.shards),
-                                          std::move(memory),
-                                          {}});
+std::shared_ptr<Arena> MakeArena(const Request& request, Token token) {
+  const auto arena = std::shared_ptr<Arena>(new Arena{request.device,
+                                                      {},
+                                                      *request.signature,
+                                                      request.tree,
+                                                      std::string(request.shards),
+                                                      request.policy});
+  arena->header = {token.handle,
+                   0,
+                   request.signature->num_slots(),
+                   {0, 0},
+                   &arena->segments,
+                   LayoutOf(request.fingerprint, request.part)};
+  return arena;
 }
 
 }  // namespace
@@ -108,9 +112,10 @@ std::shared_ptr<Arena> Registry::Open(const Request& request, Token token) {
     const auto found = cpu_arenas_.find(key);
     if (found != cpu_arenas_.end()) return found->second;
     if (token.version == 0 && IsFirstUse(token.handle, request.run)) {
-      const int64_t slot_bytes = SlotBytes(*request.signature, /*granularity=*/512);
-      const auto arena =
-          MakeArena(request, token, Memory::Anonymous(slot_bytes * request.signature->num_slots()));
+      const auto arena = MakeArena(request, token);
+      arena->memory = MakeHostMemory(SlotBytes(*request.signature, /*granularity=*/512),
+                                     request.signature->num_slots(), request.policy.directory);
+      arena->segments = arena->memory->Table(/*num_resident=*/1);
       cpu_arenas_.emplace(key, arena);
       NoteBound(token.handle, request.run);
       return arena;
@@ -228,16 +233,40 @@ Header Registry::CurrentHeader(const Arena& arena) {
   return arena.header;
 }
 
+namespace {
+
+// Contents must be locked.
+ArenaReport Report(const Arena& arena, int32_t version) {
+  const Geometry& geometry = arena.memory->geometry();
+  const bool on_gpu = arena.device.platform == Platform::kCuda;
+  const int32_t resident = on_gpu ? arena.residency.segments : geometry.NumSegments();
+  const ArenaExtent& extent = arena.signature.extent();
+  const int64_t all_blocks = extent.num_dynamic_blocks + extent.num_float32_blocks;
+  return {arena.device,
+          version,
+          arena.tree,
+          arena.shards,
+          arena.memory->kind(),
+          geometry.NumBytes(),
+          on_gpu ? geometry.LeadingBytes(resident) : arena.memory->ResidentBytes(),
+          arena.policy.device_bytes,
+          arena.residency,
+          extent,
+          resident == geometry.NumSegments() ? all_blocks
+                                             : extent.BlocksBelow(geometry.Offset(resident)),
+          arena.signature.num_slots(),
+          arena.signature.num_devices(),
+          arena.signature.Leaves()};
+}
+
+}  // namespace
+
 std::vector<ArenaReport> Registry::Describe(Token token) {
   ThrowIfRejected();
   std::vector<ArenaReport> reports;
   for (const auto& arena : FindAll(token.handle)) {
     const std::unique_lock<std::mutex> lock = LockContents(*arena);
-    const int32_t version = CurrentHeader(*arena).version;
-    reports.push_back({arena->device, version, arena->tree, arena->shards,
-                       arena->memory.placement(), arena->memory.nbytes(),
-                       arena->signature.num_slots(), arena->signature.num_devices(),
-                       arena->signature.Leaves(), arena->signature.extent()});
+    reports.push_back(Report(*arena, CurrentHeader(*arena).version));
   }
   if (reports.empty() && token.version != 0) {
     throw StatusError(StatusCode::kFailedPrecondition,
@@ -253,8 +282,7 @@ void Registry::Read(DeviceId device, Token token, int64_t offset, int64_t nbytes
     throw StatusError(StatusCode::kFailedPrecondition,
                       Explain(Verdict::kUnknown, device, token, 0, 0));
   }
-  const int64_t slot_bytes = arena->memory.nbytes() / arena->signature.num_slots();
-  if (offset < 0 || nbytes < 0 || offset + nbytes > slot_bytes) {
+  if (offset < 0 || nbytes < 0 || offset + nbytes > arena->memory->geometry().slot_bytes) {
     throw StatusError(StatusCode::kInvalidArgument, "read outside the arena");
   }
   // Held during the copy: no step may start meanwhile.
@@ -266,7 +294,7 @@ void Registry::Read(DeviceId device, Token token, int64_t offset, int64_t nbytes
     throw StatusError(StatusCode::kFailedPrecondition,
                       Explain(Verdict::kStale, device, token, header.version, 0));
   }
-  arena->memory.Read(slot * slot_bytes + offset, nbytes, destination);
+  arena->memory->Read(slot, offset, nbytes, destination);
 }
 
 int64_t Registry::Release(int32_t handle) {
@@ -276,13 +304,14 @@ int64_t Registry::Release(int32_t handle) {
 #if PAGED_OPTAX_CUDA
     if (arena->device.platform == Platform::kCuda) {
       DeviceTable& table = Table(arena->device.ordinal);
-      std::lock_guard<std::mutex> lock(table.mutex);
+      std::unique_lock<std::mutex> lock(table.mutex);
+      table.pager.AwaitIdle(lock, *arena);
       ScopedDevice scope(table.ordinal);
       CUDA_CHECK(cudaDeviceSynchronize());
       table.Remove(handle);
     }
 #endif
-    nbytes += arena->memory.nbytes();
+    nbytes += arena->memory->geometry().NumBytes();
     freed.push_back(arena);
   }
   {
@@ -315,6 +344,41 @@ int64_t Registry::ReleaseAll() {
   return nbytes;
 }
 
+int64_t Registry::Limit(Token token, int64_t device_bytes) {
+  ThrowIfRejected();
+  int64_t moved = 0;
+  const auto arenas = FindAll(token.handle);
+  if (arenas.empty() && token.version != 0) {
+    throw StatusError(StatusCode::kFailedPrecondition,
+                      Explain(Verdict::kUnknown, {Platform::kCpu, 0}, token, 0, 0));
+  }
+  for (const auto& arena : arenas) {
+#if PAGED_OPTAX_CUDA
+    if (arena->device.platform == Platform::kCuda) {
+      DeviceTable& table = Table(arena->device.ordinal);
+      std::unique_lock<std::mutex> lock(table.mutex);
+      moved += table.pager.MoveNow(lock, *arena, device_bytes);
+      continue;
+    }
+#endif
+    std::lock_guard<std::mutex> lock(arena->mutex);
+    const int64_t before = arena->memory->ResidentBytes();
+    if (device_bytes < 0) {
+      arena->memory->PageIn();
+    } else {
+      arena->memory->PageOut(device_bytes);
+    }
+    moved += std::abs(arena->memory->ResidentBytes() - before);
+  }
+  return moved;
+}
+
+void Registry::StopPagers() {
+#if PAGED_OPTAX_CUDA
+  for (DeviceTable* table : Tables()) table->pager.Stop();
+#endif
+}
+
 int64_t Registry::NumArenas() {
   int64_t count = 0;
   {
@@ -344,6 +408,61 @@ DeviceTable& Registry::Table(int ordinal) {
   return *table;
 }
 
+namespace {
+
+// Makes the memory of a new state, and the device's copy of where its segments are.
+void PlaceOnDevice(Arena& arena, DeviceTable& table, void* stream) {
+  if (!arena.policy.directory.empty()) {
+    throw StatusError(StatusCode::kInvalidArgument,
+                      "Paging(directory='" + arena.policy.directory +
+                          "') keeps moments in a file, which only the CPU can use, and this step "
+                          "runs on " +
+                          Name(arena.device) + ". Leave directory out. Nothing was allocated.");
+  }
+  ScopedDevice scope(table.ordinal);
+  const Geometry geometry =
+      MakeGeometry(SlotBytes(arena.signature, kChunkBytes), arena.signature.num_slots());
+  const FirstShare share = table.pager.FirstPlacement(geometry, arena.policy);
+  const int32_t resident = share.segments;
+  std::string why_pinned;
+  if (!arena.policy.pinned) {
+    why_pinned = WhyNotManaged(table.ordinal);
+    if (why_pinned.empty()) {
+      try {
+        arena.memory = MakeManagedMemory(geometry, table.ordinal, resident, stream);
+      } catch (const CudaError& error) {
+        why_pinned = error.what();
+      }
+    }
+  }
+  if (arena.memory == nullptr) {
+    arena.memory = MakePinnedMemory(geometry, table.ordinal, resident, stream);
+    if (!why_pinned.empty()) {
+      PostNotice({table.ordinal, 0,
+                  "managed memory cannot be used: " + why_pinned +
+                      ". The moments are in pinned host memory and plain device memory instead, as "
+                      "with Paging(memory='pinned')."});
+    }
+  }
+  arena.residency.segments = arena.residency.target = arena.residency.held = resident;
+  arena.segments = arena.memory->Table(resident);
+  arena.device_segments = std::make_unique<DeviceBuffer>(sizeof(SegmentTable));
+  CUDA_CHECK(cudaMemcpy(arena.device_segments->data(), &arena.segments, sizeof(SegmentTable),
+                        cudaMemcpyDefault));
+  CUDA_CHECK(cudaStreamSynchronize(cudaStreamLegacy));  // such copies may return before their end
+  arena.header.segments = static_cast<SegmentTable*>(arena.device_segments->data());
+  if (share.missing_bytes == 0) return;
+  PostNotice({table.ordinal, share.missing_bytes,
+              FormatBytes(share.missing_bytes) + " of the optimizer's " +
+                  FormatBytes(geometry.NumBytes()) +
+                  " of moments are in host memory, where a step takes longer: " +
+                  Name(arena.device) + " has " + FormatBytes(FreeDeviceBytes(table.ordinal)) +
+                  " free beside them, and Paging(headroom_bytes=" +
+                  std::to_string(arena.policy.headroom_bytes) + ") of that are left alone."});
+}
+
+}  // namespace
+
 bool Registry::MayBeFirstUse(int64_t run, const DeviceTable& table) {
   if (num_unused_ > 0) return true;
   std::lock_guard<std::mutex> lock(mutex_);
@@ -359,21 +478,8 @@ void Registry::BindOnFirstUse(const Request& request, Token token, DeviceTable& 
     std::lock_guard<std::mutex> lock(mutex_);
     if (!IsFirstUse(token.handle, request.run)) return;
   }
-  const int64_t nbytes =
-      SlotBytes(*request.signature, kChunkBytes) * request.signature->num_slots();
-  const PlacementPolicy& policy = request.policy;
-  int64_t resident = 0;
-  for (const auto& arena : table.arenas) {
-    if (arena->memory.placement() == Placement::kDevice) resident += arena->memory.nbytes();
-  }
-  const bool fits_device = nbytes + policy.headroom_bytes <= FreeDeviceBytes(table.ordinal);
-  const bool fits_budget = policy.device_bytes < 0 || resident + nbytes <= policy.device_bytes;
-
-  ScopedDevice scope(table.ordinal);
-  const auto arena = MakeArena(
-      request, token,
-      Memory::Managed(nbytes, table.ordinal,
-                      fits_device && fits_budget ? Placement::kDevice : Placement::kHost, stream));
+  const auto arena = MakeArena(request, token);
+  PlaceOnDevice(*arena, table, stream);
   table.Append(arena);
   std::lock_guard<std::mutex> lock(mutex_);
   NoteBound(token.handle, request.run);
@@ -393,14 +499,24 @@ void Registry::ThrowIfRejected(DeviceTable& table) {
     if (!table.TakeRejection(&rejection)) return;
   }
   const DeviceId device{Platform::kCuda, table.ordinal};
-  throw StatusError(
-      StatusCode::kFailedPrecondition,
-      Explain(rejection.verdict, device, rejection.token, rejection.version, rejection.layout) +
-          " (An earlier step on " + Name(device) + " was refused and returned an update of zero.)");
+  throw StatusError(StatusCode::kFailedPrecondition,
+                    Explain(rejection.verdict, device, rejection.token, rejection.version,
+                            rejection.fingerprint) +
+                        " (An earlier step on " + Name(device) +
+                        " was refused and returned an update of zero.)");
 }
 
+// A step is refused on each of its devices, and that is one error.
 void Registry::ThrowIfRejected() {
-  for (DeviceTable* table : Tables()) ThrowIfRejected(*table);
+  std::exception_ptr first;
+  for (DeviceTable* table : Tables()) {
+    try {
+      ThrowIfRejected(*table);
+    } catch (const StatusError&) {
+      if (first == nullptr) first = std::current_exception();
+    }
+  }
+  if (first != nullptr) std::rethrow_exception(first);
 }
 
 #else

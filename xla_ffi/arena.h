@@ -33,10 +33,25 @@ struct DeviceId {
   }
 };
 
-// Where a new arena may live.
+// Where moments may live.
 struct PlacementPolicy {
   int64_t device_bytes;    // budget for resident moments on a device; negative: what is free
   int64_t headroom_bytes;  // device memory to leave free
+  bool pinned;             // pinned memory instead of managed memory
+  std::string directory;   // CPU: of the file to keep moments in; empty for none
+};
+
+// How much of an arena is in the memory of its GPU. Segments are counted from the first one.
+struct Residency {
+  int32_t segments = 0;     // that are there
+  int32_t target = 0;       // that should be
+  bool moving = false;      // the pager is at work on it, and when that is done
+  int32_t moving_to = 0;    // so many will be there
+  int32_t held = 0;         // that the driver holds device memory for; see Pager::HeldBytes
+  int64_t limit = -1;       // most bytes that may be there, set by hand; negative for none
+  bool failed = false;      // a move to the GPU failed: only prefetch tries again
+  int64_t moved_bytes = 0;  // since the arena was made
+  double moving_seconds = 0.0;
 };
 
 // The moments of one state on one device.
@@ -46,8 +61,14 @@ struct Arena {
   Signature signature;
   int64_t tree;        // names the tree structure to the Python side
   std::string shards;  // tells the Python side which parts of the leaves are on which device
-  Memory memory;
-  std::mutex mutex;  // CPU: held while a step or a read uses the contents
+  PlacementPolicy policy;
+  std::unique_ptr<Memory> memory = nullptr;
+  SegmentTable segments = {};  // on the GPU only a copy, of which the device has its own
+  Residency residency = {};    // GPU
+  std::mutex mutex = {};       // CPU: held while a step or a read uses the contents
+#if PAGED_OPTAX_CUDA
+  std::unique_ptr<DeviceBuffer> device_segments = nullptr;
+#endif
 };
 
 // What one call brings along to find or make its arena.
@@ -59,6 +80,7 @@ struct Request {
   PlacementPolicy policy;
   const Signature* signature;
   uint64_t fingerprint;
+  int32_t part;  // which parts of the leaves the device has
 };
 
 struct ArenaReport {
@@ -66,12 +88,16 @@ struct ArenaReport {
   int32_t version;
   int64_t tree;
   std::string shards;
-  Placement placement;
-  int64_t nbytes;  // of all slots
+  MemoryKind kind;
+  int64_t nbytes;          // of all slots
+  int64_t resident_bytes;  // of those, in the device's memory; of a file, in RAM
+  int64_t budget;          // as in PlacementPolicy
+  Residency residency;
+  ArenaExtent extent;
+  int64_t resident_blocks;  // leading ones, in the order of the arena
   int32_t num_slots;
   int64_t num_devices;
   std::vector<Signature::LeafInfo> leaves;
-  ArenaExtent extent;  // of a slot
 };
 
 #if PAGED_OPTAX_CUDA
@@ -122,9 +148,16 @@ class Registry {
   // Bytes [offset, offset + nbytes) of the slot that holds the token's contents.
   void Read(DeviceId device, Token token, int64_t offset, int64_t nbytes, void* destination);
 
+  // Limits the moments of a state to so many bytes of each device's memory (negative: no limit) and
+  // moves what has to move. Returns the bytes that were moved.
+  int64_t Limit(Token token, int64_t device_bytes);
+
   // Frees every arena of a state, waiting for steps under way. Returns the bytes freed.
   int64_t Release(int32_t handle);
   int64_t ReleaseAll();
+
+  // Ends the threads that move moments, for the end of the process.
+  void StopPagers();
 
   int64_t NumArenas();
   int64_t NumUnused();

@@ -9,10 +9,16 @@
 
 namespace paged_optax {
 
-inline void ThrowCudaError(cudaError_t error, const char* call) {
+// A CUDA call that failed.
+class CudaError : public StatusError {
+ public:
+  using StatusError::StatusError;
+};
+
+[[noreturn]] inline void ThrowCudaError(cudaError_t error, const char* call) {
   (void)cudaGetLastError();  // a failed call must not be reported a second time by the next one
   const bool out_of_memory = error == cudaErrorMemoryAllocation;
-  throw StatusError(
+  throw CudaError(
       out_of_memory ? StatusCode::kResourceExhausted : StatusCode::kInternal,
       std::string("CUDA call failed: ") + cudaGetErrorString(error) + " (" + call + ")");
 }

@@ -68,7 +68,7 @@ bool DeviceTable::TakeRejection(Rejection* rejection) {
   rejection->token.handle = report->token.handle;
   rejection->token.version = report->token.version;
   rejection->version = report->version;
-  rejection->layout = report->layout;
+  rejection->fingerprint = report->fingerprint;
   rejection->verdict = report->verdict;
   report->verdict = Verdict::kAccept;
   return true;

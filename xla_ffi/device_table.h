@@ -8,6 +8,7 @@
 
 #include "arena.h"
 #include "memory.h"
+#include "pager.h"
 #include "token.h"
 
 namespace paged_optax {
@@ -34,6 +35,7 @@ struct DeviceTable {
   std::vector<std::unique_ptr<DeviceBuffer>> buffers;
   int64_t capacity = 0;
   MappedBuffer mailbox;
+  Pager pager{*this};
 };
 
 }  // namespace paged_optax

@@ -17,9 +17,15 @@ PAGED_HD int64_t SizeOf(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; 
 PAGED_HD float FromBFloat16(uint16_t bits) { return FloatOf(static_cast<uint32_t>(bits) << 16); }
 
 PAGED_HD uint16_t ToBFloat16(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint16_t rounded;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(x));
+  return rounded;
+#else
   const uint32_t bits = BitsOf(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return static_cast<uint16_t>(x == x ? rounded : 0x7fc0u);
+#endif
 }
 
 PAGED_HD float FromFloat16(uint16_t bits) {

@@ -32,12 +32,14 @@ struct UpdateAttrs {
   ffi::Span<const int8_t> codecs;   // of the leaves
   ffi::Span<const int8_t> decayed;  // whether weight decay applies to a leaf; see takes_params
   int64_t device_bytes;             // budget, -1 for none
+  std::string_view directory;       // CPU: of the file that holds the moments; empty for none
   int64_t headroom_bytes;
   ffi::Span<const int64_t> keys;  // of the leaves' random bits
   bool nesterov;
   int64_t num_devices;     // that the program runs on
   int64_t param_rounding;  // ParamRounding of 16-bit parameters
   int64_t paths;           // a number for the names of the leaves
+  bool pinned;             // memory instead of managed memory
   bool replay;
   std::string_view shards;  // which part of the leaves each device has; empty if not known
   bool skip_elements;       // those whose gradient is not finite
@@ -56,12 +58,13 @@ struct UpdateAttrs {
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     paged_optax::UpdateAttrs, ffi::StructMember<ffi::Span<const int8_t>>("codecs"),
     ffi::StructMember<ffi::Span<const int8_t>>("decayed"),
-    ffi::StructMember<int64_t>("device_bytes"), ffi::StructMember<int64_t>("headroom_bytes"),
+    ffi::StructMember<int64_t>("device_bytes"), ffi::StructMember<std::string_view>("directory"),
+    ffi::StructMember<int64_t>("headroom_bytes"),
     ffi::StructMember<ffi::Span<const int64_t>>("keys"), ffi::StructMember<bool>("nesterov"),
     ffi::StructMember<int64_t>("num_devices"), ffi::StructMember<int64_t>("param_rounding"),
-    ffi::StructMember<int64_t>("paths"), ffi::StructMember<bool>("replay"),
-    ffi::StructMember<std::string_view>("shards"), ffi::StructMember<bool>("skip_elements"),
-    ffi::StructMember<int64_t>("tree"));
+    ffi::StructMember<int64_t>("paths"), ffi::StructMember<bool>("pinned"),
+    ffi::StructMember<bool>("replay"), ffi::StructMember<std::string_view>("shards"),
+    ffi::StructMember<bool>("skip_elements"), ffi::StructMember<int64_t>("tree"));
 
 namespace paged_optax {
 namespace {
@@ -111,15 +114,17 @@ DType DTypeOf(ffi::DataType dtype) {
   }
 }
 
-// The operands of an update: token s32[2], count s32[], hyperparams f32[4], then one gradient a
-// leaf; where it takes the parameters f32[6], and one parameter a leaf behind the gradients. A
-// negative count is a step that is skipped. Its results: token s32[2], then one update a leaf.
+// The operands of an update: token s32[2], count s32[], hyperparams f32[4], part s32[], then one
+// gradient a leaf; where it takes the parameters hyperparams f32[6], and one parameter a leaf
+// behind the gradients. A negative count is a step that is skipped. Its results: token s32[2], then
+// one update a leaf.
 struct UpdateCall {
   Signature signature;
   uint64_t fingerprint = 0;
   const Token* token = nullptr;
   const int32_t* count = nullptr;
   const float* hyperparams = nullptr;
+  const int32_t* part = nullptr;
   Token* new_token = nullptr;
   std::vector<Leaf> leaves = {};
   int64_t num_work = 0;
@@ -138,7 +143,7 @@ T Operand(const ffi::RemainingArgs& args, size_t index, ffi::DataType dtype, siz
 UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
                  const ffi::RemainingRets& rets) {
   const ffi::Span<const int8_t> codecs = attrs.codecs;
-  constexpr size_t kOperands = 3;
+  constexpr size_t kOperands = 4;
   const bool takes_params = attrs.takes_params();
   const size_t num_leaves = codecs.size();
   const size_t num_extra = takes_params ? num_leaves : 0;
@@ -154,6 +159,7 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
   call.hyperparams = Operand<const float*>(
       args, 2, ffi::DataType::F32,
       static_cast<size_t>(takes_params ? kNumParamHyperparams : kNumHyperparams));
+  call.part = Operand<const int32_t*>(args, 3, ffi::DataType::S32, 1);
   call.new_token = static_cast<Token*>((*rets.get<ffi::AnyBuffer>(0))->untyped_data());
   call.leaves.reserve(num_leaves);
   for (size_t i = 0; i < num_leaves; ++i) {
@@ -167,7 +173,6 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
     leaf.size = static_cast<int64_t>(grad.element_count());
     leaf.first_block =
         call.signature.Append(codec, dims.begin(), static_cast<int64_t>(dims.size()));
-    leaf.first_work = call.num_work;
     leaf.dtype = DTypeOf(grad.element_type());
     leaf.codec = codec;
     if (attrs.keys.size() != 0) leaf.key = static_cast<uint64_t>(attrs.keys[i]);
@@ -175,8 +180,7 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
       const ffi::AnyBuffer param = *args.get<ffi::AnyBuffer>(i + kOperands + num_leaves);
       if (param.element_count() != grad.element_count()) {
         throw StatusError(StatusCode::kInvalidArgument,
-                          "a parameter has another size than its"
-                          " gradient");
+                          "a parameter has another size than its gradient");
       }
       leaf.param_dtype = DTypeOf(param.element_type());
       leaf.rounding = leaf.param_dtype == DType::kFloat32
@@ -186,23 +190,30 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
       leaf.params = param.untyped_data();
       if (leaf.rounding == ParamRounding::kCompensated) call.signature.KeepResiduals();
     }
-    call.num_work += NumBlocks(leaf.size);
     call.leaves.push_back(leaf);
+  }
+  // In the order of the arena, so that what is resident comes first.
+  std::stable_partition(call.leaves.begin(), call.leaves.end(),
+                        [](const Leaf& leaf) { return Is8Bit(leaf.codec); });
+  for (Leaf& leaf : call.leaves) {
+    leaf.first_work = call.num_work;
+    call.num_work += NumBlocks(leaf.size);
   }
   call.fingerprint = call.signature.Fingerprint();
   Registry::Get().Remember(call.signature, call.fingerprint);
   return call;
 }
 
-Request MakeRequest(DeviceId device, int64_t run, const UpdateAttrs& attrs,
-                    const UpdateCall& call) {
+Request MakeRequest(DeviceId device, int64_t run, const UpdateAttrs& attrs, const UpdateCall& call,
+                    int32_t part) {
   return {device,
           run,
           attrs.tree,
           attrs.shards,
-          {attrs.device_bytes, attrs.headroom_bytes},
+          {attrs.device_bytes, attrs.headroom_bytes, attrs.pinned, std::string(attrs.directory)},
           &call.signature,
-          call.fingerprint};
+          call.fingerprint,
+          part};
 }
 
 // Runs body(0) .. body(count - 1) on the calling thread and on whichever threads of the pool are
@@ -256,9 +267,10 @@ ffi::Error UpdateCpu(ffi::ThreadPool pool, ffi::RunId run, int32_t device, Updat
     Registry& registry = Registry::Get();
     const DeviceId id{Platform::kCpu, device};
     const Token token = *call.token;
-    const auto arena = registry.Open(MakeRequest(id, run.run_id, attrs, call), token);
+    const auto arena = registry.Open(MakeRequest(id, run.run_id, attrs, call, *call.part), token);
     std::unique_lock<std::mutex> lock(arena->mutex);
-    const Judgement judgement = Judge(&arena->header, token, call.fingerprint);
+    const Judgement judgement =
+        Judge(&arena->header, token, LayoutOf(call.fingerprint, *call.part));
     if (!IsAccepted(judgement.verdict)) {
       const int32_t version = arena->header.version;
       lock.unlock();
@@ -277,13 +289,13 @@ ffi::Error UpdateCpu(ffi::ThreadPool pool, ffi::RunId run, int32_t device, Updat
         MakeAdamStep(call.hyperparams, count, attrs.nesterov, attrs.bad_element());
     ParamStep param_step{};
     if (attrs.takes_params()) param_step = MakeParamStep(call.hyperparams, count);
-    uint8_t* const* bases = arena->header.bases;
+    const auto& bases = arena->segments.bases;  // of one segment
     const bool fresh = judgement.verdict == Verdict::kFresh;
     const Work work{call.leaves.data(),
                     static_cast<int64_t>(call.leaves.size()),
                     call.num_work,
-                    fresh ? nullptr : bases[judgement.source],
-                    bases[judgement.target],
+                    fresh ? nullptr : bases[judgement.source][0],
+                    bases[judgement.target][0],
                     call.signature.extent(),
                     attrs.takes_params() ? &param_step : nullptr};
     const int64_t num_tasks = (call.num_work + kBlocksPerTask - 1) / kBlocksPerTask;
@@ -309,7 +321,7 @@ XLA_FFI_DEFINE_HANDLER(kUpdateCpu, UpdateCpu,
                            .Ctx<ffi::RunId>()
                            .Ctx<ffi::DeviceOrdinal>()
                            .Attrs<UpdateAttrs>()
-                           .RemainingArgs()    // token, count, hyperparams, gradients, parameters
+                           .RemainingArgs()    // as UpdateCall says
                            .RemainingRets());  // token, updates
 
 #if PAGED_OPTAX_CUDA
@@ -336,23 +348,27 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
     if (registry.MayBeFirstUse(run.run_id, table)) {
       // Only now does the host wait for the device.
       Token token;
+      int32_t part;
       CUDA_CHECK(
           cudaMemcpyAsync(&token, call.token, sizeof(token), cudaMemcpyDeviceToHost, stream));
+      CUDA_CHECK(cudaMemcpyAsync(&part, call.part, sizeof(part), cudaMemcpyDeviceToHost, stream));
       CUDA_CHECK(cudaStreamSynchronize(stream));
-      registry.BindOnFirstUse(MakeRequest({Platform::kCuda, device}, run.run_id, attrs, call),
+      registry.BindOnFirstUse(MakeRequest({Platform::kCuda, device}, run.run_id, attrs, call, part),
                               token, table, stream);
     }
     const auto resolved = scratch.Allocate(sizeof(ResolvedStep), alignof(ResolvedStep));
     if (!resolved.has_value()) {
       throw StatusError(StatusCode::kResourceExhausted, "XLA has no scratch memory left");
     }
+    table.pager.BeforeStep(stream);
     const bool has_arena = !table.arenas.empty();
     LaunchUpdate({has_arena ? table.headers() : nullptr, static_cast<int>(table.arenas.size()),
-                  call.token, call.count, call.hyperparams, call.new_token,
+                  call.token, call.count, call.hyperparams, call.part, call.new_token,
                   table.device_rejection(), static_cast<ResolvedStep*>(*resolved), attrs.nesterov,
                   attrs.bad_element(), attrs.takes_params(), call.fingerprint,
                   call.signature.extent(), std::move(call.leaves), call.num_work},
                  device, stream);
+    table.pager.AfterStep(stream);
   });
 }
 
@@ -372,7 +388,7 @@ XLA_FFI_DEFINE_HANDLER(kUpdateCuda, UpdateCuda,
                            .Ctx<ffi::RunId>()
                            .Ctx<ffi::DeviceOrdinal>()
                            .Attrs<UpdateAttrs>()
-                           .RemainingArgs()    // token, count, hyperparams, gradients, parameters
+                           .RemainingArgs()    // as UpdateCall says
                            .RemainingRets());  // token, updates
 
 #endif  // PAGED_OPTAX_CUDA

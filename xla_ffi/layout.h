@@ -7,11 +7,11 @@
 // leading part of the arena is a self-contained part of the state. First come all 8-bit blocks,
 // the last chunk being as long as they need; then, one behind the other, all float32 blocks, none
 // of which lies across the border of two chunks. Where residuals of the parameters are kept
-// (rounding.h) every block has 256 bytes more: in the chunks, and behind the last float32 block for
-// all of those.
+// (rounding.h), every block has 256 bytes more: in the dynamic chunks, and behind the last float32
+// block for all of those.
 //
 //   dynamic chunk: [mu codes: n x 256][nu codes: n x 256][residuals: n x 256, or nothing]
-//                  [mu scales: n x 4][nu scales: n x 4]
+//                  [mu scale, nu scale: n x 8]
 //   float32 block: [mu: 1024][nu: 1024]
 #pragma once
 
@@ -32,6 +32,13 @@ inline constexpr int64_t kChunkBytes = int64_t{2} << 20;
 inline constexpr int64_t kDynamicBlockBytes = 2 * kBlockSize + 2 * sizeof(float);
 inline constexpr int64_t kFloat32BlockBytes = 2 * kBlockSize * sizeof(float);
 inline constexpr int64_t kResidualBytes = kBlockSize;  // of a block, where there are residuals
+// A GPU takes blocks in groups of up to this many, none of which lies across the border of two
+// chunks.
+inline constexpr int64_t kMaxGroup = 16;
+inline constexpr int64_t kDynamicBlocksPerChunk =
+    kChunkBytes / kDynamicBlockBytes / kMaxGroup * kMaxGroup;
+inline constexpr int64_t kResidualBlocksPerChunk =
+    kChunkBytes / (kDynamicBlockBytes + kResidualBytes) / kMaxGroup * kMaxGroup;
 static_assert(kChunkBytes % kFloat32BlockBytes == 0);
 
 inline constexpr int64_t kMaxBlocks = int64_t{1}
@@ -49,9 +56,7 @@ struct DynamicBlock {
   using Float = std::conditional_t<std::is_const_v<Byte>, const float, float>;
   Byte* mu;
   Byte* nu;
-  Float* mu_scale;
-  Float* nu_scale;
-  Byte* residuals;  // meaningful where the arena has them
+  Float* scales;  // of mu and of nu
 };
 
 template <class Byte>
@@ -59,7 +64,6 @@ struct Float32Block {
   using Float = typename DynamicBlock<Byte>::Float;
   Float* mu;
   Float* nu;
-  Byte* residuals;  // meaningful where the arena has them
 };
 
 // The extent of an arena; with its base address it locates every block.
@@ -69,12 +73,11 @@ struct ArenaExtent {
   bool has_residuals = false;
 
   PAGED_HD int64_t DynamicBlockBytes() const {
-    return kDynamicBlockBytes + (has_residuals ? kResidualBytes : 0);
+    return has_residuals ? kDynamicBlockBytes + kResidualBytes : kDynamicBlockBytes;
   }
 
   PAGED_HD int64_t DynamicBlocksPerChunk() const {
-    return has_residuals ? kChunkBytes / (kDynamicBlockBytes + kResidualBytes)
-                         : kChunkBytes / kDynamicBlockBytes;
+    return has_residuals ? kResidualBlocksPerChunk : kDynamicBlocksPerChunk;
   }
 
   PAGED_HD int64_t DynamicBytes() const {
@@ -87,7 +90,7 @@ struct ArenaExtent {
 
   PAGED_HD int64_t NumBytes() const {
     if (num_float32_blocks == 0) return DynamicBytes();
-    return Float32ResidualOffset() + (has_residuals ? num_float32_blocks * kResidualBytes : 0);
+    return Float32ResidualOffset(has_residuals ? num_float32_blocks : 0);
   }
 
   // Of the blocks in arena order (dynamic ones, then float32 ones), how many of the first lie
@@ -101,38 +104,54 @@ struct ArenaExtent {
     return num_dynamic_blocks + (float32 < num_float32_blocks ? float32 : num_float32_blocks);
   }
 
+  // Number of the chunk that a block lies in.
+  PAGED_HD int64_t DynamicChunk(int64_t block) const {
+    // 32 bits and a constant: a division that a GPU does in a few instructions. Arenas have fewer
+    // blocks (kMaxBlocks).
+    return has_residuals
+               ? static_cast<uint32_t>(block) / static_cast<uint32_t>(kResidualBlocksPerChunk)
+               : static_cast<uint32_t>(block) / static_cast<uint32_t>(kDynamicBlocksPerChunk);
+  }
+
+  PAGED_HD int64_t Float32Chunk(int64_t block) const {
+    return (Float32Offset() + block * kFloat32BlockBytes) / kChunkBytes;
+  }
+
   template <class Byte>
   PAGED_HD DynamicBlock<Byte> LocateDynamic(Byte* base, int64_t block) const {
-    // 32 bits and a constant on either side: a division that a GPU does in a few instructions.
-    // Arenas have fewer blocks (kMaxBlocks).
-    constexpr uint32_t kPlain = kChunkBytes / kDynamicBlockBytes;
-    constexpr uint32_t kLonger = kChunkBytes / (kDynamicBlockBytes + kResidualBytes);
-    const int64_t chunk = has_residuals ? static_cast<uint32_t>(block) / kLonger
-                                        : static_cast<uint32_t>(block) / kPlain;
-    const int64_t per_chunk = DynamicBlocksPerChunk();
-    const int64_t first = chunk * per_chunk;
+    const int64_t chunk = DynamicChunk(block);
+    const int64_t first = chunk * DynamicBlocksPerChunk();
     const int64_t i = block - first;
     const int64_t left = num_dynamic_blocks - first;
-    const int64_t n = left < per_chunk ? left : per_chunk;
+    const int64_t n = left < DynamicBlocksPerChunk() ? left : DynamicBlocksPerChunk();
     Byte* mu = base + chunk * kChunkBytes;
     Byte* nu = mu + n * kBlockSize;
-    Byte* residuals = nu + n * kBlockSize;
-    Byte* scales = has_residuals ? residuals + n * kResidualBytes : residuals;
-    auto* mu_scales = reinterpret_cast<typename DynamicBlock<Byte>::Float*>(scales);
-    return {mu + i * kBlockSize, nu + i * kBlockSize, mu_scales + i, mu_scales + n + i,
-            residuals + i * kResidualBytes};
+    auto* scales = reinterpret_cast<typename DynamicBlock<Byte>::Float*>(
+        nu + n * (has_residuals ? kBlockSize + kResidualBytes : kBlockSize));
+    return {mu + i * kBlockSize, nu + i * kBlockSize, scales + 2 * i};
   }
 
   template <class Byte>
   PAGED_HD Float32Block<Byte> LocateFloat32(Byte* base, int64_t block) const {
     auto* mu = reinterpret_cast<typename Float32Block<Byte>::Float*>(base + Float32Offset() +
                                                                      block * kFloat32BlockBytes);
-    return {mu, mu + kBlockSize, base + Float32ResidualOffset() + block * kResidualBytes};
+    return {mu, mu + kBlockSize};
+  }
+
+  // Offset of a block's residuals, if there are any. Those of a float32 block may lie in another
+  // chunk than the block.
+  PAGED_HD int64_t ResidualOffset(Codec codec, int64_t block) const {
+    if (codec == Codec::kFloat32) return Float32ResidualOffset(block);
+    const int64_t chunk = DynamicChunk(block);
+    const int64_t first = chunk * DynamicBlocksPerChunk();
+    const int64_t left = num_dynamic_blocks - first;
+    const int64_t n = left < DynamicBlocksPerChunk() ? left : DynamicBlocksPerChunk();
+    return chunk * kChunkBytes + n * 2 * kBlockSize + (block - first) * kResidualBytes;
   }
 
  private:
-  PAGED_HD int64_t Float32ResidualOffset() const {
-    return Float32Offset() + num_float32_blocks * kFloat32BlockBytes;
+  PAGED_HD int64_t Float32ResidualOffset(int64_t block) const {
+    return Float32Offset() + num_float32_blocks * kFloat32BlockBytes + block * kResidualBytes;
   }
 };
 

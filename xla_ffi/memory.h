@@ -1,66 +1,90 @@
-// Memory that XLA's allocator does not own. The only caller of the CUDA allocation, advice and
-// prefetch functions, with a host twin for the CPU; used by arena.cc.
+// Memory that XLA's allocator does not own: what every kind of it can do. Implemented by
+// host_memory.cc (CPU), managed_memory.cc and pinned_memory.cc (GPU); used by arena.cc and
+// pager.cc.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
+
+#include "geometry.h"
 
 namespace paged_optax {
 
-// Where the pages of an allocation live. On the CPU there is one kind of memory, which counts as
-// the device's own.
-enum class Placement { kDevice, kHost };
+enum class MemoryKind : int8_t { kAnonymous, kFile, kManaged, kPinned };
 
-// Owner of one zero-initialised-on-first-touch range of moments. Move-only; frees on destruction.
-class Memory {
- public:
-  // Anonymous mapping, populated by the operating system as it is touched.
-  static Memory Anonymous(int64_t nbytes);
+const char* Name(MemoryKind kind);
 
-  // CUDA managed memory. kDevice: preferred location is the GPU and the pages are there on return
-  // of the stream; kHost: pages stay in host memory and the GPU reads and writes them in place.
-  static Memory Managed(int64_t nbytes, int device, Placement placement, void* stream);
+// Where a segment lies, seen from a GPU.
+enum class Tier : int8_t { kDevice, kHost };
 
-  Memory() = default;
-  Memory(Memory&& other) noexcept { *this = static_cast<Memory&&>(other); }
-  Memory& operator=(Memory&& other) noexcept;
-  ~Memory();
-
-  uint8_t* data() const { return data_; }
-  int64_t nbytes() const { return nbytes_; }
-  Placement placement() const { return placement_; }
-
-  // Copies out without moving a page. Waits for the copy, not for the device.
-  void Read(int64_t offset, int64_t nbytes, void* destination) const;
-
- private:
-  enum class Kind { kNone, kAnonymous, kManaged };
-  Kind kind_ = Kind::kNone;
-  uint8_t* data_ = nullptr;
-  int64_t nbytes_ = 0;
-  int device_ = -1;
-  Placement placement_ = Placement::kDevice;
+// Consecutive segments that move to a tier together.
+struct Move {
+  int32_t first;
+  int32_t count;
+  Tier to;
 };
 
-// Bytes of host memory that can still be had: the smaller of what the system reports available and
-// what is left below the limits of the control groups this process is in.
-int64_t AvailableHostBytes();
+// Owner of the slots of one arena.
+class Memory {
+ public:
+  explicit Memory(const Geometry& geometry) : geometry_(geometry) {}
+  Memory(const Memory&) = delete;
+  virtual ~Memory() = default;
 
-// Throws with the numbers and the remedy when `nbytes` more of host memory are not to be had.
-void CheckHostMemory(int64_t nbytes);
+  const Geometry& geometry() const { return geometry_; }
+  virtual MemoryKind kind() const = 0;
+  virtual uint8_t* Address(int32_t slot, int32_t segment) const = 0;
+  // For kernels and for the CPU loop.
+  SegmentTable Table(int32_t num_resident) const;
+  // Copies out of a slot without moving a page. Waits for the copy, not for steps.
+  void Read(int32_t slot, int64_t offset, int64_t nbytes, void* destination) const;
 
-// "1.5 GiB"
-std::string FormatBytes(int64_t nbytes);
+  // A move, in three calls by one thread, `stream` being the same. Prepare may take long; of a kind
+  // that changes no address it does everything. Enqueue comes while no step is running, or with the
+  // stream waiting for it, and returns at once. Finish comes when the stream is done.
+  virtual bool ChangesAddresses() const { return false; }
+  virtual void Prepare(const Move&, void* /*stream*/) {}
+  virtual void Enqueue(const Move&, void* /*stream*/) {}
+  virtual void Finish(const Move&, void* /*stream*/) {}
+
+  // Of a file: bytes in RAM; moving what lies behind the first `nbytes` out of it, or all in.
+  virtual int64_t ResidentBytes() const { return geometry_.NumBytes(); }
+  virtual void PageOut(int64_t /*nbytes*/) {}
+  virtual void PageIn() {}
+
+ private:
+  virtual void Copy(const uint8_t* source, int64_t nbytes, void* destination) const = 0;
+
+  Geometry geometry_;
+};
+
+// Anonymous pages, which the operating system makes as they are touched, or, with a directory, the
+// pages of a file in it that has no name and so goes with the process. Throws before anything is
+// allocated if the machine has no room.
+std::unique_ptr<Memory> MakeHostMemory(int64_t slot_bytes, int32_t num_slots,
+                                       const std::string& directory);
 
 #if PAGED_OPTAX_CUDA
+// CUDA managed memory: the leading segments prefer the GPU and are sent there on `stream`, the
+// others stay in host memory, which the GPU reads and writes in place.
+std::unique_ptr<Memory> MakeManagedMemory(const Geometry& geometry, int device,
+                                          int32_t num_resident, void* stream);
+
+// The same without managed memory: pinned host memory that the GPU maps, and plain device memory
+// for the leading segments.
+std::unique_ptr<Memory> MakePinnedMemory(const Geometry& geometry, int device, int32_t num_resident,
+                                         void* stream);
+
+// Why managed memory cannot be read and written by CPU and GPU together; empty if it can.
+std::string WhyNotManaged(int device);
+// Has WhyNotManaged say so, for the tests.
+void PretendNotManaged(bool pretend);
+
 // Bytes of device memory that neither XLA's pool nor anyone else holds.
 int64_t FreeDeviceBytes(int device);
 
-// Throws if managed memory on this device cannot be read and written by CPU and GPU together.
-void CheckManagedMemory(int device);
-
-// Small arrays beside the moments; RAII owner of `count` bytes of plain device or pinned, mapped
-// host memory.
+// Small arrays beside the moments; RAII owners of plain device or pinned, mapped host memory.
 class DeviceBuffer {
  public:
   explicit DeviceBuffer(int64_t nbytes);

@@ -6,18 +6,24 @@
 
 #include <algorithm>
 #include <array>
+#include <deque>
+#include <mutex>
 #include <string>
 #include <vector>
 
 #include "arena.h"
 #include "handlers.h"
 #include "memory.h"
+#include "notice.h"
+#include "placement.h"
+#include "preflight.h"
 #include "random.h"
 #include "status.h"
 #include "step.h"
 
 #if PAGED_OPTAX_CUDA
 #include "cuda_check.h"
+#include "link.h"
 #include "step_cuda.h"
 #endif
 
@@ -106,6 +112,18 @@ DeviceId ParseDevice(const std::string& platform, int ordinal) {
   return {platform == "cpu" ? Platform::kCpu : Platform::kCuda, ordinal};
 }
 
+// Bytes of a leaf's blocks, and of those that are resident.
+std::pair<int64_t, int64_t> LeafBytes(const ArenaReport& report, const Signature::LeafInfo& leaf) {
+  const bool is_dynamic = Is8Bit(leaf.codec);
+  const int64_t first = leaf.first_block + (is_dynamic ? 0 : report.extent.num_dynamic_blocks);
+  const int64_t blocks = NumBlocks(leaf.size);
+  const int64_t residual_bytes = report.extent.has_residuals ? kResidualBytes : 0;
+  const int64_t nbytes =
+      ((is_dynamic ? kDynamicBlockBytes : kFloat32BlockBytes) + residual_bytes) * report.num_slots;
+  const int64_t resident = std::clamp<int64_t>(report.resident_blocks - first, 0, blocks);
+  return {blocks * nbytes, resident * nbytes};
+}
+
 py::list Describe(int32_t handle, int32_t version) {
   std::vector<ArenaReport> reports;
   {
@@ -114,11 +132,12 @@ py::list Describe(int32_t handle, int32_t version) {
   }
   py::list result;
   for (const ArenaReport& report : reports) {
-    py::list leaves;
+    py::list leaves, leaf_bytes;
     for (const Signature::LeafInfo& leaf : report.leaves) {
       leaves.append(py::make_tuple(static_cast<int>(leaf.codec), py::tuple(py::cast(leaf.dims))));
+      const auto [total, resident] = LeafBytes(report, leaf);
+      leaf_bytes.append(py::make_tuple(total, resident));
     }
-    const bool resident = report.placement == Placement::kDevice;
     py::dict item;
     item["platform"] = report.device.platform == Platform::kCpu ? "cpu" : "cuda";
     item["ordinal"] = report.device.ordinal;
@@ -126,10 +145,15 @@ py::list Describe(int32_t handle, int32_t version) {
     item["tree"] = report.tree;
     item["shards"] = report.shards;
     item["num_devices"] = report.num_devices;
+    item["memory"] = Name(report.kind);
     item["total"] = report.nbytes;
     item["replay"] = report.nbytes / report.num_slots * (report.num_slots - 1);
-    item["resident"] = resident ? report.nbytes : 0;
+    item["resident"] = report.resident_bytes;
+    item["budget"] = report.budget;
+    item["moved"] = report.residency.moved_bytes;
+    item["moving_seconds"] = report.residency.moving_seconds;
     item["leaves"] = leaves;
+    item["leaf_bytes"] = leaf_bytes;
     result.append(item);
   }
   return result;
@@ -172,14 +196,19 @@ py::tuple ReadLeaf(const std::string& platform, int ordinal, int32_t handle, int
     }
     py::array_t<uint8_t> mu(blocks * kBlockSize), nu(blocks * kBlockSize);
     py::array_t<float> mu_scales(blocks), nu_scales(blocks);
+    std::vector<float> scales;
     const int64_t per_chunk = extent.DynamicBlocksPerChunk();
     for (int64_t b = 0, run; b < blocks; b += run) {
       run = std::min(blocks - b, per_chunk - (leaf.first_block + b) % per_chunk);
       const auto block = extent.LocateDynamic(origin, leaf.first_block + b);
       read(block.mu, run * kBlockSize, mu.mutable_data() + b * kBlockSize);
       read(block.nu, run * kBlockSize, nu.mutable_data() + b * kBlockSize);
-      read(block.mu_scale, run * 4, mu_scales.mutable_data() + b);
-      read(block.nu_scale, run * 4, nu_scales.mutable_data() + b);
+      scales.resize(2 * run);
+      read(block.scales, run * 8, scales.data());
+      for (int64_t i = 0; i < run; ++i) {
+        mu_scales.mutable_data()[b + i] = scales[2 * i];
+        nu_scales.mutable_data()[b + i] = scales[2 * i + 1];
+      }
     }
     return py::make_tuple(mu, nu, mu_scales, nu_scales);
   }
@@ -199,13 +228,8 @@ py::array_t<uint8_t> ReadResiduals(const std::string& platform, int ordinal, int
     const Signature::LeafInfo& leaf = report.leaves[index];
     const int64_t blocks = NumBlocks(leaf.size);
     std::vector<uint8_t> residuals(blocks * kResidualBytes);
-    const uint8_t* origin = nullptr;
     for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t block = leaf.first_block + b;
-      const uint8_t* address = Is8Bit(leaf.codec)
-                                   ? report.extent.LocateDynamic(origin, block).residuals
-                                   : report.extent.LocateFloat32(origin, block).residuals;
-      registry.Read(device, token, static_cast<int64_t>(reinterpret_cast<uintptr_t>(address)),
+      registry.Read(device, token, report.extent.ResidualOffset(leaf.codec, leaf.first_block + b),
                     kResidualBytes, residuals.data() + b * kResidualBytes);
     }
     py::gil_scoped_acquire locked;
@@ -286,7 +310,49 @@ void StepLeaf(py::buffer values, int dtype, int codec, py::buffer arena, int64_t
                 end);
 }
 
+// Notices wait here until the interpreter's main thread passes by; posting one takes no GIL, since
+// its holder may be waiting for the very lock that the poster has.
+struct Notices {
+  std::mutex mutex;
+  std::deque<Notice> queue;
+  PyObject* handler = nullptr;  // called with ordinal, missing_bytes, text
+};
+
+Notices& AllNotices() {
+  static Notices* notices = new Notices();
+  return *notices;
+}
+
+int DeliverNotices(void*) {
+  Notices& notices = AllNotices();
+  for (;;) {
+    Notice notice;
+    {
+      std::lock_guard<std::mutex> lock(notices.mutex);
+      if (notices.queue.empty() || notices.handler == nullptr) return 0;
+      notice = std::move(notices.queue.front());
+      notices.queue.pop_front();
+    }
+    try {
+      py::handle(notices.handler)(notice.ordinal, notice.missing_bytes, notice.text);
+    } catch (py::error_already_set& error) {
+      // Where warnings are errors. This may be any place of the user's program: nothing to unwind.
+      error.discard_as_unraisable("a notice of paged_optax");
+    }
+  }
+}
+
 }  // namespace
+
+void PostNotice(Notice notice) {
+  Notices& notices = AllNotices();
+  {
+    std::lock_guard<std::mutex> lock(notices.mutex);
+    notices.queue.push_back(std::move(notice));
+  }
+  Py_AddPendingCall(&DeliverNotices, nullptr);
+}
+
 }  // namespace paged_optax
 
 PYBIND11_MODULE(_ext, module) {
@@ -310,6 +376,7 @@ PYBIND11_MODULE(_ext, module) {
   module.def("free_device_bytes", &FreeDeviceMemory, py::arg("ordinal"));
   module.def("available_host_bytes", &AvailableHostBytes);
   module.def("check_host_memory", &CheckHostMemory);
+  module.def("check_address_space", &CheckAddressSpace);
   module.def("describe", &Describe, py::arg("handle"), py::arg("version"));
   module.def("read_leaf", &ReadLeaf, py::arg("platform"), py::arg("ordinal"), py::arg("handle"),
              py::arg("version"), py::arg("leaf"));
@@ -321,6 +388,37 @@ PYBIND11_MODULE(_ext, module) {
   module.def(
       "release_all", [] { return Registry::Get().ReleaseAll(); },
       py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "limit",
+      [](int32_t handle, int32_t version, int64_t device_bytes) {
+        return Registry::Get().Limit({handle, version}, device_bytes);
+      },
+      py::arg("handle"), py::arg("version"), py::arg("device_bytes"),
+      py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "stop_pagers", [] { Registry::Get().StopPagers(); },
+      py::call_guard<py::gil_scoped_release>());
+  module.def("set_notice_handler", [](const py::object& handler) {
+    std::lock_guard<std::mutex> lock(AllNotices().mutex);
+    AllNotices().handler = py::object(handler).release().ptr();  // kept until the process ends
+  });
+  module.def("deliver_notices", [] { DeliverNotices(nullptr); });
+  // For the tests.
+  module.def("post_notice", [](int ordinal, int64_t missing_bytes, const std::string& text) {
+    PostNotice({ordinal, missing_bytes, text});
+  });
+  module.def("fair_shares",
+             [](const std::vector<std::pair<int64_t, int64_t>>& demands, int64_t capacity) {
+               std::vector<Demand> converted;
+               for (const auto& [wanted, budget] : demands) converted.push_back({wanted, budget});
+               return FairShares(converted, capacity);
+             });
+  module.def("steady_capacity", [](const std::vector<int64_t>& capacities) {
+    SteadyCapacity steady;
+    std::vector<int64_t> seen;
+    for (const int64_t capacity : capacities) seen.push_back(steady.Observe(capacity));
+    return seen;
+  });
   module.def("encode", &Encode, py::arg("values"), py::arg("signed"));
   module.def("window_word", &WindowWord, py::arg("top"), py::arg("depth"), py::arg("active_depth"));
   module.def("encode_ratio_nu", &EncodeRatioNus, py::arg("values"), py::arg("word"),
@@ -341,7 +439,21 @@ PYBIND11_MODULE(_ext, module) {
       py::arg("num_dynamic_blocks"), py::arg("num_float32_blocks"),
       py::arg("has_residuals") = false);
 #if PAGED_OPTAX_CUDA
+  module.def(
+      "measure_link",
+      [](int ordinal, int64_t nbytes) {
+        const LinkRates rates = MeasureLink(ordinal, nbytes);
+        return std::make_tuple(rates.in, rates.out, rates.each_way);
+      },
+      py::arg("ordinal"), py::arg("nbytes"), py::call_guard<py::gil_scoped_release>());
   module.def("count_inexact", &CountInexact, py::arg("ordinal"));
+  // For the tests.
+  module.def("pretend_not_managed", &PretendNotManaged, py::arg("pretend"));
+  module.def("take_device_memory", [](int ordinal, int64_t nbytes) {
+    ScopedDevice scope(ordinal);
+    return py::capsule(new DeviceBuffer(nbytes),
+                       [](void* buffer) { delete static_cast<DeviceBuffer*>(buffer); });
+  });
 #endif
   module.def(
       "raise_if_rejected", [] { Registry::Get().ThrowIfRejected(); },

@@ -2,10 +2,10 @@
 // rounding, or with a master weight of which 8 further bits are kept beside the moments. Used by
 // step.h; specified in NumPy by paged_optax/_reference.py.
 //
-// What is returned is an update u for `params + u` in the parameter's type, so u has to be a number
-// of that type (or of the gradient's) and the sum should be the rounded parameter p' without being
-// rounded again. u = p' - p is that whenever p' lies between p / 2 and 2 p (Sterbenz, 1974) or p is
-// 0. Elsewhere, for parameters smaller than their step, u is p' - p rounded to nearest.
+// What is returned is an update u in the gradient's type, for `p + u` in the parameter's: the sum
+// should be the rounded parameter p' without being rounded again. u = p' - p is such a number
+// whenever p' lies between p / 2 and 2 p (P. Sterbenz, 1974) or p is 0. Elsewhere, where a step is
+// about as large as its parameter, u is p' - p rounded to nearest.
 //
 // Everything happens on the bits of float32, in which a bfloat16 is a number whose last 16 bits are
 // 0. A float16 times 2^-112 is one whose last 13 bits are 0, subnormal halves included. Adding to
@@ -123,12 +123,13 @@ PAGED_HD void RoundParams(const ParamStep& step, float decay, RandomKey key, uin
     values[k] = rounded[k] - params[k];
   }
   RoundAllToNearest(dtype, values);
-  if (!kCompensated) return;
-  PAGED_UNROLL
-  for (int k = 0; k < K; ++k) {
-    // Where the sum lands elsewhere, the residual would be that of another parameter.
-    const float landed = RoundToNearest<kParam>(params[k] + values[k]);
-    residuals[k] = landed == rounded[k] ? residuals[k] : kZeroResidual;
+  if constexpr (kCompensated) {
+    PAGED_UNROLL
+    for (int k = 0; k < K; ++k) {
+      // Where the sum lands elsewhere, the residual would be that of another parameter.
+      const float landed = RoundToNearest<kParam>(params[k] + values[k]);
+      residuals[k] = landed == rounded[k] ? residuals[k] : kZeroResidual;
+    }
   }
 }
 

@@ -131,6 +131,13 @@ std::string Signature::Difference(const Signature& moments, const Signature& cal
          << kUntouched;
     return text.str();
   }
+  if (difference.empty() && moments.paths_ == call.paths_) {
+    text << "the devices are in another order than at the first step, so that they would step other"
+            " parts of the parameters than those that they have the moments of. Use a mesh with the"
+            " devices in the order that it had, or make a new state with init(params). "
+         << kUntouched;
+    return text.str();
+  }
   text << (difference.empty() ? "the gradients have the shapes that the moments were made for, but"
                                 " other names or another structure"
                               : difference)

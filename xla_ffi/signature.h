@@ -37,7 +37,8 @@ class Signature {
   int32_t num_slots() const { return num_slots_; }
   int64_t num_devices() const { return num_devices_; }
 
-  // For the user: the first thing in which a call differs from the moments.
+  // For the user: the first thing in which a call differs from the moments. Where the signatures
+  // are equal, the device has other parts of the leaves.
   static std::string Difference(const Signature& moments, const Signature& call);
 
  private:

@@ -75,19 +75,19 @@ PAGED_HD void Store(const Leaf& leaf, int64_t start, int count, const float (&va
 }
 
 PAGED_HD void StepParams(const Work& work, const Leaf& leaf, int64_t start, int count,
-                         const uint8_t* source_residuals, uint8_t* target_residuals,
-                         float (&values)[kLane]) {
+                         int64_t block, float (&values)[kLane]) {
   alignas(64) float params[kLane];
   alignas(64) uint8_t residuals[kLane];
   Load(leaf.params, leaf.param_dtype, start, count, params);
   const bool has_residuals = work.extent.has_residuals;
-  if (has_residuals && source_residuals != nullptr) {
-    std::memcpy(residuals, source_residuals, sizeof(residuals));
+  const int64_t offset = work.extent.ResidualOffset(leaf.codec, block);
+  if (has_residuals && work.source != nullptr) {
+    std::memcpy(residuals, work.source + offset, sizeof(residuals));
   } else {
     std::memset(residuals, kZeroResidual, sizeof(residuals));
   }
   UpdateParams<kLane>(*work.params, leaf, start, params, residuals, values);
-  if (has_residuals) std::memcpy(target_residuals, residuals, sizeof(residuals));
+  if (has_residuals) std::memcpy(work.target + offset, residuals, sizeof(residuals));
 }
 
 PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begin, int64_t end) {
@@ -102,8 +102,6 @@ PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begi
     const int64_t left = leaf.size - start;
     const int count = left < kLane ? static_cast<int>(left) : kLane;
     Load(leaf.grads, leaf.dtype, start, count, values);
-    const uint8_t* source_residuals = nullptr;
-    uint8_t* target_residuals;
     const int64_t block = leaf.first_block + in_leaf;
     if (Is8Bit(leaf.codec)) {
       alignas(64) uint8_t mu[kLane], nu[kLane];
@@ -116,9 +114,8 @@ PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begi
         const auto source = work.extent.LocateDynamic(work.source, block);
         std::memcpy(mu, source.mu, sizeof(mu));
         std::memcpy(nu, source.nu, sizeof(nu));
-        mu_scale = *source.mu_scale;
-        nu_scale = *source.nu_scale;
-        source_residuals = source.residuals;
+        mu_scale = source.scales[0];
+        nu_scale = source.scales[1];
       }
       const auto block_max = [](uint32_t lane_max) { return lane_max; };
       if (leaf.codec == Codec::kDynamic) {
@@ -132,26 +129,21 @@ PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begi
       const auto target = work.extent.LocateDynamic(work.target, block);
       std::memcpy(target.mu, mu, sizeof(mu));
       std::memcpy(target.nu, nu, sizeof(nu));
-      *target.mu_scale = mu_scale;
-      *target.nu_scale = nu_scale;
-      target_residuals = target.residuals;
+      target.scales[0] = mu_scale;
+      target.scales[1] = nu_scale;
     } else {
       alignas(64) float mu[kLane] = {}, nu[kLane] = {};
       if (work.source != nullptr) {
         const auto source = work.extent.LocateFloat32(work.source, block);
         std::memcpy(mu, source.mu, sizeof(mu));
         std::memcpy(nu, source.nu, sizeof(nu));
-        source_residuals = source.residuals;
       }
       StepFloat32Block<kLane>(IeeeMath(), step, values, mu, nu);
       const auto target = work.extent.LocateFloat32(work.target, block);
       std::memcpy(target.mu, mu, sizeof(mu));
       std::memcpy(target.nu, nu, sizeof(nu));
-      target_residuals = target.residuals;
     }
-    if (work.params != nullptr) {
-      StepParams(work, leaf, start, count, source_residuals, target_residuals, values);
-    }
+    if (work.params != nullptr) StepParams(work, leaf, start, count, block, values);
     Store(leaf, start, count, values);
   }
 }

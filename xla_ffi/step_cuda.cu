@@ -40,13 +40,15 @@ struct ResolveArgs {
   const Token* token;
   const int32_t* count;
   const float* hyperparams;
+  const int32_t* part;
   Token* new_token;
   Rejection* rejection;
   ResolvedStep* resolved;
   bool nesterov;
   BadElement bad_element;
   bool takes_params;
-  uint64_t layout;
+  uint64_t fingerprint;
+  ArenaExtent extent;
 };
 
 // One warp: finds the arena that the token names, judges the token, advances the version.
@@ -61,7 +63,7 @@ __global__ void ResolveKernel(ResolveArgs args) {
   if (threadIdx.x != 0) return;
 
   Header* header = found < 0 ? nullptr : &args.headers[found];
-  const Judgement judgement = Judge(header, token, args.layout);
+  const Judgement judgement = Judge(header, token, LayoutOf(args.fingerprint, *args.part));
   ResolvedStep& resolved = *args.resolved;
   const int32_t count = *args.count;
   const bool skipped = IsAccepted(judgement.verdict) && count < 0;
@@ -69,9 +71,13 @@ __global__ void ResolveKernel(ResolveArgs args) {
   if (resolved.accepted) {
     resolved.step = MakeAdamStep(args.hyperparams, count, args.nesterov, args.bad_element);
     if (args.takes_params) resolved.params = MakeParamStep(args.hyperparams, count);
-    resolved.source =
-        judgement.verdict == Verdict::kFresh ? nullptr : header->bases[judgement.source];
-    resolved.target = header->bases[judgement.target];
+    const SegmentTable& segments = *header->segments;
+    const bool is_fresh = judgement.verdict == Verdict::kFresh;
+    resolved.source = is_fresh ? nullptr : segments.bases[judgement.source];
+    resolved.target = segments.bases[judgement.target];
+    resolved.log2_chunks = segments.log2_chunks;
+    resolved.resident_blocks = args.extent.BlocksBelow(
+        (int64_t{segments.num_resident} << segments.log2_chunks) * kChunkBytes);
     *args.new_token = Advance(header, judgement);
     return;
   }
@@ -83,21 +89,25 @@ __global__ void ResolveKernel(ResolveArgs args) {
   report->token.handle = token.handle;
   report->token.version = token.version;
   report->version = header == nullptr ? 0 : header->version;
-  report->layout = args.layout;
+  report->fingerprint = args.fingerprint;
   __threadfence_system();
   report->verdict = judgement.verdict;
 }
 
-// Leaves travel to the kernel by value: nothing to stage, nothing to keep alive.
-constexpr int kLeavesPerLaunch = 60;
+// Leaves travel to the kernel by value: nothing to stage, nothing to keep alive. A launch takes
+// longer the more it is handed, so small trees are handed less.
+constexpr int kFewLeaves = 60;
+constexpr int kManyLeaves = 500;
+template <int kLeaves>
 struct StepArgs {
-  Leaf leaves[kLeavesPerLaunch];
+  Leaf leaves[kLeaves];
   int64_t num_leaves;
+  int64_t work_before;  // in earlier launches of the call
   int64_t num_work;
   ArenaExtent extent;
   const ResolvedStep* resolved;
 };
-static_assert(sizeof(StepArgs) <= 4096, "kernel parameters that every CUDA version accepts");
+static_assert(sizeof(StepArgs<kManyLeaves>) <= 32764, "kernel parameters of CUDA 12.1 and newer");
 
 // XLA aligns buffers, and slices that it hands over; this is for the case that it does not.
 __device__ bool IsAligned(const void* address) {
@@ -185,6 +195,55 @@ __device__ void Store(const Leaf& leaf, int64_t start, int count, const float (&
 
 __device__ uint32_t WarpMax(uint32_t lane_max) { return __reduce_max_sync(0xffffffffu, lane_max); }
 
+// Blocks in host memory are left to a team of this many thread blocks: enough to keep the link
+// busy, and more would only queue up at it while the others finish what is in device memory. One
+// block there takes the time of about kHostCost in device memory.
+#ifndef PAGED_HOST_TEAM
+#define PAGED_HOST_TEAM 48
+#endif
+constexpr int64_t kHostTeam = PAGED_HOST_TEAM;
+constexpr int64_t kHostCost = 10;
+
+// A warp takes up to kMaxGroup blocks in a row, whose scales it reads and writes at once, a line of
+// 128 bytes: alone, they would cost as much of the link as half of the codes. Such groups start at
+// multiples of their size, in the order of the arena, so that none lies across the border of two
+// chunks.
+static_assert(kMaxGroup == kWarpSize / 2);
+
+// What one warp works on: blocks [begin, end) in the order of the arena, of those the groups first,
+// first + stride, ...
+struct Share {
+  int64_t begin, end, first, stride;
+  int group;
+};
+
+// Deals out the blocks of a launch, of which those before `resident_end` are in device memory.
+__device__ Share MyShare(int64_t begin, int64_t resident_end, int64_t end) {
+  const int64_t num_hosted = end - resident_end, num_resident = resident_end - begin;
+  int64_t team = gridDim.x, rank = blockIdx.x;
+  Share share{begin, end, 0, 0, kMaxGroup};
+  if (num_hosted > 0 && gridDim.x > 1) {
+    const int64_t fair =
+        gridDim.x * kHostCost * num_hosted / (kHostCost * num_hosted + num_resident);
+    const int64_t most = min(kHostTeam, int64_t{gridDim.x} - (num_resident == 0 ? 0 : 1));
+    const int64_t host_team = min(max(fair, int64_t{1}), most);
+    if (rank < host_team) {
+      share.begin = resident_end;
+      team = host_team;
+    } else {
+      share.end = resident_end;
+      team -= host_team;
+      rank -= host_team;
+    }
+  }
+  // Smaller groups where that many would leave warps without work.
+  const int64_t warps = team * kWarps;
+  while (share.group > 1 && share.end - share.begin < 4 * share.group * warps) share.group /= 2;
+  share.first = share.begin / share.group + rank * kWarps + threadIdx.x / kWarpSize;
+  share.stride = warps;
+  return share;
+}
+
 // Directions on entry, updates on return. `source` and `target`: the residuals of the lane, if the
 // arena has any; `source` is null for those of a fresh state.
 __device__ void StepParams(const ParamStep& step, const Leaf& leaf, int64_t start, int count,
@@ -242,90 +301,119 @@ struct Stepper<Codec::kRatio> {
   }
 };
 
-// One warp per block of moments, striding over the blocks of the launch.
-template <Codec k8Bit, bool kTakesParams>
-__global__ void __launch_bounds__(kThreads) StepKernel(const __grid_constant__ StepArgs args) {
+// One warp per block of moments, striding over its share of the blocks of the launch.
+template <Codec k8Bit, bool kTakesParams, int kLeaves>
+__global__ void __launch_bounds__(kThreads, 3)
+    StepKernel(const __grid_constant__ StepArgs<kLeaves> args) {
   __shared__ typename Stepper<k8Bit>::Shared shared;
   __shared__ AdamStep step;
   __shared__ ParamStep param_step;
+  __shared__ const uint8_t* sources[kMaxSegments];
+  __shared__ uint8_t* targets[kMaxSegments];
   Stepper<k8Bit>::Fill(shared);
-  if (threadIdx.x == 0) step = args.resolved->step;
-  if (kTakesParams && threadIdx.x == 0) param_step = args.resolved->params;
-  const bool accepted = args.resolved->accepted;
-  const uint8_t* source_base = args.resolved->source;
-  uint8_t* target_base = args.resolved->target;
+  const ResolvedStep& resolved = *args.resolved;
+  const bool accepted = resolved.accepted, is_fresh = resolved.source == nullptr;
+  if (threadIdx.x == 0) step = resolved.step;
+  if (kTakesParams && threadIdx.x == 0) param_step = resolved.params;
   ArenaExtent extent = args.extent;
   if (!kTakesParams) extent.has_residuals = false;  // known to the compiler
+  for (int i = threadIdx.x; accepted && i < kMaxSegments; i += kThreads) {
+    if (!is_fresh) sources[i] = resolved.source[i];
+    targets[i] = resolved.target[i];
+  }
+  const int log2_chunks = resolved.log2_chunks;
+  const int64_t end = args.work_before + args.num_work;
+  const int64_t resident_end =
+      accepted ? min(max(resolved.resident_blocks, args.work_before), end) : end;
   __syncthreads();
 
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps;
-  for (int64_t work = first; work < args.num_work; work += stride) {
-    const Leaf& leaf = args.leaves[FindLeaf(args.leaves, args.num_leaves, work)];
-    const int64_t in_leaf = work - leaf.first_work;
-    const int64_t start = in_leaf * kBlockSize + lane * kLane;
-    const int64_t left = leaf.size - start;
-    const int count = left < 0 ? 0 : (left < kLane ? static_cast<int>(left) : kLane);
-    alignas(16) float values[kLane];
-    if (!accepted) {
-      // A refused step changes nothing: its update is zero.
+  const Share share = MyShare(args.work_before, resident_end, end);
+  for (int64_t first = share.first * share.group; first < share.end;
+       first += share.stride * share.group) {
+    // Lanes 2 i and 2 i + 1 have the scales of the group's block i.
+    const int64_t mine = first + lane / 2;
+    const bool has_scale = accepted && lane / 2 < share.group && mine >= share.begin &&
+                           mine < min(share.end, extent.num_dynamic_blocks);
+    const int64_t scale_segment = extent.DynamicChunk(first) >> log2_chunks;
+    float scale = 0.0f;
+    if (has_scale && !is_fresh) {
+      scale = extent.LocateDynamic(sources[scale_segment], mine).scales[lane % 2];
+    }
+    const int64_t stop = min(first + share.group, share.end);
+    int64_t leaf_index = -1;
+#pragma unroll 1
+    for (int64_t index = max(first, share.begin); index < stop; ++index) {
+      const int64_t work = index - args.work_before;
+      if (leaf_index < 0) leaf_index = FindLeaf(args.leaves, args.num_leaves, work);
+      while (leaf_index + 1 < args.num_leaves && args.leaves[leaf_index + 1].first_work <= work) {
+        ++leaf_index;
+      }
+      const Leaf& leaf = args.leaves[leaf_index];
+      const int64_t in_leaf = work - leaf.first_work;
+      const int64_t start = in_leaf * kBlockSize + lane * kLane;
+      const int64_t left = leaf.size - start;
+      const int count = left < 0 ? 0 : (left < kLane ? static_cast<int>(left) : kLane);
+      alignas(16) float values[kLane];
+      if (!accepted) {
+        // A refused step changes nothing: its update is zero.
 #pragma unroll
-      for (int k = 0; k < kLane; ++k) values[k] = 0.0f;
+        for (int k = 0; k < kLane; ++k) values[k] = 0.0f;
+        Store(leaf, start, count, values);
+        continue;
+      }
+      Load(leaf.grads, leaf.dtype, start, count, values);
+      const int64_t block = leaf.first_block + in_leaf;
+      if (Is8Bit(leaf.codec)) {
+        const int i = static_cast<int>(index - first);
+        const int64_t segment = extent.DynamicChunk(block) >> log2_chunks;
+        constexpr uint32_t kZeroMus = Stepper<k8Bit>::kZeros[0] * 0x01010101u;
+        constexpr uint32_t kZeroNus = Stepper<k8Bit>::kZeros[1] * 0x01010101u;
+        uint2 mu{kZeroMus, kZeroMus}, nu{kZeroNus, kZeroNus};
+        if (!is_fresh) {
+          const auto source = extent.LocateDynamic(sources[segment], block);
+          mu = *reinterpret_cast<const uint2*>(source.mu + lane * kLane);
+          nu = *reinterpret_cast<const uint2*>(source.nu + lane * kLane);
+        }
+        float mu_scale = __shfl_sync(0xffffffffu, scale, 2 * i);
+        float nu_scale = __shfl_sync(0xffffffffu, scale, 2 * i + 1);
+        Stepper<k8Bit>::Step(shared, step, leaf, start, values,
+                             reinterpret_cast<uint8_t (&)[kLane]>(mu),
+                             reinterpret_cast<uint8_t (&)[kLane]>(nu), mu_scale, nu_scale);
+        const auto target = extent.LocateDynamic(targets[segment], block);
+        *reinterpret_cast<uint2*>(target.mu + lane * kLane) = mu;
+        *reinterpret_cast<uint2*>(target.nu + lane * kLane) = nu;
+        if (lane / 2 == i) scale = lane % 2 == 0 ? mu_scale : nu_scale;
+      } else {
+        const int64_t segment = extent.Float32Chunk(block) >> log2_chunks;
+        alignas(16) float mu[kLane] = {}, nu[kLane] = {};
+        if (!is_fresh) {
+          const auto source = extent.LocateFloat32(sources[segment], block);
+          LoadFloats(source.mu + lane * kLane, mu);
+          LoadFloats(source.nu + lane * kLane, nu);
+        }
+        StepFloat32Block<kLane>(FastMath(), step, values, mu, nu);
+        const auto target = extent.LocateFloat32(targets[segment], block);
+        StoreFloats(mu, target.mu + lane * kLane);
+        StoreFloats(nu, target.nu + lane * kLane);
+      }
+      if (kTakesParams) {
+        const int64_t offset = extent.ResidualOffset(leaf.codec, block) + lane * kLane;
+        const int64_t segment = offset / kChunkBytes >> log2_chunks;
+        StepParams(param_step, leaf, start, count, extent.has_residuals,
+                   is_fresh ? nullptr : sources[segment] + offset, targets[segment] + offset,
+                   values);
+      }
       Store(leaf, start, count, values);
-      continue;
     }
-    Load(leaf.grads, leaf.dtype, start, count, values);
-    const uint8_t* source_residuals = nullptr;
-    uint8_t* target_residuals;
-    const int64_t block = leaf.first_block + in_leaf;
-    if (Is8Bit(leaf.codec)) {
-      constexpr uint32_t kZeroMus = Stepper<k8Bit>::kZeros[0] * 0x01010101u;
-      constexpr uint32_t kZeroNus = Stepper<k8Bit>::kZeros[1] * 0x01010101u;
-      uint2 mu{kZeroMus, kZeroMus}, nu{kZeroNus, kZeroNus};
-      float mu_scale = 0.0f, nu_scale = 0.0f;
-      if (source_base != nullptr) {
-        const auto source = extent.LocateDynamic(source_base, block);
-        mu = *reinterpret_cast<const uint2*>(source.mu + lane * kLane);
-        nu = *reinterpret_cast<const uint2*>(source.nu + lane * kLane);
-        mu_scale = *source.mu_scale;
-        nu_scale = *source.nu_scale;
-        source_residuals = source.residuals + lane * kLane;
-      }
-      Stepper<k8Bit>::Step(shared, step, leaf, start, values,
-                           reinterpret_cast<uint8_t (&)[kLane]>(mu),
-                           reinterpret_cast<uint8_t (&)[kLane]>(nu), mu_scale, nu_scale);
-      const auto target = extent.LocateDynamic(target_base, block);
-      *reinterpret_cast<uint2*>(target.mu + lane * kLane) = mu;
-      *reinterpret_cast<uint2*>(target.nu + lane * kLane) = nu;
-      if (lane == 0) {
-        *target.mu_scale = mu_scale;
-        *target.nu_scale = nu_scale;
-      }
-      target_residuals = target.residuals + lane * kLane;
-    } else {
-      alignas(16) float mu[kLane] = {}, nu[kLane] = {};
-      if (source_base != nullptr) {
-        const auto source = extent.LocateFloat32(source_base, block);
-        LoadFloats(source.mu + lane * kLane, mu);
-        LoadFloats(source.nu + lane * kLane, nu);
-        source_residuals = source.residuals + lane * kLane;
-      }
-      StepFloat32Block<kLane>(FastMath(), step, values, mu, nu);
-      const auto target = extent.LocateFloat32(target_base, block);
-      StoreFloats(mu, target.mu + lane * kLane);
-      StoreFloats(nu, target.nu + lane * kLane);
-      target_residuals = target.residuals + lane * kLane;
+    if (has_scale) {
+      extent.LocateDynamic(targets[scale_segment], mine).scales[lane % 2] = scale;
     }
-    if (kTakesParams) {
-      StepParams(param_step, leaf, start, count, extent.has_residuals, source_residuals,
-                 target_residuals, values);
-    }
-    Store(leaf, start, count, values);
   }
 }
 
-// Counts arguments, out of all 2^32, for which FastMath claims to be exact and is not.
+// Counts arguments, out of all 2^32, for which FastMath claims to be exact and is not, or for which
+// the GPU rounds to bfloat16 in another way than dtype.h does on a host.
 __global__ void CountInexactKernel(unsigned long long* count) {
   const uint64_t stride = static_cast<uint64_t>(gridDim.x) * blockDim.x;
   for (uint64_t bits = blockIdx.x * blockDim.x + threadIdx.x; bits < uint64_t{1} << 32;
@@ -334,8 +422,11 @@ __global__ void CountInexactKernel(unsigned long long* count) {
     FastMath root, reciprocal;
     const bool good_root = BitsOf(root.Sqrt(x)) == BitsOf(sqrtf(x));
     const bool good_reciprocal = BitsOf(reciprocal.Reciprocal(x)) == BitsOf(1.0f / x);
+    const uint32_t raw = static_cast<uint32_t>(bits);
+    const uint32_t half = (raw + 0x7fffu + ((raw >> 16) & 1u)) >> 16;
+    const bool good_half = x != x || ToBFloat16(x) == half;
     if ((root.is_exact && !good_root && BitsOf(x) != 0x80000000u) ||
-        (reciprocal.is_exact && !good_reciprocal)) {
+        (reciprocal.is_exact && !good_reciprocal) || !good_half) {
       atomicAdd(count, 1ull);
     }
   }
@@ -343,11 +434,26 @@ __global__ void CountInexactKernel(unsigned long long* count) {
 
 __global__ void WriteTokenKernel(Token token, Token* destination) { *destination = token; }
 
+__global__ void WriteSegmentsKernel(const __grid_constant__ SegmentTable segments,
+                                    SegmentTable* destination) {
+  for (int i = threadIdx.x; i < kMaxSlots * kMaxSegments; i += kThreads) {
+    (&destination->bases[0][0])[i] = (&segments.bases[0][0])[i];
+  }
+  if (threadIdx.x == 0) destination->num_resident = segments.num_resident;
+}
+
 }  // namespace
 
 void LaunchWriteToken(Token token, Token* destination, int device, void* stream) {
   ScopedDevice scope(device);
   WriteTokenKernel<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(token, destination);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+void LaunchWriteSegments(const SegmentTable& segments, SegmentTable* destination, int device,
+                         void* stream) {
+  ScopedDevice scope(device);
+  WriteSegmentsKernel<<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(segments, destination);
   CUDA_CHECK(cudaGetLastError());
 }
 
@@ -361,22 +467,18 @@ int64_t CountInexact(int device) {
   return result;
 }
 
-void LaunchUpdate(const CudaUpdate& update, int device, void* stream) {
-  const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
-  ScopedDevice scope(device);
-  ResolveKernel<<<1, kWarpSize, 0, cuda_stream>>>(
-      {update.headers, update.num_headers, update.token, update.count, update.hyperparams,
-       update.new_token, update.rejection, update.resolved, update.nesterov, update.bad_element,
-       update.takes_params, update.layout});
-  CUDA_CHECK(cudaGetLastError());
+namespace {
 
+template <int kLeaves>
+void LaunchSteps(const CudaUpdate& update, int device, cudaStream_t stream) {
   // All 8-bit leaves of a state have the same codec.
   const bool is_ratio = std::any_of(update.leaves.begin(), update.leaves.end(),
                                     [](const Leaf& leaf) { return leaf.codec == Codec::kRatio; });
   constexpr Codec kDynamic = Codec::kDynamic, kRatio = Codec::kRatio;
-  const auto kernel =
-      is_ratio ? (update.takes_params ? StepKernel<kRatio, true> : StepKernel<kRatio, false>)
-               : (update.takes_params ? StepKernel<kDynamic, true> : StepKernel<kDynamic, false>);
+  const auto kernel = is_ratio ? (update.takes_params ? StepKernel<kRatio, true, kLeaves>
+                                                      : StepKernel<kRatio, false, kLeaves>)
+                               : (update.takes_params ? StepKernel<kDynamic, true, kLeaves>
+                                                      : StepKernel<kDynamic, false, kLeaves>);
   int num_multiprocessors = 0, blocks_per_multiprocessor = 0;
   CUDA_CHECK(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device));
   CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_multiprocessor, kernel,
@@ -384,11 +486,12 @@ void LaunchUpdate(const CudaUpdate& update, int device, void* stream) {
   const int64_t resident_blocks = int64_t{num_multiprocessors} * blocks_per_multiprocessor;
 
   const int64_t num_leaves = static_cast<int64_t>(update.leaves.size());
-  for (int64_t begin = 0; begin < num_leaves; begin += kLeavesPerLaunch) {
-    const int64_t end = std::min(begin + kLeavesPerLaunch, num_leaves);
+  for (int64_t begin = 0; begin < num_leaves; begin += kLeaves) {
+    const int64_t end = std::min(begin + kLeaves, num_leaves);
     const int64_t first_work = update.leaves[begin].first_work;
-    StepArgs args{};
+    StepArgs<kLeaves> args{};
     args.num_leaves = end - begin;
+    args.work_before = first_work;
     args.num_work =
         (end == num_leaves ? update.num_work : update.leaves[end].first_work) - first_work;
     args.extent = update.extent;
@@ -399,8 +502,25 @@ void LaunchUpdate(const CudaUpdate& update, int device, void* stream) {
     }
     if (args.num_work == 0) continue;
     const int64_t blocks = std::min(resident_blocks, (args.num_work + kWarps - 1) / kWarps);
-    kernel<<<static_cast<unsigned>(blocks), kThreads, 0, cuda_stream>>>(args);
+    kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(args);
     CUDA_CHECK(cudaGetLastError());
+  }
+}
+
+}  // namespace
+
+void LaunchUpdate(const CudaUpdate& update, int device, void* stream) {
+  const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
+  ScopedDevice scope(device);
+  ResolveKernel<<<1, kWarpSize, 0, cuda_stream>>>(
+      {update.headers, update.num_headers, update.token, update.count, update.hyperparams,
+       update.part, update.new_token, update.rejection, update.resolved, update.nesterov,
+       update.bad_element, update.takes_params, update.fingerprint, update.extent});
+  CUDA_CHECK(cudaGetLastError());
+  if (update.leaves.size() <= kFewLeaves) {
+    LaunchSteps<kFewLeaves>(update, device, cuda_stream);
+  } else {
+    LaunchSteps<kManyLeaves>(update, device, cuda_stream);
   }
 }
 

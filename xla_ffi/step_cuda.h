@@ -12,9 +12,11 @@ namespace paged_optax {
 // What the first kernel finds out for the others; lies in scratch memory of the call.
 struct ResolvedStep {
   AdamStep step;
-  ParamStep params;       // where the step takes the parameters
-  const uint8_t* source;  // as in Work
-  uint8_t* target;
+  ParamStep params;        // where the step takes the parameters
+  uint8_t* const* source;  // bases of the segments, as in SegmentTable; nullptr for zeros
+  uint8_t* const* target;
+  int32_t log2_chunks;      // of a segment
+  int64_t resident_blocks;  // of the call's work, the first so many are in device memory
   bool accepted;
 };
 
@@ -25,13 +27,14 @@ struct CudaUpdate {
   const Token* token;
   const int32_t* count;
   const float* hyperparams;
+  const int32_t* part;  // as in Request
   Token* new_token;
   Rejection* rejection;
   ResolvedStep* resolved;
   bool nesterov;
   BadElement bad_element;
   bool takes_params;
-  uint64_t layout;
+  uint64_t fingerprint;
   ArenaExtent extent;
   std::vector<Leaf> leaves;
   int64_t num_work;
@@ -42,8 +45,12 @@ void LaunchUpdate(const CudaUpdate& update, int device, void* stream);
 // Writes a token that the host knows to device memory.
 void LaunchWriteToken(Token token, Token* destination, int device, void* stream);
 
-// Number of float32 arguments for which fast_math.h is wrong where it claims to be exact; for the
-// tests.
+// Writes an arena's segment table to device memory.
+void LaunchWriteSegments(const SegmentTable& segments, SegmentTable* destination, int device,
+                         void* stream);
+
+// Number of float32 arguments for which fast_math.h is wrong where it claims to be exact, or the
+// conversion to bfloat16 anywhere; for the tests.
 int64_t CountInexact(int device);
 
 }  // namespace paged_optax

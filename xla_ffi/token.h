@@ -3,7 +3,7 @@
 // token.
 #pragma once
 
-#include "portable.h"
+#include "geometry.h"
 
 namespace paged_optax {
 
@@ -22,10 +22,16 @@ struct Header {
   // One slot holds the newest moments. A second (replay) keeps those before the last step, so that
   // it can be run again: a step reads the slot of its token's version and writes the other one.
   int32_t num_slots;
-  int32_t versions[2];  // of the slots' contents; 0 for none
-  uint8_t* bases[2];    // of the slots
-  uint64_t layout;      // fingerprint of the calls that the moments belong to
+  int32_t versions[kMaxSlots];  // of the slots' contents; 0 for none
+  SegmentTable* segments;       // where the slots lie
+  uint64_t layout;              // LayoutOf the calls that the moments belong to
 };
+
+// What an arena compares: a call's fingerprint, and which parts of the leaves its device has. The
+// latter is known only where the call runs: it depends on the device's place in the mesh.
+PAGED_HD uint64_t LayoutOf(uint64_t fingerprint, int32_t part) {
+  return fingerprint ^ (static_cast<uint64_t>(static_cast<uint32_t>(part)) * 0x9e3779b97f4a7c15u);
+}
 
 enum class Verdict : int32_t { kAccept, kFresh, kUnknown, kOtherLayout, kStale };
 
@@ -76,8 +82,8 @@ PAGED_HD Token Advance(Header* header, Judgement judgement) {
 struct Rejection {
   Verdict verdict;
   Token token;
-  int32_t version;  // of the arena
-  uint64_t layout;  // of the call
+  int32_t version;       // of the arena
+  uint64_t fingerprint;  // of the call
 };
 
 }  // namespace paged_optax

@@ -1,0 +1,137 @@
+"""A check that nothing behind a paged optimizer changes its updates."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ._memory import release
+from ._state import find_states
+
+_records: list[np.ndarray] | None = None  # while a check runs: the updates of paged optimizers
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[list[np.ndarray]]:
+    global _records
+    if _records is not None:
+        raise RuntimeError("another check_last is running; one at a time, please")
+    _records = []
+    try:
+        yield _records
+    finally:
+        _records = None
+
+
+def record(updates: list[jax.Array]) -> None:
+    """Notes the updates that a paged optimizer returned, if a check is running."""
+    if _records is not None:
+        jax.debug.callback(_append, *updates)
+
+
+def _append(*updates: Any) -> None:
+    if _records is not None:
+        _records.extend(np.asarray(update).ravel() for update in updates)
+
+
+def check_last(tx: optax.GradientTransformation, params: optax.Params, max_steps: int = 64) -> None:
+    """Checks that nothing in `tx` changes the updates that its paged optimizers return.
+
+    With ``param_rounding="stochastic"`` or ``"compensated"`` updates are made so that parameters
+    land exactly where they were rounded to. A transformation behind the paged optimizer, such as
+    `optax.scale`, `optax.clip` or `optax.ema`, would let them land elsewhere: small updates would
+    get lost again, and residuals would belong to other parameters. Wrappers that pass updates on
+    or replace all of them by zeros, such as `optax.MultiSteps`, `optax.masked`, `optax.partition`
+    and `optax.apply_if_finite`, are fine.
+
+    Takes a few steps with random parameters and gradients, outside of `jax.jit`, and compares what
+    the paged optimizers return with what `tx` returns. The memory of these steps is freed again.
+
+    Args:
+      tx: the whole optimizer, as the training loop calls it.
+      params: parameters; only structure, shapes and dtypes matter, so those of a smaller model or
+        `jax.ShapeDtypeStruct` will do.
+      max_steps: how many steps to take at most to see three that update anything.
+
+    Raises:
+      ValueError: if `tx` changes updates of a paged optimizer, has none that rounds parameters, or
+        updates nothing within `max_steps` steps.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, paged_optax
+      >>> params = {"w": jnp.ones((64, 64), jnp.bfloat16)}
+      >>> adamw = paged_optax.paged_adamw8bit(1e-3, param_rounding="compensated")
+      >>> paged_optax.check_last(optax.chain(optax.clip_by_global_norm(1.0), adamw), params)
+      >>> try:
+      ...   paged_optax.check_last(optax.chain(adamw, optax.scale(0.5)), params)
+      ... except ValueError as error:
+      ...   print(str(error).split(":")[0])
+      something behind the paged optimizer changes its updates
+    """
+    rng = np.random.default_rng(0)
+    num_compared = 0
+    params = jax.tree.map(lambda p: _random_like(p, rng), params)
+    state = tx.init(params)
+    find_states(state)
+    try:
+        with _recording() as records:
+            for _ in range(max_steps):
+                records.clear()
+                grads = jax.tree.map(lambda p: _random_like(p, rng), params)
+                updates, state = tx.update(grads, state, params)
+                jax.effects_barrier()
+                leaves = [np.asarray(leaf).ravel() for leaf in jax.tree.leaves(updates)]
+                if not any(leaf.any() for leaf in leaves):
+                    continue
+                missing, total = _count_missing(records, leaves), sum(r.size for r in records)
+                if missing:
+                    raise ValueError(
+                        f"something behind the paged optimizer changes its updates: {missing} of"
+                        f" {total} elements that it returned are not in the updates of the whole"
+                        " chain. Parameters then do not land where they were rounded to; move the"
+                        " other transformations before it, or use param_rounding='nearest'."
+                    )
+                num_compared += total > 0
+                if num_compared == 3:  # the first may be special: optax.ema passes it on
+                    break
+    finally:
+        release(state)
+    if not num_compared:
+        raise ValueError(
+            "no update of a paged optimizer that rounds parameters came out within"
+            f" {max_steps} steps; pass a larger max_steps if it accumulates longer"
+        )
+
+
+def _random_like(leaf: Any, rng: np.random.Generator) -> jax.Array:
+    """Of many magnitudes, so that some parameters move at once, however small the step."""
+    shape = np.shape(leaf)
+    values = rng.standard_normal(shape) * 10 ** rng.uniform(-7, 0, shape)
+    return jnp.asarray(values, leaf.dtype if hasattr(leaf, "dtype") else jnp.asarray(leaf).dtype)
+
+
+def _count_missing(records: list[np.ndarray], leaves: list[np.ndarray]) -> int:
+    """How many recorded elements are not among those of the leaves, counted with multiplicity.
+
+    By value and not by place, since wrappers may split, join and reshape trees.
+    """
+    missing = 0
+    for dtype in {r.dtype for r in records}:
+        values, wanted = _count([r for r in records if r.dtype == dtype])
+        there, found = _count([leaf for leaf in leaves if leaf.dtype == dtype])
+        found = dict(zip(there.tolist(), found.tolist(), strict=True))
+        missing += sum(
+            max(0, n - found.get(value, 0))
+            for value, n in zip(values.tolist(), wanted.tolist(), strict=True)
+        )
+    return missing
+
+
+def _count(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    if not arrays:
+        return np.zeros(0), np.zeros(0, np.int64)
+    return np.unique(np.concatenate(arrays).astype(np.float32), return_counts=True)

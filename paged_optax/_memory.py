@@ -1,0 +1,407 @@
+"""Where the moments are: reports, moving them by hand, freeing them."""
+
+import atexit
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import _ext
+from ._state import find_states, read_token, trees
+
+MAX_ROWS = 12  # groups of leaves that a printed report lists
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceMemory:
+    """Moments on one device. Sizes are in bytes.
+
+    Attributes:
+      device: platform and number, such as ``cuda:0``.
+      total: all of the moments.
+      resident: those in the device's own memory; of a file on the CPU, those in RAM.
+      replay: those of the second copy that ``replay=True`` keeps; part of the total.
+      memory: ``managed`` or ``pinned`` on a GPU, ``host`` or ``file`` on the CPU; several kinds are
+        joined by ``+``.
+      budget: the smallest ``Paging(device_bytes=...)`` of the states; None without one.
+      moved: between the device and the host since the states were made.
+      moving_seconds: time that this took, beside training.
+      free: memory of the GPU that nobody holds; None on the CPU.
+      pool: what XLA's allocator holds of the GPU; None where that is not known.
+      pool_in_use: part of the pool that arrays take.
+    """
+
+    device: str
+    total: int
+    resident: int
+    replay: int = 0
+    memory: str = "host"
+    budget: int | None = None
+    moved: int = 0
+    moving_seconds: float = 0.0
+    free: int | None = None
+    pool: int | None = None
+    pool_in_use: int | None = None
+
+    @property
+    def on_host(self) -> int:
+        """What is not resident: in host memory that a GPU reaches over its link, or on disk."""
+        return self.total - self.resident
+
+    @property
+    def advice(self) -> str:
+        """What would bring moments into the GPU's memory, where only XLA's pool keeps them out."""
+        if self.budget is not None or self.pool is None or self.pool_in_use is None:
+            return ""
+        return _advice(self.on_host, self.pool, self.pool_in_use)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafGroup:
+    """Moments of the leaves below one branch of the parameters' tree, over the process's devices.
+
+    Attributes:
+      name: the branch, as a path of the tree.
+      leaves: number of leaves.
+      total: bytes of their moments.
+      resident: those in the devices' own memory.
+    """
+
+    name: str
+    leaves: int
+    total: int
+    resident: int
+
+    @property
+    def on_host(self) -> int:
+        return self.total - self.resident
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryReport:
+    """Where the moments are. Prints as a table.
+
+    Attributes:
+      devices: one `DeviceMemory` a device of this process.
+      groups: one `LeafGroup` for each branch of the parameters' tree, where it first branches.
+      elsewhere: bytes of moments on devices of other processes (`jax.distributed`), which have as
+        many as those here; how many of them are resident is known there.
+    """
+
+    devices: tuple[DeviceMemory, ...]
+    groups: tuple[LeafGroup, ...] = ()
+    elsewhere: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes of moments, over all devices of this process."""
+        return sum(device.total for device in self.devices)
+
+    @property
+    def resident(self) -> int:
+        """Bytes of moments in the devices' own memory."""
+        return sum(device.resident for device in self.devices)
+
+    @property
+    def on_host(self) -> int:
+        """Bytes of moments in host memory that a GPU reaches over its link, or on disk."""
+        return sum(device.on_host for device in self.devices)
+
+    @property
+    def replay(self) -> int:
+        """Bytes of the second copies that ``replay=True`` keeps; part of the total."""
+        return sum(device.replay for device in self.devices)
+
+    def __str__(self) -> str:
+        columns = ["total", "resident", "on_host", *["replay"] * (self.replay > 0)]
+        rows = list(self.devices)
+        if len(rows) != 1:
+            name = "here" if self.elsewhere else "all"
+            rows.append(DeviceMemory(name, self.total, self.resident, self.replay))
+        lines = _table("moments", columns, [(row.device, row) for row in rows])
+        if self.elsewhere:
+            lines.append(f"{'elsewhere':<10}{format_bytes(self.elsewhere):>12}")
+        if len(self.groups) > 1:
+            groups = sorted(self.groups, key=lambda group: -group.total)
+            named = [(f"{group.name} ({group.leaves})", group) for group in groups[:MAX_ROWS]]
+            lines += ["", *_table("leaves", columns[:3], named)]
+            if len(groups) > MAX_ROWS:
+                lines.append(f"... and {len(groups) - MAX_ROWS} smaller groups")
+        for device in self.devices:
+            lines += _describe(device)
+        return "\n".join(lines)
+
+
+def memory_report(opt_state: Any) -> MemoryReport:
+    """Reports where the moments of an optimizer state are.
+
+    Moments are made by a state's first update; before it there is nothing to report.
+
+    Args:
+      opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it.
+
+    Returns:
+      A `MemoryReport`, all paged states added up.
+
+    Raises:
+      ValueError: if there is no paged state.
+      RuntimeError: if the moments were released or are not in this process.
+
+    Example:
+      >>> import jax.numpy as jnp, paged_optax
+      >>> tx = paged_optax.scale_by_paged_adam8bit()
+      >>> params = {"w": jnp.ones((1024, 1024))}
+      >>> _, state = tx.update(params, tx.init(params))
+      >>> print(f"{paged_optax.memory_report(state).total / 1024**2:.2f} bytes per parameter")
+      2.03 bytes per parameter
+    """
+    states = {read_token(state): state for state in find_states(opt_state)}
+    newest = {handle: (version, state) for (handle, version), state in states.items()}
+    reports, elsewhere = [], 0
+    for handle, (version, state) in newest.items():  # several versions of one state count once
+        here = _ext.describe(handle, version)
+        reports += here
+        if here:  # shards are equally large on all devices
+            sharding = jnp.asarray(state.token).sharding
+            num_others = len(sharding.device_set) - len(sharding.addressable_devices)
+            elsewhere += num_others * here[0]["total"]
+    devices: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for report in reports:
+        devices.setdefault((report["platform"], report["ordinal"]), []).append(report)
+    return MemoryReport(
+        tuple(_device_memory(*device, reports) for device, reports in devices.items()),
+        _groups(reports),
+        elsewhere,
+    )
+
+
+def evict(opt_state: Any, device_bytes: int = 0) -> int:
+    """Takes moments out of GPU memory, and keeps them out until `prefetch`.
+
+    For room that something else needs, such as an evaluation. Returns when the memory is free. The
+    state can be updated meanwhile; steps then work on the moments in host memory. On the CPU,
+    moments in a file are written out and leave RAM; others stay.
+
+    Args:
+      opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it.
+      device_bytes: what each state may still have on each device.
+
+    Returns:
+      The number of bytes that were moved.
+
+    Raises:
+      ValueError: if there is no paged state, or for a negative number of bytes.
+      RuntimeError: if the moments were released or are not in this process.
+
+    Example:
+      >>> import jax.numpy as jnp, paged_optax
+      >>> tx = paged_optax.scale_by_paged_adam8bit()
+      >>> params = {"w": jnp.ones((1024, 1024))}
+      >>> _, state = tx.update(params, tx.init(params))
+      >>> moved = paged_optax.evict(state)  # 2.03 MiB on a GPU
+      >>> moved = paged_optax.prefetch(state)
+    """
+    if not isinstance(device_bytes, int):
+        raise TypeError(f"device_bytes is {device_bytes!r}; it must be an int, a number of bytes")
+    if device_bytes < 0:
+        raise ValueError(f"device_bytes is {device_bytes}; it counts bytes and cannot be negative")
+    return _limit(opt_state, min(device_bytes, 2**63 - 1))
+
+
+def prefetch(opt_state: Any) -> int:
+    """Brings moments into GPU memory, as far as there is room, and ends what `evict` asked for.
+
+    Returns when they are there. Not needed for training: steps bring moments in by themselves when
+    there is room for a while. On the CPU, moments in a file are read ahead.
+
+    Args:
+      opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it.
+
+    Returns:
+      The number of bytes that were moved.
+
+    Raises:
+      ValueError: if there is no paged state.
+      RuntimeError: if the moments were released or are not in this process.
+
+    Example:
+      See `evict`.
+    """
+    return _limit(opt_state, -1)
+
+
+def release(opt_state: Any) -> int:
+    """Frees the moments of an optimizer state. The state cannot be updated any more.
+
+    Args:
+      opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it, of any
+        version.
+
+    Returns:
+      The number of bytes freed.
+
+    Raises:
+      ValueError: if there is no paged state.
+
+    Example:
+      >>> import jax.numpy as jnp, paged_optax
+      >>> tx = paged_optax.scale_by_paged_adam8bit()
+      >>> params = {"w": jnp.ones((1024, 1024))}
+      >>> _, state = tx.update(params, tx.init(params))
+      >>> paged_optax.release(state) >= 2 * 1024**2
+      True
+    """
+    handles = {read_token(state)[0] for state in find_states(opt_state)}
+    return sum(_ext.release(handle) for handle in handles)
+
+
+def release_all() -> int:
+    """Frees the moments of every optimizer state of this process, also of states that are lost.
+
+    For notebooks, where states get lost when a cell runs again. No state made so far can be
+    updated any more.
+
+    Returns:
+      The number of bytes freed.
+
+    Example:
+      >>> import jax.numpy as jnp, paged_optax
+      >>> tx = paged_optax.scale_by_paged_adam8bit()
+      >>> params = {"w": jnp.ones((1024, 1024))}
+      >>> for _ in range(2):
+      ...   _, state = tx.update(params, tx.init(params))
+      >>> paged_optax.release_all() >= 2 * 2 * 1024**2
+      True
+    """
+    return _ext.release_all()
+
+
+def _limit(opt_state: Any, device_bytes: int) -> int:
+    tokens = dict(read_token(state) for state in find_states(opt_state))
+    return sum(_ext.limit(*token, device_bytes) for token in tokens.items())
+
+
+def _device_memory(platform: str, ordinal: int, reports: list[dict[str, Any]]) -> DeviceMemory:
+    def total(key):
+        return sum(report[key] for report in reports)
+
+    on_gpu = platform == "cuda"
+    pool, in_use = _pool(ordinal) if on_gpu else (None, None)
+    return DeviceMemory(
+        device=f"{platform}:{ordinal}",
+        total=total("total"),
+        resident=total("resident"),
+        replay=total("replay"),
+        memory="+".join(sorted({report["memory"] for report in reports})),
+        budget=min((r["budget"] for r in reports if on_gpu and r["budget"] >= 0), default=None),
+        moved=total("moved"),
+        moving_seconds=total("moving_seconds"),
+        free=_ext.free_device_bytes(ordinal) if on_gpu else None,
+        pool=pool,
+        pool_in_use=in_use,
+    )
+
+
+def _groups(reports: list[dict[str, Any]]) -> tuple[LeafGroup, ...]:
+    """Adds up leaves by where the tree first branches."""
+    sizes: dict[tuple[str, ...], list[int]] = {}
+    for report in reports:
+        treedef = trees.get(report["tree"])
+        if treedef is None:  # the update was not traced in this process
+            return ()
+        numbered = jax.tree.unflatten(treedef, range(treedef.num_leaves))
+        for path, index in jax.tree_util.tree_leaves_with_path(numbered):
+            name = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+            row = sizes.setdefault(name, [0, 0, 0])
+            added = (1, *report["leaf_bytes"][index])
+            row[:] = [a + b for a, b in zip(row, added, strict=True)]
+    paths = list(sizes)
+    shared = 0  # keys that all paths begin with
+    while paths and all(path[: shared + 1] == paths[0][: shared + 1] for path in paths):
+        if len(paths[0]) <= shared:
+            break
+        shared += 1
+    groups: dict[str, list[int]] = {}
+    for path, row in sizes.items():
+        group = groups.setdefault("/".join(path[: shared + 1]), [0, 0, 0])
+        group[:] = [a + b for a, b in zip(group, row, strict=True)]
+    return tuple(LeafGroup(name, *row) for name, row in groups.items())
+
+
+def _pool(ordinal: int) -> tuple[int | None, int | None]:
+    """What XLA's allocator holds of a GPU, and what of it is in use."""
+    try:
+        devices = jax.local_devices(backend="gpu")
+    except RuntimeError:
+        return None, None
+    for device in devices:
+        if device.local_hardware_id == ordinal:
+            stats = device.memory_stats() or {}
+            return stats.get("pool_bytes", stats.get("bytes_limit")), stats.get("bytes_in_use")
+    return None, None
+
+
+def _advice(missing: int, pool: int, in_use: int) -> str:
+    unused = pool - in_use
+    if missing <= 0 or unused < missing:
+        return ""
+    return (
+        f"XLA's pool holds {format_bytes(pool)}, of which {format_bytes(unused)} are not in use:"
+        " with a smaller pool the moments would have room. Set XLA_PYTHON_CLIENT_MEM_FRACTION to"
+        " less than its 0.75, or XLA_PYTHON_CLIENT_PREALLOCATE=false."
+    )
+
+
+def _describe(device: DeviceMemory) -> list[str]:
+    """Lines on what surrounds the moments of a GPU."""
+    if device.free is None:
+        return []
+    budget = "no budget" if device.budget is None else f"budget {format_bytes(device.budget)}"
+    line = f"{device.device}: {device.memory} memory, {budget}, {format_bytes(device.free)} free"
+    if device.pool is not None and device.pool_in_use is not None:
+        line += (
+            f", XLA's pool {format_bytes(device.pool)} ({format_bytes(device.pool_in_use)} in use)"
+        )
+    if device.moved:
+        line += f"; moved {format_bytes(device.moved)} in {device.moving_seconds:.2f} s"
+    return ["", line, *[device.advice] * (device.advice != "")]
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Any]]) -> list[str]:
+    width = max(10, *(len(name) + 1 for name, _ in rows)) if rows else 10
+    lines = [f"{title:<{width}}" + "".join(f"{c.replace('_', ' '):>12}" for c in columns)]
+    for name, row in rows:
+        numbers = "".join(f"{format_bytes(getattr(row, c)):>12}" for c in columns)
+        lines.append(f"{name:<{width}}{numbers}")
+    return lines
+
+
+def format_bytes(nbytes: int) -> str:
+    """Bytes for people: ``2.03 MiB``."""
+    value, units = float(nbytes), ["B", "KiB", "MiB", "GiB"]
+    while value >= 1024 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{nbytes} B" if units[0] == "B" else f"{value:.2f} {units[0]}"
+
+
+_said: set[tuple[int, bool]] = set()
+
+
+def _on_notice(ordinal: int, missing_bytes: int, text: str) -> None:
+    """Warns, once a GPU and subject, of what the C++ side has to say."""
+    if missing_bytes:
+        if (ordinal, True) in _said:
+            return
+        _said.add((ordinal, True))
+        pool, in_use = _pool(ordinal)
+        if pool is not None and in_use is not None:
+            text = f"{text} {_advice(missing_bytes, pool, in_use)}".rstrip()
+    warnings.warn(f"paged_optax: {text}", RuntimeWarning, stacklevel=2)
+
+
+_ext.set_notice_handler(_on_notice)
+atexit.register(_ext.stop_pagers)  # before Python, and then CUDA, are taken down

@@ -1,0 +1,430 @@
+"""What gradients that are not finite do: `non_finite="propagate"`, "skip_element", "skip_step".
+
+The oracles are the NumPy reference, and runs that never saw the bad step.
+"""
+
+import functools
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import paged_optax
+from paged_optax import (
+    Quantization,
+    SkipNonFiniteState,
+    memory_report,
+    moments,
+    paged_adam8bit,
+    paged_adamw8bit,
+    scale_by_paged_adam8bit,
+)
+from paged_optax import _reference as reference
+from paged_optax._adam import _count_bad
+
+f32 = np.float32
+BAD = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf, "square": 1e30}
+POLICIES = ["skip_element", "skip_step"]
+ROUNDINGS = ["nearest", "stochastic", "compensated"]
+SHAPES = {"w": (64, 80), "b": (50,), "h": (70, 70), "g": (300,)}
+DTYPES = {"w": f32, "b": f32, "h": ml_dtypes.bfloat16, "g": np.float16}
+
+
+def make_tree(seed, num_bad=0, value=np.nan):
+    rng = np.random.default_rng(seed)
+    tree = {k: rng.standard_normal(s).astype(DTYPES[k]) for k, s in SHAPES.items()}
+    for k in tree:
+        tree[k].ravel()[rng.permutation(tree[k].size)[:num_bad]] = value
+    return tree
+
+
+def check_equal(actual, expected):
+    def equal(a, b):
+        np.testing.assert_array_equal(np.asarray(a, f32), np.asarray(b, f32))
+
+    jax.tree.map(equal, actual, expected)
+
+
+def skipped(state):
+    return int(optax.tree.get(state, "skipped"))
+
+
+# ------------------------------------------------------------------------------ one element
+
+
+@pytest.mark.parametrize("nesterov", [False, True], ids=["plain", "nesterov"])
+@pytest.mark.parametrize("value", BAD.values(), ids=BAD)
+def test_skipped_elements_as_in_the_reference(device, same_bits, value, nesterov):
+    tx = scale_by_paged_adam8bit(nesterov=nesterov, non_finite="skip_element")
+    state, update = jax.device_put(tx.init(make_tree(0)), device), jax.jit(tx.update)
+    expected = {k: reference.init_leaf(x.size, x.size >= 4096) for k, x in make_tree(0).items()}
+    num_bad = 0
+    for count in range(5):
+        with np.errstate(over="ignore"):
+            grads = make_tree(count, 3 * (count % 2), value)
+        num_bad += sum(
+            int(np.sum(~(np.abs(g.astype(np.float64)) < 2.0**64))) for g in grads.values()
+        )
+        updates, state = update(jax.device_put(grads, device), state)
+        for k, grad in grads.items():
+            wanted, expected[k] = reference.step_leaf(
+                grad, expected[k], count, reference.Hyperparams(), nesterov, skip_elements=True
+            )
+            assert np.isfinite(wanted.astype(f32)).all()
+            same_bits(updates[k], wanted, k)
+        assert skipped(state) == num_bad > 0 or count == 0
+    stored = moments(state)
+    for k in ("b", "g"):
+        same_bits(stored.mu[k].ravel(), expected[k].mu)
+        same_bits(stored.nu[k].ravel(), expected[k].nu)
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_a_skipped_element_only_decays(rounding):
+    params, grads = make_tree(0), make_tree(1)
+    tx = paged_adamw8bit(0.5, weight_decay=0.5, param_rounding=rounding, non_finite="skip_element")
+    grads["b"][3] = np.nan
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    np.testing.assert_array_equal(updates["b"][3], f32(-0.25) * params["b"][3])
+    assert np.isfinite(updates["b"]).all() and skipped(state) == 1
+
+
+def test_bad_decay_rates_are_not_skipped():
+    """A gradient can be left out, a hyperparameter cannot."""
+    tx = optax.inject_hyperparams(scale_by_paged_adam8bit)(b2=0.9, non_finite="skip_element")
+    params = {"w": jnp.ones(9)}
+    state = tx.init(params)
+    state.hyperparams["b2"] = jnp.float32(1.5)
+    updates, _ = tx.update(params, state)
+    assert np.isnan(updates["w"]).all()
+
+
+# --------------------------------------------------------------------------------- one step
+
+
+FACTORIES = {
+    "scale_by": lambda rounding, **options: scale_by_paged_adam8bit(**options),
+    "adam": lambda rounding, **options: paged_adam8bit(
+        optax.linear_schedule(1e-2, 1e-3, 4), param_rounding=rounding, **options
+    ),
+    "adamw": lambda rounding, **options: paged_adamw8bit(
+        optax.linear_schedule(1e-2, 1e-3, 4),
+        weight_decay=optax.linear_schedule(0.1, 0.0, 4),
+        mask={"w": True, "b": False, "h": True, "g": True},
+        param_rounding=rounding,
+        **options,
+    ),
+}
+
+
+@pytest.fixture
+def standard_promotion():
+    """For optax's own arithmetic with float32 hyperparameters and float16 parameters."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("replay", [False, True], ids=["one slot", "replay"])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("name", FACTORIES)
+def test_skipped_steps_leave_no_trace(device, name, rounding, replay):
+    """As a run without them: parameters, schedules, count, moments, random bits."""
+    if name == "scale_by" and rounding != "nearest":
+        pytest.skip("has no parameters")
+    plain = FACTORIES[name](rounding, replay=replay)
+    careful = FACTORIES[name](rounding, replay=replay, non_finite="skip_step")
+    params = jax.device_put(make_tree(0), device)
+    step, careful_step = jax.jit(plain.update), jax.jit(careful.update)
+    now, state = params, jax.device_put(plain.init(params), device)
+    other, other_state = params, jax.device_put(careful.init(params), device)
+    num_skipped = 0
+    for count, value in enumerate([np.nan, 0, np.inf, 0, 1e30, 0, 0, -np.inf]):
+        bad = value != 0
+        if bad:  # one element of one leaf
+            grads = make_tree(count)
+            grads["b" if count % 4 else "h"].ravel()[-1] = value
+            before = other_state
+        else:
+            grads = make_tree(count)
+            updates, state = step(grads, state, now)
+            now = optax.apply_updates(now, updates)
+        updates, other_state = careful_step(grads, other_state, other)
+        other = optax.apply_updates(other, updates)
+        num_skipped += bad
+        assert skipped(other_state) == num_skipped
+        if bad:
+            assert not any(np.any(u) for u in jax.device_get(jax.tree.leaves(updates)))
+            check_equal(other_state.inner_state, before.inner_state)
+        check_equal(other, now)
+        assert optax.tree.get(other_state.inner_state[0], "count") == optax.tree.get(
+            state[0] if isinstance(state[0], tuple) else state, "count"
+        )
+    check_equal(moments(other_state), moments(state))
+
+
+def test_every_step_skipped():
+    """The first update that counts may come late; until then there are no moments to speak of."""
+    tx = paged_adamw8bit(1e-3, non_finite="skip_step")
+    params, bad = {"w": jnp.ones((64, 64))}, {"w": jnp.full((64, 64), jnp.nan)}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(3):
+        updates, state = update(bad, state, params)
+        assert not np.any(updates["w"])
+    assert skipped(state) == 3
+    with pytest.raises(RuntimeError, match="this optimizer state was never updated"):
+        moments(state)
+    updates, state = update(params, state, params)
+    np.testing.assert_allclose(updates["w"], -1e-3, rtol=1e-3)
+    assert memory_report(state).total > 0
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_in_a_scan_with_donation(rounding):
+    tx = paged_adamw8bit(1e-2, param_rounding=rounding, non_finite="skip_step")
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(params, grads):
+        def step(carry, grads):
+            updates, state = tx.update(grads, carry[1], carry[0])
+            return (optax.apply_updates(carry[0], updates), state), skipped_now(state)
+
+        def skipped_now(state):
+            return optax.tree.get(state, "skipped")
+
+        return jax.lax.scan(step, (params, tx.init(params)), grads)
+
+    steps = [make_tree(i, num_bad=i % 2) for i in range(6)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *steps)
+    (params, state), counts = run(jax.device_put(make_tree(0)), stacked)
+    assert counts.tolist() == [0, 1, 1, 2, 2, 3]
+    expected, plain = make_tree(0), paged_adamw8bit(1e-2, param_rounding=rounding)
+    plain_state = plain.init(expected)
+    for grads in steps[::2]:
+        updates, plain_state = jax.jit(plain.update)(grads, plain_state, expected)
+        expected = optax.apply_updates(expected, updates)
+    for k in params:  # XLA rounds the tail of "nearest" as its fusions please
+        tolerance = 1e-6 if rounding == "nearest" else 0
+        actual, wanted = np.asarray(params[k], f32), np.asarray(expected[k], f32)
+        np.testing.assert_allclose(actual, wanted, rtol=tolerance, atol=tolerance)
+    assert state.skipped == 3
+
+
+def test_skipped_step_of_an_old_state_is_refused_too():
+    tx = scale_by_paged_adam8bit(non_finite="skip_step")
+    grads, bad = {"w": jnp.ones((64, 64))}, {"w": jnp.full((64, 64), jnp.nan)}
+    state = tx.init(grads)
+    _, old = tx.update(grads, state)
+    _, new = tx.update(grads, old)
+    with pytest.raises((RuntimeError, ValueError), match="not the newest"):
+        jax.block_until_ready(tx.update(bad, old))
+    _, same = tx.update(bad, new)
+    jax.block_until_ready(tx.update(grads, new))  # a skipped step does not use the state up
+    del same
+
+
+@pytest.mark.parametrize("dtype", [f32, ml_dtypes.bfloat16, np.float16], ids=lambda d: d.__name__)
+def test_large_and_small_gradients_are_finite(dtype):
+    """Up to 2^64, whose square would overflow; no promotion of dtypes on the way."""
+    largest = 65504.0 if dtype == np.float16 else 1.8e19
+    grads = {"w": np.array([largest, -largest, 6e-8, 0.0], dtype)}
+    for policy in POLICIES:
+        tx = scale_by_paged_adam8bit(non_finite=policy)
+        updates, state = tx.update(grads, tx.init(grads))
+        assert skipped(state) == 0
+        assert np.isfinite(np.asarray(updates["w"], f32)).all() and np.all(updates["w"][:2])
+
+
+# ------------------------------------------------------------------------------- composition
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("policy", POLICIES)
+def test_wrappers(policy):
+    """Wrappers of optax find nothing unusual, and questions find the state."""
+    params, good, grads = make_tree(0), make_tree(2), make_tree(1, num_bad=1)
+    tx = paged_adamw8bit(1e-2, non_finite=policy)
+    _, state = jax.jit(tx.update)(good, tx.init(params), params)
+    expected, _ = jax.jit(tx.update)(grads, state, params)
+    labels = dict.fromkeys(params, "a")
+    for wrapped in (
+        optax.chain(optax.identity(), tx),
+        optax.masked(tx, dict.fromkeys(params, True)),
+        optax.partition({"a": tx}, labels),
+        optax.with_extra_args_support(tx),
+        optax.inject_hyperparams(paged_adamw8bit, hyperparam_dtype=jnp.float32)(
+            1e-2, non_finite=policy
+        ),
+    ):
+        _, state = jax.jit(wrapped.update)(good, wrapped.init(params), params)
+        updates, state = jax.jit(wrapped.update)(grads, state, params)
+        for k in params:  # injected hyperparameters make updates float32
+            np.testing.assert_allclose(
+                np.asarray(updates[k], f32), np.asarray(expected[k], f32), atol=2.0**-14
+            )
+        assert skipped(state) == (4 if policy == "skip_element" else 1)
+        assert memory_report(state).total > 0
+        assert moments(state).mu["w"].shape == (64, 80)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_accumulation(policy):
+    """The mean of a cycle is what counts. A step that skips all elements is a step."""
+    params = {"w": jnp.ones((64, 64))}
+    tx = paged_optax.MultiSteps(paged_adam8bit(1e-2, non_finite=policy), 2)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for value in (jnp.nan, 1.0, 1.0, 1.0):
+        updates, state = update({"w": jnp.full((64, 64), value)}, state, params)
+    second = (0.1 / (1 - 0.9**2)) / np.sqrt(0.001 / (1 - 0.999**2))
+    expected = -1e-2 * (second if policy == "skip_element" else 1)
+    np.testing.assert_allclose(updates["w"], expected, rtol=1e-3)
+    assert skipped(state) == (4096 if policy == "skip_element" else 1)
+
+
+def test_nnx_optimizer():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(jnp.ones((64, 64)))
+
+    model = Model()
+    optimizer = nnx.Optimizer(model, paged_adamw8bit(1e-2, non_finite="skip_step"), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, scale):
+        optimizer.update(model, nnx.grad(lambda m: jnp.sum(m.w[...]) * scale)(model))
+
+    for scale in (1.0, np.nan, 1.0):
+        step(model, optimizer, jnp.float32(scale))
+    np.testing.assert_allclose(model.w[...], 0.98, rtol=1e-3)
+    assert int(optimizer.opt_state.skipped[...]) == 1
+    assert memory_report(optimizer).total > 0
+    assert moments(nnx.to_pure_dict(nnx.state(optimizer))["opt_state"]).mu is not None
+
+
+def test_no_leaves():
+    for policy in POLICIES:
+        tx = paged_adamw8bit(1e-3, non_finite=policy)
+        updates, state = tx.update({}, tx.init({}), {})
+        assert updates == {} and skipped(state) == 0
+
+
+# ----------------------------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "compensated"])
+@pytest.mark.parametrize("kind", ["Auto", "Explicit", "Manual", "pmap"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_all_devices_decide_alike(policy, kind, rounding):
+    """One bad element on one of eight devices skips the step on all, and the state agrees."""
+    devices = jax.devices("cpu")[:8]
+    kinds = (AxisType.Explicit if kind == "Explicit" else AxisType.Auto,)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=kinds, devices=devices)
+    specs = {"w": P("x"), "r": P()}
+    shapes = {"w": (512, 160), "r": (300,)}
+    tx = paged_adamw8bit(1e-2, param_rounding=rounding, non_finite=policy)
+
+    def put(tree):
+        return {k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in tree.items()}
+
+    def make(seed):
+        rng = np.random.default_rng(seed)
+        return {k: rng.standard_normal(s).astype(ml_dtypes.bfloat16) for k, s in shapes.items()}
+
+    init, update = tx.init, tx.update
+    if kind == "Manual":
+        update = jax.shard_map(
+            tx.update,
+            mesh=mesh,
+            in_specs=(specs, P(), specs),
+            out_specs=(specs, P()),
+            check_vma=False,
+        )
+    update = jax.jit(update)
+    if kind == "pmap":
+        init, update = jax.pmap(tx.init), jax.pmap(tx.update, axis_name="x")
+
+        def put(tree):  # noqa: F811
+            return {
+                "w": tree["w"].reshape(8, 64, 160),
+                "r": np.broadcast_to(tree["r"], (8, 300)),
+            }
+
+    with jax.set_mesh(mesh) if kind != "pmap" else jax.default_device(devices[0]):
+        params = put(make(0))
+        state = init(params)
+        for count in range(3):
+            grads = make(count + 1)
+            if count == 1:
+                grads["w"][200, 7] = np.nan
+            updates, state = update(put(grads), state, params)
+            updates = {k: np.asarray(u, f32) for k, u in updates.items()}
+            if policy == "skip_step" and count == 1:
+                assert not any(u.any() for u in updates.values())
+            else:
+                assert all(np.isfinite(u).all() and u.any() for u in updates.values())
+        counter = state.skipped
+        assert {int(np.ravel(shard.data)[0]) for shard in counter.addressable_shards} == {1}
+        token = state.inner_state[0].token
+        copies = {tuple(np.ravel(shard.data).tolist()) for shard in token.addressable_shards}
+        assert len(copies) == 1
+        counts = np.ravel(np.asarray(state.inner_state[0].count))
+        assert set(counts.tolist()) == {2 if policy == "skip_step" else 3}
+
+
+@pytest.mark.parametrize(
+    "specs, count, unchecked",
+    [((P("x"), P()), 2, 10), ((P("x"), P("y")), 2, 6), ((P(("x", "y")), P("x")), 2, 3)],
+    ids=str,
+)
+def test_count_inside_shard_map(specs, count, unchecked):
+    """Each element once where `jax.shard_map` tells what is replicated, else once a device."""
+    kinds = (AxisType.Auto, AxisType.Auto)
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=kinds, devices=jax.devices("cpu")[:8])
+    grads = np.zeros((2, 8), f32)
+    grads[0, 3], grads[1, 0] = np.nan, np.inf
+    for check_vma, expected in ((True, count), (False, unchecked)):
+        counter = jax.shard_map(
+            lambda *grads: _count_bad(grads, jnp.sum),
+            mesh=mesh,
+            in_specs=specs,
+            out_specs=P(),
+            check_vma=check_vma,
+        )
+        assert jax.jit(counter)(*grads) == expected
+
+
+# ------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize("value", ["skip", None, True])
+def test_unknown_policy(value):
+    with pytest.raises(ValueError, match="non_finite is .*; it must be one of propagate, skip_el"):
+        paged_adamw8bit(1e-3, non_finite=value)
+
+
+def test_state_of_another_policy():
+    params = {"w": jnp.ones((64, 64))}
+    state = scale_by_paged_adam8bit().init(params)
+    with pytest.raises(TypeError, match="not the SkipNonFiniteState that init returns for"):
+        scale_by_paged_adam8bit(non_finite="skip_step").update(params, state)
+    state = scale_by_paged_adam8bit(non_finite="skip_step").init(params)
+    assert isinstance(state, SkipNonFiniteState)
+    with pytest.raises(TypeError, match="the optimizer state is a SkipNonFiniteState, not one"):
+        scale_by_paged_adam8bit().update(params, state)
+
+
+def test_counter_stops_at_its_largest_value():
+    tx = scale_by_paged_adam8bit(
+        non_finite="skip_element", quantization=Quantization(min_size=2**62)
+    )
+    bad = {"w": jnp.full(7, jnp.nan)}
+    state = tx.init(bad)._replace(skipped=jnp.int32(2**31 - 3))
+    for _ in range(2):
+        _, state = tx.update(bad, state)
+        assert skipped(state) == 2**31 - 1

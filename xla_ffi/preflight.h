@@ -1,0 +1,22 @@
+// What a machine has room for, asked before anything is allocated. Used by the memory classes and,
+// for the reports, by module.cc.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace paged_optax {
+
+// Bytes of host memory that can still be had: the smaller of what the system reports available and
+// what is left below the limits of the control groups this process is in.
+int64_t AvailableHostBytes();
+
+// Throw with the numbers and the remedy when `nbytes` more are not to be had: of host memory, of
+// the process's address space.
+void CheckHostMemory(int64_t nbytes);
+void CheckAddressSpace(int64_t nbytes);
+
+// "1.5 GiB"
+std::string FormatBytes(int64_t nbytes);
+
+}  // namespace paged_optax
