@@ -61,12 +61,17 @@ def paged(size, share, memory, repeats):
 def check(size):
     """Placement must not change a bit; compares moments after a few steps."""
     results = []
-    for options in ({}, {"device_bytes": 0}, {"device_bytes": size}, {"memory": "pinned"}):
-        tx = scale_by_paged_adam8bit(paging=Paging(**options))
+    for paging in (
+        Paging(),
+        Paging(device_bytes=0),
+        Paging(device_bytes=size),
+        Paging(memory="pinned"),
+    ):
+        tx = scale_by_paged_adam8bit(paging=paging)
         grads = jnp.linspace(-1, 1, size, dtype=jnp.float32)
-        state = tx.init(grads)
+        updates, state = grads, tx.init(grads)
         for _ in range(3):
-            updates, state = jax.jit(tx.update)(grads, state)
+            updates, state = jax.jit(tx.update)(updates, state)
         results.append((np.asarray(updates), *moments(state)))
         release(state)
     for result in results[1:]:
@@ -99,8 +104,8 @@ def resident_adamw(size, repeats):
 
 
 def bitsandbytes_evicted(size, repeats):
-    import bitsandbytes
-    import torch
+    import bitsandbytes  # pyright: ignore[reportMissingImports]
+    import torch  # pyright: ignore[reportMissingImports]
 
     param = torch.zeros(size, device="cuda", requires_grad=True)
     param.grad = torch.linspace(-1, 1, size, device="cuda")

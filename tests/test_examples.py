@@ -1,4 +1,4 @@
-"""The multi-device example runs, and its devices keep shards only."""
+"""Examples that the suite runs itself: what they claim is checked, not only that they end."""
 
 import os
 import subprocess
@@ -56,3 +56,36 @@ def test_fsdp_keeps_gradients_in_shards(tmp_path):
     assert process.returncode == 0, process.stderr
     assert "1/8 of them" in process.stdout
     assert (tmp_path / "fsdp_finetune.png").exists()
+
+
+def run_before_and_after(tmp_path, *arguments):
+    for module in "matplotlib", "psutil", "pynvml", "tqdm":
+        pytest.importorskip(module)
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / "memory_before_after.py"), *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.mark.slow
+def test_training_that_is_watched(tmp_path):
+    text = tmp_path / "text.py"
+    text.write_text("import this\n" * 1000)
+    options = "--optimizer=paged_adamw8bit", "--layers=1", "--steps=2", f"--text={text}"
+    process = run_before_and_after(tmp_path, *options)
+    assert process.returncode == 0, process.stderr
+    assert "blocks (9)" in process.stdout  # the optimizer's own account, by branch of the model
+
+
+@pytest.mark.slow
+def test_without_a_gpu_there_is_nothing_to_watch(tmp_path):
+    if Path("/proc/driver/nvidia").exists():
+        pytest.skip("there is a GPU")
+    process = run_before_and_after(tmp_path)
+    assert process.returncode == 1
+    assert "this needs an NVIDIA GPU" in process.stdout
+    assert os.listdir(tmp_path) == []

@@ -14,6 +14,8 @@ import pytest
 from paged_optax import _ext
 from paged_optax import _reference as reference
 
+pytestmark = pytest.mark.slow  # no version of jax changes these
+
 SIZE = 2**18
 # Of a chi-square or normal statistic, in standard deviations: a sound hash exceeds this with a
 # probability of 6e-5, and the tests look at some dozens of them.

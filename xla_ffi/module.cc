@@ -256,8 +256,8 @@ py::array_t<uint8_t> EncodeRatioNus(const py::array_t<float, py::array::c_style>
   py::array_t<uint8_t> codes(values.size());
   const RatioWindow window = WindowOf(word);
   for (py::ssize_t i = 0; i < values.size(); ++i) {
-    const uint32_t stored = RoundRatioNu(BitsOf(values.data()[i]), window, random.data()[i]);
-    codes.mutable_data()[i] = RatioNuCode(stored, window);
+    codes.mutable_data()[i] =
+        EncodeRatioNu(BitsOf(values.data()[i]), window, random.data()[i]).code;
   }
   return codes;
 }

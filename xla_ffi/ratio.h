@@ -64,20 +64,22 @@ PAGED_HD float DecodeRatioNu(uint8_t code, RatioWindow window) {
   return FloatOf(code == 0 ? 0 : (code + window.offset) << window.shift);
 }
 
-// Bits of the second moment that is stored for the one with `nu_bits`: finite, not negative, and no
-// greater than the largest of the window's block. The upper bits of `random` decide.
-PAGED_HD uint32_t RoundRatioNu(uint32_t nu_bits, RatioWindow window, uint32_t random) {
+struct RatioNu {
+  uint32_t bits;  // of the value that is stored
+  uint8_t code;
+};
+
+// Rounds the second moment with `nu_bits`: finite, not negative, and no greater than the largest of
+// the window's block. The upper bits of `random` decide.
+PAGED_HD RatioNu EncodeRatioNu(uint32_t nu_bits, RatioWindow window, uint32_t random) {
   const uint32_t largest = 0x7f7fffffu >> window.shift;  // never infinity
   const uint32_t cut = (nu_bits + (random >> (32 - window.shift))) >> window.shift;
-  const uint32_t kept = cut < largest ? cut : largest;
+  const uint32_t below = cut < largest ? cut : largest;
   // What lies below the window takes the lowest code; only 0 is stored as 0.
   const uint32_t lowest = window.offset + 1;
-  return nu_bits == 0 ? 0 : (kept > lowest ? kept : lowest) << window.shift;
-}
-
-// The code of a value that RoundRatioNu returned.
-PAGED_HD uint8_t RatioNuCode(uint32_t stored_bits, RatioWindow window) {
-  return static_cast<uint8_t>(stored_bits == 0 ? 0 : (stored_bits >> window.shift) - window.offset);
+  const uint32_t kept = below > lowest ? below : lowest;
+  return {Select(nu_bits == 0, 0u, kept << window.shift),
+          static_cast<uint8_t>(Select(nu_bits == 0, 0u, kept - window.offset))};
 }
 
 // -------------------------------------------------------------------------------- first moments
@@ -90,8 +92,8 @@ struct MuUnit {
 PAGED_HD MuUnit UnitOf(float nu) {
   // Half the exponent; of the fraction, the bit that the exponent's parity leaves behind.
   const uint32_t unit = ((BitsOf(nu) >> 1) + 0x1fc00000u) & 0xffc00000u;
-  const uint32_t odd = (unit >> 22) & 1;
-  return {FloatOf(unit), FloatOf(0x7f000000u - unit - odd * 0x155555u)};
+  const bool is_odd = (unit & 0x00400000u) != 0;
+  return {FloatOf(unit), FloatOf(Select(is_odd, 0x7f000000u - 0x155555u, 0x7f000000u) - unit)};
 }
 
 // 127^2, and a little less so that a block's largest ratio stays below it when it is scaled.
@@ -107,8 +109,12 @@ PAGED_HD float InverseMuStep(float scale) {
   return scale >= 5.42101086e-20f ? kSquares / scale : 0.0f;
 }
 
+// Numbers below 2^22 as integers and as floats: at this size a float's low bits count by ones.
+inline constexpr float kOnes = 12582912.0f;  // 1.5 * 2^23
+
 PAGED_HD float DecodeRatioMu(uint8_t code, float mu_step, float unit) {
-  const float k = static_cast<float>(static_cast<int8_t>(code));
+  // 2^23 + 128 + k, from the code with its sign bit flipped.
+  const float k = FloatOf(0x4b000080u ^ code) - 8388736.0f;
   return k * FloatOf(BitsOf(k) & 0x7fffffffu) * mu_step * unit;
 }
 
@@ -121,7 +127,7 @@ PAGED_HD float FloorSqrt(float x) {
   const float root = std::sqrt(x);
 #endif
   // Made a little too small, so that only one side has to be looked at.
-  const float k = static_cast<float>(static_cast<int>(root * 0.99999905f));
+  const float k = (root * 0.99999905f - 0.5f + kOnes) - kOnes;
   const float next = k + 1.0f;
   return Select(next * next <= x, next, k);
 }
@@ -130,14 +136,12 @@ PAGED_HD float FloorSqrt(float x) {
 PAGED_HD uint8_t EncodeRatioMu(float ratio, float inverse_mu_step, uint32_t random) {
   const float scaled = FloatOf(BitsOf(ratio) & 0x7fffffffu) * inverse_mu_step;
   const float x = scaled < kSquares ? scaled : kSquares;
-  const float k = FloorSqrt(x);
-  // Both sides are exact: x - k^2 fits the bits of x, and the right is an integer below 2^24.
-  const float above = (x - k * k) * 65536.0f;
-  const float threshold = static_cast<float>(static_cast<int>(random & 0xffff)) * (k + k + 1.0f);
-  const float level = Select(above > threshold, k + 1.0f, k);
-  // 1.5 * 2^23: the sum's low byte is the integer in two's complement.
+  const float k = FloorSqrt(x), next = k + 1.0f;
+  // Both sides are exact: x - k^2 fits the bits of x; 16 random bits in [0, 1) times 8 bits.
+  const float fraction = FloatOf(0x3f800000u | (random << 7 & 0x007fff80u)) - 1.0f;
+  const float level = Select(x - k * k > fraction * (k + next), next, k);
   const float signed_level = FloatOf(BitsOf(level) | (BitsOf(ratio) & 0x80000000u));
-  return static_cast<uint8_t>(BitsOf(signed_level + 12582912.0f));
+  return static_cast<uint8_t>(BitsOf(signed_level + kOnes));  // the low byte: two's complement
 }
 
 inline constexpr uint8_t kZeroRatio = 0;  // code of zero, of both moments

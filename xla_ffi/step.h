@@ -109,10 +109,10 @@ PAGED_HD void StepRatioBlock(Math math, const AdamStep& step, RandomKey key, uin
   PAGED_UNROLL
   for (int k = 0; k < K; ++k) {
     random[k] = RandomBits(key, first + static_cast<uint32_t>(k)) + step.ratio_phase;
-    const uint32_t stored = RoundRatioNu(BitsOf(nu[k]), window, random[k]);
-    nu_codes[k] = RatioNuCode(stored, window);
+    const RatioNu stored = EncodeRatioNu(BitsOf(nu[k]), window, random[k]);
+    nu_codes[k] = stored.code;
     // The ratio from here on.
-    mu[k] = Select(stored == 0, 0.0f, mu[k] * UnitOf(FloatOf(stored)).reciprocal);
+    mu[k] = Select(stored.bits == 0, 0.0f, mu[k] * UnitOf(FloatOf(stored.bits)).reciprocal);
     const uint32_t mu_bits = BitsOf(mu[k]) & 0x7fffffffu;
     mu_max = mu_bits > mu_max ? mu_bits : mu_max;
   }
