@@ -469,7 +469,7 @@ def test_devices_in_another_order_are_refused(devices, kinds, order):
 def test_order_of_devices_with_the_same_parts_is_free(kind):
     """Along 'y' nothing is cut, so its devices may change places."""
     devices = jax.devices("cpu")[:8]
-    tx = paged_optax.scale_by_paged_adam8bit()
+    tx = paged_optax.scale_by_paged_adam8bit(quantization=DYNAMIC)
     update = jax.jit(tx.update)
     shapes, specs = {"w": (64, 1024), "b": (64,)}, {"w": P("x"), "b": P()}
     here = make_mesh(devices, kind, kind)
