@@ -57,7 +57,8 @@ def scale_by_paged_adam8bit(
       u_t &\leftarrow \frac{m_t / (1-\beta_1^t)}
         {\sqrt{v_t / (1-\beta_2^t) + \bar\varepsilon} + \varepsilon}
 
-    in float32; :math:`u_t` uses the new moments as they are before they are quantized. A gradient
+    in float32; :math:`u_t` uses the new moments as they are before they are quantized, by default
+    in a code whose rounding has mean zero (see `Quantization`). A gradient
     element that is not finite gives a NaN update for that element (or what `non_finite` says) and
     leaves its moments alone.
 

@@ -10,21 +10,24 @@ class Quantization:
 
     Attributes:
       codec: the 8-bit code; either takes 2.03 bytes per parameter for both moments, in blocks of
-        256 elements. ``"dynamic"`` is that of bitsandbytes, to the bit. ``"ratio"`` follows float32
-        moments an order of magnitude closer: it stores second moments as small floats and first
-        moments as multiples of their square roots, both rounded stochastically.
+        256 elements. ``"ratio"`` stores second moments as small floats and first moments as
+        multiples of their square roots, both rounded stochastically; updates follow those of
+        float32 moments an order of magnitude closer than with the other. ``"dynamic"`` is the code
+        of bitsandbytes, to the bit. In it a second moment far below the largest of its block is
+        zero, and steps explode; and second moments do not decay.
       min_size: leaves with fewer elements than this keep float32 moments (8 bytes per parameter).
         Small leaves are biases and norms, which save nothing and tolerate least. Inside
         `jax.shard_map` a leaf is the device's part of it.
       seed: chooses the random bits of stochastic rounding. They follow from the seed, the names of
         the leaves, the number of the step and the place in a leaf (or in a device's part of it), so
-        nothing is stored and a run can be repeated to the bit.
+        nothing is stored and a run can be repeated to the bit. Moments in the ``"dynamic"`` code
+        need none.
 
     Raises:
       ValueError: for an unknown codec or a negative size.
     """
 
-    codec: str = "dynamic"
+    codec: str = "ratio"
     min_size: int = 4096
     seed: int = 0
 

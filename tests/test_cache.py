@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paged_optax import moments, scale_by_paged_adam8bit
+from paged_optax import Quantization, moments, scale_by_paged_adam8bit
 
 pytestmark = pytest.mark.slow
 
@@ -34,10 +34,10 @@ PROGRAM = """
     import numpy as np
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-    from paged_optax import moments, scale_by_paged_adam8bit
+    from paged_optax import Quantization, moments, scale_by_paged_adam8bit
 
     def train(mesh):
-        tx = scale_by_paged_adam8bit()
+        tx = scale_by_paged_adam8bit(quantization=Quantization("dynamic"))
         init, update = jax.jit(tx.init), jax.jit(tx.update)
         place = jax.devices()[0] if mesh is None else NamedSharding(mesh, P("x"))
         events.clear()
@@ -95,7 +95,7 @@ def runs(tmp_path_factory):
 def expected():
     """The same steps in this process, without a cache."""
     with jax.default_device(jax.devices("cpu")[0]):
-        tx = scale_by_paged_adam8bit()
+        tx = scale_by_paged_adam8bit(quantization=Quantization("dynamic"))
         state = tx.init({"w": jnp.zeros((64, 1024))})
         for i in range(3):
             rng = np.random.default_rng(i)

@@ -28,6 +28,9 @@ SHAPES = {"rows": (512, 1024), "both": (64, 2048), "columns": (4, 4096), "replic
 SPECS = {"rows": P("x"), "both": P("x", "y"), "columns": P(None, "x"), "replicated": P()}
 FSDP = {name: P() if name == "replicated" else P(*spec) for name, spec in SPECS.items()}
 
+# No random bits: those of the ratio code follow from the place in a device's part of a leaf.
+DYNAMIC = paged_optax.Quantization("dynamic")
+
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
 
@@ -113,7 +116,7 @@ def assert_each_holds_its_shards(state, mesh, **layout):
 )
 def test_shards_are_updated_where_they_are(devices, kinds):
     """Fully sharded, tensor-parallel and replicated leaves in one tree, against one device."""
-    tx = paged_adamw8bit(1e-2)
+    tx = paged_adamw8bit(1e-2, quantization=DYNAMIC)
     expected, single, _ = train(tx, on(devices[0]))
     mesh = make_mesh(devices, *kinds)
     with jax.set_mesh(mesh):
@@ -130,6 +133,30 @@ def test_shards_are_updated_where_they_are(devices, kinds):
             moments(state)
     release(state)
     release(single)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_shards_draw_random_bits_as_leaves_of_their_own(devices, kind):
+    """The ratio code: a shard is updated as if it were the whole leaf; replicas stay equal."""
+    tx = paged_optax.scale_by_paged_adam8bit(quantization=paged_optax.Quantization("ratio"))
+    shapes, specs = {"rows": (64, 1024), "copies": (64, 64)}, {"rows": P("x"), "copies": P()}
+    mesh = make_mesh(devices, kind)
+    rows = slice(0, 64 // len(devices)), slice(-64 // len(devices), None)
+    state = tx.init(make_tree(0, shapes))
+    single = [tx.init(make_tree(0, shapes)) for _ in rows]
+    with jax.set_mesh(mesh):
+        for i in range(3):
+            updates, state = jax.jit(tx.update)(place(make_tree(i, shapes), mesh, specs), state)
+    for j, part in enumerate(rows):
+        for i in range(3):
+            grads = make_tree(i, shapes)
+            expected, single[j] = tx.update(grads | {"rows": grads["rows"][part]}, single[j])
+        np.testing.assert_array_equal(np.asarray(updates["rows"])[part], expected["rows"])
+        for copy in updates["copies"].addressable_shards:
+            np.testing.assert_array_equal(copy.data, expected["copies"])
+        for whole, alone in zip(moments(state), moments(single[j]), strict=True):
+            np.testing.assert_array_equal(whole["rows"][part], alone["rows"])
+    release([state, single])
 
 
 @pytest.mark.parametrize("with_mesh", [True, False], ids=["set_mesh", "arrays alone"])
@@ -329,7 +356,7 @@ def test_blocks_that_do_not_coincide(devices):
     grads = [
         {"w": (signs * rng.uniform(smallest, 1, shapes["w"])).astype(np.float32)} for _ in range(2)
     ]
-    tx = paged_optax.scale_by_paged_adam8bit()
+    tx = paged_optax.scale_by_paged_adam8bit(quantization=DYNAMIC)
     mesh = make_mesh(devices, "Auto")
 
     def run(put):
@@ -442,7 +469,7 @@ def test_devices_in_another_order_are_refused(devices, kinds, order):
 def test_order_of_devices_with_the_same_parts_is_free(kind):
     """Along 'y' nothing is cut, so its devices may change places."""
     devices = jax.devices("cpu")[:8]
-    tx = paged_optax.scale_by_paged_adam8bit()
+    tx = paged_optax.scale_by_paged_adam8bit(quantization=DYNAMIC)
     update = jax.jit(tx.update)
     shapes, specs = {"w": (64, 1024), "b": (64,)}, {"w": P("x"), "b": P()}
     here = make_mesh(devices, kind, kind)
@@ -481,7 +508,7 @@ def test_numbers_of_parts(sizes):
 def test_equal_cuts_of_other_meshes_go_on():
     """Eight devices in one axis or two: the same parts in the same places."""
     devices = jax.devices("cpu")[:8]
-    tx = paged_optax.scale_by_paged_adam8bit()
+    tx = paged_optax.scale_by_paged_adam8bit(quantization=DYNAMIC)
     update = jax.jit(tx.update)
     shapes = {"w": (64, 1024)}
     one, two = make_mesh(devices, "Auto"), make_mesh(devices, "Auto", "Auto")
@@ -543,7 +570,7 @@ def test_eager_steps_on_a_mesh_compile_once(kinds, caplog):
 @pytest.mark.parametrize("replay", [False, True])
 def test_loops_and_branches_over_shards(devices, kind, replay):
     """scan and cond around the update; with replay, a discarded step."""
-    tx = paged_optax.scale_by_paged_adam8bit(replay=replay)
+    tx = paged_optax.scale_by_paged_adam8bit(replay=replay, quantization=DYNAMIC)
     shapes, specs = {"w": (64, 1024)}, {"w": P("x")}
     mesh = make_mesh(devices, kind)
 
@@ -580,7 +607,7 @@ def test_accumulation_over_shards(devices):
 
     def run(put):
         with jax.numpy_dtype_promotion("standard"):
-            tx = optax.MultiSteps(paged_adamw8bit(1e-2, replay=True), 2)
+            tx = optax.MultiSteps(paged_adamw8bit(1e-2, replay=True, quantization=DYNAMIC), 2)
             params = put(make_tree(0, shapes))
             state = tx.init(params)
             for i in range(4):

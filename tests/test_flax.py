@@ -76,6 +76,8 @@ def make_model(wrt=nnx.Param):
 
 
 def make_clipped(**options):
+    # Random bits of the ratio code follow from the names of leaves, and nnx has two kinds of names.
+    options = {"quantization": paged_optax.Quantization("dynamic")} | options
     return optax.chain(optax.clip_by_global_norm(1.0), paged_adamw8bit(1e-2, **options))
 
 

@@ -13,13 +13,20 @@ import numpy as np
 import optax
 import pytest
 
+from paged_optax import (
+    Quantization,
+    paged_adam8bit,
+    paged_adamw8bit,
+    release,
+    scale_by_paged_adam8bit,
+)
 from paged_optax import _reference as reference
-from paged_optax import paged_adam8bit, paged_adamw8bit, release, scale_by_paged_adam8bit
 
 f32 = np.float32
 SIZE = 9572
 STEPS = (0, 1, 4, 24)  # t in the files' keys: after step t + 1
 LEARNING_RATE = 1e-3
+DYNAMIC = Quantization("dynamic")
 WEIGHT_DECAY = {"adam8_wd0": 0.0, "adamw8": 0.1}
 DTYPES = {"float32": f32, "bfloat16": ml_dtypes.bfloat16}
 
@@ -94,7 +101,7 @@ def test_reference_has_the_moments_of_bitsandbytes(optimizer, dtype):
 @every_dtype
 @every_optimizer
 def test_transformation_has_the_moments_of_bitsandbytes(optimizer, dtype, device, stored_moments):
-    tx = scale_by_paged_adam8bit()
+    tx = scale_by_paged_adam8bit(quantization=DYNAMIC)
     update = jax.jit(tx.update)
     state = tx.init(jax.device_put(inputs(dtype)[0], device))
 
@@ -164,9 +171,9 @@ def test_distance_of_parameters_from_bitsandbytes(optimizer, dtype, device):
     golden = load(optimizer, dtype)
     decay = WEIGHT_DECAY[optimizer]
     tx = (
-        paged_adamw8bit(LEARNING_RATE, weight_decay=decay)
+        paged_adamw8bit(LEARNING_RATE, weight_decay=decay, quantization=DYNAMIC)
         if decay
-        else paged_adam8bit(LEARNING_RATE)
+        else paged_adam8bit(LEARNING_RATE, quantization=DYNAMIC)
     )
 
     @jax.jit

@@ -27,6 +27,7 @@ from paged_optax import (
 )
 from paged_optax import _reference as reference
 from paged_optax._adam import _count_bad
+from paged_optax._state import CODECS, leaf_keys
 
 f32 = np.float32
 BAD = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf, "square": 1e30}
@@ -58,12 +59,18 @@ def skipped(state):
 # ------------------------------------------------------------------------------ one element
 
 
+@pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("nesterov", [False, True], ids=["plain", "nesterov"])
 @pytest.mark.parametrize("value", BAD.values(), ids=BAD)
-def test_skipped_elements_as_in_the_reference(device, same_bits, value, nesterov):
-    tx = scale_by_paged_adam8bit(nesterov=nesterov, non_finite="skip_element")
+def test_skipped_elements_as_in_the_reference(device, same_bits, value, nesterov, codec):
+    tx = scale_by_paged_adam8bit(
+        nesterov=nesterov, non_finite="skip_element", quantization=Quantization(codec)
+    )
     state, update = jax.device_put(tx.init(make_tree(0)), device), jax.jit(tx.update)
-    expected = {k: reference.init_leaf(x.size, x.size >= 4096) for k, x in make_tree(0).items()}
+    expected = {
+        k: reference.init_leaf(x.size, x.size >= 4096, codec) for k, x in make_tree(0).items()
+    }
+    keys = {k: leaf_keys((f"['{k}']",), seed=0)[0] for k in expected}
     num_bad = 0
     for count in range(5):
         with np.errstate(over="ignore"):
@@ -74,7 +81,13 @@ def test_skipped_elements_as_in_the_reference(device, same_bits, value, nesterov
         updates, state = update(jax.device_put(grads, device), state)
         for k, grad in grads.items():
             wanted, expected[k] = reference.step_leaf(
-                grad, expected[k], count, reference.Hyperparams(), nesterov, skip_elements=True
+                grad,
+                expected[k],
+                count,
+                reference.Hyperparams(),
+                nesterov,
+                skip_elements=True,
+                leaf_key=keys[k],
             )
             assert np.isfinite(wanted.astype(f32)).all()
             same_bits(updates[k], wanted, k)

@@ -169,6 +169,7 @@ class Stream:
     count: int = 0  # steps already taken
     hyperparams: tuple[float, float, float, float] = (0.9, 0.999, 1e-8, 0.0)
     key: int = 0x123456789ABCDEF
+    nesterov: bool = False
 
     def grads(self, num_steps):
         rng = np.random.default_rng(0)
@@ -196,11 +197,13 @@ STREAMS = {
     "subnormal second moments": Stream(exponent=-21),
     "vanishing second moments": Stream(exponent=-30),
     "huge": Stream(exponent=19, spread=1),
+    "slow decay": Stream(hyperparams=(0.99, 0.9999, 1e-8, 0.0)),
     "fast decay": Stream(hyperparams=(0.95, 0.9, 1e-8, 0.0)),
     "no memory": Stream(hyperparams=(0.0, 0.0, 1e-8, 0.0)),
     "ratios that overflow": Stream(exponent=10, spread=20, hyperparams=(0.99, 0.0, 1e-8, 0.0)),
     "late": Stream(count=2**31 - 60),
     "negative key": Stream(key=-1),
+    "nesterov": Stream(nesterov=True),
 }
 
 
@@ -213,11 +216,13 @@ def test_step_is_that_of_the_reference(stream):
     hyperparams = reference.Hyperparams(*stream.hyperparams)
     for step, grad in enumerate(stream.grads(50)):
         count = stream.count + step
-        expected, state = reference.step_leaf(grad, state, count, hyperparams, leaf_key=stream.key)
+        expected, state = reference.step_leaf(
+            grad, state, count, hyperparams, stream.nesterov, leaf_key=stream.key
+        )
         update = grad.copy()
         _ext.step_leaf(
             update, 0, RATIO, arena, 0, num_blocks, stream.hyperparams, count,
-            fresh=step == 0, leaf_key=stream.key,
+            nesterov=stream.nesterov, fresh=step == 0, leaf_key=stream.key,
         )  # fmt: skip
         np.testing.assert_array_equal(update, expected)
         codes, words = arena[: 2 * num_blocks * BLOCK], arena[2 * num_blocks * BLOCK :]
@@ -231,17 +236,16 @@ def rms(x):
     return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
 
 
-def carry(grads, key=0):
+def carry(grads, b1=0.9, nesterov=False):
     """Updates of the code and of float32 moments on the same gradients, (steps, size) each."""
     state = reference.init_leaf(grads[0].size, True, "ratio")
     exact = reference.init_leaf(grads[0].size, False)
     ours, theirs = [], []
+    hyperparams = reference.Hyperparams(b1)
     for count, grad in enumerate(grads):
-        update, state = reference.step_leaf(
-            grad, state, count, reference.Hyperparams(), leaf_key=key
-        )
+        update, state = reference.step_leaf(grad, state, count, hyperparams, nesterov)
         ours.append(update)
-        update, exact = reference.step_leaf(grad, exact, count, reference.Hyperparams())
+        update, exact = reference.step_leaf(grad, exact, count, hyperparams, nesterov)
         theirs.append(update)
     return np.array(ours), np.array(theirs)
 
@@ -268,11 +272,27 @@ def test_second_moments_decay():
     assert 1 / 1.2 < rms(ours[-500:, few]) / rms(exact[-500:, few]) < 1.2
 
 
-def test_zero_gradients_end_in_zero_updates():
+@pytest.mark.parametrize("nesterov", [False, True], ids=["plain", "nesterov"])
+@pytest.mark.parametrize("b1", [0.0, 0.9, 0.95, 0.99])
+def test_updates_follow_float32(b1, nesterov):
+    """Elements of several sizes in a block, some of which seldom have gradients."""
+    rng = np.random.default_rng(1)
+    scales = np.exp(rng.normal(0, 1, BLOCK))
+    grads = (rng.normal(size=(1500, BLOCK)) * scales).astype(f32)
+    grads[:, ::4] *= rng.random((1500, BLOCK // 4)) < 0.02
+    ours, exact = (x[-300:].astype(np.float64) for x in carry(grads, b1, nesterov))
+    for part in slice(0, None, 4), slice(1, None, 4):
+        error = np.sum((ours - exact)[:, part] ** 2) / np.sum(exact[:, part] ** 2)
+        assert error < 0.02
+
+
+@pytest.mark.parametrize("b1, steps", [(0.0, 10), (0.9, 300), (0.95, 600), (0.99, 3000)])
+@pytest.mark.parametrize("nesterov", [False, True], ids=["plain", "nesterov"])
+def test_zero_gradients_end_in_zero_updates(b1, steps, nesterov):
     """First moments do not freeze at a last code: they become 0, and the element stands still."""
     rng = np.random.default_rng(0)
-    grads = rng.normal(size=(400, BLOCK)).astype(f32)
+    grads = rng.normal(size=(100 + steps, BLOCK)).astype(f32)
     grads[100:, ::2] = 0
-    ours, _ = carry(grads)
+    ours, _ = carry(grads, b1, nesterov)
     assert not ours[-1, ::2].any()
     assert ours[-1, 1::2].all()

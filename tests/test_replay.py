@@ -15,6 +15,7 @@ import pytest
 import paged_optax
 from paged_optax import (
     Paging,
+    Quantization,
     _ext,
     memory_report,
     moments,
@@ -24,6 +25,7 @@ from paged_optax import (
     scale_by_paged_adam8bit,
 )
 from paged_optax import _reference as reference
+from paged_optax._state import leaf_keys
 
 # From compiled code: JaxRuntimeError, or ValueError on the fast path of a jitted function.
 RAISES = (RuntimeError, ValueError)
@@ -53,14 +55,18 @@ class Specification:
     def __init__(self, leaves=None, count=0):
         sizes = {k: int(np.prod(s)) for k, s in SHAPES.items()}
         self.leaves = leaves or {
-            k: reference.init_leaf(n, quantized=n >= 4096) for k, n in sizes.items()
+            k: reference.init_leaf(n, n >= 4096, Quantization().codec) for k, n in sizes.items()
         }
         self.count = count
 
     def update(self, grads):
         steps = {
             k: reference.step_leaf(
-                np.asarray(g), self.leaves[k], self.count, reference.Hyperparams()
+                np.asarray(g),
+                self.leaves[k],
+                self.count,
+                reference.Hyperparams(),
+                leaf_key=leaf_keys((f"['{k}']",), Quantization().seed)[0],
             )
             for k, g in grads.items()
         }

@@ -15,6 +15,7 @@ import pytest
 import paged_optax
 from paged_optax import Quantization, _ext, moments, release, scale_by_paged_adam8bit
 from paged_optax import _reference as reference
+from paged_optax._state import leaf_keys
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -56,15 +57,17 @@ def expected():
     result = Result({}, {}, {})
     for name, (shape, _) in LEAVES.items():
         size = int(np.prod(shape))
-        state = reference.init_leaf(size, quantized=size >= Quantization().min_size)
+        options = Quantization()
+        state = reference.init_leaf(size, size >= options.min_size, options.codec)
+        (key,) = leaf_keys((f"['{name}']",), options.seed)
         for i in range(NUM_STEPS):
             grad = np.asarray(make_grads(i)[name])
             result.updates[name], state = reference.step_leaf(
-                grad, state, i, reference.Hyperparams()
+                grad, state, i, reference.Hyperparams(), leaf_key=key
             )
-        for values, signed, moment in ((result.mu, True, state.mu), (result.nu, False, state.nu)):
-            if isinstance(moment, reference.Quantized):
-                moment = reference.dequantize(moment, signed)
+        if isinstance(state, reference.RatioState):
+            state = reference.dequantize_ratio(state)
+        for values, moment in zip((result.mu, result.nu), state, strict=True):
             values[name] = moment[:size].reshape(shape)
     return result
 

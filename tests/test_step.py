@@ -22,7 +22,7 @@ import pytest
 
 from paged_optax import Quantization, _ext, release, scale_by_paged_adam8bit
 from paged_optax import _reference as reference
-from paged_optax._state import DYNAMIC, FLOAT32, leaf_keys
+from paged_optax._state import CODECS, DYNAMIC, FLOAT32, RATIO, leaf_keys
 
 f32 = np.float32
 BLOCK = 256
@@ -34,6 +34,7 @@ DTYPES = {
 HALVES = ["bfloat16", "float16"]
 BELOW_ONE = float(np.nextafter(f32(1), f32(0)))
 DEFAULTS = reference.Hyperparams()
+every_codec = pytest.mark.parametrize("codec", list(CODECS))
 ALL_QUANTIZED, NONE_QUANTIZED = Quantization(min_size=0), Quantization(min_size=2**62)
 
 
@@ -173,7 +174,7 @@ any_hyperparams = st.builds(
 )
 
 
-@pytest.mark.parametrize("codec", ["dynamic", "ratio"])
+@every_codec
 @hypothesis.settings(max_examples=50)
 @hypothesis.given(
     specs=st.lists(leaf_specs, min_size=1, max_size=5),
@@ -195,8 +196,8 @@ def test_any_tree(check_run, codec, specs, hyperparams, traced, nesterov, min_si
 
 @pytest.mark.parametrize(
     "quantization",
-    [None, ALL_QUANTIZED, NONE_QUANTIZED, Quantization("ratio"), Quantization("ratio", 0)],
-    ids=["default", "all", "none", "ratio", "all ratio"],
+    [None, ALL_QUANTIZED, NONE_QUANTIZED, Quantization("dynamic"), Quantization("dynamic", 0)],
+    ids=["default", "all", "none", "dynamic", "all dynamic"],
 )
 def test_every_shape_and_dtype_in_one_tree(check_run, quantization):
     specs = [
@@ -218,13 +219,18 @@ def test_only_empty_leaves(check_run):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("quantization", [None, NONE_QUANTIZED], ids=["dynamic", "float32"])
+@pytest.mark.parametrize(
+    "quantization",
+    [None, Quantization("dynamic"), NONE_QUANTIZED],
+    ids=["ratio", "dynamic", "float32"],
+)
 def test_large_leaf(check_run, dtype, quantization):
     """Beyond a chunk of the arena, and enough for all threads; the reference has one."""
     specs = [LeafSpec((300,)), LeafSpec((1100, 1009), dtype), LeafSpec((5, 1000), zeros=0.5)]
     check_run(make_gradients(specs, 2, seed=3), quantization=quantization)
 
 
+@every_codec
 @pytest.mark.parametrize(
     "dtype, exponent, moment",
     [
@@ -235,51 +241,66 @@ def test_large_leaf(check_run, dtype, quantization):
         ("bfloat16", -20, "nu"),
     ],
 )
-def test_subnormal_numbers(check_run, dtype, exponent, moment):
+def test_subnormal_numbers(check_run, codec, dtype, exponent, moment):
     """Subnormal gradients, moments and scales count, although XLA's threads flush them to zero."""
     specs = [LeafSpec((size,), dtype, exponent, spread=1.0) for size in (999, 4500)]
     for hyperparams in (DEFAULTS, reference.Hyperparams(0.5, 0.5, 1e-38, 0.0)):
-        small, large = check_run(make_gradients(specs, 5, seed=4), hyperparams)
+        grads = make_gradients(specs, 5, seed=4)
+        small, large = check_run(grads, hyperparams, quantization=Quantization(codec))
         assert is_subnormal(getattr(small, moment)).any()
-        assert is_subnormal(getattr(large, moment).scales).any() or exponent == -39
+        if codec == "dynamic":
+            assert is_subnormal(getattr(large, moment).scales).any() or exponent == -39
+        elif moment == "nu":
+            assert is_subnormal(reference.dequantize_ratio(large)[1]).any()
 
 
+@every_codec
 @pytest.mark.parametrize("nesterov", [False, True], ids=["plain", "nesterov"])
 @pytest.mark.parametrize("start", [1, 10**6, 2**24, 2**31 - 3])
-def test_large_counts(check_run, start, nesterov):
+def test_large_counts(check_run, start, nesterov, codec):
     """A state restored to any count; at 2^31 - 1 optax's counter stays where it is."""
     specs = [LeafSpec((300,)), LeafSpec((5000,), "bfloat16")]
     hyperparams = reference.Hyperparams(BELOW_ONE, BELOW_ONE, 1e-12, 0.0)
-    check_run(make_gradients(specs, 3, seed=5), hyperparams, False, nesterov, start=start)
+    grads = make_gradients(specs, 3, seed=5)
+    check_run(grads, hyperparams, False, nesterov, Quantization(codec), start)
 
 
+@every_codec
 @pytest.mark.parametrize("value", [np.nan, np.inf, -0.5, 1.0, 1.5], ids=str)
 @pytest.mark.parametrize("name", ["b1", "b2"])
-def test_decay_out_of_range_keeps_moments(device, stored_moments, same_bits, name, value):
+def test_decay_out_of_range_keeps_moments(device, stored_moments, same_bits, name, value, codec):
     """A schedule gone wrong: all updates are NaN, moments stay, the next good step goes on.
 
-    Quantized ones stay up to requantization, which moves blocks that hold no code 255.
+    Quantized ones stay up to requantization. In the dynamic code that moves blocks that hold no
+    code 255; in the ratio code first moments, which are rounded at random.
     """
+    transform = functools.partial(scale_by_paged_adam8bit, quantization=Quantization(codec))
 
     @jax.jit
     def update(grads, state, decay):
-        return scale_by_paged_adam8bit(**{name: decay}).update(grads, state)
+        return transform(**{name: decay}).update(grads, state)
 
     specs = [LeafSpec((100,)), LeafSpec((5000,))]
     good = getattr(DEFAULTS, name)
     stored = []
     steps = list(make_gradients(specs, 3, seed=6))
-    state = scale_by_paged_adam8bit().init(steps[0])
+    state = transform().init(steps[0])
     for grads, decay in zip(steps, (good, value, good), strict=True):
         on_device = [jax.device_put(grad, device) for grad in grads]
         updates, state = update(on_device, state, f32(decay))
         stored.append(stored_moments(state))
         assert all(np.isnan(u).all() == (decay is value) for u in map(np.asarray, updates))
     (mu, nu), (mu_codes, nu_codes, mu_scales, nu_scales) = stored[0]
-    kept = reference.LeafState(
-        requantize(reference.Quantized(mu_codes, mu_scales), signed=True),
-        requantize(reference.Quantized(nu_codes, nu_scales), signed=False),
-    )
+    if codec == "ratio":
+        old = reference.dequantize_ratio(reference.RatioState(*stored[0][1]))
+        random = reference.ratio_random(leaf_keys(("[0]", "[1]"), 0)[1], 1, 5000)
+        kept = reference.quantize_ratio(*(moment[:5000] for moment in old), random)
+        same_bits(reference.dequantize_ratio(kept)[1], old[1])
+    else:
+        kept = reference.LeafState(
+            requantize(reference.Quantized(mu_codes, mu_scales), signed=True),
+            requantize(reference.Quantized(nu_codes, nu_scales), signed=False),
+        )
     check_stored(stored[1][0], reference.LeafState(mu[:100], nu[:100]), 100, same_bits)
     check_stored(stored[1][1], kept, 5000, same_bits)
     for after in stored[2]:
@@ -392,7 +413,7 @@ def test_step_from_any_float32_moments(num_blocks, same_bits):
     np.testing.assert_array_equal(arena, arena_of(*after))
 
 
-@pytest.mark.parametrize("codec", [DYNAMIC, FLOAT32], ids=["dynamic", "float32"])
+@pytest.mark.parametrize("codec", [DYNAMIC, RATIO, FLOAT32], ids=["dynamic", "ratio", "float32"])
 def test_order_of_blocks_does_not_matter(codec):
     """One call, one call a block, backwards: what threads do in any number is one of these."""
     num_blocks = 50
@@ -407,12 +428,12 @@ def test_order_of_blocks_does_not_matter(codec):
     assert len(set(results)) == 1
 
 
-@pytest.mark.parametrize("codec", [DYNAMIC, FLOAT32], ids=["dynamic", "float32"])
+@pytest.mark.parametrize("codec", [DYNAMIC, RATIO, FLOAT32], ids=["dynamic", "ratio", "float32"])
 def test_fresh_moments_are_not_read(codec):
     (grad,) = next(make_gradients([LeafSpec((1000,))], 1, seed=8))
     results = []
     for fill in (0, 255):
-        arena = np.full(4 * (520 if codec == DYNAMIC else 2048) + 512, fill, np.uint8)
+        arena = np.full(4 * (2048 if codec == FLOAT32 else 520) + 512, fill, np.uint8)
         update = step_arena(grad, arena, codec, [(0, 4)], DEFAULTS, 0, fresh=True)
         assert np.all(arena[-512:] == fill)
         results.append((update.tobytes(), arena[:-512].tobytes()))
@@ -500,7 +521,7 @@ def test_bad_gradient_in_quantized_moments(device, stored_moments, same_bits, la
     first = rng.uniform(0.5, 1.0, size).astype(f32)
     first[where] = 2.0 if largest else 0.25
     second = rng.uniform(0.5, 1.0, size).astype(f32)
-    tx = scale_by_paged_adam8bit()
+    tx = scale_by_paged_adam8bit(quantization=Quantization("dynamic"))
     update = jax.jit(tx.update)
     runs = []
     for gradient in (0.0, bad):

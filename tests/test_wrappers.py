@@ -633,4 +633,4 @@ def test_moments_of_states_for_whole_subtrees(how):
     mu = moments(state).mu
     assert jax.tree.map(np.shape, mu) == NESTED
     for leaf in jax.tree.leaves(mu):
-        np.testing.assert_allclose(leaf, 0.1, rtol=1e-6)
+        np.testing.assert_allclose(leaf, 0.1, rtol=0.02)  # 8 bits
