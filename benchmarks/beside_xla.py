@@ -89,6 +89,8 @@ def main() -> None:
     (row,) = run("default", 0)  # how much is left beside the default pool
     left = row["free"] + row["resident"]
     headroom = left - row["total"] // 2
+    if headroom < 0:
+        sys.exit(f"beside XLA's default pool {left} bytes are left; take a smaller --size")
     print(f"{row['total'] / MIB:.0f} MiB of moments, headroom {headroom / MIB:.0f} MiB\n")
     header = ("pool, MiB", "free, MiB", "resident", "ms", "warned")
     print(f"{'setting':<40}" + "".join(f"{h:>12}" for h in header))

@@ -16,7 +16,6 @@ standard library, byte by byte. Needs an NVIDIA GPU with some 10 GiB free. Try::
 import argparse
 import dataclasses
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -34,6 +33,7 @@ from tiny_llama import Config, Llama, train_step
 from tqdm import tqdm
 
 from paged_optax import memory_report, paged_adamw8bit
+from paged_optax._ext import cuda_info  # the devices as JAX numbers them
 
 GIB = 2**30
 BYTES_PER_PARAMETER = 14  # in XLA's pool
@@ -170,8 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     except pynvml.NVMLError as error:
         print(f"this needs an NVIDIA GPU: its memory is what is compared ({error})")
         return 1
-    visible = re.match(r"\d+", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
-    gpu = pynvml.nvmlDeviceGetHandleByIndex(int(visible.group()) if visible else 0)
+    gpu = pynvml.nvmlDeviceGetHandleByPciBusId(cuda_info()["devices"][0]["pci_bus_id"].encode())
     memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
 
     parameters = parameters_of(config_of(args))

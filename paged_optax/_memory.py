@@ -2,6 +2,7 @@
 
 import atexit
 import dataclasses
+import os
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +32,8 @@ class DeviceMemory:
       moving_seconds: time that this took, beside training.
       free: memory of the GPU that nobody holds; None on the CPU.
       pool: what XLA's allocator holds of the GPU; None where that is not known.
-      pool_in_use: part of the pool that arrays take.
+      pool_in_use: the most of the pool that was in use at one time.
+      evicted: whether `evict` keeps moments out.
     """
 
     device: str
@@ -45,6 +47,7 @@ class DeviceMemory:
     free: int | None = None
     pool: int | None = None
     pool_in_use: int | None = None
+    evicted: bool = False
 
     @property
     def on_host(self) -> int:
@@ -54,7 +57,9 @@ class DeviceMemory:
     @property
     def advice(self) -> str:
         """What would bring moments into the GPU's memory, where only XLA's pool keeps them out."""
-        if self.budget is not None or self.pool is None or self.pool_in_use is None:
+        if self.budget is not None or self.evicted or self.pool is None:
+            return ""
+        if self.pool_in_use is None or self.free is None or self.free > self.on_host:
             return ""
         return _advice(self.on_host, self.pool, self.pool_in_use)
 
@@ -162,7 +167,7 @@ def memory_report(opt_state: Any) -> MemoryReport:
     newest = {handle: (version, state) for (handle, version), state in states.items()}
     reports, elsewhere = [], 0
     for handle, (version, state) in newest.items():  # several versions of one state count once
-        here = _ext.describe(handle, version)
+        here = [report | {"handle": handle} for report in _ext.describe(handle, version)]
         reports += here
         if here:  # shards are equally large on all devices
             sharding = jnp.asarray(state.token).sharding
@@ -181,9 +186,12 @@ def memory_report(opt_state: Any) -> MemoryReport:
 def evict(opt_state: Any, device_bytes: int = 0) -> int:
     """Takes moments out of GPU memory, and keeps them out until `prefetch`.
 
-    For room that something else needs, such as an evaluation. Returns when the memory is free. The
-    state can be updated meanwhile; steps then work on the moments in host memory. On the CPU,
-    moments in a file are written out and leave RAM; others stay.
+    For room that something else outside of XLA's pool needs, or XLA itself where it does not
+    preallocate (``XLA_PYTHON_CLIENT_PREALLOCATE=false``). Returns when they are out. The device
+    memory of managed moments then goes to whoever allocates next; until then ``nvidia-smi`` counts
+    it as in use. The state can be updated meanwhile; steps then work on the moments in host memory.
+    On the CPU, moments in a file are written out and leave RAM; others stay. States that were never
+    updated have no moments to keep out.
 
     Args:
       opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it.
@@ -195,6 +203,7 @@ def evict(opt_state: Any, device_bytes: int = 0) -> int:
     Raises:
       ValueError: if there is no paged state, or for a negative number of bytes.
       RuntimeError: if the moments were released or are not in this process.
+      MemoryError: if they could not be moved; they are where they were.
 
     Example:
       >>> import jax.numpy as jnp, paged_optax
@@ -214,8 +223,9 @@ def evict(opt_state: Any, device_bytes: int = 0) -> int:
 def prefetch(opt_state: Any) -> int:
     """Brings moments into GPU memory, as far as there is room, and ends what `evict` asked for.
 
-    Returns when they are there. Not needed for training: steps bring moments in by themselves when
-    there is room for a while. On the CPU, moments in a file are read ahead.
+    Room is what is free beyond the headroom and within the budgets. Returns when they are there.
+    Not needed for training: steps bring moments in by themselves when there is room for a
+    while. On the CPU, moments in a file are read ahead.
 
     Args:
       opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it.
@@ -302,21 +312,31 @@ def _device_memory(platform: str, ordinal: int, reports: list[dict[str, Any]]) -
         free=_ext.free_device_bytes(ordinal) if on_gpu else None,
         pool=pool,
         pool_in_use=in_use,
+        evicted=any(report["limit"] >= 0 for report in reports),
     )
 
 
 def _groups(reports: list[dict[str, Any]]) -> tuple[LeafGroup, ...]:
     """Adds up leaves by where the tree first branches."""
     sizes: dict[tuple[str, ...], list[int]] = {}
+    seen: set[tuple[tuple[str, ...], int]] = set()  # leaves, each of which several devices report
     for report in reports:
         treedef = trees.get(report["tree"])
         if treedef is None:  # the update was not traced in this process
             return ()
-        numbered = jax.tree.unflatten(treedef, range(treedef.num_leaves))
+        try:
+            numbered = jax.tree.unflatten(treedef, range(treedef.num_leaves))
+        except Exception:  # a container of the user's that does not take numbers
+            return ()
         for path, index in jax.tree_util.tree_leaves_with_path(numbered):
             name = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+            leaf = (name, report["handle"])
             row = sizes.setdefault(name, [0, 0, 0])
-            added = (1, *report["leaf_bytes"][index])
+            total, resident = report["leaf_bytes"][index]
+            if report["memory"] == "file":  # which pages of it are in RAM is not known by leaf
+                resident = total * report["resident"] // max(1, report["total"])
+            added = (int(leaf not in seen), total, resident)
+            seen.add(leaf)
             row[:] = [a + b for a, b in zip(row, added, strict=True)]
     paths = list(sizes)
     shared = 0  # keys that all paths begin with
@@ -332,7 +352,10 @@ def _groups(reports: list[dict[str, Any]]) -> tuple[LeafGroup, ...]:
 
 
 def _pool(ordinal: int) -> tuple[int | None, int | None]:
-    """What XLA's allocator holds of a GPU, and what of it is in use."""
+    """What XLA's allocator holds of a GPU, and the most of it that was ever in use.
+
+    Not what is in use now: between two steps nothing of what a step needs is there.
+    """
     try:
         devices = jax.local_devices(backend="gpu")
     except RuntimeError:
@@ -340,7 +363,8 @@ def _pool(ordinal: int) -> tuple[int | None, int | None]:
     for device in devices:
         if device.local_hardware_id == ordinal:
             stats = device.memory_stats() or {}
-            return stats.get("pool_bytes", stats.get("bytes_limit")), stats.get("bytes_in_use")
+            in_use = stats.get("peak_bytes_in_use", stats.get("bytes_in_use"))
+            return stats.get("pool_bytes", stats.get("bytes_limit")), in_use
     return None, None
 
 
@@ -349,9 +373,9 @@ def _advice(missing: int, pool: int, in_use: int) -> str:
     if missing <= 0 or unused < missing:
         return ""
     return (
-        f"XLA's pool holds {format_bytes(pool)}, of which {format_bytes(unused)} are not in use:"
-        " with a smaller pool the moments would have room. Set XLA_PYTHON_CLIENT_MEM_FRACTION to"
-        " less than its 0.75, or XLA_PYTHON_CLIENT_PREALLOCATE=false."
+        f"XLA's pool holds {format_bytes(pool)}, of which {format_bytes(unused)} were never in"
+        " use: with a smaller pool the moments would have room. Set XLA_PYTHON_CLIENT_MEM_FRACTION"
+        " to less (the default is 0.75), or XLA_PYTHON_CLIENT_PREALLOCATE=false."
     )
 
 
@@ -363,7 +387,7 @@ def _describe(device: DeviceMemory) -> list[str]:
     line = f"{device.device}: {device.memory} memory, {budget}, {format_bytes(device.free)} free"
     if device.pool is not None and device.pool_in_use is not None:
         line += (
-            f", XLA's pool {format_bytes(device.pool)} ({format_bytes(device.pool_in_use)} in use)"
+            f", XLA's pool {format_bytes(device.pool)} ({format_bytes(device.pool_in_use)} used)"
         )
     if device.moved:
         line += f"; moved {format_bytes(device.moved)} in {device.moving_seconds:.2f} s"
@@ -388,15 +412,15 @@ def format_bytes(nbytes: int) -> str:
     return f"{nbytes} B" if units[0] == "B" else f"{value:.2f} {units[0]}"
 
 
-_said: set[tuple[int, bool]] = set()
+_said: set[int] = set()
 
 
 def _on_notice(ordinal: int, missing_bytes: int, text: str) -> None:
-    """Warns, once a GPU and subject, of what the C++ side has to say."""
+    """Warns of what the C++ side has to say; of short memory once a GPU."""
     if missing_bytes:
-        if (ordinal, True) in _said:
+        if ordinal in _said:
             return
-        _said.add((ordinal, True))
+        _said.add(ordinal)
         pool, in_use = _pool(ordinal)
         if pool is not None and in_use is not None:
             text = f"{text} {_advice(missing_bytes, pool, in_use)}".rstrip()
@@ -404,4 +428,6 @@ def _on_notice(ordinal: int, missing_bytes: int, text: str) -> None:
 
 
 _ext.set_notice_handler(_on_notice)
-atexit.register(_ext.stop_pagers)  # before Python, and then CUDA, are taken down
+# Before Python, and then CUDA, are taken down. A forked process has no pagers to wait for.
+atexit.register(_ext.stop_pagers)
+os.register_at_fork(after_in_child=lambda: atexit.unregister(_ext.stop_pagers))

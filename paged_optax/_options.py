@@ -51,8 +51,8 @@ class Paging:
     On a GPU as many of a state's moments as there is room for, counted from the first leaf on, are
     in device memory, and a step reads and writes the others in host memory, in place, at the rate
     of the link. Every step looks at the free device memory. When that gets short, moments make
-    room; when there is more for a while, they come back. This happens beside training, at most 128
-    MiB for each step, and changes no bit of the results. The states on a GPU share what there is
+    room; when there is more for a while, they come back. This happens beside training, 128 MiB for
+    each step on average, and changes no bit of the results. The states on a GPU share what there is
     fairly (max-min).
 
     A state keeps the options that it was first updated with; `evict` and `prefetch` change where

@@ -5,10 +5,12 @@ Managed allocations stay far below what a card has free; pressure is made with b
 
 import os
 import resource
+import signal
 import subprocess
 import sys
 import textwrap
 import time
+from concurrent import futures
 
 import hypothesis.strategies as st
 import jax
@@ -22,6 +24,7 @@ from paged_optax import (
     Paging,
     Quantization,
     _ext,
+    _memory,
     evict,
     memory_report,
     moments,
@@ -186,9 +189,14 @@ def test_directory_that_cannot_be_used(tmp_path, directory):
     assert _ext.num_arenas() == 0
 
 
-def run_python(code, **options):
+def run_python(code, cwd):
+    """On the CPU, in a folder that is no checkout: its source folder would be imported."""
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, **options
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
 
 
@@ -205,7 +213,7 @@ def test_disk_without_room_is_an_error_and_no_signal(tmp_path):
         print(error)
     print(paged_optax._ext.num_arenas())
     """
-    process = run_python(code, cwd=tmp_path, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    process = run_python(code, tmp_path)
     assert process.returncode == 0, process.stderr
     assert "has no 5.81 MiB for the optimizer's moments" in process.stdout
     assert "Nothing was allocated" in process.stdout
@@ -224,37 +232,39 @@ def test_nothing_is_left_behind(tmp_path, end):
     assert paged_optax.memory_report(state).devices[0].memory == "file"
     {end}
     """
-    run_python(code, cwd=tmp_path, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    process = run_python(code, tmp_path)
+    assert process.returncode == (-signal.SIGKILL if "SIGKILL" in end else 0), process.stderr
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_address_space_is_checked_first():
+def test_address_space_is_checked_first(tmp_path):
+    """The message is that of the check, and not of an mmap that was refused."""
     code = """
-    import jax.numpy as jnp, paged_optax, resource
+    import jax, jax.numpy as jnp, paged_optax, resource
     params = jnp.ones(20_000_000)
     tx = paged_optax.scale_by_paged_adam8bit()
     state = tx.init(params)
-    state.token.block_until_ready()
+    update = jax.jit(tx.update, donate_argnums=0).lower(params, state).compile()
+    jax.block_until_ready((params, state))
     size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    step = tx.update
-    grads = params + 0
-    resource.setrlimit(resource.RLIMIT_AS, (size + 2**24, -1))
+    resource.setrlimit(resource.RLIMIT_AS, (size + 2**23, -1))
     try:
-        paged_optax._ext.check_address_space(2**25)
-    except MemoryError as error:
+        jax.block_until_ready(update(params, state))
+    except (RuntimeError, ValueError) as error:
         print(error)
     """
-    process = run_python(code, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    process = run_python(code, tmp_path)
     assert process.returncode == 0, process.stderr
-    assert "need 32.00 MiB of address space" in process.stdout
+    assert "need 38.75 MiB of address space" in process.stdout
     assert "ulimit -v" in process.stdout
 
 
 # ----------------------------------------------------------------------------------------- notices
 
 
-def test_notices_become_warnings_once():
+def test_notices_become_warnings_once(monkeypatch):
+    monkeypatch.setattr(_memory, "_said", set())
     with pytest.warns(RuntimeWarning, match="paged_optax: something happened"):
         _ext.post_notice(77, 0, "something happened")
         _ext.deliver_notices()
@@ -467,31 +477,27 @@ def test_file_is_refused_on_a_gpu(tmp_path):
 @gpu
 def test_a_step_never_waits_for_a_move():
     """Steps return while a large state moves to the host and back in another thread."""
-    import threading
-
     run = Run(size=2**28).step(3)
     jax.block_until_ready(run.state)
 
-    def move():
-        for _ in range(3):
-            evict(state)
-            prefetch(state)
-
     state = run.state
-    thread = threading.Thread(target=move)
-    thread.start()
+
+    def move():
+        return sum(evict(state) + prefetch(state) for _ in range(3))
+
     times = []
-    while thread.is_alive():
-        start = time.perf_counter()
-        run.step()
-        times.append(time.perf_counter() - start)
-        jax.block_until_ready(run.state)
-    thread.join()
-    print(
-        f"{len(times)} steps beside moves: median {np.median(times) * 1e3:.2f} ms, "
-        f"worst {max(times) * 1e3:.2f} ms"
-    )
-    assert np.median(times) < 2e-3
+    with futures.ThreadPoolExecutor() as pool:
+        moved = pool.submit(move)
+        while not moved.done():
+            start = time.perf_counter()
+            run.step()
+            times.append(time.perf_counter() - start)
+            jax.block_until_ready(run.state)
+    assert moved.result() == 6 * run.report.total
+    median, most = np.quantile(times, [0.5, 0.9])
+    print(f"{len(times)} steps beside moves returned after {1e3 * median:.2f} ms, 9 in 10 of them")
+    print(f"within {1e3 * most:.2f} ms, all within {1e3 * max(times):.2f} ms")
+    assert median < 2e-3 and most < 5e-3
 
 
 @gpu
@@ -513,7 +519,7 @@ def test_thousand_states_leave_nothing_behind(memory):
     cycle(1000)
     after = _ext.free_device_bytes(0), rss()
     # They had 6 GB together. What the driver keeps for later use goes up and down.
-    assert before[0] - after[0] <= 256 * MIB
+    assert before[0] - after[0] <= 128 * MIB
     assert after[1] - before[1] <= 32 * MIB
     assert _ext.num_arenas() == 0
 
