@@ -43,11 +43,17 @@ def independent(shape, step):
 
 
 def golden(shape, step):
-    """Random for each element at one step; over the steps of an element, evenly spread.
+    """Evenly spread over the elements at one step, and over the steps of an element.
 
-    A phase from a hash of the index, advanced by the golden ratio (a Weyl sequence): of the next
-    n draws of an element, about n p fall below p, with an error of order log n and not sqrt(n).
+    Weyl sequences along both, with the plastic number and the golden ratio: of n draws in a row,
+    about n p fall below p, with an error of order log n and not sqrt(n).
     """
+    index = jnp.arange(np.prod(shape), dtype=jnp.uint32).reshape(shape)
+    return index * np.uint32(0xC13FA9A9) + jnp.asarray(step, jnp.uint32) * GOLDEN
+
+
+def hashed_golden(shape, step):
+    """The same along the steps, from a hash of the element."""
     index = jnp.arange(np.prod(shape), dtype=jnp.uint32).reshape(shape)
     return _mix(index + np.uint32(1)) + jnp.asarray(step, jnp.uint32) * GOLDEN
 
@@ -291,5 +297,6 @@ FORMATS = [
         True,
     ),
     _ratio("ratio, m nearest", {"v_random": golden}),
+    _ratio("ratio, hashed elements", {"m_random": hashed_golden, "v_random": hashed_golden}),
     WINNER,
 ]

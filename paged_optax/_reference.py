@@ -196,10 +196,10 @@ def dequantize_ratio(state: RatioState) -> tuple[np.ndarray, np.ndarray]:
 def ratio_random(leaf_key: int, count: int, size: int) -> np.ndarray:
     """The random bits with which a leaf's moments are rounded, uint32 (size,).
 
-    A hash of the element, which the steps advance by the golden ratio (a Weyl sequence).
+    Weyl sequences along the elements (the plastic number) and the steps (the golden ratio).
     """
-    place = random_bits_from((0x243F6A88, 0x85A308D3), leaf_key, 0, size, stream=1)
-    return place + np.uint32(count * 0x9E3779B9 % 2**32)
+    start = (leaf_key ^ leaf_key >> 32) + count * 0x9E3779B9
+    return np.arange(size, dtype=np.uint32) * np.uint32(0xC13FA9A9) + np.uint32(start % 2**32)
 
 
 def _decode_ratio_nu(codes: np.ndarray, words: np.ndarray) -> np.ndarray:

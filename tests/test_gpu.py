@@ -139,8 +139,8 @@ def test_step_returns_before_the_device_is_free(options):
     @jax.jit
     def busy(x):
         for _ in range(60):
-            x = (x @ x) * jnp.bfloat16(1e-2)
-        return x[0, 0].astype(jnp.float32)
+            x = (x @ x) * jnp.bfloat16(5e-3)  # goes to 0
+        return 1 + x[0, 0].astype(jnp.float32)
 
     tx = paged_adamw8bit(1e-3, **options)
     params = {"w": jnp.ones((1024, 1024), jnp.bfloat16), "b": jnp.ones(10)}

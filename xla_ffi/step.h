@@ -71,12 +71,12 @@ PAGED_HD void StepDynamicBlock(Math math, const AdamStep& step, const DynamicMap
   }
 }
 
-// The same for the `ratio` code. `key` and `first`, the index of the lane's first element in its
-// leaf, are for the random bits. `nu_word` is an integer (RatioWindow), in the place of a scale.
+// The same for the `ratio` code. `start` is RatioStart of the lane's first element. `nu_word` is an
+// integer (RatioWindow), in the place of a scale.
 template <int K, class Math, class BlockMax>
-PAGED_HD void StepRatioBlock(Math math, const AdamStep& step, RandomKey key, uint32_t first,
-                             float (&values)[K], uint8_t (&mu_codes)[K], uint8_t (&nu_codes)[K],
-                             float& mu_scale, float& nu_word, BlockMax block_max) {
+PAGED_HD void StepRatioBlock(Math math, const AdamStep& step, uint32_t start, float (&values)[K],
+                             uint8_t (&mu_codes)[K], uint8_t (&nu_codes)[K], float& mu_scale,
+                             float& nu_word, BlockMax block_max) {
   float mu[K], nu[K];
   {
     const RatioWindow window = WindowOf(BitsOf(nu_word));
@@ -108,11 +108,11 @@ PAGED_HD void StepRatioBlock(Math math, const AdamStep& step, RandomKey key, uin
   uint32_t random[K], mu_max = 0;
   PAGED_UNROLL
   for (int k = 0; k < K; ++k) {
-    random[k] = RandomBits(key, first + static_cast<uint32_t>(k)) + step.ratio_phase;
+    random[k] = start + step.ratio_phase + static_cast<uint32_t>(k) * kRatioStride;
     const RatioNu stored = EncodeRatioNu(BitsOf(nu[k]), window, random[k]);
     nu_codes[k] = stored.code;
     // The ratio from here on.
-    mu[k] = Select(stored.bits == 0, 0.0f, mu[k] * UnitOf(FloatOf(stored.bits)).reciprocal);
+    mu[k] = Select(nu[k] == 0.0f, 0.0f, mu[k] * UnitOf(FloatOf(stored.bits)).reciprocal);
     const uint32_t mu_bits = BitsOf(mu[k]) & 0x7fffffffu;
     mu_max = mu_bits > mu_max ? mu_bits : mu_max;
   }

@@ -122,9 +122,8 @@ PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begi
         StepDynamicBlock<kLane>(IeeeMath(), step, kMaps, values, mu, nu, mu_scale, nu_scale,
                                 block_max);
       } else {
-        StepRatioBlock<kLane>(IeeeMath(), step, RatioKey(leaf.key, start),
-                              static_cast<uint32_t>(start), values, mu, nu, mu_scale, nu_scale,
-                              block_max);
+        StepRatioBlock<kLane>(IeeeMath(), step, RatioStart(leaf.key, start), values, mu, nu,
+                              mu_scale, nu_scale, block_max);
       }
       const auto target = work.extent.LocateDynamic(work.target, block);
       std::memcpy(target.mu, mu, sizeof(mu));

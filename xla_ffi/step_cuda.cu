@@ -296,8 +296,8 @@ struct Stepper<Codec::kRatio> {
   __device__ static void Step(const Shared&, const AdamStep& step, const Leaf& leaf, int64_t start,
                               float (&values)[kLane], uint8_t (&mu)[kLane], uint8_t (&nu)[kLane],
                               float& mu_scale, float& nu_word) {
-    StepRatioBlock<kLane>(FastMath(), step, RatioKey(leaf.key, start), static_cast<uint32_t>(start),
-                          values, mu, nu, mu_scale, nu_word, WarpMax);
+    StepRatioBlock<kLane>(FastMath(), step, RatioStart(leaf.key, start), values, mu, nu, mu_scale,
+                          nu_word, WarpMax);
   }
 };
 
