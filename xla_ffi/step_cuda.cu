@@ -198,10 +198,7 @@ __device__ uint32_t WarpMax(uint32_t lane_max) { return __reduce_max_sync(0xffff
 // Blocks in host memory are left to a team of this many thread blocks: enough to keep the link
 // busy, and more would only queue up at it while the others finish what is in device memory. One
 // block there takes the time of about kHostCost in device memory.
-#ifndef PAGED_HOST_TEAM
-#define PAGED_HOST_TEAM 48
-#endif
-constexpr int64_t kHostTeam = PAGED_HOST_TEAM;
+constexpr int64_t kHostTeam = 48;
 constexpr int64_t kHostCost = 10;
 
 // A warp takes up to kMaxGroup blocks in a row, whose scales it reads and writes at once, a line of
