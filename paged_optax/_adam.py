@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jax.sharding import AxisType
 
 from . import _partition
 from ._check import record
-from ._ffi import TOKEN_SHAPE
+from ._non_finite import add_counts, count_bad
 from ._options import Paging, Quantization
 from ._state import (
     CODECS,
@@ -26,8 +25,15 @@ from ._state import (
     name_tree,
     new_token,
 )
+from ._validate import (
+    check_choice,
+    check_dtypes,
+    check_options,
+    check_range,
+    check_shapes,
+    check_state,
+)
 
-_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 _PARAM_ROUNDINGS = ("nearest", "stochastic", "compensated")  # enum ParamRounding in rounding.h
 _NON_FINITE = ("propagate", "skip_element", "skip_step")
 
@@ -151,7 +157,7 @@ def _compose(
 
     What `adam.non_finite` skips is skipped for all of them.
     """
-    _check_choice("non_finite", adam.non_finite, _NON_FINITE)
+    check_choice("non_finite", adam.non_finite, _NON_FINITE)
     first = _Link(adam, descent)
     if adam.non_finite == "propagate":
         tx = optax.GradientTransformation(first.init, first.update)
@@ -171,15 +177,15 @@ def _compose(
                 " init(params)."
             )
         leaves = jax.tree_util.tree_leaves_with_path(updates)
-        _check_dtypes("gradient", leaves)
+        check_dtypes("gradient", leaves)
         grads = [jnp.asarray(grad) for _, grad in leaves]
         first_state, *other_states = state.inner_state
         skip = None
         if adam.non_finite == "skip_element":
-            skipped = _add(state.skipped, _count_bad(grads, jnp.sum))
+            skipped = add_counts(state.skipped, count_bad(grads, jnp.sum))
         else:
-            skip = _count_bad(grads, jnp.any) > 0
-            skipped = _add(state.skipped, skip.astype(jnp.int32))
+            skip = count_bad(grads, jnp.any) > 0
+            skipped = add_counts(state.skipped, skip.astype(jnp.int32))
         updates, first_state = first.update(updates, first_state, params, skip)
         new_states: Any
         updates, new_states = others.update(updates, tuple(other_states), params)
@@ -197,18 +203,18 @@ class _Link:
     """The transformation that makes the custom call."""
 
     def __init__(self, adam: _Adam, descent: _Descent | None):
-        _check_options(adam.quantization, adam.paging)
-        _check_range("b1", adam.b1, below=1.0)
-        _check_range("b2", adam.b2, below=1.0)
-        _check_range("eps", adam.eps)
-        _check_range("eps_root", adam.eps_root)
+        check_options(adam.quantization, adam.paging)
+        check_range("b1", adam.b1, below=1.0)
+        check_range("b2", adam.b2, below=1.0)
+        check_range("eps", adam.eps)
+        check_range("eps_root", adam.eps_root)
         self._adam, self._descent = adam, descent
         self._quantization = adam.quantization or Quantization()
         self._paging = adam.paging or Paging()
 
     def init(self, params: optax.Params) -> ScaleByPagedAdam8bitState:
         leaves = jax.tree_util.tree_leaves_with_path(params)
-        _check_dtypes("parameter", leaves)
+        check_dtypes("parameter", leaves)
         _partition.guard(*(leaf for _, leaf in leaves if isinstance(leaf, Tracer)))
         return ScaleByPagedAdam8bitState(
             count=jnp.zeros([], jnp.int32), token=new_token(num_leaves=len(leaves))
@@ -223,10 +229,10 @@ class _Link:
     ) -> tuple[optax.Updates, ScaleByPagedAdam8bitState]:
         """One step; where the bool `skip` is True, updates of zero and the state as it was."""
         adam, descent, paging = self._adam, self._descent, self._paging
-        _check_state(state)
+        check_state(state)
         leaves, treedef = jax.tree_util.tree_flatten_with_path(updates)
-        _check_dtypes("gradient", leaves)
-        _check_shapes(leaves, params)
+        check_dtypes("gradient", leaves)
+        check_shapes(leaves, params)
         count, next_count = state.count, jnp.asarray(optax.safe_increment(state.count))
         if skip is not None:
             count, next_count = jnp.where(skip, -1, count), jnp.where(skip, count, next_count)
@@ -243,7 +249,7 @@ class _Link:
                     "param_rounding other than 'nearest' needs the parameters: pass them to update"
                     " as its third argument"
                 )
-            _check_dtypes("parameter", jax.tree_util.tree_leaves_with_path(params))
+            check_dtypes("parameter", jax.tree_util.tree_leaves_with_path(params))
             for value in (descent.learning_rate, descent.weight_decay):
                 hyperparams.append(value(state.count) if callable(value) else value)
             decayed = _decayed(descent.mask, updates)
@@ -276,39 +282,6 @@ class _Link:
         if descent is not None:
             record(scaled)
         return jax.tree.unflatten(treedef, scaled), ScaleByPagedAdam8bitState(next_count, token)
-
-
-def _count_bad(grads: Sequence[jax.Array], reduce: Callable[..., jax.Array]) -> jax.Array:
-    """Gradient elements that are not finite or have no finite square, on all devices: int32 ().
-
-    With ``reduce=jnp.any`` a leaf counts as one.
-    """
-    totals: dict[tuple[str, ...], jax.Array] = {}  # by the manual axes that gradients vary along
-    for grad in grads:
-        limit = jnp.inf if grad.dtype == jnp.float16 else 2.0**64
-        count = reduce(~(jnp.abs(grad) < limit)).astype(jnp.int32)
-        axes = tuple(sorted(_varying(count)))
-        totals[axes] = _add(totals[axes], count) if axes in totals else count
-    if not any(totals):  # jax.shard_map does not tell: they may vary along all
-        mesh = jax.sharding.get_abstract_mesh()
-        kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-        manual = tuple(name for name, kind in kinds if kind == AxisType.Manual)
-        totals = {manual: totals[()]} if totals else {}
-    result = jnp.zeros([], jnp.int32)
-    for axes, total in totals.items():
-        result = _add(result, jax.lax.psum(total, axes) if axes else total)
-    return result
-
-
-def _varying(x: jax.Array) -> frozenset[str]:
-    """The manual axes that a value is known to vary along; none without ``check_vma``."""
-    return getattr(getattr(jax.typeof(x), "manual_axis_type", None), "varying", frozenset())
-
-
-def _add(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The sum of two counters, which stop at the largest int32."""
-    largest = jnp.iinfo(jnp.int32).max
-    return jnp.where(x > largest - y, largest, x + y)
 
 
 def _decayed(mask: Any, updates: optax.Updates) -> tuple[bool, ...]:
@@ -419,7 +392,7 @@ def paged_adamw8bit(
             " by keyword."
         )
     adam = _Adam(b1, b2, eps, eps_root, nesterov, replay, non_finite, quantization, paging)
-    _check_choice("param_rounding", param_rounding, _PARAM_ROUNDINGS)
+    check_choice("param_rounding", param_rounding, _PARAM_ROUNDINGS)
     if param_rounding == "nearest":
         tail = [
             optax.add_decayed_weights(weight_decay, mask),
@@ -506,7 +479,7 @@ def paged_adam8bit(
       <https://arxiv.org/abs/1412.6980>`_, 2014
     """
     adam = _Adam(b1, b2, eps, eps_root, nesterov, replay, non_finite, quantization, paging)
-    _check_choice("param_rounding", param_rounding, _PARAM_ROUNDINGS)
+    check_choice("param_rounding", param_rounding, _PARAM_ROUNDINGS)
     if param_rounding == "nearest":
         tail = [optax.scale_by_learning_rate(learning_rate)]
         return optax.with_extra_args_support(_compose(adam, tail=tail))
@@ -521,83 +494,3 @@ def _stack(scalars: list[jax.typing.ArrayLike]) -> jax.typing.ArrayLike:
     if any(isinstance(x, jax.Array) for x in scalars):
         return jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars])
     return np.array(scalars, np.float32)
-
-
-def _check_range(name: str, value: jax.typing.ArrayLike, below: float = np.inf) -> None:
-    if np.ndim(value) != 0:
-        raise ValueError(f"{name} has shape {np.shape(value)}; it must be a scalar")
-    if callable(value) or value is None:
-        raise TypeError(
-            f"{name} is {value}; it must be a number. For a schedule use"
-            " optax.inject_hyperparams(...)"
-        )
-    # float32, as the kernel sees it: 0.99999999 is 1 there.
-    if isinstance(value, float | int | np.floating) and not 0 <= float(np.float32(value)) < below:
-        allowed = "at least 0" if below == np.inf else "in [0, 1) as float32"
-        raise ValueError(f"{name} is {value}; it must be {allowed}")
-
-
-def _check_options(quantization: Quantization | None, paging: Paging | None) -> None:
-    for name, value, kind in (
-        ("quantization", quantization, Quantization),
-        ("paging", paging, Paging),
-    ):
-        if not isinstance(value, kind | None):
-            raise TypeError(f"{name} is {value!r}; it must be a paged_optax.{kind.__name__}")
-
-
-def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
-
-
-def _check_state(state: Any) -> None:
-    if not isinstance(state, ScaleByPagedAdam8bitState):
-        raise TypeError(
-            f"the optimizer state is a {type(state).__name__}, not one that this optimizer's init"
-            " returned. Moments of another optimizer cannot be taken over: start with init(params)."
-        )
-    if state.token.dtype != jnp.int32 or state.token.shape != TOKEN_SHAPE:
-        raise ValueError(
-            f"the optimizer state's token is {state.token.dtype}{list(state.token.shape)}, and must"
-            " be int32[2] as init returned it; was the whole state cast, stacked or mapped over?"
-        )
-    if state.count.dtype != jnp.int32 or state.count.shape != ():
-        raise ValueError(
-            f"the optimizer state's count is {state.count.dtype}{list(state.count.shape)}, and must"
-            " be int32[] as init returned it; was the whole state cast, stacked or mapped over?"
-        )
-
-
-def _check_dtypes(kind: str, leaves: list[tuple[Any, Any]]) -> None:
-    for path, leaf in leaves:
-        dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.asarray(leaf).dtype
-        if isinstance(leaf, np.ndarray | np.generic):
-            dtype = jax.dtypes.canonicalize_dtype(dtype)  # as jax will take it
-        if dtype not in _FLOATS:
-            raise TypeError(
-                f"{kind} {_name(path)} has dtype {dtype}; paged optimizers take float32, bfloat16"
-                " and float16. Cast it, or keep it out with optax.masked or optax.partition."
-            )
-
-
-def _check_shapes(grads: list[tuple[Any, Any]], params: optax.Params | None) -> None:
-    """Compares gradients with the parameters, where given; the kernel compares with the moments."""
-    if params is None:
-        return
-    leaves = jax.tree.leaves(params)
-    if len(leaves) != len(grads):
-        raise ValueError(
-            f"there are {len(grads)} gradients but {len(leaves)} parameters; pass to update the"
-            " gradients of these parameters"
-        )
-    for (path, grad), param in zip(grads, leaves, strict=True):
-        if np.shape(grad) != np.shape(param):
-            raise ValueError(
-                f"gradient {_name(path)} has shape {np.shape(grad)} but its parameter has shape"
-                f" {np.shape(param)}"
-            )
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path) or "leaf"

@@ -26,7 +26,7 @@ from paged_optax import (
     scale_by_paged_adam8bit,
 )
 from paged_optax import _reference as reference
-from paged_optax._adam import _count_bad
+from paged_optax._non_finite import count_bad
 from paged_optax._state import CODECS, leaf_keys
 
 f32 = np.float32
@@ -403,7 +403,7 @@ def test_count_inside_shard_map(specs, count, unchecked):
     grads[0, 3], grads[1, 0] = np.nan, np.inf
     for check_vma, expected in ((True, count), (False, unchecked)):
         counter = jax.shard_map(
-            lambda *grads: _count_bad(grads, jnp.sum),
+            lambda *grads: count_bad(grads, jnp.sum),
             mesh=mesh,
             in_specs=specs,
             out_specs=P(),

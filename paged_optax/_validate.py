@@ -1,0 +1,95 @@
+"""What the optimizers ask of their arguments: clear errors for everything else."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ._ffi import TOKEN_SHAPE
+from ._options import Paging, Quantization
+from ._state import ScaleByPagedAdam8bitState
+
+FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def check_range(name: str, value: jax.typing.ArrayLike, below: float = np.inf) -> None:
+    if np.ndim(value) != 0:
+        raise ValueError(f"{name} has shape {np.shape(value)}; it must be a scalar")
+    if callable(value) or value is None:
+        raise TypeError(
+            f"{name} is {value}; it must be a number. For a schedule use"
+            " optax.inject_hyperparams(...)"
+        )
+    # float32, as the kernel sees it: 0.99999999 is 1 there.
+    if isinstance(value, float | int | np.floating) and not 0 <= float(np.float32(value)) < below:
+        allowed = "at least 0" if below == np.inf else "in [0, 1) as float32"
+        raise ValueError(f"{name} is {value}; it must be {allowed}")
+
+
+def check_options(quantization: Quantization | None, paging: Paging | None) -> None:
+    for name, value, kind in (
+        ("quantization", quantization, Quantization),
+        ("paging", paging, Paging),
+    ):
+        if not isinstance(value, kind | None):
+            raise TypeError(f"{name} is {value!r}; it must be a paged_optax.{kind.__name__}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+def check_state(state: Any) -> None:
+    if not isinstance(state, ScaleByPagedAdam8bitState):
+        raise TypeError(
+            f"the optimizer state is a {type(state).__name__}, not one that this optimizer's init"
+            " returned. Moments of another optimizer cannot be taken over: start with init(params)."
+        )
+    if state.token.dtype != jnp.int32 or state.token.shape != TOKEN_SHAPE:
+        raise ValueError(
+            f"the optimizer state's token is {state.token.dtype}{list(state.token.shape)}, and must"
+            " be int32[2] as init returned it; was the whole state cast, stacked or mapped over?"
+        )
+    if state.count.dtype != jnp.int32 or state.count.shape != ():
+        raise ValueError(
+            f"the optimizer state's count is {state.count.dtype}{list(state.count.shape)}, and must"
+            " be int32[] as init returned it; was the whole state cast, stacked or mapped over?"
+        )
+
+
+def check_dtypes(kind: str, leaves: list[tuple[Any, Any]]) -> None:
+    for path, leaf in leaves:
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.asarray(leaf).dtype
+        if isinstance(leaf, np.ndarray | np.generic):
+            dtype = jax.dtypes.canonicalize_dtype(dtype)  # as jax will take it
+        if dtype not in FLOATS:
+            raise TypeError(
+                f"{kind} {leaf_name(path)} has dtype {dtype}; paged optimizers take float32,"
+                " bfloat16 and float16. Cast it, or keep it out with optax.masked or optax.partition."
+            )
+
+
+def check_shapes(grads: list[tuple[Any, Any]], params: optax.Params | None) -> None:
+    """Compares gradients with the parameters, where given; the kernel compares with the moments."""
+    if params is None:
+        return
+    leaves = jax.tree.leaves(params)
+    if len(leaves) != len(grads):
+        raise ValueError(
+            f"there are {len(grads)} gradients but {len(leaves)} parameters; pass to update the"
+            " gradients of these parameters"
+        )
+    for (path, grad), param in zip(grads, leaves, strict=True):
+        if np.shape(grad) != np.shape(param):
+            raise ValueError(
+                f"gradient {leaf_name(path)} has shape {np.shape(grad)} but its parameter has shape"
+                f" {np.shape(param)}"
+            )
+
+
+def leaf_name(path: Any) -> str:
+    return jax.tree_util.keystr(path) or "leaf"
