@@ -69,7 +69,8 @@ def check_dtypes(kind: str, leaves: list[tuple[Any, Any]]) -> None:
         if dtype not in FLOATS:
             raise TypeError(
                 f"{kind} {leaf_name(path)} has dtype {dtype}; paged optimizers take float32,"
-                " bfloat16 and float16. Cast it, or keep it out with optax.masked or optax.partition."
+                " bfloat16 and float16. Cast it, or keep it out with optax.masked or"
+                " optax.partition."
             )
 
 

@@ -1,11 +1,10 @@
 // The Python module: what paged_optax asks of the C++ side beside the calls in compiled programs.
-// The only file that includes Python.
+// With hooks.cc the only file that includes Python.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <array>
 #include <deque>
 #include <mutex>
 #include <string>
@@ -13,18 +12,15 @@
 
 #include "arena.h"
 #include "handlers.h"
+#include "hooks.h"
 #include "memory.h"
 #include "notice.h"
-#include "planner.h"
 #include "preflight.h"
-#include "random.h"
 #include "status.h"
-#include "step.h"
 
 #if PAGED_OPTAX_CUDA
 #include "cuda_check.h"
 #include "link.h"
-#include "step_cuda.h"
 #endif
 
 #ifndef PAGED_OPTAX_CUDA_ARCHS
@@ -239,78 +235,6 @@ py::array_t<uint8_t> ReadResiduals(const std::string& platform, int ordinal, int
   throw StatusError(StatusCode::kInvalidArgument, "no residuals of such a leaf on this device");
 }
 
-// The code alone, for the tests: codes of values that are already divided by their block's scale.
-py::array_t<uint8_t> Encode(const py::array_t<float, py::array::c_style>& values, bool is_signed) {
-  static constexpr DynamicMaps<int32_t> kMaps = MakeDynamicMaps<int32_t>();
-  py::array_t<uint8_t> codes(values.size());
-  for (py::ssize_t i = 0; i < values.size(); ++i) {
-    codes.mutable_data()[i] = is_signed ? EncodeMu(kMaps.mu, values.data()[i], 1.0f)
-                                        : EncodeNu(kMaps.nu, values.data()[i], 1.0f);
-  }
-  return codes;
-}
-
-// The `ratio` code alone, for the tests. Codes of second moments in the window of a word:
-py::array_t<uint8_t> EncodeRatioNus(const py::array_t<float, py::array::c_style>& values,
-                                    uint32_t word,
-                                    const py::array_t<uint32_t, py::array::c_style>& random) {
-  py::array_t<uint8_t> codes(values.size());
-  const RatioWindow window = WindowOf(word);
-  for (py::ssize_t i = 0; i < values.size(); ++i) {
-    codes.mutable_data()[i] =
-        EncodeRatioNu(BitsOf(values.data()[i]), window, random.data()[i]).code;
-  }
-  return codes;
-}
-
-// and of first moments that are already divided by their units.
-py::array_t<uint8_t> EncodeRatioMus(const py::array_t<float, py::array::c_style>& ratios,
-                                    float scale,
-                                    const py::array_t<uint32_t, py::array::c_style>& random) {
-  py::array_t<uint8_t> codes(ratios.size());
-  for (py::ssize_t i = 0; i < ratios.size(); ++i) {
-    codes.mutable_data()[i] =
-        EncodeRatioMu(ratios.data()[i], InverseMuStep(scale), random.data()[i]);
-  }
-  return codes;
-}
-
-// Random bits alone, for the tests: those of elements [start, start + size) of a leaf.
-py::array_t<uint32_t> RandomBitsOf(int64_t leaf_key, int32_t count, int64_t start, int64_t size,
-                                   uint32_t stream) {
-  py::array_t<uint32_t> bits(size);
-  for (int64_t i = 0; i < size; ++i) {
-    const RandomKey key =
-        BlockKey(StepKey(count), static_cast<uint64_t>(leaf_key), stream, start + i);
-    bits.mutable_data()[i] = RandomBits(key, static_cast<uint32_t>(start + i));
-  }
-  return bits;
-}
-
-// The step alone, for the tests: blocks [begin, end) of a single leaf, moments in `arena`.
-void StepLeaf(py::buffer values, int dtype, int codec, py::buffer arena, int64_t begin, int64_t end,
-              std::array<float, kNumHyperparams> hyperparams, int32_t count, bool nesterov,
-              bool fresh, int64_t leaf_key) {
-  const py::buffer_info values_info = values.request(/*writable=*/true);
-  const py::buffer_info arena_info = arena.request(/*writable=*/true);
-  Leaf leaf{};
-  leaf.grads = leaf.updates = values_info.ptr;
-  leaf.dtype = static_cast<DType>(dtype);
-  leaf.codec = static_cast<Codec>(codec);
-  leaf.key = static_cast<uint64_t>(leaf_key);
-  leaf.size = values_info.size * values_info.itemsize / SizeOf(leaf.dtype);
-  ArenaExtent extent;
-  const int64_t blocks = NumBlocks(leaf.size);
-  (Is8Bit(leaf.codec) ? extent.num_dynamic_blocks : extent.num_float32_blocks) = blocks;
-  if (begin < 0 || end > blocks || extent.NumBytes() > arena_info.size * arena_info.itemsize) {
-    throw StatusError(StatusCode::kInvalidArgument, "blocks outside the leaf, or arena too small");
-  }
-  uint8_t* base = static_cast<uint8_t*>(arena_info.ptr);
-  const Work work{&leaf, 1, blocks, fresh ? nullptr : base, base, extent, nullptr};
-  StepBlocksCpu(MakeAdamStep(hyperparams.data(), count, nesterov, BadElement::kNan), work, begin,
-                end);
-}
-
 // Notices wait here until the interpreter's main thread passes by; posting one takes no GIL, since
 // its holder may be waiting for the very lock that the poster has.
 struct Notices {
@@ -404,82 +328,6 @@ PYBIND11_MODULE(_ext, module) {
     AllNotices().handler = py::object(handler).release().ptr();  // kept until the process ends
   });
   module.def("deliver_notices", [] { DeliverNotices(nullptr); });
-  // For the tests.
-  module.def("post_notice", [](int ordinal, int64_t missing_bytes, const std::string& text) {
-    PostNotice({ordinal, missing_bytes, text});
-  });
-  module.def("fair_shares",
-             [](const std::vector<std::pair<int64_t, int64_t>>& demands, int64_t capacity) {
-               std::vector<Demand> converted;
-               for (const auto& [wanted, budget] : demands) converted.push_back({wanted, budget});
-               return FairShares(converted, capacity);
-             });
-  module.def("steady_capacity", [](const std::vector<int64_t>& capacities) {
-    SteadyCapacity steady;
-    std::vector<int64_t> seen;
-    for (const int64_t capacity : capacities) seen.push_back(steady.Observe(capacity));
-    return seen;
-  });
-  py::class_<Residency>(module, "Residency")
-      .def(py::init([](int64_t nbytes, int32_t num_slots, int64_t device_bytes,
-                       int64_t headroom_bytes, bool is_kept) {
-             Residency state;
-             state.geometry = MakeGeometry(nbytes / num_slots, num_slots);
-             state.device_bytes = device_bytes;
-             state.headroom_bytes = headroom_bytes;
-             state.is_kept = is_kept;
-             return state;
-           }),
-           py::arg("nbytes"), py::arg("num_slots") = 1, py::arg("device_bytes") = -1,
-           py::arg("headroom_bytes") = 0, py::arg("is_kept") = true)
-      .def_readwrite("segments", &Residency::segments)
-      .def_readwrite("target", &Residency::target)
-      .def_readwrite("moving", &Residency::moving)
-      .def_readwrite("held", &Residency::held)
-      .def_readwrite("limit", &Residency::limit)
-      .def_readwrite("failure", &Residency::failure)
-      .def("leading_bytes",
-           [](const Residency& state, int32_t n) { return state.geometry.LeadingBytes(n); });
-  py::class_<Planner>(module, "Planner")
-      .def(py::init<>())
-      .def("place",
-           [](Planner& planner, const Residencies& states, const Residency& newcomer,
-              int64_t free_bytes) {
-             const FirstShare share = planner.Place(states, newcomer, free_bytes);
-             return std::make_pair(share.segments, share.missing_bytes);
-           })
-      .def("observe", &Planner::Observe)
-      .def("note_slow_step", &Planner::NoteSlowStep)
-      .def("retarget", &Planner::Retarget, py::arg("states"), py::arg("free_bytes"),
-           py::arg("only") = nullptr)
-      .def("next",
-           [](Planner& planner, const Residencies& states, int64_t free_bytes, int64_t most_bytes) {
-             Step step;
-             const bool any = planner.Next(states, free_bytes, most_bytes, &step);
-             return any ? py::object(py::make_tuple(step.state, step.segments)) : py::none();
-           })
-      .def("begin",
-           [](Planner& planner, const Residencies& states, size_t state, int32_t segments,
-              int64_t free_bytes) { planner.Begin(states, {state, segments}, free_bytes); });
-  module.def("encode", &Encode, py::arg("values"), py::arg("signed"));
-  module.def("window_word", &WindowWord, py::arg("top"), py::arg("depth"), py::arg("active_depth"));
-  module.def("encode_ratio_nu", &EncodeRatioNus, py::arg("values"), py::arg("word"),
-             py::arg("random"));
-  module.def("encode_ratio_mu", &EncodeRatioMus, py::arg("ratios"), py::arg("scale"),
-             py::arg("random"));
-  module.def("random_bits", &RandomBitsOf, py::arg("leaf_key"), py::arg("count"), py::arg("start"),
-             py::arg("size"), py::arg("stream") = 0);
-  module.def("step_leaf", &StepLeaf, py::arg("values"), py::arg("dtype"), py::arg("codec"),
-             py::arg("arena"), py::arg("begin"), py::arg("end"), py::arg("hyperparams"),
-             py::arg("count"), py::arg("nesterov") = false, py::arg("fresh") = false,
-             py::arg("leaf_key") = 0);
-  module.def(
-      "arena_bytes",
-      [](int64_t num_dynamic_blocks, int64_t num_float32_blocks, bool has_residuals) {
-        return ArenaExtent{num_dynamic_blocks, num_float32_blocks, has_residuals}.NumBytes();
-      },
-      py::arg("num_dynamic_blocks"), py::arg("num_float32_blocks"),
-      py::arg("has_residuals") = false);
 #if PAGED_OPTAX_CUDA
   module.def(
       "measure_link",
@@ -488,19 +336,12 @@ PYBIND11_MODULE(_ext, module) {
         return std::make_tuple(rates.in, rates.out, rates.each_way);
       },
       py::arg("ordinal"), py::arg("nbytes"), py::call_guard<py::gil_scoped_release>());
-  module.def("count_inexact", &CountInexact, py::arg("ordinal"));
-  // For the tests.
-  module.def("pretend_not_managed", &PretendNotManaged, py::arg("pretend"));
-  module.def("take_device_memory", [](int ordinal, int64_t nbytes) {
-    ScopedDevice scope(ordinal);
-    return py::capsule(new DeviceBuffer(nbytes),
-                       [](void* buffer) { delete static_cast<DeviceBuffer*>(buffer); });
-  });
 #endif
   module.def(
       "raise_if_rejected", [] { Registry::Get().ThrowIfRejected(); },
       py::call_guard<py::gil_scoped_release>());
   module.def("set_shared_base", [](int32_t random) { Registry::Get().SetSharedBase(random); });
+  AddTestHooks(module);
   module.def("num_arenas", [] { return Registry::Get().NumArenas(); });
   module.def("num_unused", [] { return Registry::Get().NumUnused(); });
 }
