@@ -337,11 +337,11 @@ LEFT_OUT = (
     ),
     LeftOut(
         "contrib._schedule_free_test ScheduleFreeTest.test_schedule_free_adamw",
-        "atol=1e-6 with 8-bit moments; 2e-3 holds",
+        "atol=1e-6 with 8-bit moments; 5e-3 holds",
         "moments are rounded to 8 bits",
         "",
         variants=("8bit",),
-        atol=2e-3,
+        atol=5e-3,
     ),
     LeftOut(
         "contrib._complex_valued_test ComplexValuedTest.test_split_real_and_imaginary_adam",
