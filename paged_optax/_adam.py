@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from . import _partition
 from ._check import record
-from ._non_finite import add_counts, count_bad
+from ._non_finite import add_counts, count_bad, count_elements
 from ._options import Paging, Quantization
 from ._state import (
     CODECS,
@@ -30,6 +30,7 @@ from ._validate import (
     check_dtypes,
     check_options,
     check_range,
+    check_rate,
     check_shapes,
     check_state,
 )
@@ -85,9 +86,12 @@ def scale_by_paged_adam8bit(
       replay: whether the last step may be discarded and run again; doubles the moments' memory.
       non_finite: what a gradient that is not finite, or has no finite square, does.
         ``"propagate"``: its own update is NaN. ``"skip_element"``: its own direction is 0.
-        ``"skip_step"``: all updates are 0 and the state stays as it was, count and schedules
-        included. The other two read all gradients once more, and the state then is a
-        `SkipNonFiniteState`, whose ``skipped`` counts the elements, or the steps.
+        ``"skip_step"``: all updates are 0 and the state stays as it was, with its count and the
+        schedules of this optimizer (not those of `optax.inject_hyperparams` around it). The other
+        two read all gradients once more, and the state then is a `SkipNonFiniteState`, whose
+        ``skipped`` counts the elements, or the steps. Elements count from 2^64 on, where squares
+        may overflow. In `jax.pmap` and `jax.shard_map` copies of an element count each. Behind
+        clipping by a global norm use ``"skip_step"``: one such element spoils the norm of all.
       quantization: how moments are stored; see `Quantization`.
       paging: where moments live; see `Paging`.
 
@@ -158,6 +162,9 @@ def _compose(
     What `adam.non_finite` skips is skipped for all of them.
     """
     check_choice("non_finite", adam.non_finite, _NON_FINITE)
+    if descent is not None:
+        check_rate("learning_rate", descent.learning_rate)
+        check_rate("weight_decay", descent.weight_decay)
     first = _Link(adam, descent)
     if adam.non_finite == "propagate":
         tx = optax.GradientTransformation(first.init, first.update)
@@ -182,7 +189,7 @@ def _compose(
         first_state, *other_states = state.inner_state
         skip = None
         if adam.non_finite == "skip_element":
-            skipped = add_counts(state.skipped, count_bad(grads, jnp.sum))
+            skipped = add_counts(state.skipped, count_bad(grads, count_elements))
         else:
             skip = count_bad(grads, jnp.any) > 0
             skipped = add_counts(state.skipped, skip.astype(jnp.int32))
@@ -340,9 +347,12 @@ def paged_adamw8bit(
         may change its updates: see `check_last`.
       non_finite: what a gradient that is not finite, or has no finite square, does.
         ``"propagate"``: its own update is NaN. ``"skip_element"``: its own direction is 0.
-        ``"skip_step"``: all updates are 0 and the state stays as it was, count and schedules
-        included. The other two read all gradients once more, and the state then is a
-        `SkipNonFiniteState`, whose ``skipped`` counts the elements, or the steps.
+        ``"skip_step"``: all updates are 0 and the state stays as it was, with its count and the
+        schedules of this optimizer (not those of `optax.inject_hyperparams` around it). The other
+        two read all gradients once more, and the state then is a `SkipNonFiniteState`, whose
+        ``skipped`` counts the elements, or the steps. Elements count from 2^64 on, where squares
+        may overflow. In `jax.pmap` and `jax.shard_map` copies of an element count each. Behind
+        clipping by a global norm use ``"skip_step"``: one such element spoils the norm of all.
       quantization: how moments are stored; see `Quantization`.
       paging: where moments live; see `Paging`.
 
@@ -441,9 +451,12 @@ def paged_adam8bit(
         may change its updates: see `check_last`.
       non_finite: what a gradient that is not finite, or has no finite square, does.
         ``"propagate"``: its own update is NaN. ``"skip_element"``: its own direction is 0.
-        ``"skip_step"``: all updates are 0 and the state stays as it was, count and schedules
-        included. The other two read all gradients once more, and the state then is a
-        `SkipNonFiniteState`, whose ``skipped`` counts the elements, or the steps.
+        ``"skip_step"``: all updates are 0 and the state stays as it was, with its count and the
+        schedules of this optimizer (not those of `optax.inject_hyperparams` around it). The other
+        two read all gradients once more, and the state then is a `SkipNonFiniteState`, whose
+        ``skipped`` counts the elements, or the steps. Elements count from 2^64 on, where squares
+        may overflow. In `jax.pmap` and `jax.shard_map` copies of an element count each. Behind
+        clipping by a global norm use ``"skip_step"``: one such element spoils the norm of all.
       quantization: how moments are stored; see `Quantization`.
       paging: where moments live; see `Paging`.
 

@@ -50,6 +50,8 @@ def check_last(tx: optax.GradientTransformation, params: optax.Params, max_steps
 
     Takes a few steps with random parameters and gradients, outside of `jax.jit`, and compares what
     the paged optimizers return with what `tx` returns. The memory of these steps is freed again.
+    What does nothing in three such steps, such as `optax.clip(1.0)` behind a small learning rate or
+    a schedule that starts with 1, is not noticed.
 
     Args:
       tx: the whole optimizer, as the training loop calls it.
@@ -59,7 +61,7 @@ def check_last(tx: optax.GradientTransformation, params: optax.Params, max_steps
 
     Raises:
       ValueError: if `tx` changes updates of a paged optimizer, has none that rounds parameters, or
-        updates nothing within `max_steps` steps.
+        updates nothing within `max_steps` steps; or if the updates are NaN.
 
     Example:
       >>> import jax.numpy as jnp, optax, paged_optax
@@ -78,13 +80,20 @@ def check_last(tx: optax.GradientTransformation, params: optax.Params, max_steps
     state = tx.init(params)
     find_states(state)
     try:
-        with _recording() as records:
+        # Without jit: a step that was traced before would have nothing to record, and one that is
+        # traced here would go on recording.
+        with jax.disable_jit(), _recording() as records:
             for _ in range(max_steps):
                 records.clear()
                 grads = jax.tree.map(lambda p: _random_like(p, rng), params)
                 updates, state = tx.update(grads, state, params)
                 jax.effects_barrier()
                 leaves = [np.asarray(leaf).ravel() for leaf in jax.tree.leaves(updates)]
+                if any(np.isnan(record.astype(np.float32)).any() for record in records):
+                    raise ValueError(
+                        "the paged optimizer's own updates are NaN; with optax.inject_hyperparams"
+                        " and bfloat16 parameters pass hyperparam_dtype=jnp.float32"
+                    )
                 if not any(leaf.any() for leaf in leaves):
                     continue
                 missing, total = _count_missing(records, leaves), sum(r.size for r in records)

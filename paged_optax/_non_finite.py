@@ -6,11 +6,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
+_LARGEST = 2**31 - 1
+
 
 def count_bad(grads: Sequence[jax.Array], reduce: Callable[..., jax.Array]) -> jax.Array:
-    """Gradient elements that are not finite or have no finite square, on all devices: int32 ().
+    """Gradient elements that are not finite or are 2^64 and more, on all devices: int32 ().
 
-    With ``reduce=jnp.any`` a leaf counts as one.
+    With ``reduce=jnp.any`` a leaf counts as one, with `count_elements` each element. Where JAX does
+    not tell whether gradients are the same on several devices (`jax.pmap`, `jax.shard_map`), each
+    device's count.
     """
     totals: dict[tuple[str, ...], jax.Array] = {}  # by the manual axes that gradients vary along
     for grad in grads:
@@ -25,8 +29,22 @@ def count_bad(grads: Sequence[jax.Array], reduce: Callable[..., jax.Array]) -> j
         totals = {manual: totals[()]} if totals else {}
     result = jnp.zeros([], jnp.int32)
     for axes, total in totals.items():
-        result = add_counts(result, jax.lax.psum(total, axes) if axes else total)
+        if axes:
+            about = jax.lax.psum(total.astype(jnp.float32), axes)
+            total = _stop(jax.lax.psum(total, axes), about)
+        result = add_counts(result, total)
     return result
+
+
+def count_elements(bad: jax.Array) -> jax.Array:
+    """How many are True: int32 (), and the largest int32 from 2^30 on."""
+    rows = jnp.sum(jnp.atleast_1d(bad), axis=-1, dtype=jnp.int32)
+    return _stop(jnp.sum(rows, dtype=jnp.int32), jnp.sum(rows.astype(jnp.float32)))
+
+
+def _stop(count: jax.Array, about: jax.Array) -> jax.Array:
+    """A count, unless it may have wrapped: `about` is the same as a float."""
+    return jnp.where(about < 2.0**30, count, _LARGEST)
 
 
 def _varying(x: jax.Array) -> frozenset[str]:
@@ -36,5 +54,4 @@ def _varying(x: jax.Array) -> frozenset[str]:
 
 def add_counts(x: jax.Array, y: jax.Array) -> jax.Array:
     """The sum of two counters, which stop at the largest int32."""
-    largest = jnp.iinfo(jnp.int32).max
-    return jnp.where(x > largest - y, largest, x + y)
+    return jnp.where(x > _LARGEST - y, _LARGEST, x + y)

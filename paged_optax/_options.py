@@ -1,6 +1,7 @@
 """Options that are fixed when a transformation is built: how moments are stored, and where."""
 
 import dataclasses
+import operator
 import os
 
 
@@ -34,8 +35,9 @@ class Quantization:
     def __post_init__(self):
         for name in ("min_size", "seed"):
             value = getattr(self, name)
-            if not isinstance(value, int):
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
                 raise TypeError(f"{name} is {value!r}; it must be an int")
+            object.__setattr__(self, name, operator.index(value))
         if self.codec not in ("dynamic", "ratio"):
             raise ValueError(f"unknown codec {self.codec!r}; there are 'dynamic' and 'ratio'")
         if self.min_size < 0:

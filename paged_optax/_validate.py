@@ -29,6 +29,14 @@ def check_range(name: str, value: jax.typing.ArrayLike, below: float = np.inf) -
         raise ValueError(f"{name} is {value}; it must be {allowed}")
 
 
+def check_rate(name: str, value: Any) -> None:
+    """A learning rate or the like: a scalar, or a schedule of scalars."""
+    if value is None:
+        raise TypeError(f"{name} is None; it must be a number or a schedule")
+    if not callable(value) and np.ndim(value) != 0:
+        raise ValueError(f"{name} has shape {np.shape(value)}; it must be a scalar")
+
+
 def check_options(quantization: Quantization | None, paging: Paging | None) -> None:
     for name, value, kind in (
         ("quantization", quantization, Quantization),

@@ -26,7 +26,7 @@ from paged_optax import (
     scale_by_paged_adam8bit,
 )
 from paged_optax import _reference as reference
-from paged_optax._non_finite import count_bad
+from paged_optax._non_finite import count_bad, count_elements
 from paged_optax._state import CODECS, leaf_keys
 
 f32 = np.float32
@@ -403,7 +403,7 @@ def test_count_inside_shard_map(specs, count, unchecked):
     grads[0, 3], grads[1, 0] = np.nan, np.inf
     for check_vma, expected in ((True, count), (False, unchecked)):
         counter = jax.shard_map(
-            lambda *grads: count_bad(grads, jnp.sum),
+            lambda *grads: count_bad(grads, count_elements),
             mesh=mesh,
             in_specs=specs,
             out_specs=P(),
@@ -441,3 +441,15 @@ def test_counter_stops_at_its_largest_value():
     for _ in range(2):
         _, state = tx.update(bad, state)
         assert skipped(state) == 2**31 - 1
+
+
+def test_counter_stops_where_it_would_wrap():
+    """XLA makes no array of a broadcast that is only summed."""
+
+    def count(x, *shapes):
+        return count_bad([jnp.broadcast_to(x, shape) for shape in shapes], count_elements)
+
+    count = jax.jit(count, static_argnums=(1, 2))
+    assert count(jnp.nan, (2**10, 2**10), ()) == 2**20 + 1
+    assert count(jnp.nan, (2**12, 2**20), (5,)) == 2**31 - 1
+    assert count(jnp.nan, (40, 5120, 13824), (5,)) == 2**31 - 1

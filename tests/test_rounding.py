@@ -919,3 +919,33 @@ def test_check_last_of_a_long_cycle():
     with pytest.raises(ValueError, match="within 64 steps; pass a larger max_steps"):
         paged_optax.check_last(tx, PARAMS)
     paged_optax.check_last(tx, PARAMS, max_steps=100)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_check_last_of_a_jitted_update_leaves_nothing_behind(warm):
+    adamw = paged_adamw8bit(1e-3, param_rounding="compensated")
+    tx = optax.GradientTransformation(adamw.init, jax.jit(adamw.update))
+    params = {"w": jnp.ones((64, 64), jnp.bfloat16)}
+    if warm:
+        tx.update(params, tx.init(params), params)
+    paged_optax.check_last(tx, params)
+    assert "callback" not in tx.update.lower(params, tx.init(params), params).as_text()
+
+
+def test_check_last_names_nan_as_what_it_is():
+    tx = optax.inject_hyperparams(paged_adamw8bit)(learning_rate=1e-3, param_rounding="compensated")
+    with pytest.raises(ValueError, match="are NaN.*hyperparam_dtype"):
+        paged_optax.check_last(tx, {"w": jnp.ones((64, 64), jnp.bfloat16)})
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"learning_rate": None}, TypeError, "learning_rate is None"),
+        ({"learning_rate": 1e-3, "weight_decay": None}, TypeError, "weight_decay is None"),
+        ({"learning_rate": jnp.ones(2)}, ValueError, r"learning_rate has shape \(2,\)"),
+    ],
+)
+def test_rates_that_are_none(options, error, message):
+    with pytest.raises(error, match=message):
+        paged_adamw8bit(**options, param_rounding="stochastic")
