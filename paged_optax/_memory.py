@@ -190,8 +190,9 @@ def evict(opt_state: Any, device_bytes: int = 0) -> int:
     preallocate (``XLA_PYTHON_CLIENT_PREALLOCATE=false``). Returns when they are out. The device
     memory of managed moments then goes to whoever allocates next; until then ``nvidia-smi`` counts
     it as in use. The state can be updated meanwhile; steps then work on the moments in host memory.
-    On the CPU, moments in a file are written out and leave RAM; others stay. States that were never
-    updated have no moments to keep out.
+    Other states that are updated meanwhile may come to use the room. On the CPU, moments in a file
+    are written out and leave RAM; others stay. States that were never updated have no moments to
+    keep out.
 
     Args:
       opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it.
