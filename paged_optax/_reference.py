@@ -135,7 +135,8 @@ class RatioState(NamedTuple):
 
 _FINEST_SHIFT, _COARSEST_SHIFT = 16, 21
 _IDLE_RANGE = 15 << 23
-_INFINITY = 0x7F800000
+_HAS_ZEROS = 32
+_INFINITY, _LARGEST_NU = 0x7F800000, 0x7F600000
 _SQUARES = np.float32(16128.99)  # 127^2, and a little less so that no ratio reaches it
 
 
@@ -157,16 +158,17 @@ def quantize_ratio(mu: np.ndarray, nu: np.ndarray, random: np.ndarray) -> RatioS
     low = np.where(mu == 0, np.maximum(bits, idle_limit), bits)
     bottom = np.where(bits > 0, low, _INFINITY).min(axis=1, initial=_INFINITY)
     span = np.maximum(top - bottom, 0)
+    span += span // 64  # so much of the codes is left for the ends
     shift = np.full(span.shape, _COARSEST_SHIFT)
     for s in reversed(range(_FINEST_SHIFT, _COARSEST_SHIFT)):
-        shift = np.where(span >> s <= 252, s, shift)
-    words = (top & 0xFFFF0000 | shift).astype(np.uint32)
+        shift = np.where(span >> s < 256, s, shift)
+    has_zeros = (bits == 0).any(axis=1)
+    words = (top & 0xFFFF0000 | shift | np.where(has_zeros, _HAS_ZEROS, 0)).astype(np.uint32)
     offset = np.maximum((top >> shift) - 254, 0)
 
     # Second moments: the bits above the cut, after the addition of random ones below it.
     shift, offset = shift[:, None], offset[:, None]
-    cut = (bits + (random.astype(np.int64) >> (32 - shift))) >> shift
-    cut = np.minimum(cut, 0x7F7FFFFF >> shift)
+    cut = (np.minimum(bits, _LARGEST_NU) + (random.astype(np.int64) >> (32 - shift))) >> shift
     nu_codes = np.where(bits == 0, 0, np.maximum(cut - offset, 1)).astype(np.uint8)
 
     # First moments: squares of integers, in units of the stored second moments' square roots.
@@ -176,11 +178,12 @@ def quantize_ratio(mu: np.ndarray, nu: np.ndarray, random: np.ndarray) -> RatioS
     magnitude = np.minimum(np.abs(ratio), np.float32(2.0**32))
     scales = magnitude.max(axis=1, initial=np.float32(0))
     usable = scales >= np.float32(2.0**-64)
-    inverse = np.where(usable, _SQUARES / np.where(usable, scales, 1), np.float32(0))
-    x = np.minimum(magnitude * inverse[:, None].astype(np.float32), _SQUARES)
-    k = np.sqrt(x.astype(np.float64)).astype(np.int64)  # float64: exact enough for its floor
-    threshold = (random & np.uint32(0xFFFF)).astype(np.int64) * (2 * k + 1)
-    level = k + ((x.astype(np.float64) - k * k) * 65536 > threshold)
+    inverse = np.where(usable, _SQUARES * (1 / np.where(usable, scales, np.float32(1))), 0)
+    x = magnitude * inverse[:, None].astype(np.float32)
+    # Up from k^2 if x - k^2 > f (2 k + 1), that is if sqrt(x - 1/4 + h^2) - h > k + 1/2.
+    h = (random & np.uint32(0xFFFF)).astype(np.float32) / np.float32(65536) - np.float32(0.5)
+    y = (x - np.float32(0.25)) + h * h
+    level = np.rint(np.sqrt(np.maximum(y, np.float32(2.0**-60))) - h)
     mu_codes = np.where(np.signbit(ratio), -level, level).astype(np.int8).view(np.uint8)
     return RatioState(mu_codes.ravel(), nu_codes.ravel(), scales, words.view(np.float32))
 
@@ -206,7 +209,8 @@ def _decode_ratio_nu(codes: np.ndarray, words: np.ndarray) -> np.ndarray:
     shift = words & np.uint32(31)
     top = (words >> shift).astype(np.int64)
     bits = (codes + np.maximum(top - 254, 0)[:, None]) << shift[:, None].astype(np.int64)
-    return np.where(codes == 0, 0, bits).astype(np.uint32).view(np.float32)
+    has_zeros = (words & np.uint32(_HAS_ZEROS)) != 0
+    return np.where(has_zeros[:, None] & (codes == 0), 0, bits).astype(np.uint32).view(np.float32)
 
 
 def _ratio_unit(nu: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -241,11 +245,12 @@ def adam(
       count: number of steps already taken.
       hyperparams: b1, b2, eps, eps_root.
       nesterov: whether to use Nesterov momentum (Dozat, 2016).
-      skip_elements: whether an element whose moments would become non-finite is skipped.
+      skip_elements: whether an element whose gradient cannot be used is skipped.
 
     Returns:
-      ``(update, mu, nu)``, float32. Where a moment would become non-finite, the update is NaN, or
-      that of a first moment of 0 with `skip_elements`, and the moments are unchanged.
+      ``(update, mu, nu)``, float32. Where a gradient is not finite, or 2^64 and more, so that it
+      has no finite square, the update is NaN, or that of a first moment of 0 with
+      `skip_elements`, and the moments are unchanged.
     """
     f32 = np.float32
     b1, b2, eps, eps_root = (f32(x) for x in hyperparams)
@@ -263,10 +268,10 @@ def adam(
     with np.errstate(all="ignore"):
         new_mu = b1 * mu + one_minus_b1 * grad
         new_nu = b2 * nu + one_minus_b2 * grad * grad
-        finite = np.isfinite(new_mu) & np.isfinite(new_nu)
-        mu_hat = new_mu * mu_scale + grad * grad_scale
-        mu_hat = np.where(finite, mu_hat, f32(0 if skip_elements else np.nan))
-        new_mu, new_nu = np.where(finite, new_mu, mu), np.where(finite, new_nu, nu)
+        used = (np.abs(grad) < f32(2.0**64)) & np.isfinite(new_nu)  # and then mu is finite too
+        mu_hat = new_mu * mu_scale + grad * grad_scale if nesterov else new_mu * mu_scale
+        mu_hat = np.where(used, mu_hat, f32(0 if skip_elements else np.nan))
+        new_mu, new_nu = np.where(used, new_mu, mu), np.where(used, new_nu, nu)
         update = mu_hat * (f32(1) / (np.sqrt(new_nu * nu_scale + eps_root) + eps))
     return update, new_mu, new_nu
 

@@ -18,15 +18,20 @@ f32, u32 = np.float32, np.uint32
 BLOCK = 256
 SHIFTS = range(16, 22)
 LARGEST = 0x7F7FFFFF  # bits of the largest finite float
+HAS_ZEROS = 32
 
 
 def floats(bits):
     return np.asarray(bits, u32).view(f32)
 
 
-def word_of(top, bottom):
+def word_of(top, bottom, has_zeros=False):
     """The word of a block whose second moments have bits from `bottom` to `top`."""
-    return _ext.window_word(top, 2**32 - bottom, 2**32 - bottom)
+    return _ext.window_word(top, top - bottom, has_zeros)
+
+
+def encode_nus(bits, word, random, top=0x7F000000):
+    return _ext.encode_ratio_nu(floats(bits), top, word, np.broadcast_to(u32(random), len(bits)))
 
 
 def window_of(word):
@@ -44,8 +49,8 @@ def test_window_is_the_finest_that_reaches(top, octaves):
     bottom = max(top - int(octaves * 2**23), 1)
     shift, offset = window_of(word_of(top, bottom))
     span = top - bottom
-    assert shift == next((s for s in SHIFTS if span >> s <= 252), 21)
-    if span >> shift <= 252:
+    assert shift == next((s for s in SHIFTS if span + span // 64 < 256 << s), 21)
+    if span + span // 64 < 256 << shift:
         assert bottom >> shift >= offset  # and not below: it has a code of its own or the first
         assert max(bottom >> shift, 1) - offset >= (1 if offset else 0)
     assert (top >> shift) + 1 - offset <= 255  # rounding up at the top
@@ -61,8 +66,9 @@ def test_every_code_of_a_second_moment_is_stored_again(top, shift):
     bits = (codes + offset) << shift
     codes, bits = codes[bits <= top], bits[bits <= top]
     for random in 0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF:
-        actual = _ext.encode_ratio_nu(floats(bits), word, np.full(bits.size, random, u32))
-        np.testing.assert_array_equal(actual, codes)
+        actual = encode_nus(bits, word, random)
+        used = bits <= 0x7F600000  # what is stored in place of greater ones
+        np.testing.assert_array_equal(actual[used], codes[used])
 
 
 @pytest.mark.parametrize("shift", [16, 18, 21])
@@ -79,28 +85,41 @@ def test_second_moments_are_rounded_without_bias(top, shift):
     steps = np.arange(2**shift, dtype=np.uint64)
     random = (steps << np.uint64(32 - shift)).astype(u32)
     for bits in values:
-        codes = _ext.encode_ratio_nu(np.full(random.size, floats(bits)), word, random)
+        codes = encode_nus(np.full(random.size, bits), word, random)
         stored = floats((codes.astype(np.int64) + offset) << shift).astype(np.float64)
         assert stored.sum() == float(floats(bits)) * random.size  # exact in float64
         assert np.unique(codes).size <= 2
 
 
 def test_only_zero_is_stored_as_zero():
-    word = word_of(0x3F800000, 0x3F000000)
-    values = floats([0, 1, 0x00800000, 0x30000000, 0x3EFFFFFF, 0x3F800000])
+    word = word_of(0x3F800000, 0x3F000000, has_zeros=True)
+    bits = [0, 1, 0x00800000, 0x30000000, 0x3EFFFFFF, 0x3F800000]
     for random in 0, 0xFFFFFFFF:
-        codes = _ext.encode_ratio_nu(values, word, np.full(values.size, random, u32))
+        codes = encode_nus(bits, word, random)
         assert codes[0] == 0
         assert (codes[1:] >= 1).all()
 
 
-def test_largest_second_moments_stay_finite():
-    for shift in SHIFTS:
-        word = LARGEST & 0xFFFF0000 | shift
-        random = np.array([0, 0xFFFFFFFF], u32)
-        codes = _ext.encode_ratio_nu(floats([LARGEST, LARGEST]), word, random)
-        _, offset = window_of(word)
-        assert np.isfinite(floats((codes.astype(np.int64) + offset) << shift)).all()
+def test_code_0_is_a_second_moment_of_0():
+    """Also where the window starts far above it; blocks without zeros do not use it."""
+    rng = np.random.default_rng(0)
+    nu = rng.uniform(1, 2, 2 * BLOCK).astype(f32)
+    nu[3] = 0
+    state = reference.quantize_ratio(nu, nu, rng.integers(0, 2**32, nu.size, u32))
+    assert [word & HAS_ZEROS for word in state.nu_words.view(u32).tolist()] == [HAS_ZEROS, 0]
+    np.testing.assert_array_equal(np.flatnonzero(state.nu_codes == 0), [3])
+    mu, nu = reference.dequantize_ratio(state)
+    assert nu[3] == mu[3] == 0
+    assert (np.delete(nu, 3) >= 1).all()
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_largest_second_moments_stay_finite(shift):
+    word = LARGEST & 0xFFFF0000 | shift
+    _, offset = window_of(word)
+    for random in 0, 0xFFFFFFFF:
+        codes = encode_nus([LARGEST, LARGEST - 1, 0x7F600000], word, random, top=LARGEST)
+        assert (floats((codes.astype(np.int64) + offset) << shift) == floats(0x7F600000)).all()
 
 
 def test_every_code_of_a_first_moment():
@@ -136,18 +155,21 @@ def test_first_moments_are_rounded_without_bias():
             assert np.unique(codes).size <= 2
 
 
-def test_every_root():
-    """Around every square, where a wrong floor would show: against integers."""
-    squares = (np.arange(1, 127) ** 2).astype(f32)
-    x = np.concatenate([squares, np.nextafter(squares, f32(0)), np.nextafter(squares, f32(1e9))])
-    inverse = f32(16128.99)  # of scale 1
-    ratios = (x / inverse).astype(f32)
-    scaled = (ratios * inverse).astype(f32)
-    expected = np.floor(np.sqrt(scaled.astype(np.float64)))
-    # With the largest threshold only a value right below the next square goes up.
-    codes = _ext.encode_ratio_mu(ratios, 1.0, np.full(x.size, 0xFFFF, u32)).view(np.int8)
-    share = (scaled - expected**2) / (2 * expected + 1)
-    np.testing.assert_array_equal(codes, expected + (share * 65536 > 65535))
+def test_every_decision_between_squares():
+    """Against rationals: the other neighbour only where rounding errors of a float decide."""
+    inverse = fractions.Fraction(float(f32(16128.99)))  # of scale 1
+    rng = np.random.default_rng(0)
+    for k in range(127):
+        for word in [0, 1, 0x8000, 0xFFFF, *rng.integers(0, 2**16, 4)]:
+            f = fractions.Fraction(int(word), 2**16)
+            border = (k * k + f * (2 * k + 1)) / inverse
+            step = (2 * k + 1) / inverse * fractions.Fraction(1, 10_000)
+            below, above = (f32(max(float(border + sign * step), 0)) for sign in (-1, 1))
+            codes = _ext.encode_ratio_mu(np.array([below, above], f32), 1.0, np.full(2, word, u32))
+            if above <= 1:
+                assert codes[1] == k + 1
+            if word > 6:  # else `below` may be beyond the decision of the square before
+                assert codes[0] == k
 
 
 def test_units_are_near_the_root():

@@ -22,6 +22,9 @@ inline constexpr int kNumHyperparams = 4;
 // What becomes of an element whose gradient is not finite; its moments stay in any case.
 enum class BadElement : int8_t { kNan, kSkip };
 
+inline constexpr uint32_t kLargestFinite = 0x7f7fffff;  // bits; infinity and NaN have greater ones
+inline constexpr uint32_t kUnusableGrad = 0x5f800000;   // bits of 2^64, whose square is infinite
+
 struct AdamStep {
   float b1, b2, eps, eps_root;
   float one_minus_b1, one_minus_b2;
@@ -29,6 +32,7 @@ struct AdamStep {
   float mu_scale, grad_scale, nu_scale;
   // In place of the first moment of an element whose gradient is not finite: NaN, or 0 to skip it.
   float bad_mu_hat;
+  uint32_t safe_nu;      // bits of a second moment that no unusable gradient leaves below it
   uint32_t ratio_phase;  // of the random bits of ratio.h
 };
 
@@ -70,33 +74,71 @@ PAGED_HD AdamStep MakeAdamStep(const float* hyperparams, int32_t count, bool nes
   step.nu_scale = static_cast<float>(1.0 / c2);
   // A gradient can be skipped, a bad decay rate not.
   step.bad_mu_hat = is_valid && bad_element == BadElement::kSkip ? 0.0f : FloatOf(0x7fc00000u);
+  const float safe_nu = step.one_minus_b2 * 1.8446744e19f * 9.2233720e18f;  // half of 2^128
+  step.safe_nu = safe_nu <= 3.40282347e38f ? BitsOf(safe_nu) : kLargestFinite;
   step.ratio_phase = RatioPhase(count);
   return step;
 }
 
 // Square root and reciprocal as the host rounds them. The GPU has a faster twin, fast_math.h.
 struct IeeeMath {
-  PAGED_HD float Sqrt(float x) { return std::sqrt(x); }
-  PAGED_HD float Reciprocal(float x) { return 1.0f / x; }
+  PAGED_HD float Sqrt(float x) const { return std::sqrt(x); }
+  PAGED_HD float SqrtOrZero(float x) const { return std::sqrt(x); }
+  PAGED_HD float Reciprocal(float x) const { return 1.0f / x; }
 };
 
-// Advances the moments of one element and returns the bias-corrected first moment. A gradient that
-// would make a moment non-finite gives NaN, or 0, and leaves the moments as they were.
-PAGED_HD float AdvanceMoments(const AdamStep& step, float grad, float* mu, float* nu) {
-  const float new_mu = step.b1 * *mu + step.one_minus_b1 * grad;
-  const float new_nu = step.b2 * *nu + step.one_minus_b2 * grad * grad;
-  // NaN fails the comparison. If nu is finite, so is grad, and then mu, a mean of finite numbers.
-  const bool finite = new_nu <= 3.40282347e38f;
-  const float mu_hat = new_mu * step.mu_scale + grad * step.grad_scale;
-  *mu = Select(finite, new_mu, *mu);
-  *nu = Select(finite, new_nu, *nu);
-  return Select(finite, mu_hat, step.bad_mu_hat);
+PAGED_HD float NextNu(const AdamStep& step, float grad, float nu) {
+  return step.b2 * nu + step.one_minus_b2 * grad * grad;
+}
+
+PAGED_HD float NextMu(const AdamStep& step, float grad, float mu) {
+  return step.b1 * mu + step.one_minus_b1 * grad;
+}
+
+// Advances the moments of a lane's elements. `values` are gradients on entry and bias-corrected
+// first moments on return. A gradient that is not finite, or has no finite square, gives NaN, or 0,
+// and leaves the moments as they were. Returns the range of the second moments.
+template <int K>
+PAGED_HD BitRange AdvanceMoments(const AdamStep& step, float (&values)[K], float (&mu)[K],
+                                 float (&nu)[K]) {
+  float next_nu[K];
+  PAGED_UNROLL
+  for (int k = 0; k < K; ++k) next_nu[k] = NextNu(step, values[k], nu[k]);
+  const BitRange range = RangeOf(next_nu);
+  if (range.largest > step.safe_nu) {
+    PAGED_UNROLL
+    for (int k = 0; k < K; ++k) {
+      const bool is_used = static_cast<int>((BitsOf(values[k]) & 0x7fffffffu) < kUnusableGrad) &
+                           static_cast<int>(BitsOf(next_nu[k]) <= kLargestFinite);
+      const float next_mu = NextMu(step, values[k], mu[k]);
+      const float mu_hat = next_mu * step.mu_scale + values[k] * step.grad_scale;
+      mu[k] = Select(is_used, next_mu, mu[k]);
+      nu[k] = Select(is_used, next_nu[k], nu[k]);
+      values[k] = Select(is_used, mu_hat, step.bad_mu_hat);
+    }
+    return RangeOf(nu);
+  }
+  PAGED_UNROLL
+  for (int k = 0; k < K; ++k) {
+    mu[k] = NextMu(step, values[k], mu[k]);
+    nu[k] = next_nu[k];
+  }
+  if (step.grad_scale != 0.0f) {
+    PAGED_UNROLL
+    for (int k = 0; k < K; ++k) {
+      values[k] = mu[k] * step.mu_scale + values[k] * step.grad_scale;
+    }
+  } else {
+    PAGED_UNROLL
+    for (int k = 0; k < K; ++k) values[k] = mu[k] * step.mu_scale;
+  }
+  return range;
 }
 
 // The update of one element (the direction, before the learning rate).
 template <class Math>
-PAGED_HD float Update(Math& math, const AdamStep& step, float mu_hat, float nu) {
-  const float root = math.Sqrt(nu * step.nu_scale + step.eps_root);
+PAGED_HD float Update(Math math, const AdamStep& step, float mu_hat, float nu) {
+  const float root = math.SqrtOrZero(nu * step.nu_scale + step.eps_root);
   return mu_hat * math.Reciprocal(root + step.eps);
 }
 

@@ -1,12 +1,10 @@
-// Square roots and reciprocals for the GPU, rounded as IEEE 754 asks, without a branch for each.
-// The compiler's own versions jump to a slow path for unusual arguments, one by one; these only
-// note that an argument was unusual, so that a whole lane is computed again, once. Used by
-// step_cuda.cu.
+// Square roots and reciprocals for the GPU, rounded as IEEE 754 asks. The compiler's own versions
+// look at every argument and jump to a slow path for unusual ones; these are right within a range
+// that a caller checks for a whole lane. Used by step_cuda.cu.
 //
 // Method: the hardware's approximation and one Newton step whose residual a fused multiply-add
 // computes exactly (P. Markstein, "IA-64 and Elementary Functions", 2000, chapters 8 and 9);
-// correct to the last bit for all arguments that are not noted as unusual, which tests/test_gpu.py
-// checks one by one.
+// correct to the last bit for all arguments in range, which tests/test_gpu.py checks one by one.
 #pragma once
 
 #include "portable.h"
@@ -14,27 +12,32 @@
 namespace paged_optax {
 
 struct FastMath {
-  bool is_exact = true;
+  // In range: finite numbers from 2^-100 on, below which the residual could underflow.
+  static constexpr uint32_t kLeastRadicand = 0x0d800000;
 
-  __device__ __forceinline__ float Sqrt(float x) {
-    float r;
-    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-    const float s = __fmul_rn(x, r);
-    const float residual = __fmaf_rn(-s, s, x);
-    const float root = __fmaf_rn(residual, __fmul_rn(r, 0.5f), s);
-    // Below 2^-100 the residual could underflow. Zero is common and would be inf - inf.
-    is_exact &= BitsOf(x) - 0x0d800000u <= 0x7f7fffffu - 0x0d800000u || x == 0.0f;
-    return x == 0.0f ? 0.0f : root;
+  __device__ __forceinline__ float Sqrt(float x) const { return Sqrt(x, x); }
+  // 0 too: what is added is lost but there, where the hardware's approximation would be infinite.
+  __device__ __forceinline__ float SqrtOrZero(float x) const {
+    return Sqrt(x, x + FloatOf(0x00800000));
   }
 
-  __device__ __forceinline__ float Reciprocal(float x) {
+  // In range: normal numbers below 2^125; neither x nor the result is subnormal.
+  static constexpr uint32_t kLeastDivisor = 0x00800000, kDivisorEnd = 0x7e000000;
+
+  __device__ __forceinline__ float Reciprocal(float x) const {
     float r;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     const float residual = __fmaf_rn(-x, r, 1.0f);
-    // Normal numbers below 2^125: neither x nor the result is subnormal. Negative ones do not
-    // occur.
-    is_exact &= BitsOf(x) - 0x00800000u < 0x7e000000u - 0x00800000u;
     return __fmaf_rn(r, residual, r);
+  }
+
+ private:
+  __device__ __forceinline__ static float Sqrt(float x, float not_zero) {
+    float r;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(not_zero));
+    const float s = __fmul_rn(x, r);
+    const float residual = __fmaf_rn(-s, s, x);
+    return __fmaf_rn(residual, __fmul_rn(r, 0.5f), s);
   }
 };
 

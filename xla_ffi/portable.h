@@ -39,6 +39,53 @@ PAGED_HD float FloatOf(uint32_t bits) {
 #endif
 }
 
+PAGED_HD float Abs(float x) {
+#if defined(__CUDA_ARCH__)
+  return fabsf(x);  // costs nothing: instructions can take the magnitude of an operand
+#else
+  return FloatOf(BitsOf(x) & 0x7fffffffu);
+#endif
+}
+
+// Neither is NaN.
+PAGED_HD float Max(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return fmaxf(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// a * b + c, as one instruction on a GPU, and not one of those for shifts and logic, of which it
+// runs half as many. A compiler that sees a power of two would take these.
+PAGED_HD uint32_t MultiplyAdd(uint32_t a, uint32_t b, uint32_t c) {
+#if defined(__CUDA_ARCH__)
+  uint32_t result;
+  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+#else
+  return a * b + c;
+#endif
+}
+
+// The float whose bits are the lower 16 of `low` below the upper 16 of `high`.
+PAGED_HD float JoinHalves(uint32_t high, uint32_t low) {
+#if defined(__CUDA_ARCH__)
+  return FloatOf(__byte_perm(low, high, 0x7610));
+#else
+  return FloatOf((high & 0xffff0000u) | (low & 0xffffu));
+#endif
+}
+
+// Of 32 bits; x is not 0.
+PAGED_HD int LeadingZeros(uint32_t x) {
+#if defined(__CUDA_ARCH__)
+  return __clz(static_cast<int>(x));
+#else
+  return __builtin_clz(x);
+#endif
+}
+
 // condition ? a : b. On the host without a branch, however the compiler would merge it with others:
 // branches keep it from vectorizing a loop.
 PAGED_HD uint32_t Select(bool condition, uint32_t a, uint32_t b) {
@@ -55,6 +102,52 @@ PAGED_HD float Select(bool condition, float a, float b) {
   return condition ? a : b;
 #else
   return FloatOf(Select(condition, BitsOf(a), BitsOf(b)));
+#endif
+}
+
+// Of the bit patterns of floats that are not negative, which order them as their values do.
+struct BitRange {
+  uint32_t least, largest;
+};
+
+template <int K>
+PAGED_HD BitRange RangeOf(const float (&values)[K]) {
+  BitRange range{0xffffffffu, 0};
+  PAGED_UNROLL
+  for (int k = 0; k < K; ++k) {
+    const uint32_t bits = BitsOf(values[k]);
+    range.least = bits < range.least ? bits : range.least;
+    range.largest = bits > range.largest ? bits : range.largest;
+  }
+  return range;
+}
+
+// The least bit pattern of those values whose `others` are not 0.
+template <int K>
+PAGED_HD uint32_t LeastWhereNonZero(const float (&values)[K], const float (&others)[K]) {
+  uint32_t least = 0xffffffffu;
+  PAGED_UNROLL
+  for (int k = 0; k < K; ++k) {
+    const uint32_t bits = Select(others[k] == 0.0f, 0xffffffffu, BitsOf(values[k]));
+    least = bits < least ? bits : least;
+  }
+  return least;
+}
+
+template <int K>
+PAGED_HD float LargestMagnitude(const float (&values)[K]) {
+#if defined(__CUDA_ARCH__)
+  float largest = 0.0f;
+  PAGED_UNROLL
+  for (int k = 0; k < K; ++k) largest = fmaxf(largest, fabsf(values[k]));
+  return largest;
+#else
+  uint32_t largest = 0;  // an order of evaluation that a compiler may change, to vectorize
+  for (int k = 0; k < K; ++k) {
+    const uint32_t bits = BitsOf(values[k]) & 0x7fffffffu;
+    largest = bits > largest ? bits : largest;
+  }
+  return FloatOf(largest);
 #endif
 }
 

@@ -30,39 +30,37 @@ struct Leaf {
   uint64_t key;  // of its random bits
 };
 
-// Bias-corrected first moments on entry, updates on return.
+// A lane that is a whole block.
+struct WholeBlock {
+  PAGED_HD uint32_t Max(uint32_t lane_max) const { return lane_max; }
+  PAGED_HD uint32_t Min(uint32_t lane_min) const { return lane_min; }
+};
+
+// Bias-corrected first moments on entry, updates on return. `range` is that of the second moments.
 template <int K>
-PAGED_HD void UpdateLane(IeeeMath math, const AdamStep& step, const float (&nu)[K],
+PAGED_HD void UpdateLane(IeeeMath math, const AdamStep& step, BitRange, const float (&nu)[K],
                          float (&values)[K]) {
   PAGED_UNROLL
   for (int k = 0; k < K; ++k) values[k] = Update(math, step, values[k], nu[k]);
 }
 
-// `values` are gradients on entry and updates on return. `BlockMax` maps the maximum over a lane's
-// elements to that over the block. It compares bit patterns, which order non-negative floats as
+// `values` are gradients on entry and updates on return. `block` maps the extremes of a lane's
+// elements to those of the block. It compares bit patterns, which order non-negative floats as
 // their values do: exact in any order of evaluation.
-template <int K, class Math, class Level, class BlockMax>
+template <int K, class Math, class Level, class Block>
 PAGED_HD void StepDynamicBlock(Math math, const AdamStep& step, const DynamicMaps<Level>& maps,
                                float (&values)[K], uint8_t (&mu_codes)[K], uint8_t (&nu_codes)[K],
-                               float& mu_scale, float& nu_scale, BlockMax block_max) {
+                               float& mu_scale, float& nu_scale, Block block) {
   float mu[K], nu[K];
-  uint32_t mu_max = 0, nu_max = 0;
   PAGED_UNROLL
   for (int k = 0; k < K; ++k) {
     mu[k] = Decode(maps.mu, mu_codes[k], mu_scale);
     nu[k] = Decode(maps.nu, nu_codes[k], nu_scale);
   }
-  PAGED_UNROLL
-  for (int k = 0; k < K; ++k) values[k] = AdvanceMoments(step, values[k], &mu[k], &nu[k]);
-  UpdateLane(math, step, nu, values);
-  PAGED_UNROLL
-  for (int k = 0; k < K; ++k) {
-    const uint32_t mu_bits = BitsOf(mu[k]) & 0x7fffffffu, nu_bits = BitsOf(nu[k]);
-    mu_max = mu_bits > mu_max ? mu_bits : mu_max;
-    nu_max = nu_bits > nu_max ? nu_bits : nu_max;
-  }
-  mu_scale = FloatOf(block_max(mu_max));
-  nu_scale = FloatOf(block_max(nu_max));
+  const BitRange range = AdvanceMoments(step, values, mu, nu);
+  UpdateLane(math, step, range, nu, values);
+  mu_scale = FloatOf(block.Max(BitsOf(LargestMagnitude(mu))));
+  nu_scale = FloatOf(block.Max(range.largest));
   const float mu_inverse = InverseScale(mu_scale), nu_inverse = InverseScale(nu_scale);
   PAGED_UNROLL
   for (int k = 0; k < K; ++k) {
@@ -71,64 +69,75 @@ PAGED_HD void StepDynamicBlock(Math math, const AdamStep& step, const DynamicMap
   }
 }
 
+// The word of a block with these moments (RatioWindow). `top` is the block's largest second moment,
+// `least` the lane's smallest.
+template <int K, class Block>
+PAGED_HD uint32_t MakeWindowWord(const float (&mu)[K], const float (&nu)[K], uint32_t top,
+                                 uint32_t least, Block block) {
+  uint32_t bottom = block.Min(least);
+  const bool has_zeros = bottom == 0;
+  if (has_zeros) bottom = block.Min(LeastWhereNonZero(nu, nu));
+  uint32_t range = top > bottom ? top - bottom : 0;
+  if (range > kIdleRange) {
+    float active[K];  // 0 where the element has no gradients
+    PAGED_UNROLL
+    for (int k = 0; k < K; ++k) active[k] = Select(nu[k] == 0.0f, 0.0f, mu[k]);
+    bottom = block.Min(LeastWhereNonZero(nu, active));
+    const uint32_t active_range = top > bottom ? top - bottom : 0;
+    range = active_range > kIdleRange ? active_range : kIdleRange;
+  }
+  return WindowWord(top, range, has_zeros);
+}
+
 // The same for the `ratio` code. `start` is RatioStart of the lane's first element. `nu_word` is an
 // integer (RatioWindow), in the place of a scale.
-template <int K, class Math, class BlockMax>
+template <int K, class Math, class Block>
 PAGED_HD void StepRatioBlock(Math math, const AdamStep& step, uint32_t start, float (&values)[K],
                              uint8_t (&mu_codes)[K], uint8_t (&nu_codes)[K], float& mu_scale,
-                             float& nu_word, BlockMax block_max) {
+                             float& nu_word, Block block) {
   float mu[K], nu[K];
-  {
-    const RatioWindow window = WindowOf(BitsOf(nu_word));
-    const float mu_step = MuStep(mu_scale);
-    PAGED_UNROLL
-    for (int k = 0; k < K; ++k) {
-      nu[k] = DecodeRatioNu(nu_codes[k], window);
-      mu[k] = DecodeRatioMu(mu_codes[k], mu_step, UnitOf(nu[k]).unit);
-    }
-  }
+  DecodeRatioNus(nu_codes, WindowOf(BitsOf(nu_word)), nu);
+  const float mu_step = MuStep(mu_scale);
   PAGED_UNROLL
-  for (int k = 0; k < K; ++k) values[k] = AdvanceMoments(step, values[k], &mu[k], &nu[k]);
-  UpdateLane(math, step, nu, values);
+  for (int k = 0; k < K; ++k) mu[k] = DecodeRatioMu(mu_codes[k], mu_step, UnitOf(nu[k]));
 
-  // Ends of the block's range as maxima: of the bits, and of the negated bits, in which 0 is least.
-  uint32_t top = 0, depth = 0, active_depth = 0;
-  PAGED_UNROLL
-  for (int k = 0; k < K; ++k) {
-    const uint32_t bits = BitsOf(nu[k]), negated = 0u - bits;
-    const uint32_t active = Select(mu[k] == 0.0f, 0u, negated);
-    top = bits > top ? bits : top;
-    depth = negated > depth ? negated : depth;
-    active_depth = active > active_depth ? active : active_depth;
-  }
-  const uint32_t word = WindowWord(block_max(top), block_max(depth), block_max(active_depth));
+  const BitRange range = AdvanceMoments(step, values, mu, nu);
+  UpdateLane(math, step, range, nu, values);
+
+  const uint32_t top = block.Max(range.largest);
+  const uint32_t word = MakeWindowWord(mu, nu, top, range.least, block);
   nu_word = FloatOf(word);
-
-  const RatioWindow window = WindowOf(word);
-  uint32_t random[K], mu_max = 0;
+  uint32_t random[K];
   PAGED_UNROLL
   for (int k = 0; k < K; ++k) {
     random[k] = start + step.ratio_phase + static_cast<uint32_t>(k) * kRatioStride;
-    const RatioNu stored = EncodeRatioNu(BitsOf(nu[k]), window, random[k]);
-    nu_codes[k] = stored.code;
-    // The ratio from here on.
-    mu[k] = Select(nu[k] == 0.0f, 0.0f, mu[k] * UnitOf(FloatOf(stored.bits)).reciprocal);
-    const uint32_t mu_bits = BitsOf(mu[k]) & 0x7fffffffu;
-    mu_max = mu_bits > mu_max ? mu_bits : mu_max;
   }
-  mu_max = block_max(mu_max);
-  mu_scale = FloatOf(mu_max < kLargestRatioBits ? mu_max : kLargestRatioBits);
-  const float inverse_mu_step = InverseMuStep(mu_scale);
+  const RatioWindow window = WindowOf(word);
+  EncodeRatioNus(top, window, random, mu, nu, nu_codes);
+
   PAGED_UNROLL
-  for (int k = 0; k < K; ++k) mu_codes[k] = EncodeRatioMu(mu[k], inverse_mu_step, random[k]);
+  for (int k = 0; k < K; ++k) mu[k] *= UnitReciprocalOf(nu[k]);  // the ratio from here on
+  mu_scale = FloatOf(block.Max(BitsOf(LargestMagnitude(mu))));
+  if (mu_scale > kLargestRatio) {
+    PAGED_UNROLL
+    for (int k = 0; k < K; ++k) {
+      const float above = mu[k] > -kLargestRatio ? mu[k] : -kLargestRatio;
+      mu[k] = above < kLargestRatio ? above : kLargestRatio;
+    }
+    mu_scale = kLargestRatio;
+  }
+  const float inverse_mu_step = InverseMuStep(math, mu_scale);
+  PAGED_UNROLL
+  for (int k = 0; k < K; ++k) {
+    mu_codes[k] = EncodeRatioMu(math, mu[k], inverse_mu_step, random[k]);
+  }
 }
 
 template <int K, class Math>
 PAGED_HD void StepFloat32Block(Math math, const AdamStep& step, float (&values)[K], float (&mu)[K],
                                float (&nu)[K]) {
-  PAGED_UNROLL
-  for (int k = 0; k < K; ++k) values[k] = AdvanceMoments(step, values[k], &mu[k], &nu[k]);
-  UpdateLane(math, step, nu, values);
+  const BitRange range = AdvanceMoments(step, values, mu, nu);
+  UpdateLane(math, step, range, nu, values);
 }
 
 template <DType kParam, int K>

@@ -117,13 +117,12 @@ PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begi
         mu_scale = source.scales[0];
         nu_scale = source.scales[1];
       }
-      const auto block_max = [](uint32_t lane_max) { return lane_max; };
       if (leaf.codec == Codec::kDynamic) {
         StepDynamicBlock<kLane>(IeeeMath(), step, kMaps, values, mu, nu, mu_scale, nu_scale,
-                                block_max);
+                                WholeBlock());
       } else {
         StepRatioBlock<kLane>(IeeeMath(), step, RatioStart(leaf.key, start), values, mu, nu,
-                              mu_scale, nu_scale, block_max);
+                              mu_scale, nu_scale, WholeBlock());
       }
       const auto target = work.extent.LocateDynamic(work.target, block);
       std::memcpy(target.mu, mu, sizeof(mu));

@@ -9,19 +9,27 @@
 
 namespace paged_optax {
 
-// Overload of UpdateLane in step.h: the fast way, and the sure way if that was not exact.
+// Overload of UpdateLane in step.h: the fast way where all arguments are in its range.
 template <int K>
-__device__ __forceinline__ void UpdateLane(FastMath math, const AdamStep& step,
+__device__ __forceinline__ void UpdateLane(FastMath math, const AdamStep& step, BitRange range,
                                            const float (&nu)[K], float (&values)[K]) {
-  float updates[K];
-#pragma unroll
-  for (int k = 0; k < K; ++k) updates[k] = Update(math, step, values[k], nu[k]);
-  if (!math.is_exact) {
-    UpdateLane(IeeeMath(), step, nu, values);
+  const bool has_zeros = range.least == 0;
+  uint32_t least = range.least;
+  if (least < FastMath::kLeastRadicand) least = LeastWhereNonZero(nu, nu);
+  const uint32_t eps = BitsOf(step.eps), eps_root = BitsOf(step.eps_root);
+  // No radicand is less than its second moment or, if that is 0, than eps_root; no divisor is less
+  // than its root, or than eps.
+  const bool zeros_in_range =
+      eps >= FastMath::kLeastDivisor && (eps_root == 0 || eps_root >= FastMath::kLeastRadicand);
+  constexpr uint32_t kLargestEps = 0x71800000;  // 2^100; the bits of negative numbers are greater
+  const float largest = FloatOf(range.largest) * step.nu_scale + step.eps_root;
+  if (least < FastMath::kLeastRadicand || BitsOf(largest) > kLargestFinite || eps > kLargestEps ||
+      eps_root > kLargestEps || (has_zeros && !zeros_in_range)) {
+    UpdateLane(IeeeMath(), step, range, nu, values);
     return;
   }
 #pragma unroll
-  for (int k = 0; k < K; ++k) values[k] = updates[k];
+  for (int k = 0; k < K; ++k) values[k] = Update(math, step, values[k], nu[k]);
 }
 
 namespace {
@@ -193,7 +201,14 @@ __device__ void Store(const Leaf& leaf, int64_t start, int count, const float (&
   }
 }
 
-__device__ uint32_t WarpMax(uint32_t lane_max) { return __reduce_max_sync(0xffffffffu, lane_max); }
+struct Warp {
+  __device__ uint32_t Max(uint32_t lane_max) const {
+    return __reduce_max_sync(0xffffffffu, lane_max);
+  }
+  __device__ uint32_t Min(uint32_t lane_min) const {
+    return __reduce_min_sync(0xffffffffu, lane_min);
+  }
+};
 
 // Blocks in host memory are left to a team of this many thread blocks: enough to keep the link
 // busy, and more would only queue up at it while the others finish what is in device memory. One
@@ -279,7 +294,7 @@ struct Stepper<Codec::kDynamic> {
                               float (&values)[kLane], uint8_t (&mu)[kLane], uint8_t (&nu)[kLane],
                               float& mu_scale, float& nu_scale) {
     StepDynamicBlock<kLane>(FastMath(), step, shared.maps, values, mu, nu, mu_scale, nu_scale,
-                            WarpMax);
+                            Warp());
   }
 };
 
@@ -294,7 +309,7 @@ struct Stepper<Codec::kRatio> {
                               float (&values)[kLane], uint8_t (&mu)[kLane], uint8_t (&nu)[kLane],
                               float& mu_scale, float& nu_word) {
     StepRatioBlock<kLane>(FastMath(), step, RatioStart(leaf.key, start), values, mu, nu, mu_scale,
-                          nu_word, WarpMax);
+                          nu_word, Warp());
   }
 };
 
@@ -328,104 +343,113 @@ __global__ void __launch_bounds__(kThreads, 3)
   const Share share = MyShare(args.work_before, resident_end, end);
   for (int64_t first = share.first * share.group; first < share.end;
        first += share.stride * share.group) {
-    // Lanes 2 i and 2 i + 1 have the scales of the group's block i.
-    const int64_t mine = first + lane / 2;
-    const bool has_scale = accepted && lane / 2 < share.group && mine >= share.begin &&
-                           mine < min(share.end, extent.num_dynamic_blocks);
-    const int64_t scale_segment = extent.DynamicChunk(first) >> log2_chunks;
+    int i = static_cast<int>(max(share.begin - first, int64_t{0}));
+    const int num = static_cast<int>(min(share.end - first, int64_t{share.group}));
+    // The lane's codes in the group's first block; those of block i are i * 256 bytes further on.
+    // Lanes 2 i and 2 i + 1 have the scales of block i.
+    DynamicBlock<const uint8_t> source{};
+    DynamicBlock<uint8_t> target{};
     float scale = 0.0f;
-    if (has_scale && !is_fresh) {
-      scale = extent.LocateDynamic(sources[scale_segment], mine).scales[lane % 2];
+    bool has_scale = false;
+    if (accepted && first < extent.num_dynamic_blocks) {
+      const int64_t segment = extent.DynamicChunk(first) >> log2_chunks;
+      has_scale = lane / 2 >= i && lane / 2 < num && first + lane / 2 < extent.num_dynamic_blocks;
+      target = extent.LocateDynamic(targets[segment], first);
+      if (!is_fresh) {
+        source = extent.LocateDynamic(sources[segment], first);
+        if (has_scale) scale = source.scales[lane];
+      }
     }
-    const int64_t stop = min(first + share.group, share.end);
     int64_t leaf_index = -1;
-#pragma unroll 1
-    for (int64_t index = max(first, share.begin); index < stop; ++index) {
-      const int64_t work = index - args.work_before;
+    while (i < num) {
+      // A run of blocks of one leaf.
+      const int64_t work = first + i - args.work_before;
       if (leaf_index < 0) leaf_index = FindLeaf(args.leaves, args.num_leaves, work);
       while (leaf_index + 1 < args.num_leaves && args.leaves[leaf_index + 1].first_work <= work) {
         ++leaf_index;
       }
       const Leaf& leaf = args.leaves[leaf_index];
       const int64_t in_leaf = work - leaf.first_work;
-      const int64_t start = in_leaf * kBlockSize + lane * kLane;
-      const int64_t left = leaf.size - start;
-      const int count = left < 0 ? 0 : (left < kLane ? static_cast<int>(left) : kLane);
-      alignas(16) float values[kLane];
-      if (!accepted) {
-        // A refused step changes nothing: its update is zero.
+      const int64_t left_in_leaf = NumBlocks(leaf.size) - in_leaf;
+      const int run_end = left_in_leaf < num - i ? i + static_cast<int>(left_in_leaf) : num;
+      int64_t start = in_leaf * kBlockSize + lane * kLane;
+#pragma unroll 1
+      for (; i < run_end; ++i, start += kBlockSize) {
+        const int64_t left = leaf.size - start;
+        const int count = left < 0 ? 0 : (left < kLane ? static_cast<int>(left) : kLane);
+        alignas(16) float values[kLane];
+        if (!accepted) {
+          // A refused step changes nothing: its update is zero.
 #pragma unroll
-        for (int k = 0; k < kLane; ++k) values[k] = 0.0f;
+          for (int k = 0; k < kLane; ++k) values[k] = 0.0f;
+          Store(leaf, start, count, values);
+          continue;
+        }
+        Load(leaf.grads, leaf.dtype, start, count, values);
+        const int64_t block = leaf.first_block + (start - lane * kLane) / kBlockSize;
+        if (Is8Bit(leaf.codec)) {
+          const int offset = i * static_cast<int>(kBlockSize) + lane * kLane;
+          constexpr uint32_t kZeroMus = Stepper<k8Bit>::kZeros[0] * 0x01010101u;
+          constexpr uint32_t kZeroNus = Stepper<k8Bit>::kZeros[1] * 0x01010101u;
+          uint2 mu{kZeroMus, kZeroMus}, nu{kZeroNus, kZeroNus};
+          if (!is_fresh) {
+            mu = *reinterpret_cast<const uint2*>(source.mu + offset);
+            nu = *reinterpret_cast<const uint2*>(source.nu + offset);
+          }
+          float mu_scale = __shfl_sync(0xffffffffu, scale, 2 * i);
+          float nu_scale = __shfl_sync(0xffffffffu, scale, 2 * i + 1);
+          Stepper<k8Bit>::Step(shared, step, leaf, start, values,
+                               reinterpret_cast<uint8_t (&)[kLane]>(mu),
+                               reinterpret_cast<uint8_t (&)[kLane]>(nu), mu_scale, nu_scale);
+          *reinterpret_cast<uint2*>(target.mu + offset) = mu;
+          *reinterpret_cast<uint2*>(target.nu + offset) = nu;
+          if (lane / 2 == i) scale = lane % 2 == 0 ? mu_scale : nu_scale;
+        } else {
+          const int64_t segment = extent.Float32Chunk(block) >> log2_chunks;
+          alignas(16) float mu[kLane] = {}, nu[kLane] = {};
+          if (!is_fresh) {
+            const auto moments = extent.LocateFloat32(sources[segment], block);
+            LoadFloats(moments.mu + lane * kLane, mu);
+            LoadFloats(moments.nu + lane * kLane, nu);
+          }
+          StepFloat32Block<kLane>(FastMath(), step, values, mu, nu);
+          const auto moments = extent.LocateFloat32(targets[segment], block);
+          StoreFloats(mu, moments.mu + lane * kLane);
+          StoreFloats(nu, moments.nu + lane * kLane);
+        }
+        if (kTakesParams) {
+          const int64_t offset = extent.ResidualOffset(leaf.codec, block) + lane * kLane;
+          const int64_t segment = offset / kChunkBytes >> log2_chunks;
+          StepParams(param_step, leaf, start, count, extent.has_residuals,
+                     is_fresh ? nullptr : sources[segment] + offset, targets[segment] + offset,
+                     values);
+        }
         Store(leaf, start, count, values);
-        continue;
       }
-      Load(leaf.grads, leaf.dtype, start, count, values);
-      const int64_t block = leaf.first_block + in_leaf;
-      if (Is8Bit(leaf.codec)) {
-        const int i = static_cast<int>(index - first);
-        const int64_t segment = extent.DynamicChunk(block) >> log2_chunks;
-        constexpr uint32_t kZeroMus = Stepper<k8Bit>::kZeros[0] * 0x01010101u;
-        constexpr uint32_t kZeroNus = Stepper<k8Bit>::kZeros[1] * 0x01010101u;
-        uint2 mu{kZeroMus, kZeroMus}, nu{kZeroNus, kZeroNus};
-        if (!is_fresh) {
-          const auto source = extent.LocateDynamic(sources[segment], block);
-          mu = *reinterpret_cast<const uint2*>(source.mu + lane * kLane);
-          nu = *reinterpret_cast<const uint2*>(source.nu + lane * kLane);
-        }
-        float mu_scale = __shfl_sync(0xffffffffu, scale, 2 * i);
-        float nu_scale = __shfl_sync(0xffffffffu, scale, 2 * i + 1);
-        Stepper<k8Bit>::Step(shared, step, leaf, start, values,
-                             reinterpret_cast<uint8_t (&)[kLane]>(mu),
-                             reinterpret_cast<uint8_t (&)[kLane]>(nu), mu_scale, nu_scale);
-        const auto target = extent.LocateDynamic(targets[segment], block);
-        *reinterpret_cast<uint2*>(target.mu + lane * kLane) = mu;
-        *reinterpret_cast<uint2*>(target.nu + lane * kLane) = nu;
-        if (lane / 2 == i) scale = lane % 2 == 0 ? mu_scale : nu_scale;
-      } else {
-        const int64_t segment = extent.Float32Chunk(block) >> log2_chunks;
-        alignas(16) float mu[kLane] = {}, nu[kLane] = {};
-        if (!is_fresh) {
-          const auto source = extent.LocateFloat32(sources[segment], block);
-          LoadFloats(source.mu + lane * kLane, mu);
-          LoadFloats(source.nu + lane * kLane, nu);
-        }
-        StepFloat32Block<kLane>(FastMath(), step, values, mu, nu);
-        const auto target = extent.LocateFloat32(targets[segment], block);
-        StoreFloats(mu, target.mu + lane * kLane);
-        StoreFloats(nu, target.nu + lane * kLane);
-      }
-      if (kTakesParams) {
-        const int64_t offset = extent.ResidualOffset(leaf.codec, block) + lane * kLane;
-        const int64_t segment = offset / kChunkBytes >> log2_chunks;
-        StepParams(param_step, leaf, start, count, extent.has_residuals,
-                   is_fresh ? nullptr : sources[segment] + offset, targets[segment] + offset,
-                   values);
-      }
-      Store(leaf, start, count, values);
     }
-    if (has_scale) {
-      extent.LocateDynamic(targets[scale_segment], mine).scales[lane % 2] = scale;
-    }
+    if (has_scale) target.scales[lane] = scale;
   }
 }
 
-// Counts arguments, out of all 2^32, for which FastMath claims to be exact and is not, or for which
-// the GPU rounds to bfloat16 in another way than dtype.h does on a host.
+// Counts arguments, out of all 2^32, in the range of FastMath for which it is not exact, or for
+// which the GPU rounds to bfloat16 in another way than dtype.h does on a host.
 __global__ void CountInexactKernel(unsigned long long* count) {
   const uint64_t stride = static_cast<uint64_t>(gridDim.x) * blockDim.x;
   for (uint64_t bits = blockIdx.x * blockDim.x + threadIdx.x; bits < uint64_t{1} << 32;
        bits += stride) {
     const float x = FloatOf(static_cast<uint32_t>(bits));
-    FastMath root, reciprocal;
-    const bool good_root = BitsOf(root.Sqrt(x)) == BitsOf(sqrtf(x));
-    const bool good_reciprocal = BitsOf(reciprocal.Reciprocal(x)) == BitsOf(1.0f / x);
+    const uint32_t pattern = BitsOf(x);
+    const FastMath math;
+    const bool has_root =
+        pattern == 0 || (pattern >= FastMath::kLeastRadicand && pattern <= kLargestFinite);
+    const bool has_reciprocal =
+        pattern >= FastMath::kLeastDivisor && pattern < FastMath::kDivisorEnd;
+    const bool good_root = !has_root || BitsOf(math.SqrtOrZero(x)) == BitsOf(sqrtf(x));
+    const bool good_reciprocal = !has_reciprocal || BitsOf(math.Reciprocal(x)) == BitsOf(1.0f / x);
     const uint32_t raw = static_cast<uint32_t>(bits);
     const uint32_t half = (raw + 0x7fffu + ((raw >> 16) & 1u)) >> 16;
     const bool good_half = x != x || ToBFloat16(x) == half;
-    if ((root.is_exact && !good_root && BitsOf(x) != 0x80000000u) ||
-        (reciprocal.is_exact && !good_reciprocal) || !good_half) {
-      atomicAdd(count, 1ull);
-    }
+    if (!good_root || !good_reciprocal || !good_half) atomicAdd(count, 1ull);
   }
 }
 
