@@ -1,5 +1,5 @@
-// What a GPU knows of its arenas, in its own memory, where kernels find them. Used by arena.cc and
-// the CUDA handler.
+// What a GPU knows of its arenas, in its own memory, where kernels find them. Used by registry.cc
+// and the CUDA handler.
 #pragma once
 
 #include <memory>

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "arena.h"
+#include "registry.h"
 #include "status.h"
 #include "step.h"
 #include "xla/ffi/api/ffi.h"

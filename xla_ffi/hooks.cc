@@ -89,7 +89,7 @@ void StepLeaf(py::buffer values, int dtype, int codec, py::buffer arena, int64_t
   leaf.size = values_info.size * values_info.itemsize / SizeOf(leaf.dtype);
   ArenaExtent extent;
   const int64_t blocks = NumBlocks(leaf.size);
-  (Is8Bit(leaf.codec) ? extent.num_dynamic_blocks : extent.num_float32_blocks) = blocks;
+  (Is8Bit(leaf.codec) ? extent.num_quantized_blocks : extent.num_float32_blocks) = blocks;
   if (begin < 0 || end > blocks || extent.NumBytes() > arena_info.size * arena_info.itemsize) {
     throw StatusError(StatusCode::kInvalidArgument, "blocks outside the leaf, or arena too small");
   }
@@ -171,10 +171,10 @@ void AddTestHooks(py::module_& module) {
              py::arg("leaf_key") = 0);
   module.def(
       "arena_bytes",
-      [](int64_t num_dynamic_blocks, int64_t num_float32_blocks, bool has_residuals) {
-        return ArenaExtent{num_dynamic_blocks, num_float32_blocks, has_residuals}.NumBytes();
+      [](int64_t num_quantized_blocks, int64_t num_float32_blocks, bool has_residuals) {
+        return ArenaExtent{num_quantized_blocks, num_float32_blocks, has_residuals}.NumBytes();
       },
-      py::arg("num_dynamic_blocks"), py::arg("num_float32_blocks"),
+      py::arg("num_quantized_blocks"), py::arg("num_float32_blocks"),
       py::arg("has_residuals") = false);
 #if PAGED_OPTAX_CUDA
   module.def("count_inexact", &CountInexact, py::arg("ordinal"));

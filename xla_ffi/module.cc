@@ -10,12 +10,12 @@
 #include <string>
 #include <vector>
 
-#include "arena.h"
 #include "handlers.h"
 #include "hooks.h"
 #include "memory.h"
 #include "notice.h"
 #include "preflight.h"
+#include "registry.h"
 #include "status.h"
 
 #if PAGED_OPTAX_CUDA
@@ -111,11 +111,12 @@ DeviceId ParseDevice(const std::string& platform, int ordinal) {
 // Bytes of a leaf's blocks, and of those that are resident.
 std::pair<int64_t, int64_t> LeafBytes(const ArenaReport& report, const Signature::LeafInfo& leaf) {
   const bool is_dynamic = Is8Bit(leaf.codec);
-  const int64_t first = leaf.first_block + (is_dynamic ? 0 : report.extent.num_dynamic_blocks);
+  const int64_t first = leaf.first_block + (is_dynamic ? 0 : report.extent.num_quantized_blocks);
   const int64_t blocks = NumBlocks(leaf.size);
   const int64_t residual_bytes = report.extent.has_residuals ? kResidualBytes : 0;
   const int64_t nbytes =
-      ((is_dynamic ? kDynamicBlockBytes : kFloat32BlockBytes) + residual_bytes) * report.num_slots;
+      ((is_dynamic ? kQuantizedBlockBytes : kFloat32BlockBytes) + residual_bytes) *
+      report.num_slots;
   const int64_t resident = std::clamp<int64_t>(report.resident_blocks - first, 0, blocks);
   return {blocks * nbytes, resident * nbytes};
 }
@@ -194,10 +195,10 @@ py::tuple ReadLeaf(const std::string& platform, int ordinal, int32_t handle, int
     py::array_t<uint8_t> mu(blocks * kBlockSize), nu(blocks * kBlockSize);
     py::array_t<float> mu_scales(blocks), nu_scales(blocks);
     std::vector<float> scales;
-    const int64_t per_chunk = extent.DynamicBlocksPerChunk();
+    const int64_t per_chunk = extent.QuantizedBlocksPerChunk();
     for (int64_t b = 0, run; b < blocks; b += run) {
       run = std::min(blocks - b, per_chunk - (leaf.first_block + b) % per_chunk);
-      const auto block = extent.LocateDynamic(origin, leaf.first_block + b);
+      const auto block = extent.LocateQuantized(origin, leaf.first_block + b);
       read(block.mu, run * kBlockSize, mu.mutable_data() + b * kBlockSize);
       read(block.nu, run * kBlockSize, nu.mutable_data() + b * kBlockSize);
       scales.resize(2 * run);

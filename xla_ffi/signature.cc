@@ -53,7 +53,7 @@ int64_t Signature::Append(Codec codec, const int64_t* dims, int64_t rank) {
   words_.insert(words_.end(), dims, dims + rank);
   int64_t size = 1;
   for (int64_t i = 0; i < rank; ++i) size *= dims[i];
-  int64_t& blocks = Is8Bit(codec) ? extent_.num_dynamic_blocks : extent_.num_float32_blocks;
+  int64_t& blocks = Is8Bit(codec) ? extent_.num_quantized_blocks : extent_.num_float32_blocks;
   const int64_t first_block = blocks;
   blocks += NumBlocks(size);
   if (blocks >= kMaxBlocks) {

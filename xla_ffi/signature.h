@@ -1,5 +1,5 @@
 // What a call must have in common with the moments that it steps: used by handlers.cc, which builds
-// one a call, and by arena.cc, which compares.
+// one a call, and by registry.cc, which compares.
 #pragma once
 
 #include <cstdint>

@@ -111,7 +111,7 @@ PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begi
         std::memset(mu, is_ratio ? kZeroRatio : kZeroMu, sizeof(mu));
         std::memset(nu, is_ratio ? kZeroRatio : kZeroNu, sizeof(nu));
       } else {
-        const auto source = work.extent.LocateDynamic(work.source, block);
+        const auto source = work.extent.LocateQuantized(work.source, block);
         std::memcpy(mu, source.mu, sizeof(mu));
         std::memcpy(nu, source.nu, sizeof(nu));
         mu_scale = source.scales[0];
@@ -124,7 +124,7 @@ PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begi
         StepRatioBlock<kLane>(IeeeMath(), step, RatioStart(leaf.key, start), values, mu, nu,
                               mu_scale, nu_scale, WholeBlock());
       }
-      const auto target = work.extent.LocateDynamic(work.target, block);
+      const auto target = work.extent.LocateQuantized(work.target, block);
       std::memcpy(target.mu, mu, sizeof(mu));
       std::memcpy(target.nu, nu, sizeof(nu));
       target.scales[0] = mu_scale;

@@ -1,41 +1,15 @@
 // The step on the GPU: one kernel that checks the token and one that runs a warp per block of
-// moments. Adds to step.h only the launch, the loads and the stores.
+// moments. Adds to step.h and lane_cuda.h who does which blocks, and the launch.
 #include <algorithm>
 
 #include "cuda_check.h"
-#include "fast_math.h"
+#include "lane_cuda.h"
 #include "memory.h"
 #include "step_cuda.h"
 
 namespace paged_optax {
-
-// Overload of UpdateLane in step.h: the fast way where all arguments are in its range.
-template <int K>
-__device__ __forceinline__ void UpdateLane(FastMath math, const AdamStep& step, BitRange range,
-                                           const float (&nu)[K], float (&values)[K]) {
-  const bool has_zeros = range.least == 0;
-  uint32_t least = range.least;
-  if (least < FastMath::kLeastRadicand) least = LeastWhereNonZero(nu, nu);
-  const uint32_t eps = BitsOf(step.eps), eps_root = BitsOf(step.eps_root);
-  // No radicand is less than its second moment or, if that is 0, than eps_root; no divisor is less
-  // than its root, or than eps.
-  const bool zeros_in_range =
-      eps >= FastMath::kLeastDivisor && (eps_root == 0 || eps_root >= FastMath::kLeastRadicand);
-  constexpr uint32_t kLargestEps = 0x71800000;  // 2^100; the bits of negative numbers are greater
-  const float largest = FloatOf(range.largest) * step.nu_scale + step.eps_root;
-  if (least < FastMath::kLeastRadicand || BitsOf(largest) > kLargestFinite || eps > kLargestEps ||
-      eps_root > kLargestEps || (has_zeros && !zeros_in_range)) {
-    UpdateLane(IeeeMath(), step, range, nu, values);
-    return;
-  }
-#pragma unroll
-  for (int k = 0; k < K; ++k) values[k] = Update(math, step, values[k], nu[k]);
-}
-
 namespace {
 
-constexpr int kWarpSize = 32;
-constexpr int kLane = static_cast<int>(kBlockSize) / kWarpSize;  // elements per thread
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
 
@@ -116,99 +90,6 @@ struct StepArgs {
   const ResolvedStep* resolved;
 };
 static_assert(sizeof(StepArgs<kManyLeaves>) <= 32764, "kernel parameters of CUDA 12.1 and newer");
-
-// XLA aligns buffers, and slices that it hands over; this is for the case that it does not.
-__device__ bool IsAligned(const void* address) {
-  return reinterpret_cast<uintptr_t>(address) % 16 == 0;
-}
-
-// All of a thread's floats at once; aligned.
-__device__ void LoadFloats(const float* source, float (&values)[kLane]) {
-#pragma unroll
-  for (int k = 0; k < kLane; k += 4) {
-    *reinterpret_cast<float4*>(&values[k]) = *reinterpret_cast<const float4*>(source + k);
-  }
-}
-
-__device__ void StoreFloats(const float (&values)[kLane], float* target) {
-#pragma unroll
-  for (int k = 0; k < kLane; k += 4) {
-    *reinterpret_cast<float4*>(target + k) = *reinterpret_cast<const float4*>(&values[k]);
-  }
-}
-
-// Of `data`, `count` elements from `start` on, and zeros.
-__device__ void Load(const void* data, DType dtype, int64_t start, int count,
-                     float (&values)[kLane]) {
-  if (dtype == DType::kFloat32) {
-    const float* source = static_cast<const float*>(data) + start;
-    if (count == kLane && IsAligned(source)) {
-      LoadFloats(source, values);
-      return;
-    }
-#pragma unroll
-    for (int k = 0; k < kLane; ++k) values[k] = k < count ? source[k] : 0.0f;
-    return;
-  }
-  const uint16_t* source = static_cast<const uint16_t*>(data) + start;
-  uint4 packed = {0, 0, 0, 0};
-  uint16_t* halves = reinterpret_cast<uint16_t*>(&packed);
-  if (count == kLane && IsAligned(source)) {
-    packed = *reinterpret_cast<const uint4*>(source);
-  } else {
-#pragma unroll
-    for (int k = 0; k < kLane; ++k) halves[k] = k < count ? source[k] : uint16_t{0};
-  }
-  if (dtype == DType::kBFloat16) {
-#pragma unroll
-    for (int k = 0; k < kLane; ++k) values[k] = FromBFloat16(halves[k]);
-  } else {
-#pragma unroll
-    for (int k = 0; k < kLane; ++k) values[k] = FromFloat16(halves[k]);
-  }
-}
-
-__device__ void Store(const Leaf& leaf, int64_t start, int count, const float (&values)[kLane]) {
-  if (leaf.dtype == DType::kFloat32) {
-    float* target = static_cast<float*>(leaf.updates) + start;
-    if (count == kLane && IsAligned(target)) {
-      StoreFloats(values, target);
-      return;
-    }
-#pragma unroll
-    for (int k = 0; k < kLane; ++k) {
-      if (k < count) target[k] = values[k];
-    }
-    return;
-  }
-  uint4 packed;
-  uint16_t* halves = reinterpret_cast<uint16_t*>(&packed);
-  if (leaf.dtype == DType::kBFloat16) {
-#pragma unroll
-    for (int k = 0; k < kLane; ++k) halves[k] = ToBFloat16(values[k]);
-  } else {
-#pragma unroll
-    for (int k = 0; k < kLane; ++k) halves[k] = ToFloat16(values[k]);
-  }
-  uint16_t* target = static_cast<uint16_t*>(leaf.updates) + start;
-  if (count == kLane && IsAligned(target)) {
-    *reinterpret_cast<uint4*>(target) = packed;
-    return;
-  }
-#pragma unroll
-  for (int k = 0; k < kLane; ++k) {
-    if (k < count) target[k] = halves[k];
-  }
-}
-
-struct Warp {
-  __device__ uint32_t Max(uint32_t lane_max) const {
-    return __reduce_max_sync(0xffffffffu, lane_max);
-  }
-  __device__ uint32_t Min(uint32_t lane_min) const {
-    return __reduce_min_sync(0xffffffffu, lane_min);
-  }
-};
 
 // Blocks in host memory are left to a team of this many thread blocks: enough to keep the link
 // busy, and more would only queue up at it while the others finish what is in device memory. One
@@ -347,16 +228,16 @@ __global__ void __launch_bounds__(kThreads, 3)
     const int num = static_cast<int>(min(share.end - first, int64_t{share.group}));
     // The lane's codes in the group's first block; those of block i are i * 256 bytes further on.
     // Lanes 2 i and 2 i + 1 have the scales of block i.
-    DynamicBlock<const uint8_t> source{};
-    DynamicBlock<uint8_t> target{};
+    QuantizedBlock<const uint8_t> source{};
+    QuantizedBlock<uint8_t> target{};
     float scale = 0.0f;
     bool has_scale = false;
-    if (accepted && first < extent.num_dynamic_blocks) {
-      const int64_t segment = extent.DynamicChunk(first) >> log2_chunks;
-      has_scale = lane / 2 >= i && lane / 2 < num && first + lane / 2 < extent.num_dynamic_blocks;
-      target = extent.LocateDynamic(targets[segment], first);
+    if (accepted && first < extent.num_quantized_blocks) {
+      const int64_t segment = extent.QuantizedChunk(first) >> log2_chunks;
+      has_scale = lane / 2 >= i && lane / 2 < num && first + lane / 2 < extent.num_quantized_blocks;
+      target = extent.LocateQuantized(targets[segment], first);
       if (!is_fresh) {
-        source = extent.LocateDynamic(sources[segment], first);
+        source = extent.LocateQuantized(sources[segment], first);
         if (has_scale) scale = source.scales[lane];
       }
     }
