@@ -28,6 +28,7 @@ from ._state import (
 from ._validate import (
     check_choice,
     check_dtypes,
+    check_flag,
     check_options,
     check_range,
     check_rate,
@@ -298,7 +299,9 @@ def _decayed(mask: Any, updates: optax.Updates) -> tuple[bool, ...]:
     tree = mask(updates) if callable(mask) else mask
     return tuple(
         jax.tree.leaves(
-            jax.tree.map(lambda m, part: jax.tree.map(lambda _: bool(m), part), tree, updates)
+            jax.tree.map(
+                lambda m, part: jax.tree.map(lambda _: check_flag("mask", m), part), tree, updates
+            )
         )
     )
 

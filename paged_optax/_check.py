@@ -38,7 +38,9 @@ def _append(*updates: Any) -> None:
         _records.extend(np.asarray(update).ravel() for update in updates)
 
 
-def check_last(tx: optax.GradientTransformation, params: optax.Params, max_steps: int = 64) -> None:
+def check_last(
+    tx: optax.GradientTransformation, params: optax.Params, max_steps: int = 64, **extra_args: Any
+) -> None:
     """Checks that nothing in `tx` changes the updates that its paged optimizers return.
 
     With ``param_rounding="stochastic"`` or ``"compensated"`` updates are made so that parameters
@@ -58,6 +60,8 @@ def check_last(tx: optax.GradientTransformation, params: optax.Params, max_steps
       params: parameters; only structure, shapes and dtypes matter, so those of a smaller model or
         `jax.ShapeDtypeStruct` will do.
       max_steps: how many steps to take at most to see three that update anything.
+      **extra_args: what else to pass to ``tx.update``, such as ``value=1.0`` for
+        `optax.contrib.reduce_on_plateau`.
 
     Raises:
       ValueError: if `tx` changes updates of a paged optimizer, has none that rounds parameters, or
@@ -77,6 +81,7 @@ def check_last(tx: optax.GradientTransformation, params: optax.Params, max_steps
     rng = np.random.default_rng(0)
     num_compared = 0
     params = jax.tree.map(lambda p: _random_like(p, rng), params)
+    update = optax.with_extra_args_support(tx).update
     state = tx.init(params)
     find_states(state)
     try:
@@ -86,7 +91,7 @@ def check_last(tx: optax.GradientTransformation, params: optax.Params, max_steps
             for _ in range(max_steps):
                 records.clear()
                 grads = jax.tree.map(lambda p: _random_like(p, rng), params)
-                updates, state = tx.update(grads, state, params)
+                updates, state = update(grads, state, params, **extra_args)
                 jax.effects_barrier()
                 leaves = [np.asarray(leaf).ravel() for leaf in jax.tree.leaves(updates)]
                 if any(np.isnan(record.astype(np.float32)).any() for record in records):

@@ -219,7 +219,8 @@ def _merge(one: Any, other: Any) -> Any:
 def _read_state(state: ScaleByPagedAdam8bitState, gather: bool) -> tuple[Any, Any]:
     handle, version = read_token(state)
     reports = _ext.describe(handle, version)
-    if not any(report["version"] for report in reports):
+    # With replay=True its first step may have run and been dropped.
+    if version == 0 or not any(report["version"] for report in reports):
         raise RuntimeError(
             "this optimizer state was never updated: its moments are zero and have no memory yet"
         )

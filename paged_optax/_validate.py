@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from ._ffi import TOKEN_SHAPE
 from ._options import Paging, Quantization
@@ -49,6 +50,14 @@ def check_options(quantization: Quantization | None, paging: Paging | None) -> N
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+def check_flag(name: str, value: Any) -> bool:
+    if isinstance(value, Tracer):
+        raise TypeError(f"{name} has a traced value; its leaves must be known: True or False")
+    if np.ndim(value) != 0 or np.asarray(value).dtype != bool:
+        raise TypeError(f"{name} has the leaf {value!r}; its leaves must be True or False")
+    return bool(value)
 
 
 def check_state(state: Any) -> None:

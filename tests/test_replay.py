@@ -263,3 +263,15 @@ def test_placement_changes_no_bit():
         return result
 
     assert_trees_equal(train(None), train(0))
+
+
+def test_moments_of_a_state_whose_first_step_was_dropped(tx, device):
+    """It has been used and is as new: no moments yet, and the step can be taken again."""
+    start = jax.device_put(tx.init(make_grads(0)), device)
+    grads = jax.device_put(make_grads(0), device)
+    expected, _ = tx.update(grads, start)
+    with pytest.raises(RuntimeError, match="never updated"):
+        moments(start)
+    actual, state = tx.update(grads, start)
+    assert_trees_equal(actual, expected)
+    assert moments(state).mu["w"].any()

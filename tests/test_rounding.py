@@ -18,7 +18,15 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import paged_optax
-from paged_optax import Quantization, _ext, memory_report, paged_adam8bit, paged_adamw8bit, release
+from paged_optax import (
+    Quantization,
+    _ext,
+    check_last,
+    memory_report,
+    paged_adam8bit,
+    paged_adamw8bit,
+    release,
+)
 from paged_optax import _reference as reference
 from paged_optax._state import CODECS, leaf_keys
 
@@ -688,6 +696,15 @@ def test_mask(mask):
         np.testing.assert_array_equal(updates["b"], 0.0)
 
 
+@pytest.mark.parametrize("leaf", ["no", 0, None, np.zeros(2, bool)], ids=repr)
+def test_mask_of_something_else(leaf):
+    """ "no" would count as True."""
+    params = {"w": jnp.ones((64, 64), jnp.bfloat16)}
+    tx = paged_adamw8bit(1.0, mask={"w": leaf}, param_rounding="compensated")
+    with pytest.raises((TypeError, ValueError), match="mask has the leaf|None|structure"):
+        tx.update(params, tx.init(params), params)
+
+
 def test_wrappers(task):
     """What passes updates on: masked, partition, apply_if_finite, a chain before it."""
     tx, params, grads, expected = task
@@ -883,7 +900,7 @@ HARMFUL = {
 def test_check_last_accepts(factory):
     before = _ext.num_arenas()
     with jax.numpy_dtype_promotion("standard"):
-        paged_optax.check_last(factory(), PARAMS)
+        check_last(factory(), PARAMS)
     assert _ext.num_arenas() == before
     np.testing.assert_array_equal(PARAMS["b"], 1)
 
@@ -895,30 +912,42 @@ def test_check_last_refuses(factory):
         jax.numpy_dtype_promotion("standard"),
         pytest.raises(ValueError, match="something behind the paged optimizer changes its updates"),
     ):
-        paged_optax.check_last(factory(), PARAMS)
+        check_last(factory(), PARAMS)
     assert _ext.num_arenas() == before
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_check_last_passes_arguments_on():
+    """`contrib.reduce_on_plateau` needs the loss; behind the optimizer it scales updates."""
+    plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=1)
+    adamw = paged_adamw8bit(1e-3, param_rounding="compensated")
+    check_last(optax.chain(plateau, adamw), PARAMS, value=1.0)
+    with pytest.raises(TypeError, match="value"):
+        check_last(optax.chain(plateau, adamw), PARAMS)
+    with pytest.raises(ValueError, match="behind the paged optimizer"):
+        check_last(optax.chain(adamw, plateau), PARAMS, value=1.0)
 
 
 def test_check_last_takes_shapes():
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS)
-    paged_optax.check_last(make(), shapes)
+    check_last(make(), shapes)
 
 
 def test_check_last_where_nothing_is_rounded():
     with pytest.raises(ValueError, match="no update of a paged optimizer that rounds parameters"):
-        paged_optax.check_last(paged_adamw8bit(1e-3), PARAMS, max_steps=2)
+        check_last(paged_adamw8bit(1e-3), PARAMS, max_steps=2)
 
 
 def test_check_last_without_a_paged_optimizer():
     with pytest.raises(ValueError, match="there is no paged optimizer state"):
-        paged_optax.check_last(optax.adam(1e-3), PARAMS)
+        check_last(optax.adam(1e-3), PARAMS)
 
 
 def test_check_last_of_a_long_cycle():
     tx = paged_optax.MultiSteps(make(), 100).gradient_transformation()
     with pytest.raises(ValueError, match="within 64 steps; pass a larger max_steps"):
-        paged_optax.check_last(tx, PARAMS)
-    paged_optax.check_last(tx, PARAMS, max_steps=100)
+        check_last(tx, PARAMS)
+    check_last(tx, PARAMS, max_steps=100)
 
 
 @pytest.mark.parametrize("warm", [False, True])
@@ -928,14 +957,14 @@ def test_check_last_of_a_jitted_update_leaves_nothing_behind(warm):
     params = {"w": jnp.ones((64, 64), jnp.bfloat16)}
     if warm:
         tx.update(params, tx.init(params), params)
-    paged_optax.check_last(tx, params)
+    check_last(tx, params)
     assert "callback" not in tx.update.lower(params, tx.init(params), params).as_text()
 
 
 def test_check_last_names_nan_as_what_it_is():
     tx = optax.inject_hyperparams(paged_adamw8bit)(learning_rate=1e-3, param_rounding="compensated")
     with pytest.raises(ValueError, match="are NaN.*hyperparam_dtype"):
-        paged_optax.check_last(tx, {"w": jnp.ones((64, 64), jnp.bfloat16)})
+        check_last(tx, {"w": jnp.ones((64, 64), jnp.bfloat16)})
 
 
 @pytest.mark.parametrize(
