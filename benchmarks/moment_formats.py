@@ -127,16 +127,16 @@ def table(levels: np.ndarray, scale_bits: int = 32, negative_zero: float | None 
     return store
 
 
-def squares(scale_bits: int = 32):
+def squares(scale_bits: int = 32, largest: int = 127):
     """Codes -127 .. 127, code k for k |k| / 127^2 of the block's largest magnitude."""
 
     def store(x, word):
         scale = _block_scale(x, scale_bits)
         scale = jnp.where(scale >= 2.0**-64, scale, 0)  # what is smaller moves no parameter
-        y = jnp.abs(x) * (127.0**2 / jnp.where(scale > 0, scale, jnp.inf))
-        k = jnp.clip(jnp.floor(jnp.sqrt(y)), 0, 126)
+        y = jnp.abs(x) * (float(largest) ** 2 / jnp.where(scale > 0, scale, jnp.inf))
+        k = jnp.clip(jnp.floor(jnp.sqrt(y)), 0, largest - 1)
         stored = _between(k * k, (k + 1) * (k + 1), y, word)
-        return jnp.sign(x) * stored * (scale / np.float32(127.0**2))
+        return jnp.sign(x) * stored * (scale / np.float32(float(largest) ** 2))
 
     return store
 
@@ -145,7 +145,7 @@ def window(finest: int = 16, coarsest: int = 21, idle_octaves: int | None = 15):
     """Second moments as floats with fewer bits of fraction, as many as the block's range allows.
 
     A code is the upper bits of the float32 less an offset: code + offset = bits >> shift. The
-    shift is the least with which 255 codes reach from the block's largest value to its smallest
+    shift is the least with which 252 codes reach from the block's largest value to its smallest
     (but 0, which has its own code). No scale multiplies the values, so a block's grid stays where
     it is when its maximum moves, and a finer grid contains the coarser ones: what was stored and
     has not changed is stored again without error. Random bits that are added below the cut round
@@ -163,14 +163,40 @@ def window(finest: int = 16, coarsest: int = 21, idle_octaves: int | None = 15):
             low = jnp.where(idle, jnp.maximum(low, top - (idle_octaves << 23)), low)
         bottom = jnp.min(low, axis=1, keepdims=True)
         shift = jnp.full_like(top, coarsest)
+        span = jnp.maximum(top - bottom, 0)
+        span += span // 64  # so much of the codes is left for the ends
         for candidate in range(coarsest - 1, finest - 1, -1):
-            fits = (jnp.maximum(top - bottom, 0) >> candidate) <= 252
-            shift = jnp.where(fits, candidate, shift)
+            shift = jnp.where(span >> candidate < 256, candidate, shift)
         one = jnp.int32(1) << shift
         added = one >> 1 if word is None else (word >> (32 - shift).astype(jnp.uint32))
         cut = (bits + added.astype(jnp.int32)) >> shift
         cut = jnp.clip(cut, (top >> shift) - 253, 0x7F7FFFFF >> shift)
         return jnp.where(v > 0, float_of(cut << shift), 0.0)
+
+    return store
+
+
+def fitted_window(codes: int = 256, idle_octaves: int = 15):
+    """`window` with four times as many steps to choose from: 1, 1.25, 1.5 or 1.75 times 2^shift.
+
+    Ranges are met to a quarter, so that fewer codes are left over; but a grid does not contain the
+    coarser ones.
+    """
+    steps = [(1 << shift) * (4 + part) // 4 for shift in range(16, 21) for part in range(4)]
+    steps = jnp.array([*steps, 1 << 21], jnp.int32)
+
+    def store(v, word, idle):
+        bits = bits_of(v)
+        top = jnp.max(bits, axis=1, keepdims=True)
+        low = jnp.where(bits > 0, bits, INFINITY)
+        low = jnp.where(idle, jnp.maximum(low, top - (idle_octaves << 23)), low)
+        span = jnp.maximum(top - jnp.min(low, axis=1, keepdims=True), 0)
+        coarser = jnp.sum(span > (codes - 4) * steps, axis=1, keepdims=True)
+        step = steps[jnp.minimum(coarser, len(steps) - 1)]
+        cut = bits // step
+        cut += (bits % step) > (_fraction(word) * step).astype(jnp.int32)
+        cut = jnp.clip(cut, top // step - (codes - 3), INFINITY // step - 1)
+        return jnp.where(v > 0, float_of(cut * step), 0.0)
 
     return store
 
@@ -297,6 +323,14 @@ FORMATS = [
         True,
     ),
     _ratio("ratio, m nearest", {"v_random": golden}),
+    _ratio("ratio, fitted window", _GOLDEN, fitted_window()),
+    _format(
+        "ratio, fitted window, 7.5 + 8.5 bits",
+        squares(largest=90),
+        fitted_window(362, idle_octaves=11),
+        _GOLDEN,
+        relative=True,
+    ),
     _ratio("ratio, hashed elements", {"m_random": hashed_golden, "v_random": hashed_golden}),
     WINNER,
 ]

@@ -113,6 +113,9 @@ class Synthetic:
         add("outliers", 4, np.where(place % 128 == 127, 1e3, 1.0))
         add("spikes", 4, spike=True)
         add("dead neighbours", 4, varied[:4], watch=~few, stop=few)
+        fourth = place % 4 == 0
+        wide = np.exp(np.random.default_rng(1).normal(size=(8, BLOCK)))
+        add("sparse neighbours", 8, wide, watch=~fourth, sparse=fourth)
         self.scale = np.concatenate(scales).astype(np.float32)
         shape = self.scale.shape
         kinds = ("shrink", "row_sparse", "sparse", "spike", "stop")
@@ -202,6 +205,7 @@ def synthetic_study(formats) -> dict[str, dict]:
                     "outliers",
                     "spikes",
                     "dead neighbours",
+                    "sparse neighbours",
                 )
             },
         }
@@ -223,6 +227,7 @@ def print_synthetic(results):
         "outliers",
         "spikes",
         "dead",
+        "sparse n.",
         "first 10",
         "stopped",
     )
@@ -240,6 +245,7 @@ def print_synthetic(results):
                     "outliers",
                     "spikes",
                     "dead neighbours",
+                    "sparse neighbours",
                     "first 10 steps",
                     "stopped",
                 )
