@@ -42,6 +42,12 @@ def independent(shape, step):
     return _mix(_mix(index) ^ _mix(jnp.asarray(step, jnp.uint32) * GOLDEN + np.uint32(1)))
 
 
+def _rhythm(step):
+    """Evenly spread over the steps, anew every 128 of them: gradients may repeat, too."""
+    step = jnp.asarray(step, jnp.uint32)
+    return step * GOLDEN + _mix((step >> 7) + np.uint32(1))
+
+
 def golden(shape, step):
     """Evenly spread over the elements at one step, and over the steps of an element.
 
@@ -49,13 +55,19 @@ def golden(shape, step):
     about n p fall below p, with an error of order log n and not sqrt(n).
     """
     index = jnp.arange(np.prod(shape), dtype=jnp.uint32).reshape(shape)
-    return index * np.uint32(0xC13FA9A9) + jnp.asarray(step, jnp.uint32) * GOLDEN
+    return index * np.uint32(0xC13FA9A9) + _rhythm(step)
 
 
 def hashed_golden(shape, step):
     """The same along the steps, from a hash of the element."""
     index = jnp.arange(np.prod(shape), dtype=jnp.uint32).reshape(shape)
-    return _mix(index + np.uint32(1)) + jnp.asarray(step, jnp.uint32) * GOLDEN
+    return _mix(index + np.uint32(1)) + _rhythm(step)
+
+
+def unbroken_golden(shape, step):
+    """`golden` without starting anew."""
+    index = jnp.arange(np.prod(shape), dtype=jnp.uint32).reshape(shape)
+    return index * np.uint32(0xC13FA9A9) + jnp.asarray(step, jnp.uint32) * GOLDEN
 
 
 def _fraction(word):
@@ -141,19 +153,23 @@ def squares(scale_bits: int = 32, largest: int = 127):
     return store
 
 
-def window(finest: int = 16, coarsest: int = 21, idle_octaves: int | None = 15):
+def window(codes: int = 256, idle_octaves: int | None = 15, parts: int = 4):
     """Second moments as floats with fewer bits of fraction, as many as the block's range allows.
 
-    A code is the upper bits of the float32 less an offset: code + offset = bits >> shift. The
-    shift is the least with which 252 codes reach from the block's largest value to its smallest
-    (but 0, which has its own code). No scale multiplies the values, so a block's grid stays where
-    it is when its maximum moves, and a finer grid contains the coarser ones: what was stored and
-    has not changed is stored again without error. Random bits that are added below the cut round
-    without bias, since floats of an octave are evenly spaced.
+    A code and an offset, times a step, are the bits of a float32. The step is the least with which
+    the codes reach from the block's largest value to its smallest (but 0, which has its own code):
+    2^16 .. 2^21, and with four parts these and a quarter, a half or three quarters. No scale
+    multiplies the values, so a block's grid stays where it is when its maximum moves; with one
+    part, a finer grid contains the coarser ones. Random bits that are added before the division
+    round without bias, since floats of an octave are evenly spaced.
 
     Values below the window take its lowest code. Idle elements, those with m = 0, whose v decays
     for ever, widen the window no further than `idle_octaves`.
     """
+    steps = [
+        (1 << shift) * (parts + part) // parts for shift in range(16, 21) for part in range(parts)
+    ]
+    steps = jnp.array([*steps, 1 << 21], jnp.int32)
 
     def store(v, word, idle):
         bits = bits_of(v)
@@ -161,41 +177,13 @@ def window(finest: int = 16, coarsest: int = 21, idle_octaves: int | None = 15):
         low = jnp.where(bits > 0, bits, INFINITY)
         if idle_octaves is not None:
             low = jnp.where(idle, jnp.maximum(low, top - (idle_octaves << 23)), low)
-        bottom = jnp.min(low, axis=1, keepdims=True)
-        shift = jnp.full_like(top, coarsest)
-        span = jnp.maximum(top - bottom, 0)
-        span += span // 64  # so much of the codes is left for the ends
-        for candidate in range(coarsest - 1, finest - 1, -1):
-            shift = jnp.where(span >> candidate < 256, candidate, shift)
-        one = jnp.int32(1) << shift
-        added = one >> 1 if word is None else (word >> (32 - shift).astype(jnp.uint32))
-        cut = (bits + added.astype(jnp.int32)) >> shift
-        cut = jnp.clip(cut, (top >> shift) - 253, 0x7F7FFFFF >> shift)
-        return jnp.where(v > 0, float_of(cut << shift), 0.0)
-
-    return store
-
-
-def fitted_window(codes: int = 256, idle_octaves: int = 15):
-    """`window` with four times as many steps to choose from: 1, 1.25, 1.5 or 1.75 times 2^shift.
-
-    Ranges are met to a quarter, so that fewer codes are left over; but a grid does not contain the
-    coarser ones.
-    """
-    steps = [(1 << shift) * (4 + part) // 4 for shift in range(16, 21) for part in range(4)]
-    steps = jnp.array([*steps, 1 << 21], jnp.int32)
-
-    def store(v, word, idle):
-        bits = bits_of(v)
-        top = jnp.max(bits, axis=1, keepdims=True)
-        low = jnp.where(bits > 0, bits, INFINITY)
-        low = jnp.where(idle, jnp.maximum(low, top - (idle_octaves << 23)), low)
         span = jnp.maximum(top - jnp.min(low, axis=1, keepdims=True), 0)
-        coarser = jnp.sum(span > (codes - 4) * steps, axis=1, keepdims=True)
+        coarser = jnp.sum(span > (codes - 5) * steps, axis=1, keepdims=True)
         step = steps[jnp.minimum(coarser, len(steps) - 1)]
+        share = 0.5 if word is None else _fraction(word)
         cut = bits // step
-        cut += (bits % step) > (_fraction(word) * step).astype(jnp.int32)
-        cut = jnp.clip(cut, top // step - (codes - 3), INFINITY // step - 1)
+        cut += (bits % step) > (share * step).astype(jnp.int32)
+        cut = jnp.clip(cut, top // step - (codes - 4), INFINITY // step - 1)
         return jnp.where(v > 0, float_of(cut * step), 0.0)
 
     return store
@@ -323,14 +311,15 @@ FORMATS = [
         True,
     ),
     _ratio("ratio, m nearest", {"v_random": golden}),
-    _ratio("ratio, fitted window", _GOLDEN, fitted_window()),
+    _ratio("ratio, steps of powers of 2", _GOLDEN, window(parts=1)),
     _format(
-        "ratio, fitted window, 7.5 + 8.5 bits",
+        "ratio, 7.5 + 8.5 bits",
         squares(largest=90),
-        fitted_window(362, idle_octaves=11),
+        window(codes=362, idle_octaves=11),
         _GOLDEN,
         relative=True,
     ),
+    _ratio("ratio, unbroken sequence", {"m_random": unbroken_golden, "v_random": unbroken_golden}),
     _ratio("ratio, hashed elements", {"m_random": hashed_golden, "v_random": hashed_golden}),
     WINNER,
 ]

@@ -80,6 +80,7 @@ def nmse(updates, expected):
 
 UNDERFLOW = (1.0, 1e-1, 1e-2, 1e-3, 3e-4, 1e-4, 1e-5, 1e-6)
 TINY = (1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
+CYCLE = 89  # steps after which a data set in a fixed order starts again
 CHANGE = 500  # the step at which gradients shrink or stop
 STEPS, WINDOW, CHUNK = 5_000, 500, 50  # the last steps are measured
 
@@ -116,9 +117,10 @@ class Synthetic:
         fourth = place % 4 == 0
         wide = np.exp(np.random.default_rng(1).normal(size=(8, BLOCK)))
         add("sparse neighbours", 8, wide, watch=~fourth, sparse=fourth)
+        add("cycle", 8, varied, cycle=True)
         self.scale = np.concatenate(scales).astype(np.float32)
         shape = self.scale.shape
-        kinds = ("shrink", "row_sparse", "sparse", "spike", "stop")
+        kinds = ("shrink", "row_sparse", "sparse", "spike", "stop", "cycle")
         self._masks = {kind: np.zeros(shape, bool) for kind in kinds}
         self.sections["stopped"] = np.broadcast_to(few, shape).copy()
         for name, start, blocks, watch, masks in self._pending:
@@ -142,7 +144,9 @@ class Synthetic:
         scale = jnp.where(masks["sparse"] & ~some, 0.0, scale)
         rare = jax.random.uniform(keys[2], shape) < 1e-4
         scale = jnp.where(masks["spike"] & rare, 100 * scale, scale)
-        return scale * jax.random.normal(keys[3], shape)
+        again = jax.random.fold_in(jax.random.key(2), step % CYCLE)
+        normal = jax.random.normal(keys[3], shape)
+        return scale * jnp.where(masks["cycle"], jax.random.normal(again, shape), normal)
 
 
 def synthetic_study(formats) -> dict[str, dict]:
@@ -206,6 +210,7 @@ def synthetic_study(formats) -> dict[str, dict]:
                     "spikes",
                     "dead neighbours",
                     "sparse neighbours",
+                    "cycle",
                 )
             },
         }
@@ -228,6 +233,7 @@ def print_synthetic(results):
         "spikes",
         "dead",
         "sparse n.",
+        "cycle",
         "first 10",
         "stopped",
     )
@@ -246,6 +252,7 @@ def print_synthetic(results):
                     "spikes",
                     "dead neighbours",
                     "sparse neighbours",
+                    "cycle",
                     "first 10 steps",
                     "stopped",
                 )

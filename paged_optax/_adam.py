@@ -258,8 +258,12 @@ class _Link:
                     " as its third argument"
                 )
             check_dtypes("parameter", jax.tree_util.tree_leaves_with_path(params))
-            for value in (descent.learning_rate, descent.weight_decay):
-                hyperparams.append(value(state.count) if callable(value) else value)
+            for name in ("learning_rate", "weight_decay"):
+                value = getattr(descent, name)
+                if callable(value):
+                    value = value(state.count)
+                    check_rate(f"{name}, from its schedule,", value)
+                hyperparams.append(value)
             decayed = _decayed(descent.mask, updates)
         codec = CODECS[self._quantization.codec]
         if descent is not None or codec == RATIO:

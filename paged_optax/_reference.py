@@ -133,10 +133,11 @@ class RatioState(NamedTuple):
     nu_words: np.ndarray  # float32 (num_blocks,), of which the bits count
 
 
-_FINEST_SHIFT, _COARSEST_SHIFT = 16, 21
+_FINEST_STEP, _COARSEST_STEP = 4, 128  # in units of 2^14
+_TOP_CODE = 253
 _IDLE_RANGE = 15 << 23
-_HAS_ZEROS = 32
-_INFINITY, _LARGEST_NU = 0x7F800000, 0x7F600000
+_HAS_ZEROS = 256
+_INFINITY = 0x7F800000
 _SQUARES = np.float32(16128.99)  # 127^2, and a little less so that no ratio reaches it
 
 
@@ -148,7 +149,7 @@ def quantize_ratio(mu: np.ndarray, nu: np.ndarray, random: np.ndarray) -> RatioS
       nu: second moments (size,), finite and not negative.
       random: uint32 (size,), of which the upper bits round ``nu`` and the lower 16 ``mu``.
     """
-    mu, nu = _to_blocks(mu), _to_blocks(nu)
+    mu, nu = _to_blocks(mu), np.minimum(_to_blocks(nu), np.float32(2.0**127))
     random = np.pad(random, (0, mu.size - random.size)).reshape(mu.shape)
 
     # The window: from the largest second moment to the smallest, in bits, which order floats.
@@ -158,18 +159,18 @@ def quantize_ratio(mu: np.ndarray, nu: np.ndarray, random: np.ndarray) -> RatioS
     low = np.where(mu == 0, np.maximum(bits, idle_limit), bits)
     bottom = np.where(bits > 0, low, _INFINITY).min(axis=1, initial=_INFINITY)
     span = np.maximum(top - bottom, 0)
-    span += span // 64  # so much of the codes is left for the ends
-    shift = np.full(span.shape, _COARSEST_SHIFT)
-    for s in reversed(range(_FINEST_SHIFT, _COARSEST_SHIFT)):
-        shift = np.where(span >> s < 256, s, shift)
+    span += span // 64 + span // 256  # so much of the codes is left for the ends
+    steps = np.array([quarters << e for e in range(5) for quarters in range(4, 8)])
+    fits = span[:, None] < 256 * steps << 14
+    steps = np.where(fits.any(axis=1), steps[fits.argmax(axis=1)], _COARSEST_STEP)
     has_zeros = (bits == 0).any(axis=1)
-    words = (top & 0xFFFF0000 | shift | np.where(has_zeros, _HAS_ZEROS, 0)).astype(np.uint32)
-    offset = np.maximum((top >> shift) - 254, 0)
+    words = (top & 0xFFFF0000 | np.where(has_zeros, _HAS_ZEROS, 0) | steps).astype(np.uint32)
 
-    # Second moments: the bits above the cut, after the addition of random ones below it.
-    shift, offset = shift[:, None], offset[:, None]
-    cut = (np.minimum(bits, _LARGEST_NU) + (random.astype(np.int64) >> (32 - shift))) >> shift
-    nu_codes = np.where(bits == 0, 0, np.maximum(cut - offset, 1)).astype(np.uint8)
+    # Second moments: what is below the lowest code takes that one; random bits, then the division.
+    window = _ratio_window(words)
+    above = np.maximum(bits - window.base, window.step)
+    divided = (above * window.reciprocal >> 32) + (random.astype(np.int64) >> (32 - window.shift))
+    nu_codes = np.where(bits == 0, 0, divided >> window.shift).astype(np.uint8)
 
     # First moments: squares of integers, in units of the stored second moments' square roots.
     _, reciprocal = _ratio_unit(_decode_ratio_nu(nu_codes, words))
@@ -199,18 +200,43 @@ def dequantize_ratio(state: RatioState) -> tuple[np.ndarray, np.ndarray]:
 def ratio_random(leaf_key: int, count: int, size: int) -> np.ndarray:
     """The random bits with which a leaf's moments are rounded, uint32 (size,).
 
-    Weyl sequences along the elements (the plastic number) and the steps (the golden ratio).
+    Weyl sequences along the elements (the plastic number) and the steps (the golden ratio), of
+    which the latter starts anew every 128 steps.
     """
-    start = (leaf_key ^ leaf_key >> 32) + count * 0x9E3779B9
+    (restart,) = _mix(np.array([count >> 7], np.uint32), 0x9E3779B9, 0x7F4A7C15).tolist()
+    start = (leaf_key ^ leaf_key >> 32) + count * 0x9E3779B9 + restart
     return np.arange(size, dtype=np.uint32) * np.uint32(0xC13FA9A9) + np.uint32(start % 2**32)
 
 
+class _RatioWindow(NamedTuple):
+    """How a block's second moments are stored; int64 (num_blocks, 1) each.
+
+    A code c > 0 stands for the float with the bits ``base + c * step``. Division by the step is
+    multiplication by ``reciprocal / 2**(32 + shift)``, which never is too small and hardly too
+    large.
+    """
+
+    step: np.ndarray
+    base: np.ndarray
+    reciprocal: np.ndarray
+    shift: np.ndarray
+
+
+def _ratio_window(words: np.ndarray) -> _RatioWindow:
+    words = words.astype(np.int64)[:, None]
+    step = (words & 255) << 14
+    log2 = np.frexp(np.maximum(words & 255, 4))[1].astype(np.int64) - 1
+    shift = 13 + log2
+    reciprocal = -(-(1 << (32 + shift)) // np.maximum(step, _FINEST_STEP << 14))
+    top = ((words & 0xFFFF0000) * reciprocal >> 32) >> shift
+    return _RatioWindow(step, np.maximum(top - _TOP_CODE, 0) * step, reciprocal, shift)
+
+
 def _decode_ratio_nu(codes: np.ndarray, words: np.ndarray) -> np.ndarray:
-    shift = words & np.uint32(31)
-    top = (words >> shift).astype(np.int64)
-    bits = (codes + np.maximum(top - 254, 0)[:, None]) << shift[:, None].astype(np.int64)
-    has_zeros = (words & np.uint32(_HAS_ZEROS)) != 0
-    return np.where(has_zeros[:, None] & (codes == 0), 0, bits).astype(np.uint32).view(np.float32)
+    window = _ratio_window(words)
+    is_zero = (codes == 0) & ((words & np.uint32(_HAS_ZEROS)) != 0)[:, None]
+    bits = np.where(is_zero, 0, window.base + codes * window.step)
+    return bits.astype(np.uint32).view(np.float32)
 
 
 def _ratio_unit(nu: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -222,7 +222,7 @@ def _read_state(state: ScaleByPagedAdam8bitState, gather: bool) -> tuple[Any, An
     # With replay=True its first step may have run and been dropped.
     if version == 0 or not any(report["version"] for report in reports):
         raise RuntimeError(
-            "this optimizer state was never updated: its moments are zero and have no memory yet"
+            "this optimizer state was never updated: its moments are zero, and not stored"
         )
     first = reports[0]
     if first["tree"] not in trees:

@@ -19,9 +19,9 @@ FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 def check_range(name: str, value: jax.typing.ArrayLike, below: float = np.inf) -> None:
     if np.ndim(value) != 0:
         raise ValueError(f"{name} has shape {np.shape(value)}; it must be a scalar")
-    if callable(value) or value is None:
+    if callable(value) or value is None or isinstance(value, str):
         raise TypeError(
-            f"{name} is {value}; it must be a number. For a schedule use"
+            f"{name} is {value!r}; it must be a number. For a schedule use"
             " optax.inject_hyperparams(...)"
         )
     # float32, as the kernel sees it: 0.99999999 is 1 there.
@@ -32,8 +32,8 @@ def check_range(name: str, value: jax.typing.ArrayLike, below: float = np.inf) -
 
 def check_rate(name: str, value: Any) -> None:
     """A learning rate or the like: a scalar, or a schedule of scalars."""
-    if value is None:
-        raise TypeError(f"{name} is None; it must be a number or a schedule")
+    if value is None or isinstance(value, str):
+        raise TypeError(f"{name} is {value!r}; it must be a number or a schedule of numbers")
     if not callable(value) and np.ndim(value) != 0:
         raise ValueError(f"{name} has shape {np.shape(value)}; it must be a scalar")
 

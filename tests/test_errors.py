@@ -254,7 +254,8 @@ def test_threads_race_for_one_state(tx):
 
 @pytest.mark.parametrize("version", range(3))
 def test_moments_of_an_old_state(states, version):
-    assert_refused(lambda: moments(states[version]), states[-1], "not the newest", RuntimeError)
+    message = "not the newest" if version else "never updated"
+    assert_refused(lambda: moments(states[version]), states[-1], message, RuntimeError)
 
 
 # --- A state without moments here ---------------------------------------------------------------

@@ -973,8 +973,21 @@ def test_check_last_names_nan_as_what_it_is():
         ({"learning_rate": None}, TypeError, "learning_rate is None"),
         ({"learning_rate": 1e-3, "weight_decay": None}, TypeError, "weight_decay is None"),
         ({"learning_rate": jnp.ones(2)}, ValueError, r"learning_rate has shape \(2,\)"),
+        ({"learning_rate": "1e-3"}, TypeError, "learning_rate is '1e-3'"),
+        ({"learning_rate": 1e-3, "b1": "0.9"}, TypeError, "b1 is '0.9'"),
     ],
 )
-def test_rates_that_are_none(options, error, message):
+def test_rates_that_are_no_numbers(options, error, message):
     with pytest.raises(error, match=message):
         paged_adamw8bit(**options, param_rounding="stochastic")
+
+
+@pytest.mark.parametrize("value, error", [(None, TypeError), (np.ones(2, f32), ValueError)])
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+def test_schedules_of_something_else(name, value, error):
+    params = {"w": jnp.ones((64, 64), jnp.bfloat16)}
+    options = {"learning_rate": 1e-3, name: lambda count: value}
+    tx = paged_adamw8bit(**options, param_rounding="stochastic")
+    for update in tx.update, jax.jit(tx.update):
+        with pytest.raises(error, match=f"{name}, from its schedule,"):
+            update(params, tx.init(params), params)

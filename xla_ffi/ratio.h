@@ -5,14 +5,14 @@
 //
 // A block has 256 elements, two codes each, and two words.
 //
-// Second moments. A code stands for the float whose bits are (code + offset) << shift, or for 0.
-// The shift is the least, of 16 .. 21, with which the codes reach from the block's largest value to
-// its smallest but 0: 7 .. 2 bits of fraction, over 2 .. 63 octaves. There is no scale to multiply
-// with, so the values that codes stand for stay where they are when the block's largest value
-// moves, and a smaller shift only adds values between them: what has not changed is stored without
-// error again. Adding random bits below the cut rounds without bias, because the floats of an
-// octave are evenly spaced. The block's word holds the leading bits of its largest value, the
-// shift, and whether code 0 stands for 0.
+// Second moments. A code stands for the float whose bits are (code + offset) * step, or for 0. The
+// step is the least, of 2^16 .. 2^21 and these and a quarter, a half or three quarters, with which
+// the codes reach from the block's largest value to its smallest but 0: 7 .. 2 bits of fraction,
+// over 2 .. 63 octaves. There is no scale to multiply with, so the values that codes stand for stay
+// where they are when the block's largest value moves: until the step changes, what has not changed
+// is stored without error again. Adding random bits before the division rounds without bias,
+// because the floats of an octave are evenly spaced. The block's word holds the leading bits of its
+// largest value, the step, and whether code 0 stands for 0.
 //
 // First moments. A code k of -127 .. 127 stands for k |k| / 127^2 times the block's scale times the
 // element's unit, a power of two or 1.5 times one near the square root of its stored second
@@ -28,77 +28,87 @@
 #include <cmath>
 
 #include "portable.h"
+#include "random.h"
 
 namespace paged_optax {
 
-inline constexpr uint32_t kFinestShift = 16, kCoarsestShift = 21;
-// Of the 256 codes one is for 0 and one for rounding up at the top; a 64th is left at the ends of
-// the range, which are cut off.
-inline constexpr uint32_t kTopCode = 254;  // of the largest value, before rounding
+// A step, in units of 2^14. Four units are the finest.
+inline constexpr uint32_t kStepShift = 14, kCoarsestStep = 128;
+// Of the 256 codes one is for 0, one for rounding up at the top, and one each for the ends of the
+// range, which are cut off; a 64th and a 256th of the range make that 251.
+inline constexpr uint32_t kTopCode = 253;  // of the largest value, before rounding
 // Elements without gradient decay for ever; they widen a block's range no further than this.
 inline constexpr uint32_t kIdleRange = 15u << 23;
-// Greater second moments are stored as this one: for every shift it is a multiple of the cut.
-inline constexpr uint32_t kLargestNu = 0x7f600000;
-inline constexpr uint32_t kHasZeros = 32;  // in a block's word, beside the shift
+// Greater second moments are stored as this one, 2^127, which rounding up leaves finite.
+inline constexpr uint32_t kLargestNu = 0x7f000000;
+inline constexpr uint32_t kHasZeros = 256;  // in a block's word, beside the step
 
 // ------------------------------------------------------------------------------- second moments
 
 struct RatioWindow {
+  uint32_t step;
+  uint32_t base;        // offset * step
+  uint32_t reciprocal;  // 2^(32 + shift) / step, rounded up
   uint32_t shift;
-  uint32_t base;  // the offset, shifted
   bool has_zeros;
 };
 
 // The word of a block, from the bits of its largest second moment and the range that codes have to
 // span, in bits.
 PAGED_HD uint32_t WindowWord(uint32_t top, uint32_t range, bool has_zeros) {
-  const uint32_t fitting =
-      24 - static_cast<uint32_t>(LeadingZeros((range + range / 64) | 0xffffff));
-  const uint32_t shift = fitting < kCoarsestShift ? fitting : kCoarsestShift;
-  return (top & 0xffff0000u) | (has_zeros ? kHasZeros : 0) | shift;
+  const uint32_t with_ends = range + range / 64 + range / 256;
+  const uint32_t span = with_ends > 0xffffff ? with_ends : 0xffffff;
+  const uint32_t log2 = 31 - static_cast<uint32_t>(LeadingZeros(span));
+  const uint32_t fitting = (((span >> (log2 - 2)) + 1) << (log2 - 23)) >> 1;
+  const uint32_t step = fitting < kCoarsestStep ? fitting : kCoarsestStep;
+  return (top & 0xffff0000u) | (has_zeros ? kHasZeros : 0) | step;
 }
 
 PAGED_HD RatioWindow WindowOf(uint32_t word) {
-  const uint32_t shift = word & 31, top = word >> shift;
-  const uint32_t offset = top > kTopCode ? top - kTopCode : 0;
-  return {shift, offset << shift, (word & kHasZeros) != 0};
+  const uint32_t units = word & 255;
+  // A step is 4, 5, 6 or 7 times a power of two; of a fresh block, 0.
+  const uint32_t log2 = 31 - static_cast<uint32_t>(LeadingZeros(units | 1));
+  const uint32_t quarters = (units << (7 - log2) >> 5) & 3;
+  const uint32_t of_4_5 = Select(quarters == 0, 0x80000000u, 0x66666667u);
+  const uint32_t of_6_7 = Select(quarters == 2, 0x55555556u, 0x4924924au);
+  RatioWindow window;
+  window.step = units << kStepShift;
+  window.reciprocal = quarters < 2 ? of_4_5 : of_6_7;
+  window.shift = kStepShift - 1 + log2;
+  const uint32_t top = MultiplyHighAdd(word & 0xffff0000u, window.reciprocal, 0) >> window.shift;
+  window.base = (top > kTopCode ? top - kTopCode : 0) * window.step;
+  window.has_zeros = (word & kHasZeros) != 0;
+  return window;
 }
 
 template <int K>
 PAGED_HD void DecodeRatioNus(const uint8_t (&codes)[K], const RatioWindow& window, float (&nu)[K]) {
-  const uint32_t unit = 1u << window.shift;
   PAGED_UNROLL
-  for (int k = 0; k < K; ++k) nu[k] = FloatOf(MultiplyAdd(codes[k], unit, window.base));
+  for (int k = 0; k < K; ++k) nu[k] = FloatOf(MultiplyAdd(codes[k], window.step, window.base));
   if (window.has_zeros) {
     PAGED_UNROLL
     for (int k = 0; k < K; ++k) nu[k] = Select(codes[k] == 0, 0.0f, nu[k]);
   }
 }
 
-// Rounds second moments, finite and not negative, of a block whose largest has the bits `top`. The
-// upper bits of `random` decide. On return, nu holds what the codes stand for. First moments whose
-// second ones are 0 become 0.
+// Rounds second moments, from 0 to 2^127. The upper bits of `random` decide. On return, nu holds
+// what the codes stand for. First moments whose second ones are 0 become 0.
 template <int K>
-PAGED_HD void EncodeRatioNus(uint32_t top, const RatioWindow& window, const uint32_t (&random)[K],
-                             float (&mu)[K], float (&nu)[K], uint8_t (&codes)[K]) {
-  if (top > kLargestNu) {
-    PAGED_UNROLL
-    for (int k = 0; k < K; ++k)
-      nu[k] = Select(BitsOf(nu[k]) < kLargestNu, nu[k], FloatOf(kLargestNu));
-  }
-  const uint32_t unit = 1u << window.shift;
-  const int32_t offset = static_cast<int32_t>(window.base >> window.shift);
+PAGED_HD void EncodeRatioNus(const RatioWindow& window, const uint32_t (&random)[K], float (&mu)[K],
+                             float (&nu)[K], uint8_t (&codes)[K]) {
+  const int32_t base = static_cast<int32_t>(window.base), step = static_cast<int32_t>(window.step);
   uint32_t not_zero[K];
   PAGED_UNROLL
   for (int k = 0; k < K; ++k) not_zero[k] = Select(BitsOf(nu[k]) == 0, 0u, ~0u);
   PAGED_UNROLL
   for (int k = 0; k < K; ++k) {
-    const uint32_t cut = (BitsOf(nu[k]) + (random[k] >> (32 - window.shift))) >> window.shift;
     // What lies below the window takes the lowest code.
-    const int32_t above = static_cast<int32_t>(cut) - offset;
-    const uint32_t code = static_cast<uint32_t>(above > 1 ? above : 1);
+    const int32_t above = static_cast<int32_t>(BitsOf(nu[k])) - base;
+    const uint32_t x = static_cast<uint32_t>(above > step ? above : step);
+    const uint32_t added = random[k] >> (32 - window.shift);
+    const uint32_t code = MultiplyHighAdd(x, window.reciprocal, added) >> window.shift;
     codes[k] = static_cast<uint8_t>(code);
-    nu[k] = FloatOf(MultiplyAdd(code, unit, window.base));
+    nu[k] = FloatOf(MultiplyAdd(code, window.step, window.base));
   }
   if (window.has_zeros) {
     PAGED_UNROLL
@@ -169,9 +179,16 @@ inline constexpr uint8_t kZeroRatio = 0;  // code of zero, of both moments
 // leave sqrt(n). It is this that second moments average over a thousand steps. A hash of the
 // element in place of the second sequence follows float32 no better, and takes a tenth of a GPU's
 // step.
+//
+// After 89 steps, and every other Fibonacci number, the first sequence almost repeats. Gradients
+// that repeat then too, a data set in a fixed order for instance, would be rounded alike for ever,
+// so the sequence starts anew every 128 steps.
 inline constexpr uint32_t kRatioStride = 0xc13fa9a9u;
 
-PAGED_HD uint32_t RatioPhase(int32_t count) { return static_cast<uint32_t>(count) * 0x9e3779b9u; }
+PAGED_HD uint32_t RatioPhase(int32_t count) {
+  const uint32_t step = static_cast<uint32_t>(count);
+  return step * 0x9e3779b9u + RandomBits({0x9e3779b9u, 0x7f4a7c15u}, step >> 7);
+}
 
 PAGED_HD uint32_t RatioStart(uint64_t leaf, int64_t element) {
   return static_cast<uint32_t>(leaf ^ (leaf >> 32)) + static_cast<uint32_t>(element) * kRatioStride;

@@ -104,7 +104,14 @@ PAGED_HD void StepRatioBlock(Math math, const AdamStep& step, uint32_t start, fl
   const BitRange range = AdvanceMoments(step, values, mu, nu);
   UpdateLane(math, step, range, nu, values);
 
-  const uint32_t top = block.Max(range.largest);
+  uint32_t top = block.Max(range.largest);
+  if (top > kLargestNu) {
+    top = kLargestNu;
+    PAGED_UNROLL
+    for (int k = 0; k < K; ++k) {
+      nu[k] = Select(BitsOf(nu[k]) < kLargestNu, nu[k], FloatOf(kLargestNu));
+    }
+  }
   const uint32_t word = MakeWindowWord(mu, nu, top, range.least, block);
   nu_word = FloatOf(word);
   uint32_t random[K];
@@ -113,7 +120,7 @@ PAGED_HD void StepRatioBlock(Math math, const AdamStep& step, uint32_t start, fl
     random[k] = start + step.ratio_phase + static_cast<uint32_t>(k) * kRatioStride;
   }
   const RatioWindow window = WindowOf(word);
-  EncodeRatioNus(top, window, random, mu, nu, nu_codes);
+  EncodeRatioNus(window, random, mu, nu, nu_codes);
 
   PAGED_UNROLL
   for (int k = 0; k < K; ++k) mu[k] *= UnitReciprocalOf(nu[k]);  // the ratio from here on

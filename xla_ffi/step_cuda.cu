@@ -137,19 +137,18 @@ __device__ Share MyShare(int64_t begin, int64_t resident_end, int64_t end) {
   return share;
 }
 
-// Directions on entry, updates on return. `source` and `target`: the residuals of the lane, if the
-// arena has any; `source` is null for those of a fresh state.
+// Directions on entry, updates on return. `source` and `target`: the residuals of the lane. Null
+// where there are none; `source` also for a fresh state.
 __device__ void StepParams(const ParamStep& step, const Leaf& leaf, int64_t start, int count,
-                           bool has_residuals, const uint8_t* source, uint8_t* target,
-                           float (&values)[kLane]) {
+                           const uint8_t* source, uint8_t* target, float (&values)[kLane]) {
   alignas(16) float params[kLane];
   Load(leaf.params, leaf.param_dtype, start, count, params);
   constexpr uint32_t kZeros = kZeroResidual * 0x01010101u;
   uint2 residuals{kZeros, kZeros};
-  if (has_residuals && source != nullptr) residuals = *reinterpret_cast<const uint2*>(source);
+  if (source != nullptr) residuals = *reinterpret_cast<const uint2*>(source);
   UpdateParams<kLane>(step, leaf, start, params, reinterpret_cast<uint8_t (&)[kLane]>(residuals),
                       values);
-  if (has_residuals) *reinterpret_cast<uint2*>(target) = residuals;
+  if (target != nullptr) *reinterpret_cast<uint2*>(target) = residuals;
 }
 
 // Steps a lane's part of a block. The `dynamic` code needs its tables in shared memory, the `ratio`
@@ -299,11 +298,15 @@ __global__ void __launch_bounds__(kThreads, 3)
           StoreFloats(nu, moments.nu + lane * kLane);
         }
         if (kTakesParams) {
-          const int64_t offset = extent.ResidualOffset(leaf.codec, block) + lane * kLane;
-          const int64_t segment = offset / kChunkBytes >> log2_chunks;
-          StepParams(param_step, leaf, start, count, extent.has_residuals,
-                     is_fresh ? nullptr : sources[segment] + offset, targets[segment] + offset,
-                     values);
+          const uint8_t* residuals = nullptr;
+          uint8_t* new_residuals = nullptr;
+          if (extent.has_residuals) {
+            const int64_t offset = extent.ResidualOffset(leaf.codec, block) + lane * kLane;
+            const int64_t segment = offset / kChunkBytes >> log2_chunks;
+            if (!is_fresh) residuals = sources[segment] + offset;
+            new_residuals = targets[segment] + offset;
+          }
+          StepParams(param_step, leaf, start, count, residuals, new_residuals, values);
         }
         Store(leaf, start, count, values);
       }
