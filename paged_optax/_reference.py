@@ -133,7 +133,7 @@ class RatioState(NamedTuple):
     nu_words: np.ndarray  # float32 (num_blocks,), of which the bits count
 
 
-_FINEST_STEP, _COARSEST_STEP = 4, 128  # in units of 2^14
+_COARSEST_STEP = 128  # in units of 2^14
 _TOP_CODE = 253
 _IDLE_RANGE = 15 << 23
 _HAS_ZEROS = 256
@@ -163,14 +163,18 @@ def quantize_ratio(mu: np.ndarray, nu: np.ndarray, random: np.ndarray) -> RatioS
     steps = np.array([quarters << e for e in range(5) for quarters in range(4, 8)])
     fits = span[:, None] < 256 * steps << 14
     steps = np.where(fits.any(axis=1), steps[fits.argmax(axis=1)], _COARSEST_STEP)
-    has_zeros = (bits == 0).any(axis=1)
-    words = (top & 0xFFFF0000 | np.where(has_zeros, _HAS_ZEROS, 0) | steps).astype(np.uint32)
+    # Division by the step: multiplication by a reciprocal that is hardly too large.
+    shift = 12 + np.frexp(steps)[1].astype(np.int64)
+    reciprocal = -(-(1 << (32 + shift)) // (steps << 14))
+    offset = np.maximum((top * reciprocal >> 32 + shift) - _TOP_CODE, 0)
+    has_zeros = np.where((bits == 0).any(axis=1), _HAS_ZEROS, 0)
+    words = (offset << 16 | has_zeros | steps).astype(np.uint32)
 
     # Second moments: what is below the lowest code takes that one; random bits, then the division.
-    window = _ratio_window(words)
-    above = np.maximum(bits - window.base, window.step)
-    divided = (above * window.reciprocal >> 32) + (random.astype(np.int64) >> (32 - window.shift))
-    nu_codes = np.where(bits == 0, 0, divided >> window.shift).astype(np.uint8)
+    above = np.maximum(bits - (offset * steps << 14)[:, None], (steps << 14)[:, None])
+    shift, reciprocal = shift[:, None], reciprocal[:, None]
+    divided = (above * reciprocal >> 32) + (random.astype(np.int64) >> 32 - shift)
+    nu_codes = np.where(bits == 0, 0, divided >> shift).astype(np.uint8)
 
     # First moments: squares of integers, in units of the stored second moments' square roots.
     _, reciprocal = _ratio_unit(_decode_ratio_nu(nu_codes, words))
@@ -208,34 +212,10 @@ def ratio_random(leaf_key: int, count: int, size: int) -> np.ndarray:
     return np.arange(size, dtype=np.uint32) * np.uint32(0xC13FA9A9) + np.uint32(start % 2**32)
 
 
-class _RatioWindow(NamedTuple):
-    """How a block's second moments are stored; int64 (num_blocks, 1) each.
-
-    A code c > 0 stands for the float with the bits ``base + c * step``. Division by the step is
-    multiplication by ``reciprocal / 2**(32 + shift)``, which never is too small and hardly too
-    large.
-    """
-
-    step: np.ndarray
-    base: np.ndarray
-    reciprocal: np.ndarray
-    shift: np.ndarray
-
-
-def _ratio_window(words: np.ndarray) -> _RatioWindow:
-    words = words.astype(np.int64)[:, None]
-    step = (words & 255) << 14
-    log2 = np.frexp(np.maximum(words & 255, 4))[1].astype(np.int64) - 1
-    shift = 13 + log2
-    reciprocal = -(-(1 << (32 + shift)) // np.maximum(step, _FINEST_STEP << 14))
-    top = ((words & 0xFFFF0000) * reciprocal >> 32) >> shift
-    return _RatioWindow(step, np.maximum(top - _TOP_CODE, 0) * step, reciprocal, shift)
-
-
 def _decode_ratio_nu(codes: np.ndarray, words: np.ndarray) -> np.ndarray:
-    window = _ratio_window(words)
-    is_zero = (codes == 0) & ((words & np.uint32(_HAS_ZEROS)) != 0)[:, None]
-    bits = np.where(is_zero, 0, window.base + codes * window.step)
+    words = words.astype(np.int64)[:, None]
+    is_zero = (codes == 0) & ((words & _HAS_ZEROS) != 0)
+    bits = np.where(is_zero, 0, ((words >> 16) + codes) * (words & 255) << 14)
     return bits.astype(np.uint32).view(np.float32)
 
 

@@ -25,19 +25,21 @@ def floats(bits):
     return np.asarray(bits, u32).view(f32)
 
 
-def word_of(top, bottom, has_zeros=False):
-    """The word of a block whose second moments have bits from `bottom` to `top`."""
-    return _ext.window_word(top, top - bottom, has_zeros)
+def window_of(top, step):
+    """Step, and offset, of a block that has this step of `STEPS` for its range."""
+    word = _ext.window_word(top, range_for(step), False)
+    assert word & 255 == step
+    return step << 14, word >> 16
 
 
-def encode_nus(bits, word, random):
-    return _ext.encode_ratio_nu(floats(bits), word, np.broadcast_to(u32(random), len(bits)))
+def range_for(step):
+    """A range that takes this step and no finer one."""
+    return step * 250 << 14
 
 
-def window_of(word):
-    """Step and offset."""
-    step = (word & 255) << 14
-    return step, max((word & 0xFFFF0000) // step - 253, 0)
+def encode_nus(bits, top, step, random, has_zeros=False):
+    random = np.broadcast_to(u32(random), len(bits))
+    return _ext.encode_ratio_nu(floats(bits), top, range_for(step), has_zeros, random)
 
 
 TOPS = [0x3F800000, 0x3F812345, 0x3FFFFFFF, 0x7F000000, 0x7EFFFFFF, 0x01000000, 0x00800000, 0x2000]
@@ -48,8 +50,9 @@ tops = pytest.mark.parametrize("top", TOPS, ids=hex)
 @pytest.mark.parametrize("octaves", [0, 0.9, 1.9, 2, 3.1, 3.9, 5, 7.8, 12, 15.7, 31.4, 62, 100])
 def test_window_is_the_finest_that_reaches(top, octaves):
     bottom = max(top - int(octaves * 2**23), 1)
-    step, offset = window_of(word_of(top, bottom))
     span = top - bottom
+    word = _ext.window_word(top, span, False)
+    step, offset = (word & 255) << 14, word >> 16
     fits = [s << 14 for s in STEPS if span + span // 64 + span // 256 < 256 * (s << 14)]
     assert step == min(fits, default=2**21)
     if fits:
@@ -62,40 +65,37 @@ def test_window_is_the_finest_that_reaches(top, octaves):
 @pytest.mark.parametrize("step", STEPS)
 def test_every_code_of_a_second_moment_is_stored_again(top, step):
     """For any random bits: what has not changed has no error."""
-    word = top & 0xFFFF0000 | step
-    step, offset = window_of(word)
+    size, offset = window_of(top, step)
     codes = np.arange(1, 256)
-    bits = (codes + offset) * step
+    bits = (codes + offset) * size
     codes, bits = codes[bits <= 0x7F7FFFFF], bits[bits <= 0x7F7FFFFF]
     for random in 0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF:
-        np.testing.assert_array_equal(encode_nus(bits, word, random), codes)
+        np.testing.assert_array_equal(encode_nus(bits, top, step, random), codes)
 
 
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("top", [0x3F800000, 0x3FFFFFFF], ids=hex)
 def test_second_moments_are_rounded_without_bias(top, step):
     """Over all values of the random bits that count, the mean is the value, up to two of them."""
-    word = top & 0xFFFF0000 | step
     num_bits = 13 + int(np.log2(step))  # of the random ones; a step has one or two more
-    step, offset = window_of(word)
+    size, offset = window_of(top, step)
     rng = np.random.default_rng(step)
-    lowest = (1 + offset) * step
+    lowest = (1 + offset) * size
     values = [lowest, lowest + 1, top, top - 1, *rng.integers(lowest, top, 4)]
     # Both sides of an octave's end, where the distance of neighbours changes.
     values += [x for e in (0x3F800000, 0x3F000000) for x in (e - 1, e, e + 1) if lowest <= x <= top]
     random = (np.arange(2**num_bits, dtype=np.uint64) << np.uint64(32 - num_bits)).astype(u32)
     for bits in values:
-        codes = encode_nus(np.full(random.size, bits), word, random).astype(np.int64)
-        mean = fractions.Fraction(int(((codes + offset) * step).sum()), random.size)
-        assert abs(mean - int(bits)) <= fractions.Fraction(2 * step, random.size)
+        codes = encode_nus(np.full(random.size, bits), top, step, random).astype(np.int64)
+        mean = fractions.Fraction(int(((codes + offset) * size).sum()), random.size)
+        assert abs(mean - int(bits)) <= fractions.Fraction(2 * size, random.size)
         assert np.unique(codes).size <= 2
 
 
 def test_only_zero_is_stored_as_zero():
-    word = word_of(0x3F800000, 0x3F000000, has_zeros=True)
     bits = [0, 1, 0x00800000, 0x30000000, 0x3EFFFFFF, 0x3F800000]
     for random in 0, 0xFFFFFFFF:
-        codes = encode_nus(bits, word, random)
+        codes = encode_nus(bits, 0x3F800000, 4, random, has_zeros=True)
         assert codes[0] == 0
         assert (codes[1:] >= 1).all()
 
@@ -116,11 +116,11 @@ def test_code_0_is_a_second_moment_of_0():
 @pytest.mark.parametrize("step", STEPS)
 def test_largest_second_moments_stay_finite(step):
     """They are stored as 2^127, and that may be rounded up."""
-    word = 0x7F000000 | step
-    step, offset = window_of(word)
+    top = 0x7F000000
+    size, offset = window_of(top, step)
     for random in 0, 0xFFFFFFFF:
-        codes = encode_nus([0x7F000000, 0x7EFFFFFF], word, random).astype(np.int64)
-        assert np.isfinite(floats((codes + offset) * step)).all()
+        codes = encode_nus([top, top - 1], top, step, random).astype(np.int64)
+        assert np.isfinite(floats((codes + offset) * size)).all()
 
 
 def test_every_code_of_a_first_moment():
@@ -132,7 +132,7 @@ def test_every_code_of_a_first_moment():
             np.pad(codes, (0, 1)),
             np.full(BLOCK, 253, np.uint8),  # 1, of which the unit is 1
             np.array([scale]),
-            np.array([0x3F800000 | 4], u32).view(f32),
+            np.array([_ext.window_word(0x3F800000, 0, False)], u32).view(f32),
         )
         mu, nu = reference.dequantize_ratio(state)
         assert (nu == 1).all()

@@ -36,15 +36,22 @@ py::array_t<uint8_t> Encode(const py::array_t<float, py::array::c_style>& values
   return codes;
 }
 
-// The `ratio` code alone. Codes of second moments in the window of a word:
-py::array_t<uint8_t> EncodeNus(const py::array_t<float, py::array::c_style>& values, uint32_t word,
+// The `ratio` code alone. The word of a block:
+uint32_t WindowWord(uint32_t top, uint32_t range, bool has_zeros) {
+  return FitWindow(top, range, has_zeros).word;
+}
+
+// codes of second moments in such a block;
+py::array_t<uint8_t> EncodeNus(const py::array_t<float, py::array::c_style>& values, uint32_t top,
+                               uint32_t range, bool has_zeros,
                                const py::array_t<uint32_t, py::array::c_style>& random) {
   py::array_t<uint8_t> codes(values.size());
+  const RatioWindow window = FitWindow(top, range, has_zeros);
   for (py::ssize_t i = 0; i < values.size(); ++i) {
     float mu[1] = {0.0f}, nu[1] = {values.data()[i]};
     const uint32_t words[1] = {random.data()[i]};
     uint8_t code[1];
-    EncodeRatioNus(WindowOf(word), words, mu, nu, code);
+    EncodeRatioNus(window, words, mu, nu, code);
     codes.mutable_data()[i] = code[0];
   }
   return codes;
@@ -158,7 +165,8 @@ void AddTestHooks(py::module_& module) {
               int64_t free_bytes) { planner.Begin(states, {state, segments}, free_bytes); });
   module.def("encode", &Encode, py::arg("values"), py::arg("signed"));
   module.def("window_word", &WindowWord, py::arg("top"), py::arg("range"), py::arg("has_zeros"));
-  module.def("encode_ratio_nu", &EncodeNus, py::arg("values"), py::arg("word"), py::arg("random"));
+  module.def("encode_ratio_nu", &EncodeNus, py::arg("values"), py::arg("top"), py::arg("range"),
+             py::arg("has_zeros"), py::arg("random"));
   module.def("encode_ratio_mu", &EncodeMus, py::arg("ratios"), py::arg("scale"), py::arg("random"));
   module.def("random_bits", &RandomBitsOf, py::arg("leaf_key"), py::arg("count"), py::arg("start"),
              py::arg("size"), py::arg("stream") = 0);

@@ -11,8 +11,8 @@
 // over 2 .. 63 octaves. There is no scale to multiply with, so the values that codes stand for stay
 // where they are when the block's largest value moves: until the step changes, what has not changed
 // is stored without error again. Adding random bits before the division rounds without bias,
-// because the floats of an octave are evenly spaced. The block's word holds the leading bits of its
-// largest value, the step, and whether code 0 stands for 0.
+// because the floats of an octave are evenly spaced. The block's word holds the offset, the step,
+// and whether code 0 stands for 0.
 //
 // First moments. A code k of -127 .. 127 stands for k |k| / 127^2 times the block's scale times the
 // element's unit, a power of two or 1.5 times one near the square root of its stored second
@@ -45,47 +45,55 @@ inline constexpr uint32_t kHasZeros = 256;  // in a block's word, beside the ste
 
 // ------------------------------------------------------------------------------- second moments
 
-struct RatioWindow {
+// The values of a block's codes: base + code * step, and those below that code 0 stands for.
+struct RatioGrid {
   uint32_t step;
-  uint32_t base;        // offset * step
-  uint32_t reciprocal;  // 2^(32 + shift) / step, rounded up
-  uint32_t shift;
+  uint32_t base;
   bool has_zeros;
 };
 
-// The word of a block, from the bits of its largest second moment and the range that codes have to
-// span, in bits.
-PAGED_HD uint32_t WindowWord(uint32_t top, uint32_t range, bool has_zeros) {
-  const uint32_t with_ends = range + range / 64 + range / 256;
-  const uint32_t span = with_ends > 0xffffff ? with_ends : 0xffffff;
-  const uint32_t log2 = 31 - static_cast<uint32_t>(LeadingZeros(span));
-  const uint32_t fitting = (((span >> (log2 - 2)) + 1) << (log2 - 23)) >> 1;
-  const uint32_t step = fitting < kCoarsestStep ? fitting : kCoarsestStep;
-  return (top & 0xffff0000u) | (has_zeros ? kHasZeros : 0) | step;
+PAGED_HD RatioGrid GridOf(uint32_t word) {
+  const uint32_t step = (word & 255) << kStepShift;
+  return {step, (word >> 16) * step, (word & kHasZeros) != 0};
 }
 
-PAGED_HD RatioWindow WindowOf(uint32_t word) {
-  const uint32_t units = word & 255;
-  // A step is 4, 5, 6 or 7 times a power of two; of a fresh block, 0.
-  const uint32_t log2 = 31 - static_cast<uint32_t>(LeadingZeros(units | 1));
-  const uint32_t quarters = (units << (7 - log2) >> 5) & 3;
-  const uint32_t of_4_5 = Select(quarters == 0, 0x80000000u, 0x66666667u);
-  const uint32_t of_6_7 = Select(quarters == 2, 0x55555556u, 0x4924924au);
+// A grid, and how to divide by its step: by the upper half of a product with the reciprocal, which
+// is 2^(32 + shift) / step, rounded up.
+struct RatioWindow {
+  RatioGrid grid;
+  uint32_t word;
+  uint32_t reciprocal;
+  uint32_t shift;
+};
+
+// For a block whose largest second moment has the bits `top`, and whose codes have to span `range`.
+PAGED_HD RatioWindow FitWindow(uint32_t top, uint32_t range, bool has_zeros) {
+  const uint32_t with_ends = range + range / 64 + range / 256;
+  const uint32_t span = with_ends > 0xffffff ? with_ends : 0xffffff;  // for the finest step
+  const uint32_t log2 = 31 - static_cast<uint32_t>(LeadingZeros(span));
+  // The step is 5, 6, 7 or 8 times a power of two, and 256 of it are more than the span.
+  const uint32_t quarters = (span >> (log2 - 2)) + 1;
+  const uint32_t fitting = quarters << (log2 - 23) >> 1;
+  const bool fits = fitting < kCoarsestStep;
+  const uint32_t units = fits ? fitting : kCoarsestStep;
+  const uint32_t part = fits ? quarters & 3 : 0;  // how many quarters above a power of two
+  const uint32_t of_4_5 = Select(part == 0, 0x80000000u, 0x66666667u);
+  const uint32_t of_6_7 = Select(part == 2, 0x55555556u, 0x4924924au);
   RatioWindow window;
-  window.step = units << kStepShift;
-  window.reciprocal = quarters < 2 ? of_4_5 : of_6_7;
-  window.shift = kStepShift - 1 + log2;
-  const uint32_t top = MultiplyHighAdd(word & 0xffff0000u, window.reciprocal, 0) >> window.shift;
-  window.base = (top > kTopCode ? top - kTopCode : 0) * window.step;
-  window.has_zeros = (word & kHasZeros) != 0;
+  window.reciprocal = part < 2 ? of_4_5 : of_6_7;
+  window.shift = fits ? log2 - 9 + (part == 0 ? 1 : 0) : kStepShift + 6;
+  const uint32_t top_code = MultiplyHighAdd(top, window.reciprocal, 0) >> window.shift;
+  const uint32_t offset = top_code > kTopCode ? top_code - kTopCode : 0;
+  window.word = offset << 16 | (has_zeros ? kHasZeros : 0) | units;
+  window.grid = {units << kStepShift, offset * (units << kStepShift), has_zeros};
   return window;
 }
 
 template <int K>
-PAGED_HD void DecodeRatioNus(const uint8_t (&codes)[K], const RatioWindow& window, float (&nu)[K]) {
+PAGED_HD void DecodeRatioNus(const uint8_t (&codes)[K], const RatioGrid& grid, float (&nu)[K]) {
   PAGED_UNROLL
-  for (int k = 0; k < K; ++k) nu[k] = FloatOf(MultiplyAdd(codes[k], window.step, window.base));
-  if (window.has_zeros) {
+  for (int k = 0; k < K; ++k) nu[k] = FloatOf(MultiplyAdd(codes[k], grid.step, grid.base));
+  if (grid.has_zeros) {
     PAGED_UNROLL
     for (int k = 0; k < K; ++k) nu[k] = Select(codes[k] == 0, 0.0f, nu[k]);
   }
@@ -96,7 +104,8 @@ PAGED_HD void DecodeRatioNus(const uint8_t (&codes)[K], const RatioWindow& windo
 template <int K>
 PAGED_HD void EncodeRatioNus(const RatioWindow& window, const uint32_t (&random)[K], float (&mu)[K],
                              float (&nu)[K], uint8_t (&codes)[K]) {
-  const int32_t base = static_cast<int32_t>(window.base), step = static_cast<int32_t>(window.step);
+  const RatioGrid& grid = window.grid;
+  const int32_t base = static_cast<int32_t>(grid.base), step = static_cast<int32_t>(grid.step);
   uint32_t not_zero[K];
   PAGED_UNROLL
   for (int k = 0; k < K; ++k) not_zero[k] = Select(BitsOf(nu[k]) == 0, 0u, ~0u);
@@ -108,9 +117,9 @@ PAGED_HD void EncodeRatioNus(const RatioWindow& window, const uint32_t (&random)
     const uint32_t added = random[k] >> (32 - window.shift);
     const uint32_t code = MultiplyHighAdd(x, window.reciprocal, added) >> window.shift;
     codes[k] = static_cast<uint8_t>(code);
-    nu[k] = FloatOf(MultiplyAdd(code, window.step, window.base));
+    nu[k] = FloatOf(MultiplyAdd(code, grid.step, grid.base));
   }
-  if (window.has_zeros) {
+  if (grid.has_zeros) {
     PAGED_UNROLL
     for (int k = 0; k < K; ++k) codes[k] = static_cast<uint8_t>(codes[k] & not_zero[k]);
     PAGED_UNROLL

@@ -69,11 +69,11 @@ PAGED_HD void StepDynamicBlock(Math math, const AdamStep& step, const DynamicMap
   }
 }
 
-// The word of a block with these moments (RatioWindow). `top` is the block's largest second moment,
-// `least` the lane's smallest.
+// The window of a block with these moments. `top` is the block's largest second moment, `least` the
+// lane's smallest.
 template <int K, class Block>
-PAGED_HD uint32_t MakeWindowWord(const float (&mu)[K], const float (&nu)[K], uint32_t top,
-                                 uint32_t least, Block block) {
+PAGED_HD RatioWindow FitWindow(const float (&mu)[K], const float (&nu)[K], uint32_t top,
+                               uint32_t least, Block block) {
   uint32_t bottom = block.Min(least);
   const bool has_zeros = bottom == 0;
   if (has_zeros) bottom = block.Min(LeastWhereNonZero(nu, nu));
@@ -86,17 +86,17 @@ PAGED_HD uint32_t MakeWindowWord(const float (&mu)[K], const float (&nu)[K], uin
     const uint32_t active_range = top > bottom ? top - bottom : 0;
     range = active_range > kIdleRange ? active_range : kIdleRange;
   }
-  return WindowWord(top, range, has_zeros);
+  return FitWindow(top, range, has_zeros);
 }
 
 // The same for the `ratio` code. `start` is RatioStart of the lane's first element. `nu_word` is an
-// integer (RatioWindow), in the place of a scale.
+// integer (RatioWindow::word), in the place of a scale.
 template <int K, class Math, class Block>
 PAGED_HD void StepRatioBlock(Math math, const AdamStep& step, uint32_t start, float (&values)[K],
                              uint8_t (&mu_codes)[K], uint8_t (&nu_codes)[K], float& mu_scale,
                              float& nu_word, Block block) {
   float mu[K], nu[K];
-  DecodeRatioNus(nu_codes, WindowOf(BitsOf(nu_word)), nu);
+  DecodeRatioNus(nu_codes, GridOf(BitsOf(nu_word)), nu);
   const float mu_step = MuStep(mu_scale);
   PAGED_UNROLL
   for (int k = 0; k < K; ++k) mu[k] = DecodeRatioMu(mu_codes[k], mu_step, UnitOf(nu[k]));
@@ -112,14 +112,13 @@ PAGED_HD void StepRatioBlock(Math math, const AdamStep& step, uint32_t start, fl
       nu[k] = Select(BitsOf(nu[k]) < kLargestNu, nu[k], FloatOf(kLargestNu));
     }
   }
-  const uint32_t word = MakeWindowWord(mu, nu, top, range.least, block);
-  nu_word = FloatOf(word);
+  const RatioWindow window = FitWindow(mu, nu, top, range.least, block);
+  nu_word = FloatOf(window.word);
   uint32_t random[K];
   PAGED_UNROLL
   for (int k = 0; k < K; ++k) {
     random[k] = start + step.ratio_phase + static_cast<uint32_t>(k) * kRatioStride;
   }
-  const RatioWindow window = WindowOf(word);
   EncodeRatioNus(window, random, mu, nu, nu_codes);
 
   PAGED_UNROLL
