@@ -451,7 +451,8 @@ def train_with_dynamic_scale(tx, apply, device):
     @jax.jit
     def scaled_step(state):
         def loss(params):
-            return loss_of(state, params).astype(jnp.float16)
+            # As a cast to float16 and back, but no compiler may leave it out.
+            return jax.lax.reduce_precision(loss_of(state, params), 5, 10)
 
         scale, finite, _, grads = state.dynamic_scale.value_and_grad(loss)(state.params)
         return apply(state, grads, finite).replace(dynamic_scale=scale), finite
