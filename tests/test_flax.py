@@ -465,6 +465,7 @@ def train_with_dynamic_scale(tx, apply, device):
 
 
 @functools.cache
+@jax.default_matmul_precision("highest")
 def adamw_with_dynamic_scale(device):
     state, finite = train_with_dynamic_scale(optax.adamw(1e-3), apply_and_select, device)
     return state.params, finite
@@ -477,6 +478,7 @@ DYNAMIC_SCALE = {
 
 
 @pytest.mark.parametrize("apply, options", DYNAMIC_SCALE.values(), ids=DYNAMIC_SCALE)
+@jax.default_matmul_precision("highest")
 def test_dynamic_scale(apply, options, device):
     float32 = paged_optax.Quantization(min_size=1 << 20)
     tx = paged_adamw8bit(1e-3, quantization=float32, **options)

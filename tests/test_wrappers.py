@@ -493,6 +493,7 @@ REPLAYS = [
 
 
 @pytest.mark.parametrize("name, replay", REPLAYS)
+@jax.default_matmul_precision("highest")
 def test_wrapper_as_around_adam(name, replay, device):
     """Float32 moments, so that all numbers follow optax.adam's."""
     around = AROUND[name]
