@@ -453,3 +453,24 @@ def test_counter_stops_where_it_would_wrap():
     assert count(jnp.nan, (2**10, 2**10), ()) == 2**20 + 1
     assert count(jnp.nan, (2**12, 2**20), (5,)) == 2**31 - 1
     assert count(jnp.nan, (40, 5120, 13824), (5,)) == 2**31 - 1
+
+
+@pytest.mark.parametrize("accumulate", ["paged_optax.MultiSteps", "optax.MultiSteps"])
+@pytest.mark.parametrize("policy", POLICIES)
+@jax.numpy_dtype_promotion("standard")  # optax.MultiSteps needs it
+def test_accumulation_goes_on_after_a_bad_gradient(accumulate, policy):
+    if accumulate == "optax.MultiSteps":  # its own sum would keep an infinite gradient for ever
+        inner = paged_adam8bit(1e-2, non_finite=policy, replay=True)
+        tx = optax.MultiSteps(inner, 2, should_skip_update_fn=optax.skip_not_finite)
+    else:
+        tx = paged_optax.MultiSteps(paged_adam8bit(1e-2, non_finite=policy), 2)
+    params = {"w": jnp.ones((64, 80))}
+    good = {"w": jnp.full((64, 80), 0.1)}
+    bad = {"w": jnp.asarray(np.where(np.arange(64 * 80) == 0, np.inf, 0.1).reshape(64, 80), f32)}
+    state, update = tx.init(params), jax.jit(tx.update)
+    total = np.zeros((64, 80))
+    for step in range(12):
+        updates, state = update(bad if step == 2 else good, state, params)
+        total += np.asarray(updates["w"]) if step > 3 else 0
+    assert (total < 0).all()
+    paged_optax.release(state)
