@@ -89,8 +89,8 @@ PAGED_HD RatioWindow FitWindow(const float (&mu)[K], const float (&nu)[K], uint3
   return FitWindow(top, range, has_zeros);
 }
 
-// The same for the `ratio` code. `start` is RatioStart of the lane's first element. `nu_word` is an
-// integer (RatioWindow::word), in the place of a scale.
+// As StepDynamicBlock, for the `ratio` code. `start` is RatioStart of the lane's first element.
+// `nu_word` is an integer (RatioWindow::word), in the place of a scale.
 template <int K, class Math, class Block>
 PAGED_HD void StepRatioBlock(Math math, const AdamStep& step, uint32_t start, float (&values)[K],
                              uint8_t (&mu_codes)[K], uint8_t (&nu_codes)[K], float& mu_scale,
