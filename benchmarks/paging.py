@@ -5,9 +5,9 @@
 One tensor of float32 gradients; updates alone, without decay and apply, everything donated, so
 that nothing but gradients, updates and moments is moved. "Link" is what the copy engines reach
 between pinned host memory and the GPU in the same run, each way while both are busy; a step reads
-and writes moments on the host over it, in place. The alternatives: float32 AdamW with its state in
-JAX's pinned_host memory and, where torch and bitsandbytes are installed, PagedAdamW8bit after its
-state was evicted to the host by touching it there.
+and writes moments on the host over it, in place. The alternatives: `optax.scale_by_adam` with its
+state in JAX's pinned_host memory and, where torch and bitsandbytes are installed, PagedAdamW8bit
+after its state was evicted to the host by touching it there.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def check(size):
             np.testing.assert_array_equal(a, b)
 
 
-def pinned_host_adamw(size, repeats):
+def pinned_host_adam(size, repeats):
     """float32 AdamW whose state lies in JAX's pinned_host memory between steps."""
     device = jax.devices("gpu")[0]
     there = SingleDeviceSharding(device)
@@ -96,7 +96,7 @@ def pinned_host_adamw(size, repeats):
     return median_time(step, (grads, state), repeats)[0]
 
 
-def resident_adamw(size, repeats):
+def resident_adam(size, repeats):
     tx = optax.scale_by_adam()
     grads = jnp.linspace(-1, 1, size, dtype=jnp.float32)
     step = jax.jit(tx.update, donate_argnums=(0, 1))
@@ -162,8 +162,8 @@ def main() -> None:
             seconds, report = paged(args.size, share, memory, args.repeats)
             shown = f"{100 * report.resident / report.total:.0f} %"
             row(f"paged, {memory} memory", seconds, shown, report.on_host)
-    row("optax.scale_by_adam, float32", resident_adamw(args.size, args.repeats), "100 %")
-    seconds = pinned_host_adamw(args.size, max(3, args.repeats // 3))
+    row("optax.scale_by_adam, float32", resident_adam(args.size, args.repeats), "100 %")
+    seconds = pinned_host_adam(args.size, max(3, args.repeats // 3))
     row("optax.scale_by_adam in pinned_host", seconds, "0 %", 8 * args.size)
     if importlib.util.find_spec("torch") and importlib.util.find_spec("bitsandbytes"):
         resident, evicted = bitsandbytes_evicted(args.size, args.repeats)

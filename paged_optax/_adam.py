@@ -163,13 +163,10 @@ def _compose(
     What `adam.non_finite` skips is skipped for all of them.
     """
     check_choice("non_finite", adam.non_finite, _NON_FINITE)
-    if descent is not None:
-        check_rate("learning_rate", descent.learning_rate)
-        check_rate("weight_decay", descent.weight_decay)
     first = _Link(adam, descent)
     if adam.non_finite == "propagate":
         tx = optax.GradientTransformation(first.init, first.update)
-        return optax.chain(tx, *tail) if tail else tx
+        return _chain(tx, *tail) if tail else tx
     others = optax.chain(*tail) if tail else optax.identity()
 
     def init_fn(params):
@@ -184,6 +181,7 @@ def _compose(
                 f" init returns for non_finite={adam.non_finite!r}. Make a new one with"
                 " init(params)."
             )
+        _check_links(state.inner_state, 1 + len(tail))
         leaves = jax.tree_util.tree_leaves_with_path(updates)
         check_dtypes("gradient", leaves)
         grads = [jnp.asarray(grad) for _, grad in leaves]
@@ -205,6 +203,26 @@ def _compose(
         return updates, SkipNonFiniteState(skipped, (first_state, *new_states))
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _chain(*links: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`optax.chain`, which says what is wrong with a state that was made with other options."""
+    tx = optax.chain(*links)
+
+    def update_fn(updates, state, params=None):
+        _check_links(state, len(links))
+        return tx.update(updates, state, params)
+
+    return optax.GradientTransformation(tx.init, update_fn)
+
+
+def _check_links(state: Any, num_links: int) -> None:
+    if not isinstance(state, tuple) or len(state) != num_links or hasattr(state, "_fields"):
+        raise TypeError(
+            f"the optimizer state is a {type(state).__name__} that this optimizer's init did not"
+            " return; was it made with another param_rounding or non_finite? Start with"
+            " init(params)."
+        )
 
 
 class _Link:
@@ -266,7 +284,10 @@ class _Link:
                 hyperparams.append(value)
             decayed = _decayed(descent.mask, updates)
         codec = CODECS[self._quantization.codec]
-        if descent is not None or codec == RATIO:
+        codecs = tuple(
+            codec if np.size(g) >= self._quantization.min_size else FLOAT32 for g in grads
+        )
+        if descent is not None or RATIO in codecs:
             keys = leaf_keys(paths, self._quantization.seed)
         token, scaled = _partition.update(
             state.token,
@@ -274,9 +295,7 @@ class _Link:
             _stack(hyperparams),
             [jnp.asarray(grad) for grad in grads],
             [jnp.asarray(param) for param in jax.tree.leaves(params)],
-            codecs=tuple(
-                codec if np.size(g) >= self._quantization.min_size else FLOAT32 for g in grads
-            ),
+            codecs=codecs,
             decayed=decayed,
             keys=keys,
             nesterov=bool(adam.nesterov),
@@ -410,6 +429,8 @@ def paged_adamw8bit(
         )
     adam = _Adam(b1, b2, eps, eps_root, nesterov, replay, non_finite, quantization, paging)
     check_choice("param_rounding", param_rounding, _PARAM_ROUNDINGS)
+    check_rate("learning_rate", learning_rate)
+    check_rate("weight_decay", weight_decay)
     if param_rounding == "nearest":
         tail = [
             optax.add_decayed_weights(weight_decay, mask),
@@ -500,6 +521,7 @@ def paged_adam8bit(
     """
     adam = _Adam(b1, b2, eps, eps_root, nesterov, replay, non_finite, quantization, paging)
     check_choice("param_rounding", param_rounding, _PARAM_ROUNDINGS)
+    check_rate("learning_rate", learning_rate)
     if param_rounding == "nearest":
         tail = [optax.scale_by_learning_rate(learning_rate)]
         return optax.with_extra_args_support(_compose(adam, tail=tail))

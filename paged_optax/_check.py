@@ -83,7 +83,12 @@ def check_last(
     params = jax.tree.map(lambda p: _random_like(p, rng), params)
     update = optax.with_extra_args_support(tx).update
     state = tx.init(params)
-    find_states(state)
+    try:
+        find_states(state)
+    except ValueError:
+        raise ValueError(
+            "there is no paged optimizer in tx: nothing in it has to be last"
+        ) from None
     try:
         # Without jit: a step that was traced before would have nothing to record, and one that is
         # traced here would go on recording.
@@ -116,8 +121,9 @@ def check_last(
         release(state)
     if not num_compared:
         raise ValueError(
-            "no update of a paged optimizer that rounds parameters came out within"
-            f" {max_steps} steps; pass a larger max_steps if it accumulates longer"
+            f"within {max_steps} steps no paged optimizer returned an update that it had rounded."
+            " Is param_rounding 'nearest'? Then nothing has to be last. Or pass a larger max_steps,"
+            " if it accumulates longer or starts with a learning rate of 0."
         )
 
 

@@ -1,4 +1,4 @@
-"""The specification of the 8-bit code and of the step, in NumPy.
+"""The specification of the 8-bit codes, of the step and of rounded parameters, in NumPy.
 
 An independent path to the same bits as the C++ code: the CPU and the GPU implementation must
 agree with it exactly. Written to be read; never on a hot path.
@@ -84,7 +84,7 @@ def dequantize(quantized: Quantized, signed: bool) -> np.ndarray:
     return (blocks * quantized.scales[:, None]).ravel()
 
 
-def random_bits(leaf_key: int, count: int, start: int, size: int, stream: int = 0) -> np.ndarray:
+def random_bits(leaf_key: int, count: int, start: int, size: int) -> np.ndarray:
     """Random bits for the elements [start, start + size) of a leaf, a word each.
 
     Args:
@@ -92,23 +92,22 @@ def random_bits(leaf_key: int, count: int, start: int, size: int, stream: int = 
       count: number of steps already taken.
       start: index of the first element in its leaf.
       size: number of elements.
-      stream: 32 bits; each stream is another sequence.
 
     Returns:
       uint32 array of shape (size,).
     """
     before = _mix(np.array([count], np.uint32), 0x9E3779B9, 0x7F4A7C15)
     between = _mix(np.array([count], np.uint32), 0xBF58476D, 0x94D049BB)
-    return random_bits_from((before, between), leaf_key, start, size, stream)
+    return random_bits_from((before, between), leaf_key, start, size)
 
 
-def random_bits_from(keys, leaf_key: int, start: int, size: int, stream: int) -> np.ndarray:
+def random_bits_from(keys, leaf_key: int, start: int, size: int) -> np.ndarray:
     """`random_bits` from two words in place of those that a step gives."""
     before, between = (np.asarray(key, np.uint32) for key in keys)
     leaf_key %= 2**64
     index = np.uint64(start) + np.arange(size, dtype=np.uint64)
     place = (index >> np.uint64(32)).astype(np.uint32) * np.uint32(0x9E3779B1)
-    place ^= np.uint32(stream * 0x85EBCA77 % 2**32) ^ np.uint32(leaf_key // 2**32)
+    place ^= np.uint32(leaf_key // 2**32)
     before = before ^ np.uint32(leaf_key % 2**32) ^ place * np.uint32(0xC2B2AE3D)
     between = between ^ place
     return _mix(index.astype(np.uint32), before, between)

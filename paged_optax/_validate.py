@@ -64,7 +64,8 @@ def check_state(state: Any) -> None:
     if not isinstance(state, ScaleByPagedAdam8bitState):
         raise TypeError(
             f"the optimizer state is a {type(state).__name__}, not one that this optimizer's init"
-            " returned. Moments of another optimizer cannot be taken over: start with init(params)."
+            " returned. Moments of another optimizer, or of one with another param_rounding or"
+            " non_finite, cannot be taken over: start with init(params)."
         )
     if state.token.dtype != jnp.int32 or state.token.shape != TOKEN_SHAPE:
         raise ValueError(

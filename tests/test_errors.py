@@ -5,6 +5,7 @@ reports that: test_gpu.py.
 """
 
 import functools
+import itertools
 import os
 import pickle
 import re
@@ -899,3 +900,26 @@ def test_nesterov_may_be_any_truth_value():
     for nesterov in (1, np.True_):
         tx = scale_by_paged_adam8bit(nesterov=nesterov)
         jax.block_until_ready(tx.update(grads, tx.init(grads)))
+
+
+OPTIONS = {
+    "nearest": {},
+    "compensated": {"param_rounding": "compensated"},
+    "skip_step": {"non_finite": "skip_step"},
+    "both": {"param_rounding": "compensated", "non_finite": "skip_step"},
+}
+
+
+@pytest.mark.parametrize("old, new", list(itertools.permutations(OPTIONS, 2)))
+def test_options_that_a_state_was_not_made_with(old, new):
+    params = {"w": jnp.ones((64, 64), jnp.bfloat16)}
+    state = paged_adamw8bit(1e-3, **OPTIONS[old]).init(params)
+    with pytest.raises(TypeError, match=r"param_rounding|non_finite"):
+        paged_adamw8bit(1e-3, **OPTIONS[new]).update(params, state, params)
+
+
+@pytest.mark.parametrize("rate", [None, "1e-3"])
+def test_learning_rates_that_are_no_numbers(rate):
+    for make in paged_adam8bit, paged_adamw8bit:
+        with pytest.raises(TypeError, match="learning_rate is"):
+            make(rate)

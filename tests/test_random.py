@@ -1,7 +1,7 @@
 """Random bits for stochastic rounding: the C++ hash against NumPy's, and whether it looks random.
 
 The statistical tests ask what rounding needs of the bits: each field uniform, and no relation
-between neighbours, steps, leaves and streams. All are of fixed data, so they pass or fail for good.
+between neighbours, steps and leaves. All are of fixed data, so they pass or fail for good.
 """
 
 import itertools
@@ -27,25 +27,24 @@ LIMIT = 4.0
     count=st.integers(0, 2**31 - 1),
     start=st.integers(0, 2**40) | st.integers(2**32 - 300, 2**32) | st.just(2**33 - 7),
     size=st.integers(0, 600),
-    stream=st.integers(0, 3) | st.integers(0, 2**32 - 1),
 )
-def test_same_bits_as_the_reference(leaf_key, count, start, size, stream):
-    actual = _ext.random_bits(leaf_key, count, start, size, stream)
-    expected = reference.random_bits(leaf_key, count, start, size, stream)
+def test_same_bits_as_the_reference(leaf_key, count, start, size):
+    actual = _ext.random_bits(leaf_key, count, start, size)
+    expected = reference.random_bits(leaf_key, count, start, size)
     assert expected.dtype == np.uint32
     np.testing.assert_array_equal(actual, expected)
 
 
 def test_known_values():
     """So that a change of the specification, which changes the results of old runs, is noticed."""
-    bits = reference.random_bits(0x0123456789ABCDEF, 7, 2**32 - 2, 4, stream=1)
-    assert bits.tolist() == [0x7770C5E3, 0x1FDF8588, 0x39C83968, 0xB9C279EB]
+    bits = reference.random_bits(0x0123456789ABCDEF, 7, 2**32 - 2, 4)
+    assert bits.tolist() == [0xBBEF37AA, 0xA23D31A1, 0x0C0F7148, 0x8D32D178]
     parts = [reference.random_bits(5, 3, start, 100) for start in (0, 100, 200)]
     np.testing.assert_array_equal(np.concatenate(parts), reference.random_bits(5, 3, 0, 300))
 
 
-# Sequences that must be random, each by itself: over elements, over steps of one element, over
-# leaves and over streams. Keys of leaves are hashes, but small numbers must do.
+# Sequences that must be random, each by itself: over elements, over steps of one element and
+# over leaves. Keys of leaves are hashes, but small numbers must do.
 SEQUENCES = {
     "elements": lambda: reference.random_bits(1, 0, 0, SIZE),
     "elements beyond 2^32": lambda: reference.random_bits(1, 0, 2**32 - SIZE // 2, SIZE),
@@ -54,9 +53,6 @@ SEQUENCES = {
     "leaves": lambda: np.array([reference.random_bits(key, 1, 5, 1)[0] for key in range(2**13)]),
     "leaves by the upper half": lambda: np.array(
         [reference.random_bits(key << 32, 1, 5, 1)[0] for key in range(2**13)]
-    ),
-    "streams": lambda: np.array(
-        [reference.random_bits(1, 1, 5, 1, stream)[0] for stream in range(2**13)]
     ),
 }
 
@@ -88,10 +84,10 @@ def test_neighbours_are_independent(sequence, distance):
 
 
 def test_no_relation_between_draws_of_one_element():
-    """Consecutive steps, leaves, streams, and fields of one word: all uncorrelated."""
+    """Consecutive steps, leaves, and fields of one word: all uncorrelated."""
     draws = [
-        reference.random_bits(key, count, 0, SIZE, stream)
-        for key, count, stream in itertools.product((1, 2, 1 << 32), (0, 1, 2), (0, 1))
+        reference.random_bits(key, count, 0, SIZE)
+        for key, count in itertools.product((1, 2, 1 << 32), (0, 1, 2, 3, 4, 5))
     ]
     fields = [bits >> shift & 0xFF for bits in draws for shift in (0, 8, 16, 24)]
     x = (np.array(fields) - 127.5) / np.sqrt((2**16 - 1) / 12)
@@ -100,19 +96,18 @@ def test_no_relation_between_draws_of_one_element():
     assert np.abs(correlation).max() < 5.0  # the largest of 2,556
 
 
-@pytest.mark.parametrize("what", ["index", "step", "key", "stream"])
+@pytest.mark.parametrize("what", ["index", "step", "key"])
 def test_every_input_bit_changes_half_of_the_output(what):
     rng = np.random.default_rng(5)
-    width = {"index": 40, "step": 31, "key": 64, "stream": 32}[what]
+    width = {"index": 40, "step": 31, "key": 64}[what]
     trials = 32
     for bit in range(width):
         flips = np.zeros(32)
-        for key, count, index, stream in rng.integers(0, 2**31, (trials, 4)).tolist():
-            before = reference.random_bits(key, count, index, 1, stream)[0]
+        for key, count, index in rng.integers(0, 2**31, (trials, 3)).tolist():
+            before = reference.random_bits(key, count, index, 1)[0]
             key ^= (what == "key") << bit
             count ^= (what == "step") << bit
             index ^= (what == "index") << bit
-            stream ^= (what == "stream") << bit
-            after = reference.random_bits(key, count, index, 1, stream)[0]
+            after = reference.random_bits(key, count, index, 1)[0]
             flips += (before ^ after) >> np.arange(32, dtype=np.uint32) & 1
         assert 0.4 < flips.mean() / trials < 0.6, bit

@@ -934,18 +934,18 @@ def test_check_last_takes_shapes():
 
 
 def test_check_last_where_nothing_is_rounded():
-    with pytest.raises(ValueError, match="no update of a paged optimizer that rounds parameters"):
+    with pytest.raises(ValueError, match="Is param_rounding 'nearest'"):
         check_last(paged_adamw8bit(1e-3), PARAMS, max_steps=2)
 
 
 def test_check_last_without_a_paged_optimizer():
-    with pytest.raises(ValueError, match="there is no paged optimizer state"):
+    with pytest.raises(ValueError, match="there is no paged optimizer in tx"):
         check_last(optax.adam(1e-3), PARAMS)
 
 
 def test_check_last_of_a_long_cycle():
     tx = paged_optax.MultiSteps(make(), 100).gradient_transformation()
-    with pytest.raises(ValueError, match="within 64 steps; pass a larger max_steps"):
+    with pytest.raises(ValueError, match="within 64 steps .* larger max_steps"):
         check_last(tx, PARAMS)
     check_last(tx, PARAMS, max_steps=100)
 

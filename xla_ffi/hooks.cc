@@ -69,12 +69,10 @@ py::array_t<uint8_t> EncodeMus(const py::array_t<float, py::array::c_style>& rat
 }
 
 // Random bits alone: those of elements [start, start + size) of a leaf.
-py::array_t<uint32_t> RandomBitsOf(int64_t leaf_key, int32_t count, int64_t start, int64_t size,
-                                   uint32_t stream) {
+py::array_t<uint32_t> RandomBitsOf(int64_t leaf_key, int32_t count, int64_t start, int64_t size) {
   py::array_t<uint32_t> bits(size);
   for (int64_t i = 0; i < size; ++i) {
-    const RandomKey key =
-        BlockKey(StepKey(count), static_cast<uint64_t>(leaf_key), stream, start + i);
+    const RandomKey key = BlockKey(StepKey(count), static_cast<uint64_t>(leaf_key), start + i);
     bits.mutable_data()[i] = RandomBits(key, static_cast<uint32_t>(start + i));
   }
   return bits;
@@ -169,7 +167,7 @@ void AddTestHooks(py::module_& module) {
              py::arg("has_zeros"), py::arg("random"));
   module.def("encode_ratio_mu", &EncodeMus, py::arg("ratios"), py::arg("scale"), py::arg("random"));
   module.def("random_bits", &RandomBitsOf, py::arg("leaf_key"), py::arg("count"), py::arg("start"),
-             py::arg("size"), py::arg("stream") = 0);
+             py::arg("size"));
   module.def("step_leaf", &StepLeaf, py::arg("values"), py::arg("dtype"), py::arg("codec"),
              py::arg("arena"), py::arg("begin"), py::arg("end"), py::arg("hyperparams"),
              py::arg("count"), py::arg("nesterov") = false, py::arg("fresh") = false,

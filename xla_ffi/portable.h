@@ -1,5 +1,6 @@
-// Spelling of "runs on host and device", and the bit casts both sides share. Included by every
-// header whose arithmetic is used by the CPU loop and by the CUDA kernel.
+// What the arithmetic needs of the compiler: functions for host and device, bit casts, and a few
+// operations that the two sides spell differently to be fast. Included by every header whose
+// arithmetic is used by the CPU loop and by the CUDA kernel.
 #pragma once
 
 #include <cstdint>
@@ -116,7 +117,8 @@ PAGED_HD float Select(bool condition, float a, float b) {
 #endif
 }
 
-// Of the bit patterns of floats that are not negative, which order them as their values do.
+// The least and the largest of bit patterns of floats that are not negative, which order them as
+// their values do.
 struct BitRange {
   uint32_t least, largest;
 };

@@ -1,11 +1,11 @@
-// Random bits for stochastic rounding: a hash of (key of the leaf, step, stream, index of the
-// element), so nothing is stored and a resumed run draws the same. Used by the CPU loop and the
-// CUDA kernel; specified in NumPy by paged_optax/_reference.py.
+// Random bits for stochastic rounding: a hash of (key of the leaf, step, index of the element),
+// so nothing is stored and a resumed run draws the same. Used for parameters by the CPU loop and
+// the CUDA kernel (moments: ratio.h); specified in NumPy by paged_optax/_reference.py.
 //
 // One word an element, in about ten integer instructions. Who needs several small numbers takes
-// them from different bits of it; who needs more draws from another stream. Parts of a sharded leaf
-// count from 0 on each device, so equal places of two shards draw the same bits, and so do all
-// copies of a replicated leaf, which have to agree.
+// them from different bits of it. Parts of a sharded leaf count from 0 on each device, so equal
+// places of two shards draw the same bits, and so do all copies of a replicated leaf, which have to
+// agree.
 //
 // Method: two rounds of multiplication and shift (constants of C. Wellons, "Prospecting for Hash
 // Functions", 2018, chosen there for the least bias), with one key before the first round and
@@ -36,9 +36,9 @@ PAGED_HD RandomKey StepKey(int32_t count) {
 }
 
 // The key for the elements from `start` on, up to the next multiple of 2^32. `leaf` names the leaf.
-PAGED_HD RandomKey BlockKey(RandomKey step, uint64_t leaf, uint32_t stream, int64_t start) {
-  const uint32_t place = static_cast<uint32_t>(leaf >> 32) ^ stream * 0x85ebca77u ^
-                         static_cast<uint32_t>(start >> 32) * 0x9e3779b1u;
+PAGED_HD RandomKey BlockKey(RandomKey step, uint64_t leaf, int64_t start) {
+  const uint32_t place =
+      static_cast<uint32_t>(leaf >> 32) ^ static_cast<uint32_t>(start >> 32) * 0x9e3779b1u;
   // What enters only between the rounds reaches too few bits.
   return {step.before ^ static_cast<uint32_t>(leaf) ^ place * 0xc2b2ae3du, step.between ^ place};
 }

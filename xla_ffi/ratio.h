@@ -45,7 +45,7 @@ inline constexpr uint32_t kHasZeros = 256;  // in a block's word, beside the ste
 
 // ------------------------------------------------------------------------------- second moments
 
-// The values of a block's codes: base + code * step, and those below that code 0 stands for.
+// The values of a block's codes: base + code * step, and whether code 0 stands for 0 instead.
 struct RatioGrid {
   uint32_t step;
   uint32_t base;

@@ -149,7 +149,7 @@ PAGED_HD void StepFloat32Block(Math math, const AdamStep& step, float (&values)[
 template <DType kParam, int K>
 PAGED_HD void RoundParams(const ParamStep& step, const Leaf& leaf, float decay, int64_t start,
                           const float (&params)[K], uint8_t (&residuals)[K], float (&values)[K]) {
-  const RandomKey key = BlockKey(step.key, leaf.key, /*stream=*/0, start);
+  const RandomKey key = BlockKey(step.key, leaf.key, start);
   const uint32_t first = static_cast<uint32_t>(start);
   if (leaf.rounding == ParamRounding::kCompensated) {
     RoundParams<kParam, true>(step, decay, key, first, leaf.dtype, params, residuals, values);

@@ -1,5 +1,5 @@
 // The step on the CPU: a loop over blocks, compiled for several instruction sets. Called from the
-// CPU handler in module.cc, on many threads with disjoint ranges.
+// CPU handler in handlers.cc, on many threads with disjoint ranges.
 #include <cstring>
 
 #include "step.h"
