@@ -95,6 +95,13 @@ PAGED_HD float NextMu(const AdamStep& step, float grad, float mu) {
   return step.b1 * mu + step.one_minus_b1 * grad;
 }
 
+// Bias-corrected. Without Nesterov momentum the second term is 0, and need not be computed.
+template <bool kNesterov>
+PAGED_HD float MuHat(const AdamStep& step, float mu, float grad) {
+  const float mu_hat = mu * step.mu_scale;
+  return kNesterov ? mu_hat + grad * step.grad_scale : mu_hat;
+}
+
 // Advances the moments of a lane's elements. `values` are gradients on entry and bias-corrected
 // first moments on return. A gradient that is not finite, or has no finite square, gives NaN, or 0,
 // and leaves the moments as they were. Returns the range of the second moments.
@@ -111,7 +118,7 @@ PAGED_HD BitRange AdvanceMoments(const AdamStep& step, float (&values)[K], float
       const bool is_used = static_cast<int>((BitsOf(values[k]) & 0x7fffffffu) < kUnusableGrad) &
                            static_cast<int>(BitsOf(next_nu[k]) <= kLargestFinite);
       const float next_mu = NextMu(step, values[k], mu[k]);
-      const float mu_hat = next_mu * step.mu_scale + values[k] * step.grad_scale;
+      const float mu_hat = MuHat<true>(step, next_mu, values[k]);
       mu[k] = Select(is_used, next_mu, mu[k]);
       nu[k] = Select(is_used, next_nu[k], nu[k]);
       values[k] = Select(is_used, mu_hat, step.bad_mu_hat);
@@ -125,12 +132,10 @@ PAGED_HD BitRange AdvanceMoments(const AdamStep& step, float (&values)[K], float
   }
   if (step.grad_scale != 0.0f) {
     PAGED_UNROLL
-    for (int k = 0; k < K; ++k) {
-      values[k] = mu[k] * step.mu_scale + values[k] * step.grad_scale;
-    }
+    for (int k = 0; k < K; ++k) values[k] = MuHat<true>(step, mu[k], values[k]);
   } else {
     PAGED_UNROLL
-    for (int k = 0; k < K; ++k) values[k] = mu[k] * step.mu_scale;
+    for (int k = 0; k < K; ++k) values[k] = MuHat<false>(step, mu[k], values[k]);
   }
   return range;
 }
