@@ -93,6 +93,7 @@ def scale_by_paged_adam8bit(
         ``skipped`` counts the elements, or the steps. Elements count from 2^64 on, where squares
         may overflow. In `jax.pmap` and `jax.shard_map` copies of an element count each. Behind
         clipping by a global norm use ``"skip_step"``: one such element spoils the norm of all.
+        Each of several paged optimizers (`optax.partition`) decides for its own parameters.
       quantization: how moments are stored; see `Quantization`.
       paging: where moments live; see `Paging`.
 
@@ -371,14 +372,8 @@ def paged_adamw8bit(
         kept beside the moments (3.05 instead of 2.03 bytes per parameter, if any is of 16 bits).
         With the latter two, `update` needs the parameters, and nothing behind this transformation
         may change its updates: see `check_last`.
-      non_finite: what a gradient that is not finite, or has no finite square, does.
-        ``"propagate"``: its own update is NaN. ``"skip_element"``: its own direction is 0.
-        ``"skip_step"``: all updates are 0 and the state stays as it was, with its count and the
-        schedules of this optimizer (not those of `optax.inject_hyperparams` around it). The other
-        two read all gradients once more, and the state then is a `SkipNonFiniteState`, whose
-        ``skipped`` counts the elements, or the steps. Elements count from 2^64 on, where squares
-        may overflow. In `jax.pmap` and `jax.shard_map` copies of an element count each. Behind
-        clipping by a global norm use ``"skip_step"``: one such element spoils the norm of all.
+      non_finite: ``"propagate"``, ``"skip_element"`` or ``"skip_step"``; see
+        `scale_by_paged_adam8bit`.
       quantization: how moments are stored; see `Quantization`.
       paging: where moments live; see `Paging`.
 
@@ -470,21 +465,9 @@ def paged_adam8bit(
       eps_root: added to the denominator inside the square root.
       nesterov: whether to use Nesterov momentum.
       replay: whether the last step may be discarded and run again; doubles the moments' memory.
-      param_rounding: how parameters in bfloat16 and float16 are rounded, which have too few digits
-        for small steps. ``"nearest"``: by whoever adds the update, as with optax, and steps below
-        half of a parameter's last digit are lost. ``"stochastic"``: at random, with the exact value
-        as the mean. ``"compensated"``: to nearest, with 8 further bits of a float32 master weight
-        kept beside the moments (3.05 instead of 2.03 bytes per parameter, if any is of 16 bits).
-        With the latter two, `update` needs the parameters, and nothing behind this transformation
-        may change its updates: see `check_last`.
-      non_finite: what a gradient that is not finite, or has no finite square, does.
-        ``"propagate"``: its own update is NaN. ``"skip_element"``: its own direction is 0.
-        ``"skip_step"``: all updates are 0 and the state stays as it was, with its count and the
-        schedules of this optimizer (not those of `optax.inject_hyperparams` around it). The other
-        two read all gradients once more, and the state then is a `SkipNonFiniteState`, whose
-        ``skipped`` counts the elements, or the steps. Elements count from 2^64 on, where squares
-        may overflow. In `jax.pmap` and `jax.shard_map` copies of an element count each. Behind
-        clipping by a global norm use ``"skip_step"``: one such element spoils the norm of all.
+      param_rounding: ``"nearest"``, ``"stochastic"`` or ``"compensated"``; see `paged_adamw8bit`.
+      non_finite: ``"propagate"``, ``"skip_element"`` or ``"skip_step"``; see
+        `scale_by_paged_adam8bit`.
       quantization: how moments are stored; see `Quantization`.
       paging: where moments live; see `Paging`.
 
