@@ -255,6 +255,60 @@ def test_step_is_that_of_the_reference(stream):
         np.testing.assert_array_equal(stored, expected_words.ravel())
 
 
+SPECIAL = floats(
+    [0, 0x80000000, 1, 0x007FFFFF, 0x00800000, 0x80800000, 0x1F800000, 0x3F800000, 0xBF800000]
+    + [0x5F000000, 0x5F7FFFFF, 0x5F800000, 0xDF800000, 0x7F7FFFFF, 0xFF7FFFFF]
+    + [0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC00001]
+)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_gradients_and_hyperparameters(seed):
+    """Bits of the reference, block by block; what is stored is finite and not negative."""
+    rng = np.random.default_rng(seed)
+    size = int(rng.choice([1, 255, 256, 257, 600]))
+    num_blocks = -(-size // BLOCK)
+    hyperparams = (
+        float(rng.choice([0, 1e-45, 0.5, 0.9, 0.99, 1 - 2**-24, np.nan, -0.1])),
+        float(rng.choice([0, 1e-3, 0.9, 0.999, 0.999, 1 - 2**-24, 1.0, np.nan])),
+        float(rng.choice([0, 1e-45, 1e-8, 1e-8, 1.0, 3e38, np.inf, -1e-8])),
+        float(rng.choice([0, 0, 0, 1e-45, 2.0**-101, 1e-8, 1e38, np.nan])),
+    )
+    nesterov, key = bool(rng.integers(2)), int(rng.integers(-(2**63), 2**63))
+    scale = np.exp(rng.normal(0, 1, size) * rng.choice([0, 2, 30])) * 10 ** rng.uniform(-20, 20)
+    arena = np.full(_ext.arena_bytes(num_blocks, 0), 0xCC, np.uint8)
+    state = reference.init_leaf(size, True, "ratio")
+    for step in range(20):
+        with np.errstate(over="ignore"):
+            grad = (rng.normal(size=size) * scale).astype(f32)
+        kind = rng.integers(4)
+        if kind == 0:
+            grad = rng.choice(SPECIAL, size)
+        elif kind == 1:
+            grad = rng.integers(0, 2**32, size, u32).view(f32)
+        elif kind == 2:
+            grad[rng.random(size) < rng.random()] = rng.choice(SPECIAL)
+        with np.errstate(all="ignore"):
+            expected, state = reference.step_leaf(
+                grad, state, step, reference.Hyperparams(*hyperparams), nesterov, leaf_key=key
+            )
+        update = grad.copy()
+        for block in rng.permutation(num_blocks).tolist():
+            _ext.step_leaf(
+                update, 0, RATIO, arena, block, block + 1, hyperparams, step,
+                nesterov=nesterov, fresh=step == 0, leaf_key=key,
+            )  # fmt: skip
+        is_nan = np.isnan(expected)
+        np.testing.assert_array_equal(np.isnan(update), is_nan)
+        np.testing.assert_array_equal(update.view(u32)[~is_nan], expected.view(u32)[~is_nan])
+        codes, words = arena[: 2 * num_blocks * BLOCK], arena[2 * num_blocks * BLOCK :]
+        np.testing.assert_array_equal(codes, np.concatenate([state.mu_codes, state.nu_codes]))
+        stored = np.stack([state.mu_scales.view(u32), state.nu_words.view(u32)], axis=1)
+        np.testing.assert_array_equal(words[: 8 * num_blocks].view(u32), stored.ravel())
+        mu, nu = reference.dequantize_ratio(state)
+        assert np.isfinite(mu).all() and np.isfinite(nu).all() and (nu >= 0).all()
+
+
 def rms(x):
     return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
 
@@ -307,6 +361,17 @@ def test_updates_follow_float32(b1, nesterov):
     for part in slice(0, None, 4), slice(1, None, 4):
         error = np.sum((ours - exact)[:, part] ** 2) / np.sum(exact[:, part] ** 2)
         assert error < 0.02
+
+
+def test_neighbours_of_a_spike_go_on():
+    """One gradient 1e11 times as large as the others' takes three quarters of a block's window."""
+    rng = np.random.default_rng(4)
+    grads = rng.normal(size=(800, BLOCK)).astype(f32)
+    grads[300, 7] = 1e11
+    ours, exact = (np.delete(x, 7, axis=1) for x in carry(grads))
+    for start in range(300, 800, 50):
+        ratio = rms(ours[start : start + 50]) / rms(exact[start : start + 50])
+        assert 1 / 3 < ratio < 1.5
 
 
 @pytest.mark.parametrize("period", [55, 89])

@@ -21,7 +21,6 @@ import paged_optax
 from paged_optax import (
     Quantization,
     _ext,
-    check_last,
     memory_report,
     paged_adam8bit,
     paged_adamw8bit,
@@ -153,6 +152,9 @@ def test_special_values(half, value):
 # --------------------------------------------------------------- the compiled step, to the bit
 
 
+DEFAULT_CODEC, DEFAULTS = Quantization().codec, reference.Hyperparams()
+
+
 def read_residuals(state, index):
     (state,) = paged_optax._state.find_states(state)
     handle, version = jax.device_get(state.token).tolist()
@@ -163,7 +165,7 @@ def read_residuals(state, index):
 class Reference:
     """The NumPy specification of a whole transformation on one device."""
 
-    def __init__(self, params, rounding, seed=0, masked=(), codec=Quantization().codec):  # noqa: B008
+    def __init__(self, params, rounding, seed=0, masked=(), codec=DEFAULT_CODEC):
         self.states = {
             k: reference.init_leaf(p.size, p.size >= 4096, codec) for k, p in params.items()
         }
@@ -173,7 +175,7 @@ class Reference:
         self.keys = {k: leaf_keys((f"['{k}']",), seed)[0] for k in params}
         self.rounding, self.masked, self.count = rounding, masked, 0
 
-    def update(self, grads, params, lr, decay, hyperparams=reference.Hyperparams()):  # noqa: B008
+    def update(self, grads, params, lr, decay, hyperparams=DEFAULTS):
         updates = {}
         for k, grad in grads.items():
             direction, self.states[k] = reference.directions(
@@ -857,114 +859,6 @@ def test_differentiation_is_refused():
 
     with pytest.raises(TypeError, match="cannot be differentiated"):
         jax.grad(loss)(params)
-
-
-# --------------------------------------------------------------------------------- check_last
-
-PARAMS = {"w": np.ones((64, 80), ml_dtypes.bfloat16), "b": np.ones(40, f32)}
-
-
-def make(**options):
-    return paged_adamw8bit(1e-5, param_rounding="compensated", **options)
-
-
-HARMLESS = {
-    "alone": make,
-    "last of a chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), make()),
-    "masked": lambda: optax.masked(make(), {"w": True, "b": False}),
-    "partition": lambda: optax.partition({"a": make(), "b": optax.sgd(0.1)}, {"w": "a", "b": "b"}),
-    "MultiSteps": lambda: paged_optax.MultiSteps(make(), 4).gradient_transformation(),
-    "optax.MultiSteps": lambda: optax.MultiSteps(make(replay=True), 4).gradient_transformation(),
-    "apply_if_finite": lambda: optax.apply_if_finite(make(replay=True), 3),
-    "inject_hyperparams": lambda: optax.inject_hyperparams(
-        paged_adamw8bit, hyperparam_dtype=jnp.float32
-    )(1e-5, param_rounding="stochastic"),
-    "a clip that does nothing": lambda: optax.chain(make(), optax.clip(10.0)),
-}
-HARMFUL = {
-    "scale": lambda: optax.chain(make(), optax.scale(0.5)),
-    "doubled": lambda: optax.chain(make(), optax.scale(2.0)),
-    "negated": lambda: optax.chain(make(), optax.scale(-1.0)),
-    "schedule": lambda: optax.chain(make(), optax.scale_by_schedule(lambda count: 0.9)),
-    "clip": lambda: optax.chain(make(), optax.clip(1e-6)),
-    "ema": lambda: optax.chain(make(), optax.ema(0.5)),
-    "decay": lambda: optax.chain(make(), optax.add_decayed_weights(0.1)),
-    "frozen": lambda: optax.chain(
-        make(), optax.masked(optax.set_to_zero(), {"w": True, "b": False})
-    ),
-    "apply_every": lambda: optax.chain(make(), optax.apply_every(3)),
-}
-
-
-@pytest.mark.parametrize("factory", HARMLESS.values(), ids=HARMLESS)
-def test_check_last_accepts(factory):
-    before = _ext.num_arenas()
-    with jax.numpy_dtype_promotion("standard"):
-        check_last(factory(), PARAMS)
-    assert _ext.num_arenas() == before
-    np.testing.assert_array_equal(PARAMS["b"], 1)
-
-
-@pytest.mark.parametrize("factory", HARMFUL.values(), ids=HARMFUL)
-def test_check_last_refuses(factory):
-    before = _ext.num_arenas()
-    with (
-        jax.numpy_dtype_promotion("standard"),
-        pytest.raises(ValueError, match="something behind the paged optimizer changes its updates"),
-    ):
-        check_last(factory(), PARAMS)
-    assert _ext.num_arenas() == before
-
-
-@jax.numpy_dtype_promotion("standard")
-def test_check_last_passes_arguments_on():
-    """`contrib.reduce_on_plateau` needs the loss; behind the optimizer it scales updates."""
-    plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=1)
-    adamw = paged_adamw8bit(1e-3, param_rounding="compensated")
-    check_last(optax.chain(plateau, adamw), PARAMS, value=1.0)
-    with pytest.raises(TypeError, match="value"):
-        check_last(optax.chain(plateau, adamw), PARAMS)
-    with pytest.raises(ValueError, match="behind the paged optimizer"):
-        check_last(optax.chain(adamw, plateau), PARAMS, value=1.0)
-
-
-def test_check_last_takes_shapes():
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS)
-    check_last(make(), shapes)
-
-
-def test_check_last_where_nothing_is_rounded():
-    with pytest.raises(ValueError, match="Is param_rounding 'nearest'"):
-        check_last(paged_adamw8bit(1e-3), PARAMS, max_steps=2)
-
-
-def test_check_last_without_a_paged_optimizer():
-    with pytest.raises(ValueError, match="there is no paged optimizer in tx"):
-        check_last(optax.adam(1e-3), PARAMS)
-
-
-def test_check_last_of_a_long_cycle():
-    tx = paged_optax.MultiSteps(make(), 100).gradient_transformation()
-    with pytest.raises(ValueError, match="within 64 steps .* larger max_steps"):
-        check_last(tx, PARAMS)
-    check_last(tx, PARAMS, max_steps=100)
-
-
-@pytest.mark.parametrize("warm", [False, True])
-def test_check_last_of_a_jitted_update_leaves_nothing_behind(warm):
-    adamw = paged_adamw8bit(1e-3, param_rounding="compensated")
-    tx = optax.GradientTransformation(adamw.init, jax.jit(adamw.update))
-    params = {"w": jnp.ones((64, 64), jnp.bfloat16)}
-    if warm:
-        tx.update(params, tx.init(params), params)
-    check_last(tx, params)
-    assert "callback" not in tx.update.lower(params, tx.init(params), params).as_text()
-
-
-def test_check_last_names_nan_as_what_it_is():
-    tx = optax.inject_hyperparams(paged_adamw8bit)(learning_rate=1e-3, param_rounding="compensated")
-    with pytest.raises(ValueError, match="are NaN.*hyperparam_dtype"):
-        check_last(tx, {"w": jnp.ones((64, 64), jnp.bfloat16)})
 
 
 @pytest.mark.parametrize(
