@@ -1,4 +1,4 @@
-"""The C++ extension (xla_ffi/module.cc)."""
+"""The C++ extension (xla_ffi/python/module.cc)."""
 
 from collections.abc import Callable
 from typing import Any

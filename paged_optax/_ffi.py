@@ -34,7 +34,7 @@ for _name, _platform, _handler in _ext.targets():
 issue_call_p = jax.extend.core.Primitive("paged_optax_issue_call")
 # update_call_p: token, count, hyperparams, part, gradients, parameters or none -> the advanced
 # token, updates.
-# Static: the members of UpdateAttrs in xla_ffi/handlers.cc.
+# Static: the members of UpdateAttrs in xla_ffi/xla/handlers.cc.
 update_call_p = jax.extend.core.Primitive("paged_optax_update_call")
 issue_call_p.multiple_results = update_call_p.multiple_results = True
 # position_p: nothing -> int32 (): where in its mesh the device is, axes of all types counted. For

@@ -27,7 +27,7 @@ from . import _ext, _ffi, _partition
 from . import _reference as reference
 from ._shards import Shards
 
-FLOAT32, DYNAMIC, RATIO = 0, 1, 2  # enum Codec in xla_ffi/layout.h
+FLOAT32, DYNAMIC, RATIO = 0, 1, 2  # enum Codec in xla_ffi/layout/layout.h
 CODECS = {"dynamic": DYNAMIC, "ratio": RATIO}  # by the names in Quantization
 
 

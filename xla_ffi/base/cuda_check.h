@@ -1,0 +1,71 @@
+// CUDA_CHECK and the device guard. Included by the files that call the CUDA runtime.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <string>
+
+#include "base/status.h"
+
+namespace paged_optax {
+
+// A CUDA call that failed.
+class CudaError : public StatusError {
+ public:
+  using StatusError::StatusError;
+};
+
+[[noreturn]] inline void ThrowCudaError(cudaError_t error, const char* call) {
+  (void)cudaGetLastError();  // a failed call must not be reported a second time by the next one
+  const bool out_of_memory = error == cudaErrorMemoryAllocation;
+  throw CudaError(
+      out_of_memory ? StatusCode::kResourceExhausted : StatusCode::kInternal,
+      std::string("CUDA call failed: ") + cudaGetErrorString(error) + " (" + call + ")");
+}
+
+#define CUDA_CHECK(call)                                      \
+  do {                                                        \
+    const cudaError_t cuda_check_error = (call);              \
+    if (cuda_check_error != cudaSuccess) {                    \
+      ::paged_optax::ThrowCudaError(cuda_check_error, #call); \
+    }                                                         \
+  } while (0)
+
+// Makes `device` current for the calling thread and restores the former one. In a thread that has
+// not used a device yet that would be GPU 0, and to go back there would make a context on it,
+// hundreds of MiB that nobody asked for; such a thread stays where it is.
+class ScopedDevice {
+ public:
+  explicit ScopedDevice(int device) {
+    CUDA_CHECK(cudaGetDevice(&saved_));
+    if (saved_ == device) return;
+    restore_ = HasContext(saved_);
+    CUDA_CHECK(cudaSetDevice(device));
+  }
+  ScopedDevice(const ScopedDevice&) = delete;
+  ~ScopedDevice() {
+    if (restore_) (void)cudaSetDevice(saved_);
+  }
+
+ private:
+  static bool HasContext(int device) {
+    using GetState = int (*)(int device, unsigned* flags, int* active);
+    static const GetState get_state = [] {
+      void* function = nullptr;
+      cudaDriverEntryPointQueryResult result;
+      const cudaError_t error = cudaGetDriverEntryPointByVersion(
+          "cuDevicePrimaryCtxGetState", &function, 7000, cudaEnableDefault, &result);
+      if (error != cudaSuccess) (void)cudaGetLastError();
+      return reinterpret_cast<GetState>(error == cudaSuccess ? function : nullptr);
+    }();
+    unsigned flags = 0;
+    int active = 0;
+    // A device's number is also its handle in the driver, and there 0 is success.
+    return get_state == nullptr || get_state(device, &flags, &active) != 0 || active != 0;
+  }
+
+  int saved_ = 0;
+  bool restore_ = false;
+};
+
+}  // namespace paged_optax

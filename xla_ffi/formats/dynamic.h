@@ -1,0 +1,152 @@
+// The `dynamic` 8-bit code for moments: a block of values is stored as one float32 scale (its
+// largest magnitude) and one byte per value. Used by the CPU loop and the CUDA kernel; specified in
+// NumPy by paged_optax/_reference.py.
+//
+// Source: T. Dettmers, M. Lewis, S. Shleifer, L. Zettlemoyer, "8-bit Optimizers via Block-wise
+// Quantization", ICLR 2022 (arXiv:2110.02861), section 2.2; the rounding of the table is that of
+// bitsandbytes, so codes can be exchanged with it.
+//
+// The map holds 0, 1 and, for each decade 10^(i-6), i = 0..6, the centres of N_i equal bins of
+// [0.1, 1] times 10^(i-6), with N_i = 2^i per sign for the first moment (signed) and N_i = 2^(i+1)
+// for the second (unsigned). Call the non-negative values, in order, levels: the first moment has
+// levels 0 (the value 0) to 128 (the value 1), the second 0 to 255.
+#pragma once
+
+#include "base/portable.h"
+
+namespace paged_optax {
+
+inline constexpr int kDecades = 7;
+
+// Encoding looks a magnitude's level up by its leading 16 bits (exponent and 7 bits of fraction),
+// which is right or one too low, and lets one comparison decide. Magnitudes below 2^-23 are level
+// 0, those from 1 on (1 itself, and what rounding makes of it) share the last entry.
+inline constexpr uint32_t kFirstPrefix = (127 - 23) << 7;
+inline constexpr uint32_t kLastPrefix = 127 << 7;
+
+// Everything that encoding and decoding one kind of moment looks up. `Level` is the type of the
+// table's entries: a byte where shared memory is short, an int where vector units gather.
+template <class Level>
+struct DynamicMap {
+  float value[256];  // value of a code
+  float upper[255];  // largest magnitude that rounds to this level and not to the next
+  Level lowest[kLastPrefix - kFirstPrefix + 1];  // lowest level of the magnitudes with this prefix
+};
+
+template <class Level>
+struct DynamicMaps {
+  DynamicMap<Level> mu;  // signed: code 127 + level, or 127 - level for negative values
+  DynamicMap<Level> nu;  // unsigned: code level
+};
+
+namespace internal {
+
+inline constexpr float kPowerOfTen[kDecades] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.0f};
+
+// Edge i of n - 1 equal bins of [0.1, 1], rounded as torch.linspace rounds it: from both ends.
+constexpr float BinEdge(int i, int n) {
+  const float step = (1.0f - 0.1f) / static_cast<float>(n - 1);
+  return i < n / 2 ? static_cast<float>(static_cast<double>(0.1f) + static_cast<double>(step) * i)
+                   : static_cast<float>(1.0 - static_cast<double>(step) * (n - 1 - i));
+}
+
+constexpr float BinCentre(int decade, int bin, int num_bins) {
+  const float sum = BinEdge(bin, num_bins + 1) + BinEdge(bin + 1, num_bins + 1);
+  return kPowerOfTen[decade] * (sum / 2.0f);
+}
+
+// Greatest float below x > 0. Written with integers because std::nextafter is not constexpr.
+constexpr float Below(float x) {
+  // The exponent of x gives the distance to its neighbour: 2^(e-24) for x in (2^(e-1), 2^e].
+  float spacing = 5.9604645e-8f;  // 2^-24, right for x in (0.5, 1]
+  for (float top = 0.5f; x <= top; top *= 0.5f) spacing *= 0.5f;
+  return x - spacing;
+}
+
+// The float with these leading 16 bits and zeros behind them, for prefixes of [2^-23, 1].
+constexpr float WithPrefix(uint32_t prefix) {
+  float power = 1.0f;
+  for (uint32_t e = prefix >> 7; e < 127; ++e) power *= 0.5f;
+  return power * (1.0f + static_cast<float>(prefix & 127) / 128.0f);
+}
+
+// `first_bins` is N_0: 1 for the signed map, 2 for the unsigned one.
+template <class Level>
+constexpr DynamicMap<Level> MakeMap(int first_bins) {
+  const bool is_signed = first_bins == 1;
+  DynamicMap<Level> map{};
+  float levels[256] = {};  // 0, then the decades
+  int top = 1;             // ends up as the level of the value 1
+  for (int decade = 0, bins = first_bins; decade < kDecades; ++decade, bins *= 2) {
+    for (int bin = 0; bin < bins; ++bin) levels[top++] = BinCentre(decade, bin, bins);
+  }
+  levels[top] = 1.0f;
+  const int zero_code = is_signed ? 127 : 0;
+  for (int level = 0; level <= top; ++level) {
+    map.value[zero_code + level] = levels[level];
+    if (level > 0 && level <= zero_code) map.value[zero_code - level] = -levels[level];
+  }
+  // Nearest value; a tie goes to the even code.
+  for (int level = 0; level < top; ++level) {
+    const float middle = (levels[level] + levels[level + 1]) * 0.5f;
+    map.upper[level] = (zero_code + level) % 2 == 0 ? middle : Below(middle);
+  }
+  int level = 0;
+  for (uint32_t prefix = kFirstPrefix; prefix <= kLastPrefix; ++prefix) {
+    while (level < top && WithPrefix(prefix) > map.upper[level]) ++level;
+    // One comparison must do: the next prefix starts at most one level higher.
+    const bool is_narrow = level + 1 >= top || WithPrefix(prefix + 1) <= map.upper[level + 1];
+    if (!is_narrow) throw "a prefix spans more than two levels";  // fails the build
+    map.lowest[prefix - kFirstPrefix] = static_cast<Level>(level < top ? level : top - 1);
+  }
+  return map;
+}
+
+}  // namespace internal
+
+template <class Level>
+constexpr DynamicMaps<Level> MakeDynamicMaps() {
+  return {internal::MakeMap<Level>(1), internal::MakeMap<Level>(2)};
+}
+
+// Level nearest to `magnitude`, which must lie in [0, 1] up to rounding.
+template <class Level>
+PAGED_HD int NearestLevel(const DynamicMap<Level>& map, float magnitude) {
+  const int prefix = static_cast<int>(BitsOf(magnitude) >> 16) - static_cast<int>(kFirstPrefix);
+  const int level = map.lowest[prefix < 0 ? 0 : prefix];
+  return level + (magnitude > map.upper[level] ? 1 : 0);
+}
+
+// Factor that brings a block with this scale into [-1, 1]. Below the smallest normal float the
+// reciprocal would overflow; such blocks count as zero.
+PAGED_HD float InverseScale(float scale) { return scale >= 1.17549435e-38f ? 1.0f / scale : 0.0f; }
+
+// First moments. A value with its sign bit set never becomes code 127 (zero): the original's rule.
+// -1 has no code.
+template <class Level>
+PAGED_HD uint8_t EncodeMu(const DynamicMap<Level>& map, float value, float inverse_scale) {
+  const float x = value * inverse_scale;
+  const int level = NearestLevel(map, FloatOf(BitsOf(x) & 0x7fffffffu));
+  // Without branches, for vector units: -1 for negative values, else 0.
+  const int sign = static_cast<int32_t>(BitsOf(x)) >> 31;
+  const int at_least = level < -sign ? -sign : level;
+  const int allowed = at_least < 128 + sign ? at_least : 128 + sign;
+  return static_cast<uint8_t>(127 + ((allowed ^ sign) - sign));
+}
+
+// Second moments, value >= 0.
+template <class Level>
+PAGED_HD uint8_t EncodeNu(const DynamicMap<Level>& map, float value, float inverse_scale) {
+  return static_cast<uint8_t>(NearestLevel(map, value * inverse_scale));
+}
+
+template <class Level>
+PAGED_HD float Decode(const DynamicMap<Level>& map, uint8_t code, float scale) {
+  return map.value[code] * scale;
+}
+
+// Codes of zero.
+inline constexpr uint8_t kZeroMu = 127;
+inline constexpr uint8_t kZeroNu = 0;
+
+}  // namespace paged_optax

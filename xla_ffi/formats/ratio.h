@@ -1,0 +1,206 @@
+// The `ratio` 8-bit code for moments: second moments as floats with few bits of fraction, first
+// moments as multiples of about sqrt(second moment), both rounded at random without bias. Used by
+// the CPU loop and the CUDA kernel; specified in NumPy by paged_optax/_reference.py. What it was
+// chosen over, and why: docs/numerics.md.
+//
+// A block has 256 elements, two codes each, and two words.
+//
+// Second moments. A code stands for the float whose bits are (code + offset) * step, or for 0. The
+// step is the least, of 2^16 .. 2^21 and these and a quarter, a half or three quarters, with which
+// the codes reach from the block's largest value to its smallest but 0: 7 .. 2 bits of fraction,
+// over 2 .. 63 octaves. There is no scale to multiply with, so the values that codes stand for stay
+// where they are when the block's largest value moves: until the step changes, what has not changed
+// is stored without error again. Adding random bits before the division rounds without bias,
+// because the floats of an octave are evenly spaced. The block's word holds the offset, the step,
+// and whether code 0 stands for 0.
+//
+// First moments. A code k of -127 .. 127 stands for k |k| / 127^2 times the block's scale times the
+// element's unit, a power of two or 1.5 times one near the square root of its stored second
+// moment. So it is the update that is stored with a certain precision, however different the
+// gradients in a block are. The unit is made of the bits of the second moment; the scale is the
+// largest ratio of a first moment to its unit.
+//
+// A GPU runs integer instructions and comparisons at half the rate of float arithmetic and has
+// time for about a hundred instructions an element. So what is rare in a block (zeros, wide ranges,
+// huge numbers) is looked for once a block and handled beside the common path.
+#pragma once
+
+#include <cmath>
+
+#include "base/portable.h"
+#include "base/random.h"
+
+namespace paged_optax {
+
+// A step, in units of 2^14. Four units are the finest.
+inline constexpr uint32_t kStepShift = 14, kCoarsestStep = 128;
+// Of the 256 codes one is for 0, one for rounding up at the top, and one each for the ends of the
+// range, which are cut off; a 64th and a 256th of the range make that 251.
+inline constexpr uint32_t kTopCode = 253;  // of the largest value, before rounding
+// Elements without gradient decay for ever; they widen a block's range no further than this.
+inline constexpr uint32_t kIdleRange = 15u << 23;
+// Greater second moments are stored as this one, 2^127, which rounding up leaves finite.
+inline constexpr uint32_t kLargestNu = 0x7f000000;
+inline constexpr uint32_t kHasZeros = 256;  // in a block's word, beside the step
+
+// ------------------------------------------------------------------------------- second moments
+
+// The values of a block's codes: base + code * step, and whether code 0 stands for 0 instead.
+struct RatioGrid {
+  uint32_t step;
+  uint32_t base;
+  bool has_zeros;
+};
+
+PAGED_HD RatioGrid GridOf(uint32_t word) {
+  const uint32_t step = (word & 255) << kStepShift;
+  return {step, (word >> 16) * step, (word & kHasZeros) != 0};
+}
+
+// A grid, and how to divide by its step: by the upper half of a product with the reciprocal, which
+// is 2^(32 + shift) / step, rounded up.
+struct RatioWindow {
+  RatioGrid grid;
+  uint32_t word;
+  uint32_t reciprocal;
+  uint32_t shift;
+};
+
+// For a block whose largest second moment has the bits `top`, and whose codes have to span `range`.
+PAGED_HD RatioWindow FitWindow(uint32_t top, uint32_t range, bool has_zeros) {
+  const uint32_t with_ends = range + range / 64 + range / 256;
+  const uint32_t span = with_ends > 0xffffff ? with_ends : 0xffffff;  // for the finest step
+  const uint32_t log2 = 31 - static_cast<uint32_t>(LeadingZeros(span));
+  // The step is 5, 6, 7 or 8 times a power of two, and 256 of it are more than the span.
+  const uint32_t quarters = (span >> (log2 - 2)) + 1;
+  const uint32_t fitting = quarters << (log2 - 23) >> 1;
+  const bool fits = fitting < kCoarsestStep;
+  const uint32_t units = fits ? fitting : kCoarsestStep;
+  const uint32_t part = fits ? quarters & 3 : 0;  // how many quarters above a power of two
+  const uint32_t of_4_5 = Select(part == 0, 0x80000000u, 0x66666667u);
+  const uint32_t of_6_7 = Select(part == 2, 0x55555556u, 0x4924924au);
+  RatioWindow window;
+  window.reciprocal = part < 2 ? of_4_5 : of_6_7;
+  window.shift = fits ? log2 - 9 + (part == 0 ? 1 : 0) : kStepShift + 6;
+  const uint32_t top_code = MultiplyHighAdd(top, window.reciprocal, 0) >> window.shift;
+  const uint32_t offset = top_code > kTopCode ? top_code - kTopCode : 0;
+  window.word = offset << 16 | (has_zeros ? kHasZeros : 0) | units;
+  window.grid = {units << kStepShift, offset * (units << kStepShift), has_zeros};
+  return window;
+}
+
+template <int K>
+PAGED_HD void DecodeRatioNus(const uint8_t (&codes)[K], const RatioGrid& grid, float (&nu)[K]) {
+  PAGED_UNROLL
+  for (int k = 0; k < K; ++k) nu[k] = FloatOf(MultiplyAdd(codes[k], grid.step, grid.base));
+  if (grid.has_zeros) {
+    PAGED_UNROLL
+    for (int k = 0; k < K; ++k) nu[k] = Select(codes[k] == 0, 0.0f, nu[k]);
+  }
+}
+
+// Rounds second moments, from 0 to 2^127. The upper bits of `random` decide. On return, nu holds
+// what the codes stand for. First moments whose second ones are 0 become 0.
+template <int K>
+PAGED_HD void EncodeRatioNus(const RatioWindow& window, const uint32_t (&random)[K], float (&mu)[K],
+                             float (&nu)[K], uint8_t (&codes)[K]) {
+  const RatioGrid& grid = window.grid;
+  const int32_t base = static_cast<int32_t>(grid.base), step = static_cast<int32_t>(grid.step);
+  uint32_t not_zero[K];
+  PAGED_UNROLL
+  for (int k = 0; k < K; ++k) not_zero[k] = Select(BitsOf(nu[k]) == 0, 0u, ~0u);
+  PAGED_UNROLL
+  for (int k = 0; k < K; ++k) {
+    // What lies below the window takes the lowest code.
+    const int32_t above = static_cast<int32_t>(BitsOf(nu[k])) - base;
+    const uint32_t x = static_cast<uint32_t>(above > step ? above : step);
+    const uint32_t added = random[k] >> (32 - window.shift);
+    const uint32_t code = MultiplyHighAdd(x, window.reciprocal, added) >> window.shift;
+    codes[k] = static_cast<uint8_t>(code);
+    nu[k] = FloatOf(MultiplyAdd(code, grid.step, grid.base));
+  }
+  if (grid.has_zeros) {
+    PAGED_UNROLL
+    for (int k = 0; k < K; ++k) codes[k] = static_cast<uint8_t>(codes[k] & not_zero[k]);
+    PAGED_UNROLL
+    for (int k = 0; k < K; ++k) mu[k] = FloatOf(BitsOf(mu[k]) & not_zero[k]);
+  }
+}
+
+// -------------------------------------------------------------------------------- first moments
+
+// With e the exponent field of nu: half of it makes the exponent of the unit, its last bit a factor
+// of 1.5. The reciprocal is rounded.
+PAGED_HD float UnitOf(float nu) {
+  return FloatOf(MultiplyAdd(BitsOf(nu) >> 23, 1u << 22, 127u << 22));
+}
+PAGED_HD float UnitReciprocalOf(float nu) {
+  const uint32_t e = BitsOf(nu) >> 23;
+  const uint32_t of_odd_e = MultiplyAdd(e, 0u - (1u << 22), 0x7f000000u - (127u << 22) - 0x155555u);
+  return FloatOf(MultiplyAdd(e & 1, 0x155555u, of_odd_e));
+}
+
+// 127^2, and a little less so that a block's largest ratio stays below it when it is scaled.
+inline constexpr float kSquares = 16128.99f;
+
+// A ratio beyond this (decay rates with b1^2 > b2 let it grow) is stored as if it were this.
+inline constexpr float kLargestRatio = 4294967296.0f;  // 2^32
+
+// Factors from the block's scale: for decoding, and for encoding. Ratios below 2^-64 do not move a
+// parameter; a block of them counts as zero.
+PAGED_HD float MuStep(float scale) { return scale * (1.0f / kSquares); }
+template <class Math>
+PAGED_HD float InverseMuStep(Math math, float scale) {
+  const bool is_usable = scale >= 5.42101086e-20f;
+  return Select(is_usable, kSquares * math.Reciprocal(Select(is_usable, scale, 1.0f)), 0.0f);
+}
+
+PAGED_HD float DecodeRatioMu(uint8_t code, float mu_step, float unit) {
+  // 2^23 + 128 + k, from the code with its sign bit flipped.
+  const float k = FloatOf(0x4b000000u | (code ^ 0x80u)) - 8388736.0f;
+  return k * Abs(k) * mu_step * unit;
+}
+
+// Of a ratio no greater than the block's scale. The lower 16 bits of `random` decide.
+//
+// With f in [0, 1), x >= 0 is rounded up from k^2 to (k + 1)^2 if x - k^2 > f (2 k + 1), of which
+// the probability is as it has to be. That is: sqrt(x - f (1 - f)) > k + f. So one square root
+// gives both neighbours and the choice between them.
+template <class Math>
+PAGED_HD uint8_t EncodeRatioMu(Math math, float ratio, float inverse_mu_step, uint32_t random) {
+  const float x = Abs(ratio) * inverse_mu_step;
+  const float h = JoinHalves(BitsOf(128.0f), random) - 128.5f;  // f - 1/2
+  const float y = (x - 0.25f) + h * h;
+  const float level = math.Sqrt(Max(y, 8.67361738e-19f)) - h;  // 2^-60
+  const float signed_level = FloatOf(BitsOf(level) | (BitsOf(ratio) & 0x80000000u));
+  // Rounds to the nearest integer; the low byte is its two's complement.
+  return static_cast<uint8_t>(BitsOf(signed_level + 12582912.0f));
+}
+
+inline constexpr uint8_t kZeroRatio = 0;  // code of zero, of both moments
+
+// --------------------------------------------------------------------------------- random bits
+
+// The word that decides for element i of a leaf at the step that follows `count` steps:
+// RatioStart(leaf, i) + RatioPhase(count). Along the steps and along the elements it runs through
+// sequences that fill [0, 2^32) evenly (H. Weyl's, with the golden ratio and with the plastic
+// number): of n draws, n p fall below p up to an error of order log n, where independent ones would
+// leave sqrt(n). It is this that second moments average over a thousand steps. A hash of the
+// element in place of the second sequence follows float32 no better, and takes a tenth of a GPU's
+// step.
+//
+// After 89 steps, and every other Fibonacci number, the first sequence almost repeats. Gradients
+// that repeat then too, a data set in a fixed order for instance, would be rounded alike for ever,
+// so the sequence starts anew every 128 steps.
+inline constexpr uint32_t kRatioStride = 0xc13fa9a9u;
+
+PAGED_HD uint32_t RatioPhase(int32_t count) {
+  const uint32_t step = static_cast<uint32_t>(count);
+  return step * 0x9e3779b9u + RandomBits({0x9e3779b9u, 0x7f4a7c15u}, step >> 7);
+}
+
+PAGED_HD uint32_t RatioStart(uint64_t leaf, int64_t element) {
+  return static_cast<uint32_t>(leaf ^ (leaf >> 32)) + static_cast<uint32_t>(element) * kRatioStride;
+}
+
+}  // namespace paged_optax

@@ -1,0 +1,89 @@
+// The protocol between a token in the optimizer state and the moments it stands for. Judged on the
+// host by the CPU handler and on the device by the CUDA kernel, so that a step need not wait for a
+// token.
+#pragma once
+
+#include "layout/geometry.h"
+
+namespace paged_optax {
+
+// What the optimizer state carries: which arena, and which contents of it. Version 0 is a fresh
+// state, whose moments are zero whatever the arena holds.
+struct Token {
+  int32_t handle;
+  int32_t version;
+};
+
+// What an arena knows of itself. On the GPU an array of these lies in device memory, and kernels
+// advance the versions.
+struct Header {
+  int32_t handle;
+  int32_t version;  // the newest; every executed step makes a new one
+  // One slot holds the newest moments. A second (replay) keeps those before the last step, so that
+  // it can be run again: a step reads the slot of its token's version and writes the other one.
+  int32_t num_slots;
+  int32_t versions[kMaxSlots];  // of the slots' contents; 0 for none
+  SegmentTable* segments;       // where the slots lie
+  uint64_t layout;              // LayoutOf the calls that the moments belong to
+};
+
+// What an arena compares: a call's fingerprint, and which parts of the leaves its device has. The
+// latter is known only where the call runs: it depends on the device's place in the mesh.
+PAGED_HD uint64_t LayoutOf(uint64_t fingerprint, int32_t part) {
+  return fingerprint ^ (static_cast<uint64_t>(static_cast<uint32_t>(part)) * 0x9e3779b97f4a7c15u);
+}
+
+enum class Verdict : int32_t { kAccept, kFresh, kUnknown, kOtherLayout, kStale };
+
+PAGED_HD bool IsAccepted(Verdict verdict) {
+  return verdict == Verdict::kAccept || verdict == Verdict::kFresh;
+}
+
+// What a step may do: from which slot to which. They are the same where there is one, and where
+// there is nothing to read.
+struct Judgement {
+  Verdict verdict;
+  int32_t source;
+  int32_t target;
+};
+
+// The slot that holds these contents, or -1.
+PAGED_HD int32_t FindSlot(const Header& header, int32_t version) {
+  for (int32_t slot = 0; slot < header.num_slots; ++slot) {
+    if (header.versions[slot] == version) return slot;
+  }
+  return -1;
+}
+
+PAGED_HD Judgement Judge(const Header* header, Token token, uint64_t layout) {
+  if (header == nullptr) return {Verdict::kUnknown, 0, 0};
+  if (header->layout != layout) return {Verdict::kOtherLayout, 0, 0};
+  if (token.version == 0) return {Verdict::kFresh, 0, 0};
+  const int32_t slot = FindSlot(*header, token.version);
+  if (slot >= 0) return {Verdict::kAccept, slot, header->num_slots - 1 - slot};
+  return {Verdict::kStale, 0, 0};
+}
+
+// Never 0, never a version that a state still around can hold: 2^31 - 1 steps pass before one
+// returns.
+PAGED_HD int32_t NextVersion(int32_t version) { return version == 0x7fffffff ? 1 : version + 1; }
+
+// Notes an accepted step in the header and returns the token of its result.
+PAGED_HD Token Advance(Header* header, Judgement judgement) {
+  header->version = NextVersion(header->version);
+  // A new life ends the one before it.
+  if (judgement.verdict == Verdict::kFresh) header->versions[1] = 0;
+  header->versions[judgement.target] = header->version;
+  return {header->handle, header->version};
+}
+
+// A step that was refused, as the device reports it to the host. `verdict` is written last; kAccept
+// means that there is nothing to report.
+struct Rejection {
+  Verdict verdict;
+  Token token;
+  int32_t version;       // of the arena
+  uint64_t fingerprint;  // of the call
+};
+
+}  // namespace paged_optax

@@ -1,0 +1,146 @@
+// CUDA managed memory: one range of addresses whose pages lie in the memory of the GPU or of the
+// host. The only caller of CUDA's advice and prefetch functions. See memory.h.
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <chrono>
+#include <thread>
+
+#include "base/cuda_check.h"
+#include "memory/memory.h"
+#include "memory/preflight.h"
+
+namespace paged_optax {
+namespace {
+
+bool g_pretend_not_managed = false;
+
+constexpr int64_t kPieceBytes = kChunkBytes;
+
+#if CUDART_VERSION >= 13000
+cudaMemLocation Location(Tier tier, int device) {
+  cudaMemLocation location{};
+  location.type = tier == Tier::kDevice ? cudaMemLocationTypeDevice : cudaMemLocationTypeHost;
+  location.id = tier == Tier::kDevice ? device : 0;
+  return location;
+}
+
+cudaError_t Prefetch(void* data, int64_t nbytes, Tier tier, int device, cudaStream_t stream) {
+  return cudaMemPrefetchAsync(data, nbytes, Location(tier, device), /*flags=*/0, stream);
+}
+#else
+int Location(Tier tier, int device) { return tier == Tier::kDevice ? device : cudaCpuDeviceId; }
+
+cudaError_t Prefetch(void* data, int64_t nbytes, Tier tier, int device, cudaStream_t stream) {
+  return cudaMemPrefetchAsync(data, nbytes, Location(tier, device), stream);
+}
+#endif
+
+class ManagedMemory final : public Memory {
+ public:
+  ManagedMemory(const Geometry& geometry, int device) : Memory(geometry), device_(device) {
+    ScopedDevice scope(device);
+    CUDA_CHECK(cudaMallocManaged(reinterpret_cast<void**>(&data_), geometry.NumBytes(),
+                                 cudaMemAttachGlobal));
+  }
+
+  ~ManagedMemory() override { (void)cudaFree(data_); }
+
+  MemoryKind kind() const override { return MemoryKind::kManaged; }
+
+  uint8_t* Address(int32_t slot, int32_t segment) const override {
+    return data_ + slot * geometry().slot_bytes + geometry().Offset(segment);
+  }
+
+  void Place(const Move& move) {
+    ForEachSlot(move, [&](uint8_t* data, int64_t nbytes) {
+      CUDA_CHECK(cudaMemAdvise(data, nbytes, cudaMemAdviseSetPreferredLocation,
+                               Location(move.to, device_)));
+      // Pages on the host are mapped for the GPU: its accesses cross the link and never fault.
+      CUDA_CHECK(cudaMemAdvise(
+          data, nbytes,
+          move.to == Tier::kHost ? cudaMemAdviseSetAccessedBy : cudaMemAdviseUnsetAccessedBy,
+          Location(Tier::kDevice, device_)));
+    });
+  }
+
+  // Steps may run meanwhile: those that touch a page under way wait for it. In small pieces,
+  // because a prefetch holds up every other call of the process to CUDA, such as the launch of a
+  // step.
+  void Prepare(const Move& move, void* stream) override {
+    try {
+      Send(move, stream);
+    } catch (...) {
+      // Pages that were sent come back when they are used.
+      Place({move.first, move.count, move.to == Tier::kDevice ? Tier::kHost : Tier::kDevice});
+      throw;
+    }
+  }
+
+ private:
+  void Send(const Move& move, void* stream) {
+    Place(move);
+    ForEachSlot(move, [&](uint8_t* data, int64_t nbytes) {
+      for (int64_t done = 0; done < nbytes; done += kPieceBytes) {
+        CUDA_CHECK(Prefetch(data + done, std::min(kPieceBytes, nbytes - done), move.to, device_,
+                            static_cast<cudaStream_t>(stream)));
+        // Locks go to who waits only if who had them stays away for a moment.
+        std::this_thread::sleep_for(std::chrono::microseconds(50));
+      }
+    });
+  }
+
+  template <class F>
+  void ForEachSlot(const Move& move, const F& body) {
+    const int64_t begin = geometry().Offset(move.first);
+    const int64_t nbytes = geometry().Offset(move.first + move.count) - begin;
+    if (nbytes == 0) return;
+    ScopedDevice scope(device_);
+    for (int32_t slot = 0; slot < geometry().num_slots; ++slot) {
+      body(data_ + slot * geometry().slot_bytes + begin, nbytes);
+    }
+  }
+
+  // A copy by the driver leaves resident pages where they are; a plain read by the CPU would fault
+  // them over to the host one by one.
+  void Copy(const uint8_t* source, int64_t nbytes, void* destination) const override {
+    ScopedDevice scope(device_);
+    CUDA_CHECK(cudaMemcpy(destination, source, nbytes, cudaMemcpyDefault));
+  }
+
+  const int device_;
+  uint8_t* data_ = nullptr;
+};
+
+}  // namespace
+
+std::unique_ptr<Memory> MakeManagedMemory(const Geometry& geometry, int device,
+                                          int32_t num_resident, void* stream) {
+  // The driver may evict every managed page, so host memory must be there for all of them.
+  CheckHostMemory(geometry.NumBytes());
+  CheckAddressSpace(geometry.NumBytes());
+  auto memory = std::make_unique<ManagedMemory>(geometry, device);
+  memory->Prepare({0, num_resident, Tier::kDevice}, stream);
+  // The kernel's first write makes pages on the host, ten times as fast as the CPU would.
+  memory->Place({num_resident, geometry.NumSegments() - num_resident, Tier::kHost});
+  return memory;
+}
+
+std::string WhyNotManaged(int device) {
+  int concurrent = 0;
+  CUDA_CHECK(cudaDeviceGetAttribute(&concurrent, cudaDevAttrConcurrentManagedAccess, device));
+  if (concurrent && !g_pretend_not_managed) return "";
+  return "GPU " + std::to_string(device) +
+         " has no concurrent managed memory access (Windows, WSL and some virtual GPUs do not)";
+}
+
+void PretendNotManaged(bool pretend) { g_pretend_not_managed = pretend; }
+
+int64_t FreeDeviceBytes(int device) {
+  ScopedDevice scope(device);
+  size_t free = 0, total = 0;
+  CUDA_CHECK(cudaMemGetInfo(&free, &total));
+  return static_cast<int64_t>(free);
+}
+
+}  // namespace paged_optax

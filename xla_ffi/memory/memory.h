@@ -1,0 +1,113 @@
+// Memory that XLA's allocator does not own: what every kind of it can do. Implemented by
+// host_memory.cc (CPU), managed_memory.cc and pinned_memory.cc (GPU); used by arena.cc and
+// pager.cc.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "layout/geometry.h"
+
+namespace paged_optax {
+
+enum class MemoryKind : int8_t { kAnonymous, kFile, kManaged, kPinned };
+
+const char* Name(MemoryKind kind);
+
+// Where a segment lies, seen from a GPU.
+enum class Tier : int8_t { kDevice, kHost };
+
+// Consecutive segments that move to a tier together.
+struct Move {
+  int32_t first;
+  int32_t count;
+  Tier to;
+};
+
+// Owner of the slots of one arena.
+class Memory {
+ public:
+  explicit Memory(const Geometry& geometry) : geometry_(geometry) {}
+  Memory(const Memory&) = delete;
+  virtual ~Memory() = default;
+
+  const Geometry& geometry() const { return geometry_; }
+  virtual MemoryKind kind() const = 0;
+  virtual uint8_t* Address(int32_t slot, int32_t segment) const = 0;
+  // For kernels and for the CPU loop.
+  SegmentTable Table(int32_t num_resident) const;
+  // Copies out of a slot without moving a page. Waits for the copy, not for steps.
+  void Read(int32_t slot, int64_t offset, int64_t nbytes, void* destination) const;
+
+  // A move, in three calls by one thread, `stream` being the same. Prepare may take long; of a kind
+  // that changes no address it does everything. Enqueue comes while no step is running, or with the
+  // stream waiting for it, and returns at once. Finish comes when the stream is done.
+  virtual bool ChangesAddresses() const { return false; }
+  virtual void Prepare(const Move&, void* /*stream*/) {}
+  virtual void Enqueue(const Move&, void* /*stream*/) {}
+  virtual void Finish(const Move&, void* /*stream*/) {}
+
+  // Of a file: bytes in RAM; moving what lies behind the first `nbytes` out of it, or all in.
+  virtual int64_t ResidentBytes() const { return geometry_.NumBytes(); }
+  virtual void PageOut(int64_t /*nbytes*/) {}
+  virtual void PageIn() {}
+
+ private:
+  virtual void Copy(const uint8_t* source, int64_t nbytes, void* destination) const = 0;
+
+  Geometry geometry_;
+};
+
+// Anonymous pages, which the operating system makes as they are touched, or, with a directory, the
+// pages of a file in it that has no name and so goes with the process. Throws before anything is
+// allocated if the machine has no room.
+std::unique_ptr<Memory> MakeHostMemory(int64_t slot_bytes, int32_t num_slots,
+                                       const std::string& directory);
+
+#if PAGED_OPTAX_CUDA
+// CUDA managed memory: the leading segments prefer the GPU and are sent there on `stream`, the
+// others stay in host memory, which the GPU reads and writes in place.
+std::unique_ptr<Memory> MakeManagedMemory(const Geometry& geometry, int device,
+                                          int32_t num_resident, void* stream);
+
+// The same without managed memory: pinned host memory that the GPU maps, and plain device memory
+// for the leading segments.
+std::unique_ptr<Memory> MakePinnedMemory(const Geometry& geometry, int device, int32_t num_resident,
+                                         void* stream);
+
+// Why managed memory cannot be read and written by CPU and GPU together; empty if it can.
+std::string WhyNotManaged(int device);
+// Has WhyNotManaged say so, for the tests.
+void PretendNotManaged(bool pretend);
+
+// Bytes of device memory that neither XLA's pool nor anyone else holds.
+int64_t FreeDeviceBytes(int device);
+
+// Small arrays beside the moments; RAII owners of plain device or pinned, mapped host memory.
+class DeviceBuffer {
+ public:
+  explicit DeviceBuffer(int64_t nbytes);
+  DeviceBuffer(const DeviceBuffer&) = delete;
+  ~DeviceBuffer();
+  void* data() const { return data_; }
+
+ private:
+  void* data_ = nullptr;
+};
+
+class MappedBuffer {
+ public:
+  explicit MappedBuffer(int64_t nbytes);
+  MappedBuffer(const MappedBuffer&) = delete;
+  ~MappedBuffer();
+  void* host() const { return host_; }
+  void* device() const { return device_; }
+
+ private:
+  void* host_ = nullptr;
+  void* device_ = nullptr;
+};
+#endif
+
+}  // namespace paged_optax

@@ -1,0 +1,149 @@
+// How much of each state's moments should be in a GPU's memory, and what to move next: arithmetic
+// without CUDA, so that it is tested without a GPU. Used by pager.cc, and by module.cc for the
+// tests.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "layout/geometry.h"
+
+namespace paged_optax {
+
+inline constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max();
+
+// What one state has, may have and should have of a GPU's memory. Segments are counted from the
+// first one.
+struct Residency {
+  Geometry geometry = {};
+  int64_t device_bytes = -1;  // budget of all states together, as this one sees it; negative: none
+  int64_t headroom_bytes = 0;
+  // Managed memory: what leaves the device is kept by the driver, unseen, for whoever needs it.
+  bool is_kept = false;
+
+  int32_t segments = 0;   // that are there
+  int32_t target = 0;     // that should be
+  bool moving = false;    // a move is under way, and when that is done
+  int32_t moving_to = 0;  // so many will be there
+  int32_t held = 0;       // that the driver holds device memory for; see Planner::Room
+  int64_t limit = -1;     // most bytes that may be there, set by hand; negative for none
+  std::string failure;    // of the last move; then only evict and prefetch move it again
+
+  int64_t moved_bytes = 0;  // since the state was made
+  double moving_seconds = 0.0;
+};
+
+using Residencies = std::vector<Residency*>;
+
+// What a state asks for.
+struct Demand {
+  int64_t wanted;  // bytes that it would take
+  int64_t budget;  // takes no more once the states together have this many; negative: no budget
+};
+
+// Shares of `capacity` bytes, max-min fair: all grow alike, until they have what they want, meet
+// their budget or nothing is left. (D. Bertsekas, R. Gallager, "Data Networks", 2nd edition, 1992,
+// section 6.5.2.)
+inline std::vector<int64_t> FairShares(const std::vector<Demand>& demands, int64_t capacity) {
+  constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
+  std::vector<int64_t> shares(demands.size(), 0);
+  std::vector<size_t> growing;
+  for (size_t i = 0; i < demands.size(); ++i) growing.push_back(i);
+  int64_t total = 0;
+  const auto limit = [&](size_t i) {
+    const int64_t budget = demands[i].budget < 0 ? kNone : demands[i].budget;
+    return std::min(budget, capacity);
+  };
+  for (;;) {
+    growing.erase(std::remove_if(growing.begin(), growing.end(),
+                                 [&](size_t i) {
+                                   return shares[i] >= demands[i].wanted || total >= limit(i);
+                                 }),
+                  growing.end());
+    if (growing.empty()) return shares;
+    int64_t raise = kNone, room = kNone;
+    for (const size_t i : growing) {
+      raise = std::min(raise, demands[i].wanted - shares[i]);
+      room = std::min(room, limit(i) - total);
+    }
+    raise = std::min(raise, room / static_cast<int64_t>(growing.size()));
+    if (raise > 0) {
+      for (const size_t i : growing) shares[i] += raise;
+      total += raise * static_cast<int64_t>(growing.size());
+    } else {  // fewer bytes than states: one each for the first of them
+      for (int64_t i = 0; i < room; ++i) ++shares[growing[i]];
+      total += room;
+    }
+  }
+}
+
+// What moments may take of a GPU's memory, seen with hysteresis: when it shrinks that counts at
+// once, and when it grows only once it has lasted for kSteps steps.
+class SteadyCapacity {
+ public:
+  static constexpr int kSteps = 8;
+
+  int64_t Observe(int64_t capacity) {
+    if (count_ == 0) recent_.fill(capacity);
+    recent_[count_++ % kSteps] = capacity;
+    return *std::min_element(recent_.begin(), recent_.end());
+  }
+
+ private:
+  std::array<int64_t, kSteps> recent_{};
+  size_t count_ = 0;
+};
+
+// A change of a state's resident bytes that is worth making: shrinking always is, growing from a
+// sixteenth of the state on, or to all that it wants. Between what makes a state shrink and what
+// makes it grow lies that much.
+inline bool IsWorthMoving(int64_t resident, int64_t share, int64_t wanted) {
+  if (share <= resident) return share < resident;
+  return share >= wanted || share - resident >= wanted / 16;
+}
+
+// A move that is to be made: which state, and how many segments it will then have.
+struct Step {
+  size_t state;
+  int32_t segments;
+};
+
+// Where a new state starts.
+struct FirstShare {
+  int32_t segments;       // resident from the start
+  int64_t missing_bytes;  // that it would have besides, were the GPU's memory not short
+};
+
+// Decides for one GPU. `free_bytes` is always what the driver reports at the moment.
+class Planner {
+ public:
+  // For a state that is not yet among the others.
+  FirstShare Place(const Residencies& states, const Residency& newcomer, int64_t free_bytes);
+  // Before a step: what should be where, with hysteresis.
+  void Observe(const Residencies& states, int64_t free_bytes);
+  // By hand: what should be where, at once. With `only`, of this state alone.
+  void Retarget(const Residencies& states, int64_t free_bytes, const Residency* only = nullptr);
+  // The next move, out before in, of about `most_bytes`; false if there is none.
+  bool Next(const Residencies& states, int64_t free_bytes, int64_t most_bytes, Step* step);
+  // A step took as long as if pages had to be fetched that should be there: on a full device the
+  // driver may have given some to others without a word.
+  void NoteSlowStep(const Residencies& states);
+  bool is_full() const { return was_full_; }
+  // A move that is about to be made: marks it, and what it takes of what the driver holds.
+  void Begin(const Residencies& states, const Step& step, int64_t free_bytes);
+
+ private:
+  int64_t Room(const Residencies& states, int64_t free_bytes);
+  int64_t Capacity(const Residencies& states, int64_t free_bytes);
+
+  SteadyCapacity capacity_;
+  bool was_full_ = false;
+  bool is_filled_by_us_ = false;
+  int64_t robbed_bytes_ = 0;  // of what counts as resident, probably elsewhere
+};
+
+}  // namespace paged_optax

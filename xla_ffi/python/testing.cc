@@ -1,0 +1,193 @@
+// See hooks.h: codes, steps, random bits and the pager's decisions by themselves, without XLA.
+#include "python/testing.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/notice.h"
+#include "base/status.h"
+#include "memory/planner.h"
+#include "step/step.h"
+
+#if PAGED_OPTAX_CUDA
+#include "base/cuda_check.h"
+#include "memory/memory.h"
+#include "step/step_cuda.h"
+#endif
+
+namespace py = ::pybind11;
+
+namespace paged_optax {
+namespace {
+
+// The code alone: codes of values that are already divided by their block's scale.
+py::array_t<uint8_t> Encode(const py::array_t<float, py::array::c_style>& values, bool is_signed) {
+  static constexpr DynamicMaps<int32_t> kMaps = MakeDynamicMaps<int32_t>();
+  py::array_t<uint8_t> codes(values.size());
+  for (py::ssize_t i = 0; i < values.size(); ++i) {
+    codes.mutable_data()[i] = is_signed ? EncodeMu(kMaps.mu, values.data()[i], 1.0f)
+                                        : EncodeNu(kMaps.nu, values.data()[i], 1.0f);
+  }
+  return codes;
+}
+
+// The `ratio` code alone. The word of a block:
+uint32_t WindowWord(uint32_t top, uint32_t range, bool has_zeros) {
+  return FitWindow(top, range, has_zeros).word;
+}
+
+// codes of second moments in such a block;
+py::array_t<uint8_t> EncodeNus(const py::array_t<float, py::array::c_style>& values, uint32_t top,
+                               uint32_t range, bool has_zeros,
+                               const py::array_t<uint32_t, py::array::c_style>& random) {
+  py::array_t<uint8_t> codes(values.size());
+  const RatioWindow window = FitWindow(top, range, has_zeros);
+  for (py::ssize_t i = 0; i < values.size(); ++i) {
+    float mu[1] = {0.0f}, nu[1] = {values.data()[i]};
+    const uint32_t words[1] = {random.data()[i]};
+    uint8_t code[1];
+    EncodeRatioNus(window, words, mu, nu, code);
+    codes.mutable_data()[i] = code[0];
+  }
+  return codes;
+}
+
+// and of first moments that are already divided by their units.
+py::array_t<uint8_t> EncodeMus(const py::array_t<float, py::array::c_style>& ratios, float scale,
+                               const py::array_t<uint32_t, py::array::c_style>& random) {
+  py::array_t<uint8_t> codes(ratios.size());
+  for (py::ssize_t i = 0; i < ratios.size(); ++i) {
+    codes.mutable_data()[i] = EncodeRatioMu(IeeeMath(), ratios.data()[i],
+                                            InverseMuStep(IeeeMath(), scale), random.data()[i]);
+  }
+  return codes;
+}
+
+// Random bits alone: those of elements [start, start + size) of a leaf.
+py::array_t<uint32_t> RandomBitsOf(int64_t leaf_key, int32_t count, int64_t start, int64_t size) {
+  py::array_t<uint32_t> bits(size);
+  for (int64_t i = 0; i < size; ++i) {
+    const RandomKey key = BlockKey(StepKey(count), static_cast<uint64_t>(leaf_key), start + i);
+    bits.mutable_data()[i] = RandomBits(key, static_cast<uint32_t>(start + i));
+  }
+  return bits;
+}
+
+// The step alone: blocks [begin, end) of a single leaf, moments in `arena`.
+void StepLeaf(py::buffer values, int dtype, int codec, py::buffer arena, int64_t begin, int64_t end,
+              std::array<float, kNumHyperparams> hyperparams, int32_t count, bool nesterov,
+              bool fresh, int64_t leaf_key) {
+  const py::buffer_info values_info = values.request(/*writable=*/true);
+  const py::buffer_info arena_info = arena.request(/*writable=*/true);
+  Leaf leaf{};
+  leaf.grads = leaf.updates = values_info.ptr;
+  leaf.dtype = static_cast<DType>(dtype);
+  leaf.codec = static_cast<Codec>(codec);
+  leaf.key = static_cast<uint64_t>(leaf_key);
+  leaf.size = values_info.size * values_info.itemsize / SizeOf(leaf.dtype);
+  ArenaExtent extent;
+  const int64_t blocks = NumBlocks(leaf.size);
+  (Is8Bit(leaf.codec) ? extent.num_quantized_blocks : extent.num_float32_blocks) = blocks;
+  if (begin < 0 || end > blocks || extent.NumBytes() > arena_info.size * arena_info.itemsize) {
+    throw StatusError(StatusCode::kInvalidArgument, "blocks outside the leaf, or arena too small");
+  }
+  uint8_t* base = static_cast<uint8_t*>(arena_info.ptr);
+  const Work work{&leaf, 1, blocks, fresh ? nullptr : base, base, extent, nullptr};
+  StepBlocksCpu(MakeAdamStep(hyperparams.data(), count, nesterov, BadElement::kNan), work, begin,
+                end);
+}
+
+}  // namespace
+
+void AddTestHooks(py::module_& module) {
+  module.def("post_notice", [](int ordinal, int64_t missing_bytes, const std::string& text) {
+    PostNotice({ordinal, missing_bytes, text});
+  });
+  module.def("fair_shares",
+             [](const std::vector<std::pair<int64_t, int64_t>>& demands, int64_t capacity) {
+               std::vector<Demand> converted;
+               for (const auto& [wanted, budget] : demands) converted.push_back({wanted, budget});
+               return FairShares(converted, capacity);
+             });
+  module.def("steady_capacity", [](const std::vector<int64_t>& capacities) {
+    SteadyCapacity steady;
+    std::vector<int64_t> seen;
+    for (const int64_t capacity : capacities) seen.push_back(steady.Observe(capacity));
+    return seen;
+  });
+  py::class_<Residency>(module, "Residency")
+      .def(py::init([](int64_t nbytes, int32_t num_slots, int64_t device_bytes,
+                       int64_t headroom_bytes, bool is_kept) {
+             Residency state;
+             state.geometry = MakeGeometry(nbytes / num_slots, num_slots);
+             state.device_bytes = device_bytes;
+             state.headroom_bytes = headroom_bytes;
+             state.is_kept = is_kept;
+             return state;
+           }),
+           py::arg("nbytes"), py::arg("num_slots") = 1, py::arg("device_bytes") = -1,
+           py::arg("headroom_bytes") = 0, py::arg("is_kept") = true)
+      .def_readwrite("segments", &Residency::segments)
+      .def_readwrite("target", &Residency::target)
+      .def_readwrite("moving", &Residency::moving)
+      .def_readwrite("held", &Residency::held)
+      .def_readwrite("limit", &Residency::limit)
+      .def_readwrite("failure", &Residency::failure)
+      .def("leading_bytes",
+           [](const Residency& state, int32_t n) { return state.geometry.LeadingBytes(n); });
+  py::class_<Planner>(module, "Planner")
+      .def(py::init<>())
+      .def("place",
+           [](Planner& planner, const Residencies& states, const Residency& newcomer,
+              int64_t free_bytes) {
+             const FirstShare share = planner.Place(states, newcomer, free_bytes);
+             return std::make_pair(share.segments, share.missing_bytes);
+           })
+      .def("observe", &Planner::Observe)
+      .def("note_slow_step", &Planner::NoteSlowStep)
+      .def("retarget", &Planner::Retarget, py::arg("states"), py::arg("free_bytes"),
+           py::arg("only") = nullptr)
+      .def("next",
+           [](Planner& planner, const Residencies& states, int64_t free_bytes, int64_t most_bytes) {
+             Step step;
+             const bool any = planner.Next(states, free_bytes, most_bytes, &step);
+             return any ? py::object(py::make_tuple(step.state, step.segments)) : py::none();
+           })
+      .def("begin",
+           [](Planner& planner, const Residencies& states, size_t state, int32_t segments,
+              int64_t free_bytes) { planner.Begin(states, {state, segments}, free_bytes); });
+  module.def("encode", &Encode, py::arg("values"), py::arg("signed"));
+  module.def("window_word", &WindowWord, py::arg("top"), py::arg("range"), py::arg("has_zeros"));
+  module.def("encode_ratio_nu", &EncodeNus, py::arg("values"), py::arg("top"), py::arg("range"),
+             py::arg("has_zeros"), py::arg("random"));
+  module.def("encode_ratio_mu", &EncodeMus, py::arg("ratios"), py::arg("scale"), py::arg("random"));
+  module.def("random_bits", &RandomBitsOf, py::arg("leaf_key"), py::arg("count"), py::arg("start"),
+             py::arg("size"));
+  module.def("step_leaf", &StepLeaf, py::arg("values"), py::arg("dtype"), py::arg("codec"),
+             py::arg("arena"), py::arg("begin"), py::arg("end"), py::arg("hyperparams"),
+             py::arg("count"), py::arg("nesterov") = false, py::arg("fresh") = false,
+             py::arg("leaf_key") = 0);
+  module.def(
+      "arena_bytes",
+      [](int64_t num_quantized_blocks, int64_t num_float32_blocks, bool has_residuals) {
+        return ArenaExtent{num_quantized_blocks, num_float32_blocks, has_residuals}.NumBytes();
+      },
+      py::arg("num_quantized_blocks"), py::arg("num_float32_blocks"),
+      py::arg("has_residuals") = false);
+#if PAGED_OPTAX_CUDA
+  module.def("count_inexact", &CountInexact, py::arg("ordinal"));
+  module.def("pretend_not_managed", &PretendNotManaged, py::arg("pretend"));
+  module.def("take_device_memory", [](int ordinal, int64_t nbytes) {
+    ScopedDevice scope(ordinal);
+    return py::capsule(new DeviceBuffer(nbytes),
+                       [](void* buffer) { delete static_cast<DeviceBuffer*>(buffer); });
+  });
+#endif
+}
+
+}  // namespace paged_optax

@@ -1,0 +1,130 @@
+// What a lane of a warp adds to the arithmetic of step.h on a GPU: 8 elements of a block, their
+// loads and stores, the extremes of the block, and the fast way to an update. Used by step_cuda.cu.
+#pragma once
+
+#include "base/fast_math.h"
+#include "step/step.h"
+
+namespace paged_optax {
+
+inline constexpr int kWarpSize = 32;
+inline constexpr int kLane = static_cast<int>(kBlockSize) / kWarpSize;  // elements per thread
+
+struct Warp {
+  __device__ uint32_t Max(uint32_t lane_max) const {
+    return __reduce_max_sync(0xffffffffu, lane_max);
+  }
+  __device__ uint32_t Min(uint32_t lane_min) const {
+    return __reduce_min_sync(0xffffffffu, lane_min);
+  }
+};
+
+// Overload of UpdateLane in step.h: the fast way where all arguments are in its range.
+template <int K>
+__device__ __forceinline__ void UpdateLane(FastMath math, const AdamStep& step, BitRange range,
+                                           const float (&nu)[K], float (&values)[K]) {
+  const bool has_zeros = range.least == 0;
+  uint32_t least = range.least;
+  if (least < FastMath::kLeastRadicand) least = LeastWhereNonZero(nu, nu);
+  const uint32_t eps = BitsOf(step.eps), eps_root = BitsOf(step.eps_root);
+  // No radicand is less than its second moment or, if that is 0, than eps_root; no divisor is less
+  // than its root, or than eps.
+  const bool zeros_in_range =
+      eps >= FastMath::kLeastDivisor && (eps_root == 0 || eps_root >= FastMath::kLeastRadicand);
+  constexpr uint32_t kLargestEps = 0x71800000;  // 2^100; the bits of negative numbers are greater
+  const float largest = FloatOf(range.largest) * step.nu_scale + step.eps_root;
+  if (least < FastMath::kLeastRadicand || BitsOf(largest) > kLargestFinite || eps > kLargestEps ||
+      eps_root > kLargestEps || (has_zeros && !zeros_in_range)) {
+    UpdateLane(IeeeMath(), step, range, nu, values);
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < K; ++k) values[k] = Update(math, step, values[k], nu[k]);
+}
+
+// XLA aligns buffers, and slices that it hands over; this is for the case that it does not.
+__device__ inline bool IsAligned(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % 16 == 0;
+}
+
+// All of a thread's floats at once; aligned.
+__device__ inline void LoadFloats(const float* source, float (&values)[kLane]) {
+#pragma unroll
+  for (int k = 0; k < kLane; k += 4) {
+    *reinterpret_cast<float4*>(&values[k]) = *reinterpret_cast<const float4*>(source + k);
+  }
+}
+
+__device__ inline void StoreFloats(const float (&values)[kLane], float* target) {
+#pragma unroll
+  for (int k = 0; k < kLane; k += 4) {
+    *reinterpret_cast<float4*>(target + k) = *reinterpret_cast<const float4*>(&values[k]);
+  }
+}
+
+// Of `data`, `count` elements from `start` on, and zeros.
+__device__ inline void Load(const void* data, DType dtype, int64_t start, int count,
+                            float (&values)[kLane]) {
+  if (dtype == DType::kFloat32) {
+    const float* source = static_cast<const float*>(data) + start;
+    if (count == kLane && IsAligned(source)) {
+      LoadFloats(source, values);
+      return;
+    }
+#pragma unroll
+    for (int k = 0; k < kLane; ++k) values[k] = k < count ? source[k] : 0.0f;
+    return;
+  }
+  const uint16_t* source = static_cast<const uint16_t*>(data) + start;
+  uint4 packed = {0, 0, 0, 0};
+  uint16_t* halves = reinterpret_cast<uint16_t*>(&packed);
+  if (count == kLane && IsAligned(source)) {
+    packed = *reinterpret_cast<const uint4*>(source);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kLane; ++k) halves[k] = k < count ? source[k] : uint16_t{0};
+  }
+  if (dtype == DType::kBFloat16) {
+#pragma unroll
+    for (int k = 0; k < kLane; ++k) values[k] = FromBFloat16(halves[k]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kLane; ++k) values[k] = FromFloat16(halves[k]);
+  }
+}
+
+__device__ inline void Store(const Leaf& leaf, int64_t start, int count,
+                             const float (&values)[kLane]) {
+  if (leaf.dtype == DType::kFloat32) {
+    float* target = static_cast<float*>(leaf.updates) + start;
+    if (count == kLane && IsAligned(target)) {
+      StoreFloats(values, target);
+      return;
+    }
+#pragma unroll
+    for (int k = 0; k < kLane; ++k) {
+      if (k < count) target[k] = values[k];
+    }
+    return;
+  }
+  uint4 packed;
+  uint16_t* halves = reinterpret_cast<uint16_t*>(&packed);
+  if (leaf.dtype == DType::kBFloat16) {
+#pragma unroll
+    for (int k = 0; k < kLane; ++k) halves[k] = ToBFloat16(values[k]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kLane; ++k) halves[k] = ToFloat16(values[k]);
+  }
+  uint16_t* target = static_cast<uint16_t*>(leaf.updates) + start;
+  if (count == kLane && IsAligned(target)) {
+    *reinterpret_cast<uint4*>(target) = packed;
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kLane; ++k) {
+    if (k < count) target[k] = halves[k];
+  }
+}
+
+}  // namespace paged_optax
