@@ -12,19 +12,11 @@ from jax.core import Tracer
 
 from . import _partition
 from ._check import record
+from ._names import leaf_keys, number_paths, number_tree
 from ._non_finite import add_counts, count_bad, count_elements
 from ._options import Paging, Quantization
-from ._state import (
-    CODECS,
-    FLOAT32,
-    RATIO,
-    ScaleByPagedAdam8bitState,
-    SkipNonFiniteState,
-    leaf_keys,
-    name_paths,
-    name_tree,
-    new_token,
-)
+from ._state import ScaleByPagedAdam8bitState, SkipNonFiniteState, new_token
+from ._tables import CODECS, FLOAT32, RATIO
 from ._validate import (
     check_choice,
     check_dtypes,
@@ -303,8 +295,8 @@ class _Link:
             param_rounding=0 if descent is None else descent.param_rounding,
             replay=bool(adam.replay),
             skip_elements=adam.non_finite == "skip_element",
-            tree=name_tree(paths, treedef),
-            paths=name_paths(paths),
+            tree=number_tree(paths, treedef),
+            paths=number_paths(paths),
             device_bytes=-1 if paging.device_bytes is None else paging.device_bytes,
             headroom_bytes=paging.headroom_bytes,
             pinned=paging.memory == "pinned",
