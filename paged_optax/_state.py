@@ -8,14 +8,17 @@ that is not the newest is recognised and refused, and the moments stay as they w
 
 import itertools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from . import _ffi, _partition
+from . import _calls
+from ._ffi import TOKEN_SHAPE
+
+T = TypeVar("T")
 
 
 class PagedState(NamedTuple):
@@ -26,27 +29,18 @@ class PagedState(NamedTuple):
     token: jax.Array  # int32 (2,): handle of the moments, version of their contents
 
 
-class ScaleByPagedAdam8bitState(NamedTuple):
-    """State of `scale_by_paged_adam8bit`: a few integers, whatever the size of the model."""
-
-    # `count` hides tuple.count, as in optax's own states.
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  int32 (): updates so far
-    token: jax.Array  # int32 (2,): handle of the moments, version of their contents
+_state_types: list[type] = []
 
 
-# Every class of paged states; a NamedTuple cannot be the base of another.
-STATE_TYPES = (PagedState, ScaleByPagedAdam8bitState)
+def paged_state(cls: type[T]) -> type[T]:
+    """Registers a class of states, with the fields of `PagedState` (which cannot be its base)."""
+    _state_types.append(cls)
+    return cls
 
 
-class SkipNonFiniteState(NamedTuple):
-    """State of a paged optimizer with ``non_finite="skip_element"`` or ``"skip_step"``.
-
-    Inside `jax.shard_map` with ``check_vma=False``, and `jax.pmap`, an element of a gradient that
-    devices have in common counts once a device.
-    """
-
-    skipped: jax.Array  # int32 (): gradient elements, or steps, that were skipped so far
-    inner_state: Any  # that of the optimizer
+def is_paged(node: Any) -> bool:
+    """Whether a node of an optimizer state is the state of a paged optimizer."""
+    return isinstance(node, tuple(_state_types))
 
 
 _seeds = itertools.count()
@@ -55,15 +49,31 @@ _seeds = itertools.count()
 def new_token(num_leaves: int) -> jax.Array:
     """Token of a new state. Without leaves there is nothing to store, so nothing is made."""
     if num_leaves == 0:
-        return jnp.zeros(_ffi.TOKEN_SHAPE, jnp.int32)
-    return _partition.issue(np.array([next(_seeds) % 2**31, 0], np.int32))
+        return jnp.zeros(TOKEN_SHAPE, jnp.int32)
+    return _calls.issue(np.array([next(_seeds) % 2**31, 0], np.int32))
+
+
+def check_state(state: Any, kind: type) -> None:
+    """Refuses what is not a state of this kind, as init or update returned it."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"the optimizer state is a {type(state).__name__}, not one that this optimizer's init"
+            " returned. Moments of another optimizer, or of one with another param_rounding or"
+            " non_finite, cannot be taken over: start with init(params)."
+        )
+    for name, wanted, shape in (("token", "int32[2]", TOKEN_SHAPE), ("count", "int32[]", ())):
+        value = getattr(state, name)
+        if value.dtype != jnp.int32 or value.shape != shape:
+            raise ValueError(
+                f"the optimizer state's {name} is {value.dtype}{list(value.shape)}, and must be"
+                f" {wanted} as init returned it; was the whole state cast, stacked or mapped over?"
+            )
 
 
 def find_states(opt_state: Any) -> list[PagedState]:
     """The paged states inside any optimizer state, in tree order."""
     opt_state = getattr(opt_state, "opt_state", opt_state)  # nnx.Optimizer, TrainState
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: _as_state(node) is not None)
-    states = [state for state in map(_as_state, nodes) if state is not None]
+    states = _states_in(opt_state)
     if not states:
         raise ValueError(
             f"there is no paged optimizer state in this {type(opt_state).__name__}; pass what the"
@@ -74,11 +84,21 @@ def find_states(opt_state: Any) -> list[PagedState]:
     return states
 
 
+def has_states(opt_state: Any) -> bool:
+    """Whether there is a paged state inside an optimizer state."""
+    return bool(_states_in(opt_state))
+
+
+def _states_in(opt_state: Any) -> list[PagedState]:
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: _as_state(node) is not None)
+    return [state for state in map(_as_state, nodes) if state is not None]
+
+
 def _as_state(node: Any) -> PagedState | None:
     """The paged state that a node is, also where nnx.split or a state dict made a mapping of it."""
     if isinstance(node, Mapping) and set(node) == set(PagedState._fields):
         state = PagedState(**node)
-    elif isinstance(node, STATE_TYPES):
+    elif is_paged(node):
         state = PagedState(*node)
     else:
         return None
@@ -95,7 +115,7 @@ def _check_token(token: Any) -> None:
             " init or update returned"
         )
     dtype, shape = getattr(token, "dtype", type(token).__name__), np.shape(token)
-    if dtype != jnp.int32 or shape != _ffi.TOKEN_SHAPE:
+    if dtype != jnp.int32 or shape != TOKEN_SHAPE:
         raise ValueError(
             f"the optimizer state's token is {dtype}{list(shape)}, and must be int32[2] as init"
             " returned it; of states that were stacked (jax.pmap, jax.lax.scan) pass one:"
