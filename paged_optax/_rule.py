@@ -19,15 +19,16 @@ class Rule:
 
     Raises:
       ValueError: for a hyperparameter outside its domain, where given as a Python number.
-      TypeError: for anything but a number.
+      TypeError: for anything but a number, and for other names than those of the rule.
     """
 
     def __init__(self, name: str, **values: Any):
         self.number = rule_number(name)
         row = RULES[self.number]
         hyperparams, flags = row["hyperparams"], row["flags"]
-        missing = {name for name, _ in hyperparams} | set(flags)
-        assert missing == set(values), missing ^ set(values)
+        names = [key for key, _ in hyperparams] + flags
+        if sorted(values) != sorted(names):
+            raise TypeError(f"rule {name} takes {', '.join(names)}, not {', '.join(values)}")
         for key, domain in hyperparams:
             check_range(key, values[key], below=1.0 if domain == "decay" else np.inf)
         self.hyperparams = tuple(values[key] for key, _ in hyperparams)  # in the operand's order

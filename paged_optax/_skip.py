@@ -87,12 +87,22 @@ def skip_non_finite(
 
 
 def skipping(
-    tx: optax.GradientTransformation, mode: str, name: str, sends_masks: bool = True
+    tx: optax.GradientTransformation,
+    mode: str,
+    name: str,
+    *,
+    sends_masks: bool = True,
+    makes_zeros: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """`skip_non_finite`, for a user who knows it as `name`.
 
-    Without `sends_masks`, elements are only counted: paged optimizers in `tx` get the gradients as
-    they are, and skip by themselves. This saves a copy of the gradients.
+    Args:
+      tx: what to wrap.
+      mode: ``"step"`` or ``"element"``.
+      name: for messages.
+      sends_masks: False if a paged optimizer in `tx` gets the gradients as they are, and skips
+        elements by itself. Elements are then only counted, which saves a copy of the gradients.
+      makes_zeros: False if the updates of a skipped step are zero already.
     """
     inner = optax.with_extra_args_support(tx)
 
@@ -125,8 +135,10 @@ def skipping(
             updates, inner_state = inner.update(
                 updates, state.inner_state, params, skip=Skip(step, elements), **extra_args
             )
-        if mode == "step" and step is not None:
-            updates, inner_state = _undo(step, updates, inner_state, state.inner_state)
+        if step is not None:
+            inner_state = _choose(step, state.inner_state, inner_state)
+            if makes_zeros:
+                updates = _choose(step, jax.tree.map(jnp.zeros_like, updates), updates)
         return updates, SkipNonFiniteState(skipped, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -189,13 +201,11 @@ def _take_out(
     return jax.tree.unflatten(treedef, clean), masks
 
 
-def _undo(skip: jax.Array, updates: Any, new: Any, old: Any) -> tuple[Any, Any]:
-    """Zeros and the old state, if `skip` is True; paged states were told, and are right."""
-
-    def restore(new, old):
-        return new if is_paged(new) else jnp.where(skip, old, new)
-
-    # Updates of a paged optimizer alone are 0 already.
-    if not (isinstance(new, tuple) and all(map(is_paged, new))):
-        updates = jax.tree.map(lambda u: jnp.where(skip, jnp.zeros_like(u), u), updates)
-    return updates, jax.tree.map(restore, new, old, is_leaf=is_paged)
+def _choose(pred: jax.Array, on_true: Any, on_false: Any) -> Any:
+    """One of two trees, but paged states always of the second: they were told, and are right."""
+    return jax.tree.map(
+        lambda x, y: y if is_paged(y) else jnp.where(pred, x, y),
+        on_true,
+        on_false,
+        is_leaf=is_paged,
+    )

@@ -8,7 +8,7 @@ that is not the newest is recognised and refused, and the moments stay as they w
 
 import itertools
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def paged_state(cls: type[T]) -> type[T]:
     return cls
 
 
-def is_paged(node: Any) -> bool:
+def is_paged(node: Any) -> TypeGuard[PagedState]:
     """Whether a node of an optimizer state is the state of a paged optimizer."""
     return isinstance(node, tuple(_state_types))
 
@@ -99,7 +99,7 @@ def _as_state(node: Any) -> PagedState | None:
     if isinstance(node, Mapping) and set(node) == set(PagedState._fields):
         state = PagedState(**node)
     elif is_paged(node):
-        state = PagedState(*node)
+        state = node
     else:
         return None
     leaves = jax.tree.leaves(state.token)  # opens an nnx.Variable

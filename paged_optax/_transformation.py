@@ -153,8 +153,13 @@ def _finish(links: list[Any], options: Options) -> optax.GradientTransformationE
     mode = options.non_finite
     if mode == "propagate":
         return links[0] if len(links) == 1 else _chain(links)
-    mode = mode.removeprefix("skip_")
-    return skipping(_chain(links), mode, f"non_finite={options.non_finite!r}", sends_masks=False)
+    return skipping(
+        _chain(links),
+        mode.removeprefix("skip_"),
+        f"non_finite={mode!r}",
+        sends_masks=False,
+        makes_zeros=len(links) > 1,
+    )
 
 
 def _chain(links: list[Any]) -> optax.GradientTransformationExtraArgs:
