@@ -63,6 +63,10 @@ def _lower_update(ctx, *operands, **attrs):
     lowering = jax.ffi.ffi_lowering(
         _UPDATE_TARGET, has_side_effect=True, operand_output_aliases=aliases
     )
+    attrs["formats"] = attrs.pop("codecs")
+    attrs["decays"] = attrs.pop("decayed")
+    attrs["flags"] = int(attrs.pop("nesterov"))
+    attrs |= {"names": "", "rule": 0, "output": int(attrs["param_rounding"] != 0)}
     return lowering(ctx, *operands, **{name: _attribute(name, x) for name, x in attrs.items()})
 
 

@@ -27,7 +27,7 @@ from . import _ext, _ffi, _partition
 from . import _reference as reference
 from ._shards import Shards
 
-FLOAT32, DYNAMIC, RATIO = 0, 1, 2  # enum Codec in xla_ffi/layout/layout.h
+RATIO, DYNAMIC, FLOAT32 = 0, 1, 2  # enum Codec in xla_ffi/layout/layout.h
 CODECS = {"dynamic": DYNAMIC, "ratio": RATIO}  # by the names in Quantization
 
 
@@ -309,13 +309,13 @@ def _read_shards(report: dict[str, Any], handle: int, version: int) -> list[list
     leaves = []
     for index, (codec, shape) in enumerate(report["leaves"]):
         parts = _ext.read_leaf(report["platform"], report["ordinal"], handle, version, index)
-        if codec == DYNAMIC:
+        if codec == "dynamic":
             mu_codes, nu_codes, mu_scales, nu_scales = parts
             parts = (
                 reference.dequantize(reference.Quantized(mu_codes, mu_scales), signed=True),
                 reference.dequantize(reference.Quantized(nu_codes, nu_scales), signed=False),
             )
-        elif codec == RATIO:
+        elif codec == "ratio":
             parts = reference.dequantize_ratio(reference.RatioState(*parts))
         leaves.append([flat[: math.prod(shape)].reshape(shape) for flat in parts])
     return leaves

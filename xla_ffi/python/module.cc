@@ -15,6 +15,7 @@
 #include "memory/memory.h"
 #include "memory/preflight.h"
 #include "python/testing.h"
+#include "rules/rules.h"
 #include "state/registry.h"
 #include "xla/handlers.h"
 
@@ -55,6 +56,43 @@ py::dict BuildInfo() {
   info["nvcc"] = PAGED_OPTAX_NVCC_VERSION;
   info["cuda_archs"] = PAGED_OPTAX_CUDA_ARCHS;
   return info;
+}
+
+// The rules, in the order of their numbers.
+py::list DescribeAllRules() {
+  py::list rules;
+  for (const RuleInfo& info : AllRules()) {
+    py::list states, hyperparams;
+    for (const StateInfo& state : info.states) {
+      states.append(
+          py::make_tuple(state.name, state.role == Role::kSigned ? "signed" : "nonnegative"));
+    }
+    for (const HyperparamInfo& hyperparam : info.hyperparams) {
+      hyperparams.append(py::make_tuple(
+          hyperparam.name, hyperparam.domain == Domain::kDecay ? "decay" : "nonnegative"));
+    }
+    py::dict rule;
+    rule["name"] = info.name;
+    rule["states"] = states;
+    rule["hyperparams"] = hyperparams;
+    rule["flags"] = info.flags;
+    rules.append(rule);
+  }
+  return rules;
+}
+
+// The formats, in the order of their numbers.
+py::list DescribeAllFormats() {
+  py::list formats;
+  for (const FormatInfo& info : kFormats) {
+    py::dict format;
+    format["name"] = info.name;
+    format["code_bytes"] = info.code_bytes;
+    format["words_per_state"] = info.words_per_state;
+    format["is_random"] = info.is_random;
+    formats.append(format);
+  }
+  return formats;
 }
 
 // What the CUDA driver says of this machine; {"error": reason} where there is none to ask.
@@ -110,14 +148,10 @@ DeviceId ParseDevice(const std::string& platform, int ordinal) {
 
 // Bytes of a leaf's blocks, and of those that are resident.
 std::pair<int64_t, int64_t> LeafBytes(const ArenaReport& report, const Signature::LeafInfo& leaf) {
-  const bool is_dynamic = Is8Bit(leaf.codec);
-  const int64_t first = leaf.first_block + (is_dynamic ? 0 : report.extent.num_quantized_blocks);
   const int64_t blocks = NumBlocks(leaf.size);
-  const int64_t residual_bytes = report.extent.has_residuals ? kResidualBytes : 0;
-  const int64_t nbytes =
-      ((is_dynamic ? kQuantizedBlockBytes : kFloat32BlockBytes) + residual_bytes) *
-      report.num_slots;
-  const int64_t resident = std::clamp<int64_t>(report.resident_blocks - first, 0, blocks);
+  const int64_t nbytes = report.extent.regions[leaf.format].shape.NumBytes() * report.num_slots;
+  const int64_t resident =
+      std::clamp<int64_t>(report.resident_blocks[leaf.format] - leaf.first_block, 0, blocks);
   return {blocks * nbytes, resident * nbytes};
 }
 
@@ -131,7 +165,7 @@ py::list Describe(int32_t handle, int32_t version) {
   for (const ArenaReport& report : reports) {
     py::list leaves, leaf_bytes;
     for (const Signature::LeafInfo& leaf : report.leaves) {
-      leaves.append(py::make_tuple(static_cast<int>(leaf.codec), py::tuple(py::cast(leaf.dims))));
+      leaves.append(py::make_tuple(kFormats[leaf.format].name, py::tuple(py::cast(leaf.dims))));
       const auto [total, resident] = LeafBytes(report, leaf);
       leaf_bytes.append(py::make_tuple(total, resident));
     }
@@ -157,83 +191,77 @@ py::list Describe(int32_t handle, int32_t version) {
   return result;
 }
 
-// The stored moments of one leaf: (mu, nu) float32, or (mu codes, nu codes, mu scales, nu scales),
-// blocks concatenated, padding included.
-py::tuple ReadLeaf(const std::string& platform, int ordinal, int32_t handle, int32_t version,
-                   size_t index) {
+// Reads `part` of each of a leaf's blocks, which has `nbytes` in each of them, block after block.
+template <class F>
+void ReadBlocks(DeviceId device, Token token, const ArenaReport& report,
+                const Signature::LeafInfo& leaf, int64_t nbytes, void* destination, F&& part) {
+  const Region& region = report.extent.regions[leaf.format];
+  const int64_t blocks = NumBlocks(leaf.size);
+  for (int64_t done = 0, run; done < blocks; done += run) {
+    const int64_t block = leaf.first_block + done;
+    run = std::min(blocks - done, region.FirstInChunk(block, 1) - block);
+    Registry::Get().Read(device, token, part(region.Locate(block)), run * nbytes,
+                         static_cast<uint8_t*>(destination) + done * nbytes);
+  }
+}
+
+template <class F>
+auto WithLeaf(const std::string& platform, int ordinal, int32_t handle, int32_t version,
+              size_t index, F&& body) {
   const DeviceId device = ParseDevice(platform, ordinal);
   const Token token{handle, version};
-  Registry& registry = Registry::Get();
-  std::vector<ArenaReport> reports;
-  {
-    py::gil_scoped_release unlocked;
-    reports = registry.Describe(token);
-  }
-  for (const ArenaReport& report : reports) {
+  for (const ArenaReport& report : Registry::Get().Describe(token)) {
     if (!(report.device == device) || index >= report.leaves.size()) continue;
-    const Signature::LeafInfo& leaf = report.leaves[index];
-    const ArenaExtent& extent = report.extent;
-    const int64_t blocks = NumBlocks(leaf.size);
-    // Addresses relative to the arena, from the same arithmetic that the kernels use.
-    const uint8_t* origin = nullptr;
-    const auto offset = [](const void* address) {
-      return static_cast<int64_t>(reinterpret_cast<uintptr_t>(address));
-    };
-    const auto read = [&](const void* address, int64_t nbytes, void* destination) {
-      py::gil_scoped_release unlocked;
-      registry.Read(device, token, offset(address), nbytes, destination);
-    };
-    if (leaf.codec == Codec::kFloat32) {
-      py::array_t<float> mu(blocks * kBlockSize), nu(blocks * kBlockSize);
-      for (int64_t b = 0; b < blocks; ++b) {
-        const auto block = extent.LocateFloat32(origin, leaf.first_block + b);
-        read(block.mu, kBlockSize * 4, mu.mutable_data() + b * kBlockSize);
-        read(block.nu, kBlockSize * 4, nu.mutable_data() + b * kBlockSize);
-      }
-      return py::make_tuple(mu, nu);
-    }
-    py::array_t<uint8_t> mu(blocks * kBlockSize), nu(blocks * kBlockSize);
-    py::array_t<float> mu_scales(blocks), nu_scales(blocks);
-    std::vector<float> scales;
-    const int64_t per_chunk = extent.QuantizedBlocksPerChunk();
-    for (int64_t b = 0, run; b < blocks; b += run) {
-      run = std::min(blocks - b, per_chunk - (leaf.first_block + b) % per_chunk);
-      const auto block = extent.LocateQuantized(origin, leaf.first_block + b);
-      read(block.mu, run * kBlockSize, mu.mutable_data() + b * kBlockSize);
-      read(block.nu, run * kBlockSize, nu.mutable_data() + b * kBlockSize);
-      scales.resize(2 * run);
-      read(block.scales, run * 8, scales.data());
-      for (int64_t i = 0; i < run; ++i) {
-        mu_scales.mutable_data()[b + i] = scales[2 * i];
-        nu_scales.mutable_data()[b + i] = scales[2 * i + 1];
-      }
-    }
-    return py::make_tuple(mu, nu, mu_scales, nu_scales);
+    return body(device, token, report, report.leaves[index]);
   }
   throw StatusError(StatusCode::kInvalidArgument, "no such leaf on this device");
+}
+
+// The stored states of one leaf: the codes of each, then the words of each, blocks concatenated,
+// padding included.
+py::tuple ReadLeaf(const std::string& platform, int ordinal, int32_t handle, int32_t version,
+                   size_t index) {
+  return WithLeaf(
+      platform, ordinal, handle, version, index,
+      [](DeviceId device, Token token, const ArenaReport& report, const Signature::LeafInfo& leaf) {
+        const BlockShape& shape = report.extent.regions[leaf.format].shape;
+        const int64_t blocks = NumBlocks(leaf.size);
+        const bool is_float = kFormats[leaf.format].code_bytes == 4;
+        py::list parts;
+        for (int32_t s = 0; s < shape.num_states; ++s) {
+          py::array codes = is_float ? py::array(py::array_t<float>(blocks * kBlockSize))
+                                     : py::array(py::array_t<uint8_t>(blocks * kBlockSize));
+          ReadBlocks(device, token, report, leaf, shape.state_bytes, codes.mutable_data(),
+                     [s](const BlockPlace& place) { return place.codes + s * place.state_stride; });
+          parts.append(codes);
+        }
+        std::vector<float> words(blocks * shape.num_words);
+        if (shape.num_words > 0) {
+          ReadBlocks(device, token, report, leaf, shape.num_words * 4, words.data(),
+                     [](const BlockPlace& place) { return place.words; });
+        }
+        for (int32_t w = 0; w < shape.num_words; ++w) {
+          py::array_t<float> column(blocks);
+          for (int64_t b = 0; b < blocks; ++b) {
+            column.mutable_data()[b] = words[b * shape.num_words + w];
+          }
+          parts.append(column);
+        }
+        return py::tuple(parts);
+      });
 }
 
 // The residuals of one leaf's parameters, blocks concatenated, padding included.
 py::array_t<uint8_t> ReadResiduals(const std::string& platform, int ordinal, int32_t handle,
                                    int32_t version, size_t index) {
-  const DeviceId device = ParseDevice(platform, ordinal);
-  const Token token{handle, version};
-  Registry& registry = Registry::Get();
-  py::gil_scoped_release unlocked;
-  for (const ArenaReport& report : registry.Describe(token)) {
-    if (!(report.device == device) || index >= report.leaves.size()) continue;
-    if (!report.extent.has_residuals) continue;
-    const Signature::LeafInfo& leaf = report.leaves[index];
-    const int64_t blocks = NumBlocks(leaf.size);
-    std::vector<uint8_t> residuals(blocks * kResidualBytes);
-    for (int64_t b = 0; b < blocks; ++b) {
-      registry.Read(device, token, report.extent.ResidualOffset(leaf.codec, leaf.first_block + b),
-                    kResidualBytes, residuals.data() + b * kResidualBytes);
-    }
-    py::gil_scoped_acquire locked;
-    return py::array_t<uint8_t>(static_cast<py::ssize_t>(residuals.size()), residuals.data());
-  }
-  throw StatusError(StatusCode::kInvalidArgument, "no residuals of such a leaf on this device");
+  return WithLeaf(
+      platform, ordinal, handle, version, index,
+      [](DeviceId device, Token token, const ArenaReport& report, const Signature::LeafInfo& leaf) {
+        py::array_t<uint8_t> residuals(NumBlocks(leaf.size) * kResidualBytes);
+        ReadBlocks(device, token, report, leaf, kResidualBytes, residuals.mutable_data(),
+                   [](const BlockPlace& place) { return place.residuals; });
+        return residuals;
+      });
 }
 
 // Notices wait here until the interpreter's main thread passes by; posting one takes no GIL, since
@@ -298,6 +326,9 @@ PYBIND11_MODULE(_ext, module) {
   });
   module.def("targets", &Targets);
   module.def("build_info", &BuildInfo);
+  module.def("update_attrs", &UpdateAttributes);
+  module.def("rules", &DescribeAllRules);
+  module.def("formats", &DescribeAllFormats);
   module.def("cuda_info", &CudaInfo);
   module.def("free_device_bytes", &FreeDeviceMemory, py::arg("ordinal"));
   module.def("available_host_bytes", &AvailableHostBytes);

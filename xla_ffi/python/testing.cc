@@ -12,7 +12,8 @@
 #include "base/notice.h"
 #include "base/status.h"
 #include "memory/planner.h"
-#include "step/step.h"
+#include "rules/rules.h"
+#include "step/step_cpu.h"
 
 #if PAGED_OPTAX_CUDA
 #include "base/cuda_check.h"
@@ -30,8 +31,9 @@ py::array_t<uint8_t> Encode(const py::array_t<float, py::array::c_style>& values
   static constexpr DynamicMaps<int32_t> kMaps = MakeDynamicMaps<int32_t>();
   py::array_t<uint8_t> codes(values.size());
   for (py::ssize_t i = 0; i < values.size(); ++i) {
-    codes.mutable_data()[i] = is_signed ? EncodeMu(kMaps.mu, values.data()[i], 1.0f)
-                                        : EncodeNu(kMaps.nu, values.data()[i], 1.0f);
+    codes.mutable_data()[i] =
+        is_signed ? EncodeSigned(kMaps.of_signed, values.data()[i], 1.0f)
+                  : EncodeNonNegative(kMaps.of_non_negative, values.data()[i], 1.0f);
   }
   return codes;
 }
@@ -62,8 +64,9 @@ py::array_t<uint8_t> EncodeMus(const py::array_t<float, py::array::c_style>& rat
                                const py::array_t<uint32_t, py::array::c_style>& random) {
   py::array_t<uint8_t> codes(ratios.size());
   for (py::ssize_t i = 0; i < ratios.size(); ++i) {
-    codes.mutable_data()[i] = EncodeRatioMu(IeeeMath(), ratios.data()[i],
-                                            InverseMuStep(IeeeMath(), scale), random.data()[i]);
+    codes.mutable_data()[i] =
+        EncodeRatioMu(IeeeMath(), ratios.data()[i],
+                      InverseMuStep(IeeeMath(), scale, Limits<true>::kLeast), random.data()[i]);
   }
   return codes;
 }
@@ -78,28 +81,38 @@ py::array_t<uint32_t> RandomBitsOf(int64_t leaf_key, int32_t count, int64_t star
   return bits;
 }
 
-// The step alone: blocks [begin, end) of a single leaf, moments in `arena`.
-void StepLeaf(py::buffer values, int dtype, int codec, py::buffer arena, int64_t begin, int64_t end,
-              std::array<float, kNumHyperparams> hyperparams, int32_t count, bool nesterov,
+// A region at the start of an arena, for tests that look at its bytes.
+Region RegionOf(int rule, int format, int64_t num_blocks, bool has_residuals, int64_t start = 0) {
+  const auto num_states = static_cast<int32_t>(AllRules().at(rule).states.size());
+  const FormatInfo& info = kFormats.at(format);
+  return MakeRegion(
+      {num_states, info.code_bytes * static_cast<int32_t>(kBlockSize),
+       info.words_per_state * num_states, has_residuals ? static_cast<int32_t>(kResidualBytes) : 0},
+      num_blocks, start);
+}
+
+// The step alone: blocks [begin, end) of a single leaf, states in `arena`.
+void StepLeaf(int rule, py::buffer values, int dtype, int format, py::buffer arena, int64_t begin,
+              int64_t end, const std::vector<float>& hyperparams, int32_t count, uint32_t flags,
               bool fresh, int64_t leaf_key) {
   const py::buffer_info values_info = values.request(/*writable=*/true);
   const py::buffer_info arena_info = arena.request(/*writable=*/true);
   Leaf leaf{};
   leaf.grads = leaf.updates = values_info.ptr;
   leaf.dtype = static_cast<DType>(dtype);
-  leaf.codec = static_cast<Codec>(codec);
+  leaf.format = static_cast<int8_t>(format);
   leaf.key = static_cast<uint64_t>(leaf_key);
   leaf.size = values_info.size * values_info.itemsize / SizeOf(leaf.dtype);
-  ArenaExtent extent;
   const int64_t blocks = NumBlocks(leaf.size);
-  (Is8Bit(leaf.codec) ? extent.num_quantized_blocks : extent.num_float32_blocks) = blocks;
-  if (begin < 0 || end > blocks || extent.NumBytes() > arena_info.size * arena_info.itemsize) {
+  const Region region = RegionOf(rule, format, blocks, /*has_residuals=*/false);
+  if (begin < 0 || end > blocks || region.end_byte > arena_info.size * arena_info.itemsize ||
+      hyperparams.size() != AllRules().at(rule).hyperparams.size()) {
     throw StatusError(StatusCode::kInvalidArgument, "blocks outside the leaf, or arena too small");
   }
   uint8_t* base = static_cast<uint8_t*>(arena_info.ptr);
-  const Work work{&leaf, 1, blocks, fresh ? nullptr : base, base, extent, nullptr};
-  StepBlocksCpu(MakeAdamStep(hyperparams.data(), count, nesterov, BadElement::kNan), work, begin,
-                end);
+  const CpuWork work{&leaf, 1, region, fresh ? nullptr : base, base};
+  const StepKind kind{static_cast<int8_t>(rule), Output::kDirection, flags, BadElement::kNan};
+  FindCpuStep(kind, leaf.format)(PrepareStep(kind, hyperparams.data(), count), work, begin, end);
 }
 
 }  // namespace
@@ -168,17 +181,21 @@ void AddTestHooks(py::module_& module) {
   module.def("encode_ratio_mu", &EncodeMus, py::arg("ratios"), py::arg("scale"), py::arg("random"));
   module.def("random_bits", &RandomBitsOf, py::arg("leaf_key"), py::arg("count"), py::arg("start"),
              py::arg("size"));
-  module.def("step_leaf", &StepLeaf, py::arg("values"), py::arg("dtype"), py::arg("codec"),
-             py::arg("arena"), py::arg("begin"), py::arg("end"), py::arg("hyperparams"),
-             py::arg("count"), py::arg("nesterov") = false, py::arg("fresh") = false,
-             py::arg("leaf_key") = 0);
+  module.def("step_leaf", &StepLeaf, py::arg("rule"), py::arg("values"), py::arg("dtype"),
+             py::arg("format"), py::arg("arena"), py::arg("begin"), py::arg("end"),
+             py::arg("hyperparams"), py::arg("count"), py::arg("flags") = 0,
+             py::arg("fresh") = false, py::arg("leaf_key") = 0);
+  // Where the blocks of a region lie that starts after `start` bytes: (first byte, end, blocks of
+  // the first chunk, blocks of a chunk).
   module.def(
-      "arena_bytes",
-      [](int64_t num_quantized_blocks, int64_t num_float32_blocks, bool has_residuals) {
-        return ArenaExtent{num_quantized_blocks, num_float32_blocks, has_residuals}.NumBytes();
+      "region",
+      [](int rule, int format, int64_t num_blocks, bool has_residuals, int64_t start) {
+        const Region region = RegionOf(rule, format, num_blocks, has_residuals, start);
+        return std::make_tuple(region.first_byte, region.end_byte,
+                               region.blocks_per_chunk - region.lead, region.blocks_per_chunk);
       },
-      py::arg("num_quantized_blocks"), py::arg("num_float32_blocks"),
-      py::arg("has_residuals") = false);
+      py::arg("rule"), py::arg("format"), py::arg("num_blocks"), py::arg("has_residuals") = false,
+      py::arg("start") = 0);
 #if PAGED_OPTAX_CUDA
   module.def("count_inexact", &CountInexact, py::arg("ordinal"));
   module.def("pretend_not_managed", &PretendNotManaged, py::arg("pretend"));

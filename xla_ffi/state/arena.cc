@@ -17,7 +17,7 @@ namespace {
 
 // A slot of an arena starts at a multiple of `granularity`.
 int64_t SlotBytes(const Signature& signature, int64_t granularity) {
-  return RoundUp(std::max<int64_t>(1, signature.extent().NumBytes()), granularity);
+  return RoundUp(std::max<int64_t>(1, signature.MakeExtent().NumBytes()), granularity);
 }
 
 }  // namespace
@@ -52,8 +52,14 @@ ArenaReport Report(const Arena& arena, int32_t version) {
   const Geometry& geometry = arena.memory->geometry();
   const bool on_gpu = arena.device.platform == Platform::kCuda;
   const int32_t resident = on_gpu ? arena.residency.segments : geometry.NumSegments();
-  const ArenaExtent& extent = arena.signature.extent();
-  const int64_t all_blocks = extent.num_quantized_blocks + extent.num_float32_blocks;
+  const Extent extent = arena.signature.MakeExtent();
+  std::array<int64_t, kFormats.size()> resident_blocks;
+  for (size_t i = 0; i < resident_blocks.size(); ++i) {
+    const Region& region = extent.regions[i];
+    resident_blocks[i] = resident == geometry.NumSegments()
+                             ? region.num_blocks
+                             : region.BlocksBelow(geometry.Offset(resident));
+  }
   return {arena.device,
           version,
           arena.tree,
@@ -64,8 +70,8 @@ ArenaReport Report(const Arena& arena, int32_t version) {
           arena.policy.device_bytes,
           arena.residency,
           extent,
-          resident == geometry.NumSegments() ? all_blocks
-                                             : extent.BlocksBelow(geometry.Offset(resident)),
+          resident_blocks,
+          arena.signature.rule(),
           arena.signature.num_slots(),
           arena.signature.num_devices(),
           arena.signature.Leaves()};

@@ -76,8 +76,9 @@ struct ArenaReport {
   int64_t resident_bytes;  // of those, in the device's memory; of a file, in RAM
   int64_t budget;          // as in PlacementPolicy
   Residency residency;
-  ArenaExtent extent;
-  int64_t resident_blocks;  // leading ones, in the order of the arena
+  Extent extent;
+  std::array<int64_t, kFormats.size()> resident_blocks;  // leading ones of each region
+  int8_t rule;
   int32_t num_slots;
   int64_t num_devices;
   std::vector<Signature::LeafInfo> leaves;

@@ -15,6 +15,9 @@ struct HandlerEntry {
 
 std::vector<HandlerEntry> Handlers();
 
+// The names and types of the attributes of an update, sorted by name.
+std::vector<std::pair<const char*, const char*>> UpdateAttributes();
+
 // Of the headers that this was built with: major, minor.
 std::pair<int, int> FfiApiVersion();
 
