@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "base/cuda_check.h"
-#include "memory/memory.h"
 #include "step/lane_cuda.h"
 #include "step/step_cuda.h"
 
@@ -315,28 +314,6 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
 }
 
-// Counts arguments, out of all 2^32, in the range of FastMath for which it is not exact, or for
-// which the GPU rounds to bfloat16 in another way than dtype.h does on a host.
-__global__ void CountInexactKernel(unsigned long long* count) {
-  const uint64_t stride = static_cast<uint64_t>(gridDim.x) * blockDim.x;
-  for (uint64_t bits = blockIdx.x * blockDim.x + threadIdx.x; bits < uint64_t{1} << 32;
-       bits += stride) {
-    const float x = FloatOf(static_cast<uint32_t>(bits));
-    const uint32_t pattern = BitsOf(x);
-    const FastMath math;
-    const bool has_root =
-        pattern == 0 || (pattern >= FastMath::kLeastRadicand && pattern <= kLargestFinite);
-    const bool has_reciprocal =
-        pattern >= FastMath::kLeastDivisor && pattern < FastMath::kDivisorEnd;
-    const bool good_root = !has_root || BitsOf(math.SqrtOrZero(x)) == BitsOf(sqrtf(x));
-    const bool good_reciprocal = !has_reciprocal || BitsOf(math.Reciprocal(x)) == BitsOf(1.0f / x);
-    const uint32_t raw = static_cast<uint32_t>(bits);
-    const uint32_t half = (raw + 0x7fffu + ((raw >> 16) & 1u)) >> 16;
-    const bool good_half = x != x || ToBFloat16(x) == half;
-    if (!good_root || !good_reciprocal || !good_half) atomicAdd(count, 1ull);
-  }
-}
-
 __global__ void WriteTokenKernel(Token token, Token* destination) { *destination = token; }
 
 __global__ void WriteSegmentsKernel(const __grid_constant__ SegmentTable segments,
@@ -349,33 +326,23 @@ __global__ void WriteSegmentsKernel(const __grid_constant__ SegmentTable segment
 
 }  // namespace
 
-void LaunchWriteToken(Token token, Token* destination, int device, void* stream) {
+void LaunchWriteToken(Token token, Token* destination, int device, Stream stream) {
   ScopedDevice scope(device);
-  WriteTokenKernel<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(token, destination);
+  WriteTokenKernel<<<1, 1, 0, stream>>>(token, destination);
   CUDA_CHECK(cudaGetLastError());
 }
 
 void LaunchWriteSegments(const SegmentTable& segments, SegmentTable* destination, int device,
-                         void* stream) {
+                         Stream stream) {
   ScopedDevice scope(device);
-  WriteSegmentsKernel<<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(segments, destination);
+  WriteSegmentsKernel<<<1, kThreads, 0, stream>>>(segments, destination);
   CUDA_CHECK(cudaGetLastError());
-}
-
-int64_t CountInexact(int device) {
-  ScopedDevice scope(device);
-  DeviceBuffer count(sizeof(int64_t));
-  CountInexactKernel<<<1024, 256>>>(static_cast<unsigned long long*>(count.data()));
-  CUDA_CHECK(cudaGetLastError());
-  int64_t result;
-  CUDA_CHECK(cudaMemcpy(&result, count.data(), sizeof(result), cudaMemcpyDeviceToHost));
-  return result;
 }
 
 namespace {
 
 template <int kLeaves>
-void LaunchSteps(const CudaUpdate& update, int device, cudaStream_t stream) {
+void LaunchSteps(const CudaUpdate& update, int device, Stream stream) {
   // All 8-bit leaves of a state have the same codec.
   const bool is_ratio = std::any_of(update.leaves.begin(), update.leaves.end(),
                                     [](const Leaf& leaf) { return leaf.codec == Codec::kRatio; });
@@ -414,18 +381,17 @@ void LaunchSteps(const CudaUpdate& update, int device, cudaStream_t stream) {
 
 }  // namespace
 
-void LaunchUpdate(const CudaUpdate& update, int device, void* stream) {
-  const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
+void LaunchUpdate(const CudaUpdate& update, int device, Stream stream) {
   ScopedDevice scope(device);
-  ResolveKernel<<<1, kWarpSize, 0, cuda_stream>>>(
+  ResolveKernel<<<1, kWarpSize, 0, stream>>>(
       {update.headers, update.num_headers, update.token, update.count, update.hyperparams,
        update.part, update.new_token, update.rejection, update.resolved, update.nesterov,
        update.bad_element, update.takes_params, update.fingerprint, update.extent});
   CUDA_CHECK(cudaGetLastError());
   if (update.leaves.size() <= kFewLeaves) {
-    LaunchSteps<kFewLeaves>(update, device, cuda_stream);
+    LaunchSteps<kFewLeaves>(update, device, stream);
   } else {
-    LaunchSteps<kManyLeaves>(update, device, cuda_stream);
+    LaunchSteps<kManyLeaves>(update, device, stream);
   }
 }
 

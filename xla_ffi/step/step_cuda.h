@@ -1,9 +1,9 @@
-// Launches one optimizer step on a stream. Implemented by step_cuda.cu, called by the CUDA handler
-// in module.cc.
+// Launches one optimizer step on a stream.
 #pragma once
 
 #include <vector>
 
+#include "base/stream.h"
 #include "layout/token.h"
 #include "step/step.h"
 
@@ -40,17 +40,13 @@ struct CudaUpdate {
   int64_t num_work;
 };
 
-void LaunchUpdate(const CudaUpdate& update, int device, void* stream);
+void LaunchUpdate(const CudaUpdate& update, int device, Stream stream);
 
 // Writes a token that the host knows to device memory.
-void LaunchWriteToken(Token token, Token* destination, int device, void* stream);
+void LaunchWriteToken(Token token, Token* destination, int device, Stream stream);
 
 // Writes an arena's segment table to device memory.
 void LaunchWriteSegments(const SegmentTable& segments, SegmentTable* destination, int device,
-                         void* stream);
-
-// Number of float32 arguments for which fast_math.h is wrong where it claims to be exact, or the
-// conversion to bfloat16 anywhere; for the tests.
-int64_t CountInexact(int device);
+                         Stream stream);
 
 }  // namespace paged_optax

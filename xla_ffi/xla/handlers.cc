@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -19,7 +20,7 @@
 
 #if PAGED_OPTAX_CUDA
 #include "base/cuda_check.h"
-#include "state/device_table.h"
+#include "state/cuda_device.h"
 #include "step/step_cuda.h"
 #endif
 
@@ -255,7 +256,8 @@ ffi::Error IssueCpu(ffi::RunId run, int32_t device, bool shared, ffi::BufferR1<f
                     ffi::Result<ffi::BufferR1<ffi::S32>> token) {
   return Guarded([&] {
     const DeviceId id{Platform::kCpu, device};
-    const int32_t handle = Registry::Get().IssueHandle(id, run.run_id, *seed.typed_data(), shared);
+    const int32_t handle =
+        Registry::Get().handles().Issue(id, run.run_id, *seed.typed_data(), shared);
     *reinterpret_cast<Token*>(token->typed_data()) = {handle, 0};
   });
 }
@@ -267,15 +269,15 @@ ffi::Error UpdateCpu(ffi::ThreadPool pool, ffi::RunId run, int32_t device, Updat
     Registry& registry = Registry::Get();
     const DeviceId id{Platform::kCpu, device};
     const Token token = *call.token;
-    const auto arena = registry.Open(MakeRequest(id, run.run_id, attrs, call, *call.part), token);
-    std::unique_lock<std::mutex> lock(arena->mutex);
+    std::optional<LockedArena> locked =
+        registry.Open(MakeRequest(id, run.run_id, attrs, call, *call.part), token);
+    Arena* const arena = locked->arena.get();
     const Judgement judgement =
         Judge(&arena->header, token, LayoutOf(call.fingerprint, *call.part));
     if (!IsAccepted(judgement.verdict)) {
-      const int32_t version = arena->header.version;
-      lock.unlock();
-      throw StatusError(StatusCode::kFailedPrecondition,
-                        registry.Explain(judgement.verdict, id, token, version, call.fingerprint));
+      const Rejection rejection{judgement.verdict, token, arena->header.version, call.fingerprint};
+      locked.reset();  // Explain looks at arenas too
+      throw StatusError(StatusCode::kFailedPrecondition, registry.Explain(id, rejection));
     }
     const int32_t count = *call.count;
     if (count < 0) {
@@ -331,7 +333,7 @@ ffi::Error IssueCuda(cudaStream_t stream, ffi::RunId run, int32_t device, bool s
                      ffi::BufferR1<ffi::S32> /*seed*/, ffi::Result<ffi::BufferR1<ffi::S32>> token) {
   return Guarded([&] {
     const DeviceId id{Platform::kCuda, device};
-    const int32_t handle = Registry::Get().IssueHandle(id, run.run_id, /*seed=*/0, shared);
+    const int32_t handle = Registry::Get().handles().Issue(id, run.run_id, /*seed=*/0, shared);
     LaunchWriteToken({handle, 0}, reinterpret_cast<Token*>(token->typed_data()), device, stream);
   });
 }
@@ -342,10 +344,10 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
   return Guarded([&] {
     UpdateCall call = Parse(attrs, args, rets);
     Registry& registry = Registry::Get();
-    DeviceTable& table = registry.Table(device);
-    registry.ThrowIfRejected(table);
-    std::lock_guard<std::mutex> lock(table.mutex);
-    if (registry.MayBeFirstUse(run.run_id, table)) {
+    CudaDevice& gpu = registry.At<CudaDevice>(device);
+    registry.ThrowIfRejected(gpu);
+    const ContentsLock lock = gpu.Acquire();
+    if (gpu.MayBeFirstUse(lock, registry.handles(), run.run_id)) {
       // Only now does the host wait for the device.
       Token token;
       int32_t part;
@@ -353,22 +355,21 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
           cudaMemcpyAsync(&token, call.token, sizeof(token), cudaMemcpyDeviceToHost, stream));
       CUDA_CHECK(cudaMemcpyAsync(&part, call.part, sizeof(part), cudaMemcpyDeviceToHost, stream));
       CUDA_CHECK(cudaStreamSynchronize(stream));
-      registry.BindOnFirstUse(MakeRequest({Platform::kCuda, device}, run.run_id, attrs, call, part),
-                              token, table, stream);
+      gpu.BindOnFirstUse(lock, registry.handles(),
+                         MakeRequest(gpu.id(), run.run_id, attrs, call, part), token, stream);
     }
     const auto resolved = scratch.Allocate(sizeof(ResolvedStep), alignof(ResolvedStep));
     if (!resolved.has_value()) {
       throw StatusError(StatusCode::kResourceExhausted, "XLA has no scratch memory left");
     }
-    table.pager.BeforeStep(stream);
-    const bool has_arena = !table.arenas.empty();
-    LaunchUpdate({has_arena ? table.headers() : nullptr, static_cast<int>(table.arenas.size()),
-                  call.token, call.count, call.hyperparams, call.part, call.new_token,
-                  table.device_rejection(), static_cast<ResolvedStep*>(*resolved), attrs.nesterov,
-                  attrs.bad_element(), attrs.takes_params(), call.fingerprint,
-                  call.signature.extent(), std::move(call.leaves), call.num_work},
-                 device, stream);
-    table.pager.AfterStep(stream);
+    gpu.BeforeStep(lock, stream);
+    LaunchUpdate(
+        {gpu.headers(lock), gpu.num_headers(lock), call.token, call.count, call.hyperparams,
+         call.part, call.new_token, gpu.device_rejection(), static_cast<ResolvedStep*>(*resolved),
+         attrs.nesterov, attrs.bad_element(), attrs.takes_params(), call.fingerprint,
+         call.signature.extent(), std::move(call.leaves), call.num_work},
+        device, stream);
+    gpu.AfterStep(lock, stream);
   });
 }
 
