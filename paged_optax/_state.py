@@ -307,8 +307,8 @@ def _ordinal(device: Any) -> int:
 def _read_shards(report: dict[str, Any], handle: int, version: int) -> list[list[np.ndarray]]:
     """Dequantized mu and nu of every leaf on one device."""
     leaves = []
-    for index, (codec, shape) in enumerate(report["leaves"]):
-        parts = _ext.read_leaf(report["platform"], report["ordinal"], handle, version, index)
+    stored = _ext.read_leaves(report["platform"], report["ordinal"], handle, version)
+    for (codec, shape), parts in zip(report["leaves"], stored, strict=True):
         if codec == "dynamic":
             mu_codes, nu_codes, mu_scales, nu_scales = parts
             parts = (

@@ -16,7 +16,7 @@ import paged_optax
 from paged_optax import (
     Paging,
     Quantization,
-    _ext,
+    _testing,
     memory_report,
     moments,
     paged_adam8bit,
@@ -83,7 +83,7 @@ def assert_refused(call):
     updates, _ = jax.block_until_ready(call())
     assert not any(np.any(u) for u in jax.tree.leaves(updates))
     with pytest.raises(RuntimeError, match="not the newest one"):
-        _ext.raise_if_rejected()
+        _testing.raise_if_rejected()
 
 
 @pytest.mark.parametrize("seed", range(5))

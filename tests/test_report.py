@@ -16,8 +16,8 @@ from paged_optax import (
     MemoryReport,
     Paging,
     Quantization,
-    _ext,
     _state,
+    _testing,
     memory_report,
     moments,
     paged_adam8bit,
@@ -112,9 +112,9 @@ def test_all_states_are_added_up():
     params = {"v": jnp.ones(5120), "w": jnp.ones(10240)}
     _, state = tx.update(params, tx.init(params), params)
     assert memory_report(state).total == stored_bytes(5120) + stored_bytes(10240)
-    before = _ext.num_arenas()
+    before = _testing.num_arenas()
     assert release(state) == stored_bytes(5120) + stored_bytes(10240)
-    assert _ext.num_arenas() == before - 2
+    assert _testing.num_arenas() == before - 2
 
 
 def test_versions_of_one_state_count_once():
@@ -255,8 +255,8 @@ def test_many_states_made_and_released_leave_nothing():
         return grads
 
     grads = make_and_release(jnp.ones(2**19), 20)  # 1 MiB of moments
-    num_arenas, num_unused, before = _ext.num_arenas(), _ext.num_unused(), resident_set()
+    num_arenas, num_unused, before = _testing.num_arenas(), _testing.num_unused(), resident_set()
     make_and_release(grads, 200)
-    assert _ext.num_arenas() == num_arenas
-    assert _ext.num_unused() == num_unused
+    assert _testing.num_arenas() == num_arenas
+    assert _testing.num_unused() == num_unused
     assert resident_set() - before < 50 * 2**20  # of 200 MiB

@@ -1,7 +1,7 @@
-// See hooks.h: codes, steps, random bits and the pager's decisions by themselves, without XLA.
-#include "python/testing.h"
-
+// The tests' own Python module, paged_optax._testing, which only a test build has: codes, steps,
+// random bits and the pager's decisions by themselves, without XLA; and a look inside _ext.
 #include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
@@ -9,16 +9,18 @@
 #include <utility>
 #include <vector>
 
-#include "base/notice.h"
 #include "base/status.h"
 #include "memory/planner.h"
+#include "memory/preflight.h"
+#include "python/errors.h"
+#include "python/internals.h"
 #include "rules/rules.h"
 #include "step/step_cpu.h"
 
 #if PAGED_OPTAX_CUDA
 #include "base/cuda_check.h"
-#include "memory/memory.h"
-#include "step/step_cuda.h"
+#include "base/device_buffer.h"
+#include "python/testing.h"
 #endif
 
 namespace py = ::pybind11;
@@ -115,12 +117,45 @@ void StepLeaf(int rule, py::buffer values, int dtype, int format, py::buffer are
   FindCpuStep(kind, leaf.format)(PrepareStep(kind, hyperparams.data(), count), work, begin, end);
 }
 
-}  // namespace
+// Of the extension that runs the tests' programs.
+const Internals& Ext() {
+  const py::object capsule = py::module_::import("paged_optax._ext").attr("_internals");
+  const void* pointer = PyCapsule_GetPointer(capsule.ptr(), Internals::kName);
+  if (pointer == nullptr) throw py::error_already_set();
+  return *static_cast<const Internals*>(pointer);
+}
 
-void AddTestHooks(py::module_& module) {
-  module.def("post_notice", [](int ordinal, int64_t missing_bytes, const std::string& text) {
-    PostNotice({ordinal, missing_bytes, text});
+void AddInternals(py::module_& module) {
+  module.def("num_arenas", [] { return Ext().num_arenas(); });
+  module.def("num_unused", [] { return Ext().num_unused(); });
+  module.def("raise_if_rejected", [] {
+    const auto throw_if_rejected = Ext().throw_if_rejected;
+    const py::gil_scoped_release unlocked;
+    throw_if_rejected();
   });
+  module.def("post_notice", [](int ordinal, int64_t missing_bytes, const std::string& text) {
+    Ext().post_notice({ordinal, missing_bytes, text});
+  });
+  module.def("deliver_notices", [] { Ext().deliver_notices(); });
+  module.def(
+      "pretend_not_managed", [](bool pretend) { Ext().pretend_not_managed(pretend); },
+      py::arg("pretend"));
+}
+
+void AddMemory(py::module_& module) {
+  module.def("check_host_memory", &CheckHostMemory);
+  module.def("check_address_space", &CheckAddressSpace);
+#if PAGED_OPTAX_CUDA
+  module.def("count_inexact", &CountInexact, py::arg("ordinal"));
+  module.def("take_device_memory", [](int ordinal, int64_t nbytes) {
+    const ScopedDevice scope(ordinal);
+    return py::capsule(new DeviceBuffer(nbytes),
+                       [](void* buffer) { delete static_cast<DeviceBuffer*>(buffer); });
+  });
+#endif
+}
+
+void AddPlanner(py::module_& module) {
   module.def("fair_shares",
              [](const std::vector<std::pair<int64_t, int64_t>>& demands, int64_t capacity) {
                std::vector<Demand> converted;
@@ -174,6 +209,9 @@ void AddTestHooks(py::module_& module) {
       .def("begin",
            [](Planner& planner, const Residencies& states, size_t state, int32_t segments,
               int64_t free_bytes) { planner.Begin(states, {state, segments}, free_bytes); });
+}
+
+void AddArithmetic(py::module_& module) {
   module.def("encode", &Encode, py::arg("values"), py::arg("signed"));
   module.def("window_word", &WindowWord, py::arg("top"), py::arg("range"), py::arg("has_zeros"));
   module.def("encode_ratio_nu", &EncodeNus, py::arg("values"), py::arg("top"), py::arg("range"),
@@ -196,15 +234,16 @@ void AddTestHooks(py::module_& module) {
       },
       py::arg("rule"), py::arg("format"), py::arg("num_blocks"), py::arg("has_residuals") = false,
       py::arg("start") = 0);
-#if PAGED_OPTAX_CUDA
-  module.def("count_inexact", &CountInexact, py::arg("ordinal"));
-  module.def("pretend_not_managed", &PretendNotManaged, py::arg("pretend"));
-  module.def("take_device_memory", [](int ordinal, int64_t nbytes) {
-    ScopedDevice scope(ordinal);
-    return py::capsule(new DeviceBuffer(nbytes),
-                       [](void* buffer) { delete static_cast<DeviceBuffer*>(buffer); });
-  });
-#endif
 }
 
+}  // namespace
 }  // namespace paged_optax
+
+PYBIND11_MODULE(_testing, module) {
+  module.doc() = "What the tests of paged_optax see of its C++ side.";
+  paged_optax::TranslateErrors();
+  paged_optax::AddInternals(module);
+  paged_optax::AddMemory(module);
+  paged_optax::AddPlanner(module);
+  paged_optax::AddArithmetic(module);
+}

@@ -21,7 +21,7 @@ std::string ShapeText(const Signature::LeafInfo& leaf) {
 
 // Empty if the leaves agree.
 std::string LeafDifference(const std::vector<Signature::LeafInfo>& moments,
-                           const std::vector<Signature::LeafInfo>& call) {
+                           const std::vector<Signature::LeafInfo>& call, const LeafNames& names) {
   std::ostringstream text;
   if (moments.size() != call.size()) {
     text << "the moments belong to " << moments.size() << " leaves but the gradients have "
@@ -30,12 +30,12 @@ std::string LeafDifference(const std::vector<Signature::LeafInfo>& moments,
   }
   for (size_t i = 0; i < moments.size(); ++i) {
     if (moments[i].dims != call[i].dims) {
-      text << "the moments of leaf " << i << " have shape " << ShapeText(moments[i])
+      text << "the moments of " << names[i] << " have shape " << ShapeText(moments[i])
            << " but its gradient has shape " << ShapeText(call[i]);
       return text.str();
     }
     if (moments[i].format != call[i].format) {
-      text << "the moments of leaf " << i << " are stored in the format '"
+      text << "the moments of " << names[i] << " are stored in the format '"
            << kFormats[moments[i].format].name << "' but this step wants them in '"
            << kFormats[call[i].format].name << "'";
       return text.str();
@@ -113,7 +113,8 @@ std::vector<Signature::LeafInfo> Signature::Leaves() const {
   return leaves;
 }
 
-std::string Signature::Difference(const Signature& moments, const Signature& call) {
+std::string Signature::Difference(const Signature& moments, const Signature& call,
+                                  const LeafNames& leaf_names) {
   constexpr char kUntouched[] = "The moments were left as they were.";
   std::ostringstream text;
   if (moments.num_devices_ != call.num_devices_) {
@@ -145,19 +146,18 @@ std::string Signature::Difference(const Signature& moments, const Signature& cal
          << kUntouched;
     return text.str();
   }
-  const std::string difference = LeafDifference(moments.Leaves(), call.Leaves());
+  const std::string difference = LeafDifference(moments.Leaves(), call.Leaves(), leaf_names);
   if (difference.empty() && moments.shards_ != call.shards_) {
-    text << "the gradients are cut over the devices in another way than at the first step, so that"
-            " devices would step other parts than those that they have the moments of. Keep the"
-            " parameters' sharding and pass them to update (or gradients sharded as before), or"
-            " make a new state with init(params). "
+    text << "the gradients are sharded differently from the first step, so devices would update"
+            " parts whose moments they do not hold. Keep the parameters' sharding and pass them to"
+            " update (or gradients sharded as before), or make a new state with init(params). "
          << kUntouched;
     return text.str();
   }
   if (difference.empty() && moments.paths_ == call.paths_) {
-    text << "the devices are in another order than at the first step, so that they would step other"
-            " parts of the parameters than those that they have the moments of. Use a mesh with the"
-            " devices in the order that it had, or make a new state with init(params). "
+    text << "the devices are in another order than at the first step, so they would update parts of"
+            " the parameters whose moments they do not hold. Use a mesh with the devices in their"
+            " former order, or make a new state with init(params). "
          << kUntouched;
     return text.str();
   }

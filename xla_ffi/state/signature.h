@@ -1,5 +1,4 @@
-// What a call must have in common with the moments that it steps: used by handlers.cc, which builds
-// one a call, and by registry.cc, which compares.
+// What a call must have in common with the moments that it steps.
 #pragma once
 
 #include <array>
@@ -10,6 +9,7 @@
 
 #include "formats/formats.h"
 #include "layout/layout.h"
+#include "state/leaf_names.h"
 
 namespace paged_optax {
 
@@ -54,9 +54,10 @@ class Signature {
   int32_t num_slots() const { return num_slots_; }
   int64_t num_devices() const { return num_devices_; }
 
-  // For the user: the first thing in which a call differs from the moments. Where the signatures
-  // are equal, the device has other parts of the leaves.
-  static std::string Difference(const Signature& moments, const Signature& call);
+  // For the user: the first thing in which a call differs from the moments, whose leaves have these
+  // names. Where the signatures are equal, the device has other parts of the leaves.
+  static std::string Difference(const Signature& moments, const Signature& call,
+                                const LeafNames& names);
 
  private:
   int8_t rule_;

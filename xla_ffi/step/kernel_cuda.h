@@ -139,13 +139,14 @@ __global__ void __launch_bounds__(kThreads, 3) StepKernel(const __grid_constant_
        first += share.stride * share.group) {
     int i = static_cast<int>(max(share.begin - first, int64_t{0}));
     const int num = static_cast<int>(min(share.end - first, int64_t{share.group}));
-    // Where the lane's codes lie in the group's first block, and what lies how far from them: 32 bits,
-    // since all is in one chunk. Block i is i blocks further on. Thread i * kWords + w holds word w
-    // of block i.
+    // Where the lane's codes lie in the group's first block, and what lies how far from them: 32
+    // bits, since all is in one chunk. Block i is i blocks further on. Thread i * kWords + w holds
+    // word w of block i.
     const BlockPlace place = region.Locate(first);
     const int lane_codes = thread * (kLane * kCodeBytes);
     const int stride = static_cast<int>(place.state_stride);
-    const int to_residuals = static_cast<int>(place.residuals - place.codes) + thread * kLane - lane_codes;
+    const int to_residuals =
+        static_cast<int>(place.residuals - place.codes) + thread * kLane - lane_codes;
     const int to_words = static_cast<int>(place.words - place.codes) + thread * 4 - lane_codes;
     const uint8_t* source = nullptr;
     uint8_t* target = nullptr;

@@ -2,7 +2,6 @@
 #include <algorithm>
 
 #include "base/cuda_check.h"
-#include "memory/memory.h"
 #include "step/kernel_cuda.h"
 
 namespace paged_optax {
@@ -115,28 +114,6 @@ __global__ void ResolveKernel(const __grid_constant__ ResolveArgs args,
   if (threadIdx.x == 0) Resolve(args, token, found < 0 ? nullptr : &args.headers[found]);
 }
 
-// Counts arguments, out of all 2^32, in the range of FastMath for which it is not exact, or for
-// which the GPU rounds to bfloat16 in another way than dtype.h does on a host.
-__global__ void CountInexactKernel(unsigned long long* count) {
-  const uint64_t stride = static_cast<uint64_t>(gridDim.x) * blockDim.x;
-  for (uint64_t bits = blockIdx.x * blockDim.x + threadIdx.x; bits < uint64_t{1} << 32;
-       bits += stride) {
-    const float x = FloatOf(static_cast<uint32_t>(bits));
-    const uint32_t pattern = BitsOf(x);
-    const FastMath math;
-    const bool has_root =
-        pattern == 0 || (pattern >= FastMath::kLeastRadicand && pattern <= kLargestFinite);
-    const bool has_reciprocal =
-        pattern >= FastMath::kLeastDivisor && pattern < FastMath::kDivisorEnd;
-    const bool good_root = !has_root || BitsOf(math.SqrtOrZero(x)) == BitsOf(sqrtf(x));
-    const bool good_reciprocal = !has_reciprocal || BitsOf(math.Reciprocal(x)) == BitsOf(1.0f / x);
-    const uint32_t raw = static_cast<uint32_t>(bits);
-    const uint32_t half = (raw + 0x7fffu + ((raw >> 16) & 1u)) >> 16;
-    const bool good_half = x != x || ToBFloat16(x) == half;
-    if (!good_root || !good_reciprocal || !good_half) atomicAdd(count, 1ull);
-  }
-}
-
 __global__ void WriteTokenKernel(Token token, Token* destination) { *destination = token; }
 
 __global__ void WriteSegmentsKernel(const __grid_constant__ SegmentTable segments,
@@ -149,27 +126,17 @@ __global__ void WriteSegmentsKernel(const __grid_constant__ SegmentTable segment
 
 }  // namespace
 
-void LaunchWriteToken(Token token, Token* destination, int device, void* stream) {
+void LaunchWriteToken(Token token, Token* destination, int device, Stream stream) {
   ScopedDevice scope(device);
-  WriteTokenKernel<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(token, destination);
+  WriteTokenKernel<<<1, 1, 0, stream>>>(token, destination);
   CUDA_CHECK(cudaGetLastError());
 }
 
 void LaunchWriteSegments(const SegmentTable& segments, SegmentTable* destination, int device,
-                         void* stream) {
+                         Stream stream) {
   ScopedDevice scope(device);
-  WriteSegmentsKernel<<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(segments, destination);
+  WriteSegmentsKernel<<<1, kThreads, 0, stream>>>(segments, destination);
   CUDA_CHECK(cudaGetLastError());
-}
-
-int64_t CountInexact(int device) {
-  ScopedDevice scope(device);
-  DeviceBuffer count(sizeof(int64_t));
-  CountInexactKernel<<<1024, 256>>>(static_cast<unsigned long long*>(count.data()));
-  CUDA_CHECK(cudaGetLastError());
-  int64_t result;
-  CUDA_CHECK(cudaMemcpy(&result, count.data(), sizeof(result), cudaMemcpyDeviceToHost));
-  return result;
 }
 
 namespace {
@@ -203,8 +170,7 @@ LeafCopy<kLeaves> MakeCopy(const CudaUpdate& update, Leaf* table, int64_t begin,
   return copy;
 }
 
-void LaunchResolve(const CudaUpdate& update, ResolvedStep* resolved, Leaf* table,
-                   cudaStream_t stream) {
+void LaunchResolve(const CudaUpdate& update, ResolvedStep* resolved, Leaf* table, Stream stream) {
   ResolveArgs args{update.headers,   update.num_headers, update.rejection,   resolved,
                    update.token,     update.count,       update.hyperparams, update.part,
                    update.new_token, update.kind,        update.fingerprint, {}};
@@ -233,12 +199,11 @@ void LaunchResolve(const CudaUpdate& update, ResolvedStep* resolved, Leaf* table
 
 size_t ScratchBytes(size_t num_leaves) { return LeavesOffset() + num_leaves * sizeof(Leaf); }
 
-void LaunchUpdate(const CudaUpdate& update, int device, void* stream) {
-  const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
+void LaunchUpdate(const CudaUpdate& update, int device, Stream stream) {
   ScopedDevice scope(device);
   auto* resolved = static_cast<ResolvedStep*>(update.scratch);
   Leaf* table = reinterpret_cast<Leaf*>(static_cast<uint8_t*>(update.scratch) + LeavesOffset());
-  LaunchResolve(update, resolved, table, cuda_stream);
+  LaunchResolve(update, resolved, table, stream);
   int num_multiprocessors = 0;
   CUDA_CHECK(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device));
   for (int i = 0; i < Formats::kSize; ++i) {
@@ -250,7 +215,7 @@ void LaunchUpdate(const CudaUpdate& update, int device, void* stream) {
                                                              kThreads, 0));
     const int64_t blocks = std::min(int64_t{num_multiprocessors} * blocks_per_multiprocessor,
                                     (work.region.num_blocks + kWarps - 1) / kWarps);
-    kernel<<<static_cast<unsigned>(blocks), kThreads, 0, cuda_stream>>>(
+    kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
         {resolved, table + work.first_leaf, work.num_leaves, work.region, i});
     CUDA_CHECK(cudaGetLastError());
   }

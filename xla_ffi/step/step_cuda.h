@@ -3,6 +3,7 @@
 
 #include <array>
 
+#include "base/stream.h"
 #include "layout/token.h"
 #include "step/block.h"
 
@@ -53,17 +54,13 @@ struct CudaUpdate {
 inline constexpr size_t kScratchAlignment = 16;
 size_t ScratchBytes(size_t num_leaves);
 
-void LaunchUpdate(const CudaUpdate& update, int device, void* stream);
+void LaunchUpdate(const CudaUpdate& update, int device, Stream stream);
 
 // Writes a token that the host knows to device memory.
-void LaunchWriteToken(Token token, Token* destination, int device, void* stream);
+void LaunchWriteToken(Token token, Token* destination, int device, Stream stream);
 
 // Writes an arena's segment table to device memory.
 void LaunchWriteSegments(const SegmentTable& segments, SegmentTable* destination, int device,
-                         void* stream);
-
-// Number of float32 arguments for which fast_math.h is wrong where it claims to be exact, or the
-// conversion to bfloat16 anywhere; for the tests.
-int64_t CountInexact(int device);
+                         Stream stream);
 
 }  // namespace paged_optax

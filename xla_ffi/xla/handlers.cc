@@ -6,6 +6,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -20,7 +21,7 @@
 
 #if PAGED_OPTAX_CUDA
 #include "base/cuda_check.h"
-#include "state/device_table.h"
+#include "state/cuda_device.h"
 #include "step/step_cuda.h"
 #endif
 
@@ -69,7 +70,8 @@ Request MakeRequest(DeviceId device, int64_t run, const UpdateAttrs& attrs, cons
           {attrs.device_bytes, attrs.headroom_bytes, attrs.pinned, std::string(attrs.directory)},
           &call.signature,
           call.fingerprint,
-          part};
+          part,
+          attrs.names};
 }
 
 constexpr int64_t kBlocksPerTask = 64;
@@ -100,7 +102,8 @@ ffi::Error IssueCpu(ffi::RunId run, int32_t device, bool shared, ffi::BufferR1<f
                     ffi::Result<ffi::BufferR1<ffi::S32>> token) {
   return Guarded([&] {
     const DeviceId id{Platform::kCpu, device};
-    const int32_t handle = Registry::Get().IssueHandle(id, run.run_id, *seed.typed_data(), shared);
+    const int32_t handle =
+        Registry::Get().handles().Issue(id, run.run_id, *seed.typed_data(), shared);
     *reinterpret_cast<Token*>(token->typed_data()) = {handle, 0};
   });
 }
@@ -112,15 +115,15 @@ ffi::Error UpdateCpu(ffi::ThreadPool pool, ffi::RunId run, int32_t device, Updat
     Registry& registry = Registry::Get();
     const DeviceId id{Platform::kCpu, device};
     const Token token = *call.token;
-    const auto arena = registry.Open(MakeRequest(id, run.run_id, attrs, call, *call.part), token);
-    std::unique_lock<std::mutex> lock(arena->mutex);
+    std::optional<LockedArena> locked =
+        registry.Open(MakeRequest(id, run.run_id, attrs, call, *call.part), token);
+    Arena* const arena = locked->arena.get();
     const Judgement judgement =
         Judge(&arena->header, token, LayoutOf(call.fingerprint, *call.part));
     if (!IsAccepted(judgement.verdict)) {
-      const int32_t version = arena->header.version;
-      lock.unlock();
-      throw StatusError(StatusCode::kFailedPrecondition,
-                        registry.Explain(judgement.verdict, id, token, version, call.fingerprint));
+      const Rejection rejection{judgement.verdict, token, arena->header.version, call.fingerprint};
+      locked.reset();  // Explain looks at arenas too
+      throw StatusError(StatusCode::kFailedPrecondition, registry.Explain(id, rejection));
     }
     const int32_t count = *call.count;
     if (count < 0) {
@@ -163,7 +166,7 @@ ffi::Error IssueCuda(cudaStream_t stream, ffi::RunId run, int32_t device, bool s
                      ffi::BufferR1<ffi::S32> /*seed*/, ffi::Result<ffi::BufferR1<ffi::S32>> token) {
   return Guarded([&] {
     const DeviceId id{Platform::kCuda, device};
-    const int32_t handle = Registry::Get().IssueHandle(id, run.run_id, /*seed=*/0, shared);
+    const int32_t handle = Registry::Get().handles().Issue(id, run.run_id, /*seed=*/0, shared);
     LaunchWriteToken({handle, 0}, reinterpret_cast<Token*>(token->typed_data()), device, stream);
   });
 }
@@ -174,10 +177,10 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
   return Guarded([&] {
     const UpdateCall call = Parse(attrs, args, rets);
     Registry& registry = Registry::Get();
-    DeviceTable& table = registry.Table(device);
-    registry.ThrowIfRejected(table);
-    std::lock_guard<std::mutex> lock(table.mutex);
-    if (registry.MayBeFirstUse(run.run_id, table)) {
+    CudaDevice& gpu = registry.At<CudaDevice>(device);
+    registry.ThrowIfRejected(gpu);
+    const ContentsLock lock = gpu.Acquire();
+    if (gpu.MayBeFirstUse(lock, registry.handles(), run.run_id)) {
       // Only now does the host wait for the device.
       Token token;
       int32_t part;
@@ -185,18 +188,18 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
           cudaMemcpyAsync(&token, call.token, sizeof(token), cudaMemcpyDeviceToHost, stream));
       CUDA_CHECK(cudaMemcpyAsync(&part, call.part, sizeof(part), cudaMemcpyDeviceToHost, stream));
       CUDA_CHECK(cudaStreamSynchronize(stream));
-      registry.BindOnFirstUse(MakeRequest({Platform::kCuda, device}, run.run_id, attrs, call, part),
-                              token, table, stream);
+      gpu.BindOnFirstUse(lock, registry.handles(),
+                         MakeRequest(gpu.id(), run.run_id, attrs, call, part), token, stream);
     }
     const auto buffer = scratch.Allocate(ScratchBytes(call.leaves.size()), kScratchAlignment);
     if (!buffer.has_value()) {
       throw StatusError(StatusCode::kResourceExhausted, "XLA has no scratch memory left");
     }
-    table.pager.BeforeStep(stream);
+    gpu.BeforeStep(lock, stream);
     CudaUpdate update{};
-    update.headers = table.arenas.empty() ? nullptr : table.headers();
-    update.num_headers = static_cast<int>(table.arenas.size());
-    update.rejection = table.device_rejection();
+    update.headers = gpu.headers(lock);
+    update.num_headers = gpu.num_headers(lock);
+    update.rejection = gpu.device_rejection();
     update.scratch = *buffer;
     update.token = call.token;
     update.count = call.count;
@@ -210,7 +213,7 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
       update.regions[i] = {call.extent.regions[i], call.ranges[i].first, call.ranges[i].count};
     }
     LaunchUpdate(update, device, stream);
-    table.pager.AfterStep(stream);
+    gpu.AfterStep(lock, stream);
   });
 }
 

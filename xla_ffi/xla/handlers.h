@@ -1,5 +1,4 @@
-// The XLA custom calls: decode what XLA hands over, pick the device's way, return errors. Used by
-// module.cc.
+// The XLA custom calls: decode what XLA hands over, pick the device's way, return errors.
 #pragma once
 
 #include <utility>
