@@ -691,7 +691,10 @@ def test_hyperparameter_out_of_range(factory, options, match):
 @pytest.mark.parametrize(
     "make, match",
     [
-        (lambda: Quantization(codec="x"), "unknown codec 'x'; there are 'dynamic' and 'ratio'"),
+        (
+            lambda: Quantization(codec="x"),
+            "unknown codec 'x'; there are 'dynamic', 'float32', 'ratio'",
+        ),
         (lambda: Quantization(min_size=-1), "min_size is -1; it counts elements"),
         (lambda: Paging(device_bytes=-1), "device_bytes is -1; it counts bytes"),
         (lambda: Paging(headroom_bytes=-1), "headroom_bytes is -1; it counts bytes"),

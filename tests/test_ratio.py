@@ -10,9 +10,9 @@ import fractions
 import numpy as np
 import pytest
 
+from paged_optax import _ext
 from paged_optax import _reference as reference
-from paged_optax import _testing
-from paged_optax._state import RATIO
+from paged_optax._tables import RATIO
 
 f32, u32 = np.float32, np.uint32
 BLOCK = 256
@@ -27,7 +27,7 @@ def floats(bits):
 
 def window_of(top, step):
     """Step, and offset, of a block that has this step of `STEPS` for its range."""
-    word = _testing.window_word(top, range_for(step), False)
+    word = _ext.window_word(top, range_for(step), False)
     assert word & 255 == step
     return step << 14, word >> 16
 
@@ -39,7 +39,7 @@ def range_for(step):
 
 def encode_nus(bits, top, step, random, has_zeros=False):
     random = np.broadcast_to(u32(random), len(bits))
-    return _testing.encode_ratio_nu(floats(bits), top, range_for(step), has_zeros, random)
+    return _ext.encode_ratio_nu(floats(bits), top, range_for(step), has_zeros, random)
 
 
 TOPS = [0x3F800000, 0x3F812345, 0x3FFFFFFF, 0x7F000000, 0x7EFFFFFF, 0x01000000, 0x00800000, 0x2000]
@@ -51,7 +51,7 @@ tops = pytest.mark.parametrize("top", TOPS, ids=hex)
 def test_window_is_the_finest_that_reaches(top, octaves):
     bottom = max(top - int(octaves * 2**23), 1)
     span = top - bottom
-    word = _testing.window_word(top, span, False)
+    word = _ext.window_word(top, span, False)
     step, offset = (word & 255) << 14, word >> 16
     fits = [s << 14 for s in STEPS if span + span // 64 + span // 256 < 256 * (s << 14)]
     assert step == min(fits, default=2**21)
@@ -132,13 +132,13 @@ def test_every_code_of_a_first_moment():
             np.pad(codes, (0, 1)),
             np.full(BLOCK, 253, np.uint8),  # 1, of which the unit is 1
             np.array([scale]),
-            np.array([_testing.window_word(0x3F800000, 0, False)], u32).view(f32),
+            np.array([_ext.window_word(0x3F800000, 0, False)], u32).view(f32),
         )
         mu, nu = reference.dequantize_ratio(state)
         assert (nu == 1).all()
         np.testing.assert_allclose(mu[:255], k * np.abs(k) / 127.0**2 * scale, rtol=1e-6)
         random = np.full(255, 0x8000, u32)
-        np.testing.assert_array_equal(_testing.encode_ratio_mu(mu[:255], scale, random), codes)
+        np.testing.assert_array_equal(_ext.encode_ratio_mu(mu[:255], scale, random), codes)
 
 
 def test_first_moments_are_rounded_without_bias():
@@ -147,7 +147,7 @@ def test_first_moments_are_rounded_without_bias():
     rng = np.random.default_rng(0)
     for ratio in [0.0, 1e-9, 1.0, 0.5, *rng.uniform(0, 1, 20), *rng.uniform(0, 1e-3, 20)]:
         for value in f32(ratio), f32(-ratio):
-            codes = _testing.encode_ratio_mu(np.full(random.size, value), 1.0, random).view(np.int8)
+            codes = _ext.encode_ratio_mu(np.full(random.size, value), 1.0, random).view(np.int8)
             k = codes.astype(np.int64)
             mean = fractions.Fraction(int((k * np.abs(k)).sum()), random.size)
             step = 2 * int(np.abs(k).max()) + 1
@@ -166,9 +166,7 @@ def test_every_decision_between_squares():
             border = (k * k + f * (2 * k + 1)) / inverse
             step = (2 * k + 1) / inverse * fractions.Fraction(1, 10_000)
             below, above = (f32(max(float(border + sign * step), 0)) for sign in (-1, 1))
-            codes = _testing.encode_ratio_mu(
-                np.array([below, above], f32), 1.0, np.full(2, word, u32)
-            )
+            codes = _ext.encode_ratio_mu(np.array([below, above], f32), 1.0, np.full(2, word, u32))
             if above <= 1:
                 assert codes[1] == k + 1
             if word > 6:  # else `below` may be beyond the decision of the square before
@@ -178,7 +176,7 @@ def test_every_decision_between_squares():
 def test_units_are_near_the_root():
     bits = np.concatenate([np.arange(0x00800000, LARGEST, 0x3FFF1), np.arange(0, 40, 1) << 22])
     nu = floats(bits[bits >= 0x00800000])
-    unit, reciprocal = reference._ratio_unit(nu)
+    unit, reciprocal = reference.ratio_unit(nu)
     ratio = np.sqrt(nu.astype(np.float64)) / unit
     assert (ratio >= 0.94).all() and (ratio < 1.5).all()
     np.testing.assert_allclose(unit.astype(np.float64) * reciprocal, 1, rtol=2e-7)
@@ -236,7 +234,7 @@ STREAMS = {
 def test_step_is_that_of_the_reference(stream):
     """Updates, codes and words, bit for bit."""
     num_blocks = -(-stream.size // BLOCK)
-    arena = np.full(_testing.arena_bytes(num_blocks, 0), 0xCC, np.uint8)
+    arena = np.full(_ext.arena_bytes(num_blocks, 0), 0xCC, np.uint8)
     state = reference.init_leaf(stream.size, True, "ratio")
     hyperparams = reference.Hyperparams(*stream.hyperparams)
     for step, grad in enumerate(stream.grads(50)):
@@ -245,7 +243,7 @@ def test_step_is_that_of_the_reference(stream):
             grad, state, count, hyperparams, stream.nesterov, leaf_key=stream.key
         )
         update = grad.copy()
-        _testing.step_leaf(
+        _ext.step_leaf(
             update, 0, RATIO, arena, 0, num_blocks, stream.hyperparams, count,
             nesterov=stream.nesterov, fresh=step == 0, leaf_key=stream.key,
         )  # fmt: skip
@@ -278,7 +276,7 @@ def test_any_gradients_and_hyperparameters(seed):
     )
     nesterov, key = bool(rng.integers(2)), int(rng.integers(-(2**63), 2**63))
     scale = np.exp(rng.normal(0, 1, size) * rng.choice([0, 2, 30])) * 10 ** rng.uniform(-20, 20)
-    arena = np.full(_testing.arena_bytes(num_blocks, 0), 0xCC, np.uint8)
+    arena = np.full(_ext.arena_bytes(num_blocks, 0), 0xCC, np.uint8)
     state = reference.init_leaf(size, True, "ratio")
     for step in range(20):
         with np.errstate(over="ignore"):
@@ -296,7 +294,7 @@ def test_any_gradients_and_hyperparameters(seed):
             )
         update = grad.copy()
         for block in rng.permutation(num_blocks).tolist():
-            _testing.step_leaf(
+            _ext.step_leaf(
                 update, 0, RATIO, arena, block, block + 1, hyperparams, step,
                 nesterov=nesterov, fresh=step == 0, leaf_key=key,
             )  # fmt: skip

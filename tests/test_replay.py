@@ -25,7 +25,7 @@ from paged_optax import (
     scale_by_paged_adam8bit,
 )
 from paged_optax import _reference as reference
-from paged_optax._state import leaf_keys
+from paged_optax._names import leaf_keys
 
 # From compiled code: JaxRuntimeError, or ValueError on the fast path of a jitted function.
 RAISES = (RuntimeError, ValueError)

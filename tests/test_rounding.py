@@ -28,7 +28,8 @@ from paged_optax import (
     release,
 )
 from paged_optax import _reference as reference
-from paged_optax._state import CODECS, leaf_keys
+from paged_optax._names import leaf_keys
+from paged_optax._tables import CODECS
 
 f32 = np.float32
 HALVES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}

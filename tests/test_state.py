@@ -15,7 +15,7 @@ import pytest
 import paged_optax
 from paged_optax import Quantization, _testing, moments, release, scale_by_paged_adam8bit
 from paged_optax import _reference as reference
-from paged_optax._state import leaf_keys
+from paged_optax._names import leaf_keys
 
 pytestmark = pytest.mark.usefixtures("device")
 

@@ -22,7 +22,8 @@ import pytest
 
 from paged_optax import Quantization, _testing, release, scale_by_paged_adam8bit
 from paged_optax import _reference as reference
-from paged_optax._state import CODECS, DYNAMIC, FLOAT32, RATIO, leaf_keys
+from paged_optax._names import leaf_keys
+from paged_optax._tables import CODECS, DYNAMIC, FLOAT32, RATIO
 
 f32 = np.float32
 BLOCK = 256

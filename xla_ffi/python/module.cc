@@ -18,6 +18,7 @@
 #include "rules/rules.h"
 #include "state/contents.h"
 #include "state/registry.h"
+#include "step/leaf.h"
 #include "xla/handlers.h"
 
 #if PAGED_OPTAX_CUDA
@@ -141,6 +142,7 @@ py::dict ReportToPython(const ArenaReport& report) {
   item["ordinal"] = report.device.ordinal;
   item["version"] = report.version;
   item["tree"] = report.tree;
+  item["rule"] = static_cast<int>(report.rule);
   item["shards"] = report.shards;
   item["names"] = report.names.paths();
   item["num_devices"] = report.num_devices;
@@ -226,6 +228,8 @@ PYBIND11_MODULE(_ext, module) {
   module.def("update_attrs", &UpdateAttributes);
   module.def("rules", &DescribeAllRules);
   module.def("formats", &DescribeAllFormats);
+  module.def("param_roundings", [] { return kParamRoundingNames; });
+  module.def("outputs", [] { return kOutputNames; });
   module.def("cuda_info", &CudaInfo);
   module.def("free_device_bytes", &FreeDeviceBytes, py::arg("ordinal"));
   module.def("available_host_bytes", &AvailableHostBytes);

@@ -78,7 +78,7 @@ template <int K>
 PAGED_HD void UpdateParams(const ParamStep& step, const Leaf& leaf, int64_t start,
                            const float (&params)[K], uint8_t (&residuals)[K], float (&values)[K]) {
   const float decay = leaf.decays ? step.weight_decay : 0.0f;
-  if (leaf.rounding == ParamRounding::kNone) {
+  if (leaf.rounding == ParamRounding::kNearest) {
     PAGED_UNROLL
     for (int k = 0; k < K; ++k) values[k] = Change(step, decay, values[k], params[k]);
     return;

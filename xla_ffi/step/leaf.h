@@ -11,6 +11,7 @@ enum class Output : int8_t {
   kDirection,  // what the rule says, before the learning rate
   kUpdate,     // what the parameter changes by: the step takes the parameters too
 };
+inline constexpr std::array kOutputNames = {"direction", "update"};
 
 // Gradients and updates share a buffer (the call aliases them) except where XLA feeds a slice of
 // something larger, as in a scan over stacked gradients.

@@ -18,12 +18,15 @@
 //                together are the master weight, to the bit.
 #pragma once
 
+#include <array>
+
 #include "base/dtype.h"
 #include "base/random.h"
 
 namespace paged_optax {
 
-enum class ParamRounding : int8_t { kNone, kStochastic, kCompensated };
+enum class ParamRounding : int8_t { kNearest, kStochastic, kCompensated };
+inline constexpr std::array kParamRoundingNames = {"nearest", "stochastic", "compensated"};
 
 inline constexpr uint8_t kZeroResidual = 128;
 

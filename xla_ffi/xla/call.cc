@@ -63,7 +63,7 @@ int64_t InRange(const char* name, int64_t value, int64_t end) {
 StepKind KindOf(const UpdateAttrs& attrs) {
   const int64_t rule = InRange("rule", attrs.rule, Rules::kSize);
   const int64_t num_flags = static_cast<int64_t>(AllRules()[rule].flags.size());
-  return {static_cast<int8_t>(rule), static_cast<Output>(InRange("output", attrs.output, 2)),
+  return {static_cast<int8_t>(rule), static_cast<Output>(InRange("output", attrs.output, kOutputNames.size())),
           static_cast<uint32_t>(InRange("flags", attrs.flags, int64_t{1} << num_flags)),
           attrs.skip_elements ? BadElement::kSkip : BadElement::kNan};
 }
@@ -117,7 +117,7 @@ Leaf ParseLeaf(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
   leaf.params = param.untyped_data();
   leaf.param_dtype = DTypeOf(param.element_type());
   leaf.rounding = leaf.param_dtype == DType::kFloat32
-                      ? ParamRounding::kNone
+                      ? ParamRounding::kNearest
                       : static_cast<ParamRounding>(attrs.param_rounding);
   leaf.decays = attrs.decays[i] != 0;
   if (leaf.rounding == ParamRounding::kCompensated) signature.KeepResiduals();
@@ -137,7 +137,8 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
   for (const int8_t format : attrs.formats) {
     InRange("a format", format, static_cast<int64_t>(kFormats.size()));
   }
-  InRange("param_rounding", attrs.param_rounding, 3);
+  InRange("param_rounding", attrs.param_rounding,
+          static_cast<int64_t>(kParamRoundingNames.size()));
   const StepKind kind = KindOf(attrs);
   const bool takes_params = kind.output == Output::kUpdate;
   CheckCounts(attrs, takes_params, args.size(), rets.size());
