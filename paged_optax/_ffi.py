@@ -8,7 +8,7 @@ Here the effect is in the compiled program only, so that XLA neither drops, merg
 calls; the order of updates comes from the token, which every update takes and returns.
 """
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 import jax.extend

@@ -2,8 +2,6 @@
 
 import gc
 import os
-import resource
-from collections import OrderedDict
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +9,12 @@ import numpy as np
 import optax
 import pytest
 
+from helpers import layout_bytes, limit_trees, num_arenas, num_unused, resident_set
 from paged_optax import (
     DeviceMemory,
     MemoryReport,
     Paging,
     Quantization,
-    _ext,
-    _names,
     memory_report,
     moments,
     paged_adam8bit,
@@ -25,12 +22,8 @@ from paged_optax import (
     scale_by_paged_adam8bit,
 )
 
-
-@pytest.fixture(autouse=True)
-def on_cpu():
-    """A GPU rounds what it gives up to whole pages: test_gpu.py."""
-    with jax.default_device(jax.devices("cpu")[0]):
-        yield
+# A GPU rounds what it gives up to whole pages: test_gpu.py.
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 def update_once(params, **options):
@@ -42,11 +35,7 @@ def stored_bytes(*sizes, min_size=4096):
     """From xla_ffi/README.md: 2 MiB chunks of whole blocks, 8-bit blocks first."""
     small = [size for size in sizes if size < min_size]
     large = [size for size in sizes if size >= min_size]
-    num_8bit, num_float32 = (sum(-(-size // 256) for size in group) for group in (large, small))
-    chunk = 2**21
-    full, rest = divmod(num_8bit, chunk // 520)  # a block: 256 codes and a scale, twice
-    multiple = 2048 if num_float32 else 512
-    return full * chunk + -(-rest * 520 // multiple) * multiple + num_float32 * 256 * 8
+    return layout_bytes(*(sum(-(-size // 256) for size in group) for group in (large, small)))
 
 
 SHAPES = {
@@ -112,9 +101,9 @@ def test_all_states_are_added_up():
     params = {"v": jnp.ones(5120), "w": jnp.ones(10240)}
     _, state = tx.update(params, tx.init(params), params)
     assert memory_report(state).total == stored_bytes(5120) + stored_bytes(10240)
-    before = _ext.num_arenas()
+    before = num_arenas()
     assert release(state) == stored_bytes(5120) + stored_bytes(10240)
-    assert _ext.num_arenas() == before - 2
+    assert num_arenas() == before - 2
 
 
 def test_versions_of_one_state_count_once():
@@ -204,15 +193,14 @@ def test_moments_are_numpy_arrays_in_the_parameters_tree():
 
 
 def test_trees_of_old_models_are_forgotten(monkeypatch):
-    monkeypatch.setattr(_names, "trees", OrderedDict())
-    monkeypatch.setattr(_names, "MAX_TREES", 3)
+    trees = limit_trees(monkeypatch, 3)
     tx = scale_by_paged_adam8bit()
     states = []
     for i in range(4):
         params = {f"w{i}": jnp.full(300, 1.0 + i)}
         states.append(tx.update(params, tx.init(params))[1])
         moments(states[0] if i < 2 else states[i])
-    assert len(_names.trees) == 3
+    assert len(trees) == 3
     assert list(moments(states[3]).mu) == ["w3"]
     with pytest.raises(RuntimeError, match="the tree of the parameters is unknown: .* 3 "):
         moments(states[0])
@@ -237,11 +225,6 @@ def test_moments_are_a_copy():
 # --- Nothing is left behind ---------------------------------------------------------------------
 
 
-def resident_set():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads Linux's /proc")
 def test_many_states_made_and_released_leave_nothing():
     tx = scale_by_paged_adam8bit()
@@ -255,8 +238,8 @@ def test_many_states_made_and_released_leave_nothing():
         return grads
 
     grads = make_and_release(jnp.ones(2**19), 20)  # 1 MiB of moments
-    num_arenas, num_unused, before = _ext.num_arenas(), _ext.num_unused(), resident_set()
+    arenas, unused, before = num_arenas(), num_unused(), resident_set()
     make_and_release(grads, 200)
-    assert _ext.num_arenas() == num_arenas
-    assert _ext.num_unused() == num_unused
+    assert num_arenas() == arenas
+    assert num_unused() == unused
     assert resident_set() - before < 50 * 2**20  # of 200 MiB
