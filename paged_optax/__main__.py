@@ -1,4 +1,4 @@
-"""``python -m paged_optax``: what was built, what is here, and whether the two fit."""
+"""``python -m paged_optax``: what was built, what this machine has, and whether the two fit."""
 
 import importlib.metadata
 import os
@@ -18,7 +18,7 @@ def main() -> int:
     try:
         import paged_optax
         from paged_optax import _ext
-        from paged_optax._report import format_bytes
+        from paged_optax._bytes import format_bytes
     except ImportError as error:
         print(f"paged_optax cannot be imported: {error}")
         print("Install it with: pip install . (in a checkout; jax 0.10.2 or newer is needed)")
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def _check(gpus: list[dict], build: dict, format_bytes) -> list[str]:
-    """Describes the devices and takes a step on each; returns what is in the way."""
+    """Describes the devices and takes a step on each; returns the problems found."""
     import jax
 
     from paged_optax import _ext
@@ -119,7 +119,7 @@ def _try_step(device) -> str:
 
 
 def _link(pci_bus_id: str) -> str:
-    """Speed and width of a GPU's link to the host, which bounds a step on host-placed moments."""
+    """Speed and width of a GPU's link to the host, which limit a step on moments in host memory."""
     folder = f"/sys/bus/pci/devices/{pci_bus_id.lower()}"
     try:
         with open(f"{folder}/max_link_speed") as speed, open(f"{folder}/max_link_width") as width:

@@ -1,4 +1,7 @@
-"""Gradient accumulation whose inner update runs once a cycle, as the moments' one slot needs."""
+"""Gradient accumulation that runs the wrapped optimizer once per cycle.
+
+Moments change in place, so a paged optimizer must not run at micro-steps that discard its result.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,26 +15,26 @@ from jax.core import Tracer
 class MultiSteps:
     r"""Accumulates gradients over several micro-steps: `optax.MultiSteps` without wasted updates.
 
-    Of every cycle of :math:`k` micro-steps the first :math:`k - 1` return updates of zero, and the
-    last one returns those of the wrapped optimizer for the mean (or the sum) of the gradients,
+    In each cycle of :math:`k` micro-steps the first :math:`k - 1` return updates of zero. The last
+    one returns the updates of the wrapped optimizer for the mean (or the sum) of the gradients,
 
     .. math::
 
       a_n = a_{n-1} + \frac{g_n - a_{n-1}}{n}, \quad n = 1, \dots, k, \quad a_0 = 0.
 
     `optax.MultiSteps` runs the wrapped optimizer at every micro-step and throws :math:`k - 1`
-    results away. Here it is in a branch of `jax.lax.cond` and runs once a cycle: a paged one needs
-    that, because its moments change in place, and others take less time.
+    results away. Here the optimizer is in a branch of `jax.lax.cond` and runs once per cycle. A
+    paged one needs that, because its moments change in place; others take less time.
 
-    Constructor, methods and state (`optax.MultiStepsState`) are those of `optax.MultiSteps`, and
-    so are the numbers, up to the rounding that XLA's fusion decides.
+    Constructor, methods and state (`optax.MultiStepsState`) are those of `optax.MultiSteps`. So are
+    the numbers, up to rounding, which depends on how XLA fuses operations.
 
     Args:
-      opt: the optimizer to wrap: any `optax.GradientTransformation`. Extra arguments of `update`
-        are passed on to it; in a cycle it sees those of the last micro-step.
+      opt: the optimizer to wrap: any `optax.GradientTransformation`. It gets the extra arguments of
+        the last micro-step in a cycle.
       every_k_schedule: micro-steps in a cycle, at least 1: an int, or a function from the number
         of cycles so far (int32 of shape ()) to an integer scalar. It may not change within a cycle.
-      use_grad_mean: whether the optimizer is given the mean of the gradients, or else their sum.
+      use_grad_mean: whether the optimizer gets the mean of the gradients, or else their sum.
       should_skip_update_fn: ``f(gradients, gradient_step, params)`` returns a bool of shape () and
         a tree. Where the bool is True, the micro-step changes nothing but ``skip_state``, which
         becomes that tree: `optax.skip_not_finite`, or `optax.skip_large_updates` with its limit.
@@ -67,16 +70,20 @@ class MultiSteps:
       <https://doi.org/10.1080/00401706.1962.10490022>`_, 1962
 
     .. note::
-      Deviations from `optax.MultiSteps`: updates within a cycle are zero, also where the optimizer
-      would return NaN; a gradient that is not finite spoils its own cycle and none after it; after
-      a cycle ``acc_grads`` still holds what the optimizer was given, and the next micro-step starts
-      from zero; a cycle that is already longer than `every_k_schedule` says ends at once; outside
-      of `jax.jit` no call compiles a branch; `gradient_transformation` passes extra arguments on.
+      Deviations from `optax.MultiSteps`:
 
-      On a GPU a micro-step with a paged optimizer returns when the device has reached it, because
-      XLA chooses the branch on the host. Of other optimizers XLA:GPU may evaluate both branches and
-      take as long as with `optax.MultiSteps`. Under `jax.vmap` over the state JAX evaluates both,
-      and refuses a paged optimizer.
+      - Updates within a cycle are zero, also where the optimizer would return NaN.
+      - A gradient that is not finite spoils its own cycle and no later one.
+      - After a cycle ``acc_grads`` still holds what the optimizer got; the next micro-step starts
+        from zero.
+      - A cycle that is already longer than `every_k_schedule` says ends at once.
+      - Outside of `jax.jit` no call compiles a branch.
+      - `gradient_transformation` passes extra arguments on.
+
+      On a GPU a micro-step with a paged optimizer returns only when the device has reached it,
+      because XLA chooses the branch on the host. With other optimizers XLA:GPU may evaluate both
+      branches and take as long as with `optax.MultiSteps`. Under `jax.vmap` over the state JAX
+      evaluates both branches, and a paged optimizer is refused.
     """
 
     def __init__(

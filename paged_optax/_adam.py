@@ -47,18 +47,19 @@ def scale_by_paged_adam8bit(
       u_t &\leftarrow \frac{m_t / (1-\beta_1^t)}
         {\sqrt{v_t / (1-\beta_2^t) + \bar\varepsilon} + \varepsilon}
 
-    in float32; :math:`u_t` uses the new moments as they are before they are quantized, by default
-    in a code whose rounding has mean zero (see `Quantization`). A gradient
-    element that is not finite gives a NaN update for that element (or what `non_finite` says) and
+    in float32. The direction :math:`u_t` uses the new moments before they are quantized. By default
+    the format rounds them at random, with mean zero (see `Quantization`). A gradient element that
+    is NaN, infinite, or at least 2^64 makes its own update NaN (or does what `non_finite` says) and
     leaves its moments alone.
 
-    Moments change in place: only the newest state can be updated. A state that was rolled back,
-    forked or restored from a checkpoint is refused with an error, and nothing is overwritten. With
-    ``replay=True`` moments are kept twice (4.06 bytes per parameter), and the state before the last
-    step can be updated as well, for whoever runs a step and then drops its result
-    (``optax.MultiSteps``, ``jnp.where`` over the state, a step that is tried again). On a GPU the
-    error comes with the next call (the refused step returns an update of zero), because a step
-    never waits for the device.
+    Moments change in place, so only the newest state can be updated. A state that was rolled back,
+    forked or restored from a checkpoint is refused with an error, and nothing is overwritten. On a
+    GPU a step never waits for the device: the refused step returns an update of zero, and the next
+    call raises the error.
+
+    With ``replay=True`` a second copy of the moments is kept (4.06 bytes per parameter), and the
+    state before the last step can be updated as well. Wrappers that compute a step and may discard
+    it need this: ``optax.MultiSteps``, ``jnp.where`` over the state, a step that is tried again.
 
     Args:
       b1: decay rate of the first moment; a float or a traced scalar.
@@ -67,21 +68,22 @@ def scale_by_paged_adam8bit(
       eps_root: added to the denominator inside the square root.
       nesterov: whether to use Nesterov momentum.
       replay: whether the last step may be discarded and run again; doubles the moments' memory.
-      non_finite: what a gradient that is not finite, or has no finite square, does.
-        ``"propagate"``: its own update is NaN. ``"skip_element"``: its own direction is 0.
-        ``"skip_step"``: all updates are 0 and the state stays as it was, with its count and the
-        schedules of this optimizer (not those of `optax.inject_hyperparams` around it). The other
-        two read all gradients once more, and the state then is a `SkipNonFiniteState`, whose
-        ``skipped`` counts the elements, or the steps. Elements count from 2^64 on, where squares
-        may overflow. In `jax.pmap` and `jax.shard_map` copies of an element count each. Behind
-        clipping by a global norm use ``"skip_step"``: one such element spoils the norm of all.
-        Each of several paged optimizers (`optax.partition`) decides for its own parameters.
+      non_finite: what to do with gradients that are NaN, infinite, or at least 2^64 (their square
+        overflows). ``"propagate"``: the element's update is NaN. ``"skip_element"``: the element's
+        direction is 0. ``"skip_step"``: all updates are 0 and the state stays as it was, with its
+        count and the schedules of this optimizer (but not those of an `optax.inject_hyperparams`
+        around it). The two that skip read all gradients once more. Their state is a
+        `SkipNonFiniteState`, whose ``skipped`` counts elements or steps; under `jax.pmap` and
+        `jax.shard_map` a replicated element is counted once per device. They look at the gradients
+        that reach this optimizer, after those before it in the chain. To look before clipping, or
+        to decide for several optimizers together, use `skip_non_finite`.
       quantization: how moments are stored; see `Quantization`.
       paging: where moments live; see `Paging`.
 
     Returns:
-      An `optax.GradientTransformation`. Gradients may be float32, bfloat16 or float16, mixed in one
-      tree, of any shape; updates have their dtypes.
+      An `optax.GradientTransformationExtraArgs`. Gradients may be float32, bfloat16 or float16,
+      mixed in one tree, of any shape; updates have their dtypes. The extra argument ``skip`` is for
+      `skip_non_finite`.
 
     Raises:
       ValueError: for decay rates outside [0, 1) or negative eps (where given as Python numbers), or
@@ -135,10 +137,14 @@ def paged_adamw8bit(
     r"""Adam with weight decay and 8-bit, paged moments: `optax.adamw` for less memory.
 
     The chain of `scale_by_paged_adam8bit`, `optax.add_decayed_weights` and
-    `optax.scale_by_learning_rate`, so the decay acts on the parameters before the step, as in
-    optax: :math:`\theta_t \leftarrow \theta_{t-1} - \alpha_t (u_t + \lambda \theta_{t-1})`. With
-    a `param_rounding` other than ``"nearest"`` it is one transformation that does the same in one
-    pass, in float32, and rounds once.
+    `optax.scale_by_learning_rate`. As in optax, the decay acts on the parameters before the step:
+
+    .. math::
+
+      \theta_t \leftarrow \theta_{t-1} - \alpha_t (u_t + \lambda \theta_{t-1})
+
+    With a `param_rounding` other than ``"nearest"`` it is one transformation that does the same in
+    one pass, in float32, and rounds once.
 
     Args:
       learning_rate: a global scaling factor, a schedule, or a traced scalar.
@@ -151,13 +157,13 @@ def paged_adamw8bit(
         returns one; True where weight decay applies.
       nesterov: whether to use Nesterov momentum.
       replay: whether the last step may be discarded and run again; doubles the moments' memory.
-      param_rounding: how parameters in bfloat16 and float16 are rounded, which have too few digits
-        for small steps. ``"nearest"``: by whoever adds the update, as with optax, and steps below
-        half of a parameter's last digit are lost. ``"stochastic"``: at random, with the exact value
-        as the mean. ``"compensated"``: to nearest, with 8 further bits of a float32 master weight
-        kept beside the moments (3.05 instead of 2.03 bytes per parameter, if any is of 16 bits).
-        With the latter two, `update` needs the parameters, and nothing behind this transformation
-        may change its updates: see `check_last`.
+      param_rounding: how new parameters in bfloat16 and float16 are rounded. These types have too
+        few digits for small steps. ``"nearest"``: `optax.apply_updates` rounds, as always in optax,
+        and steps below half a unit in a parameter's last place are lost. ``"stochastic"``: at
+        random, with the exact value as the mean. ``"compensated"``: to nearest, and 8 further bits
+        of a float32 master weight are kept with the moments (3.05 instead of 2.03 bytes per
+        parameter, if any has 16 bits). With the latter two, `update` needs the parameters, and no
+        transformation after this one may change its updates: see `check_last`.
       non_finite: ``"propagate"``, ``"skip_element"`` or ``"skip_step"``; see
         `scale_by_paged_adam8bit`.
       quantization: how moments are stored; see `Quantization`.
@@ -196,7 +202,8 @@ def paged_adamw8bit(
       bitsandbytes applies the weight decay after the update, to the new parameters; the
       difference is :math:`\alpha^2 \lambda u_t` per step.
 
-      Where a GPU refuses a step (see `scale_by_paged_adam8bit`), the weight decay still acts.
+      Where a GPU refuses a step (see `scale_by_paged_adam8bit`), later links of the chain do not
+      know it: weight decay is still applied in that step.
     """
     check_decay(weight_decay)
     rule = Rule("adam", b1=b1, b2=b2, eps=eps, eps_root=eps_root, nesterov=nesterov)
@@ -257,7 +264,7 @@ def paged_adam8bit(
       >>> print(f"{updates['w'][0, 0]:.4f}")
       -0.1000
 
-      In bfloat16 the number below 1 is 0.99609. Steps of 0.001 are lost, or add up:
+      The largest bfloat16 below 1 is 0.99609. Steps of 0.001 are lost, or they add up:
 
       >>> for param_rounding in ("nearest", "compensated"):
       ...   tx = paged_optax.paged_adam8bit(0.001, param_rounding=param_rounding)

@@ -1,4 +1,4 @@
-"""A check that nothing behind a paged optimizer changes its updates."""
+"""A check that no transformation after a paged optimizer changes its updates."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from ._memory import release
-from ._state import find_states
+from ._state import has_states
 from ._transformation import observers
 
 
@@ -40,20 +40,20 @@ def check_last(
     """Checks that nothing in `tx` changes the updates that its paged optimizers return.
 
     With ``param_rounding="stochastic"`` or ``"compensated"`` updates are made so that parameters
-    land exactly where they were rounded to. A transformation behind the paged optimizer, such as
+    land exactly where they were rounded to. A transformation after the paged optimizer, such as
     `optax.scale`, `optax.clip` or `optax.ema`, would let them land elsewhere: small updates would
     get lost again, and residuals would belong to other parameters. Wrappers that pass updates on
     or replace all of them by zeros, such as `optax.MultiSteps`, `optax.masked`, `optax.partition`
     and `optax.apply_if_finite`, are fine.
 
     Takes a few steps with random parameters and gradients, outside of `jax.jit`, and compares what
-    the paged optimizers return with what `tx` returns. The memory of these steps is freed again.
-    What does nothing in three such steps, such as `optax.clip(1.0)` behind a small learning rate or
-    a schedule that starts with 1, is not noticed.
+    the paged optimizers return with what `tx` returns. The memory of these steps is freed again. It
+    cannot notice what does nothing in three such steps, such as `optax.clip(1.0)` after a small
+    learning rate, or a schedule that starts with 1.
 
     Args:
       tx: the whole optimizer, as the training loop calls it.
-      params: parameters; only structure, shapes and dtypes matter, so those of a smaller model or
+      params: parameters. Only structure, shapes and dtypes matter, so those of a smaller model or
         `jax.ShapeDtypeStruct` will do.
       max_steps: how many steps to take at most to see three that update anything.
       **extra_args: what else to pass to ``tx.update``, such as ``value=1.0`` for
@@ -72,19 +72,15 @@ def check_last(
       ...   paged_optax.check_last(optax.chain(adamw, optax.scale(0.5)), params)
       ... except ValueError as error:
       ...   print(str(error).split(":")[0])
-      something behind the paged optimizer changes its updates
+      something after the paged optimizer changes its updates
     """
     rng = np.random.default_rng(0)
     num_compared = 0
     params = jax.tree.map(lambda p: _random_like(p, rng), params)
     update = optax.with_extra_args_support(tx).update
     state = tx.init(params)
-    try:
-        find_states(state)
-    except ValueError:
-        raise ValueError(
-            "there is no paged optimizer in tx: nothing in it has to be last"
-        ) from None
+    if not has_states(state):
+        raise ValueError("there is no paged optimizer in tx: nothing in it has to be last")
     try:
         # Without jit: a step that was traced before would have nothing to record, and one that is
         # traced here would go on recording.
@@ -94,25 +90,9 @@ def check_last(
                 grads = jax.tree.map(lambda p: _random_like(p, rng), params)
                 updates, state = update(grads, state, params, **extra_args)
                 jax.effects_barrier()
-                leaves = [np.asarray(leaf).ravel() for leaf in jax.tree.leaves(updates)]
-                if any(np.isnan(record.astype(np.float32)).any() for record in records):
-                    raise ValueError(
-                        "the paged optimizer's own updates are NaN; with optax.inject_hyperparams"
-                        " and bfloat16 parameters pass hyperparam_dtype=jnp.float32"
-                    )
-                if not any(leaf.any() for leaf in leaves):
-                    continue
-                missing, total = _count_missing(records, leaves), sum(r.size for r in records)
-                if missing:
-                    raise ValueError(
-                        f"something behind the paged optimizer changes its updates: {missing} of"
-                        f" {total} elements that it returned are not in the updates of the whole"
-                        " chain. Parameters then do not land where they were rounded to; move the"
-                        " other transformations before it, or use param_rounding='nearest'."
-                    )
-                num_compared += total > 0
+                num_compared += _compare(records, updates)
                 if num_compared == 3:  # the first may be special: optax.ema passes it on
-                    break
+                    return
     finally:
         release(state)
     if not num_compared:
@@ -123,8 +103,29 @@ def check_last(
         )
 
 
+def _compare(records: list[np.ndarray], updates: Any) -> bool:
+    """Whether a step had updates to compare; raises if they are not what was recorded."""
+    leaves = [np.asarray(leaf).ravel() for leaf in jax.tree.leaves(updates)]
+    if any(np.isnan(record.astype(np.float32)).any() for record in records):
+        raise ValueError(
+            "the paged optimizer's own updates are NaN; with optax.inject_hyperparams and bfloat16"
+            " parameters pass hyperparam_dtype=jnp.float32"
+        )
+    if not any(leaf.any() for leaf in leaves):
+        return False
+    missing, total = _count_missing(records, leaves), sum(record.size for record in records)
+    if missing:
+        raise ValueError(
+            f"something after the paged optimizer changes its updates: {missing} of {total}"
+            " elements that it returned are not in the updates of the whole chain. Parameters then"
+            " do not land where they were rounded to; move the other transformations before it, or"
+            " use param_rounding='nearest'."
+        )
+    return total > 0
+
+
 def _random_like(leaf: Any, rng: np.random.Generator) -> jax.Array:
-    """Of many magnitudes, so that some parameters move at once, however small the step."""
+    """Numbers of many magnitudes, so that any step moves some parameters at once."""
     shape = np.shape(leaf)
     values = rng.standard_normal(shape) * 10 ** rng.uniform(-7, 0, shape)
     return jnp.asarray(values, leaf.dtype if hasattr(leaf, "dtype") else jnp.asarray(leaf).dtype)
@@ -133,7 +134,7 @@ def _random_like(leaf: Any, rng: np.random.Generator) -> jax.Array:
 def _count_missing(records: list[np.ndarray], leaves: list[np.ndarray]) -> int:
     """How many recorded elements are not among those of the leaves, counted with multiplicity.
 
-    By value and not by place, since wrappers may split, join and reshape trees.
+    Values are compared and not places, since wrappers may split, join and reshape trees.
     """
     missing = 0
     for dtype in {r.dtype for r in records}:
@@ -148,6 +149,7 @@ def _count_missing(records: list[np.ndarray], leaves: list[np.ndarray]) -> int:
 
 
 def _count(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The values in the arrays, and how often each is there."""
     if not arrays:
         return np.zeros(0), np.zeros(0, np.int64)
     return np.unique(np.concatenate(arrays).astype(np.float32), return_counts=True)

@@ -4,8 +4,8 @@ Each call is a primitive of its own, because ``jax.ffi.ffi_call(has_side_effect=
 effect, and a program with an effect leaves JAX's fast dispatch path, cannot be sharded and is not
 ordered either.
 
-Here the effect is in the compiled program only, so that XLA neither drops, merges nor hoists the
-calls; the order of updates comes from the token, which every update takes and returns.
+Here only the compiled program has the effect, so that XLA neither drops, merges nor hoists the
+calls. The order of updates comes from the token, which every update takes and returns.
 """
 
 from typing import NoReturn
@@ -22,7 +22,7 @@ from . import _ext
 from ._step import Step
 
 TOKEN_SHAPE = (2,)  # handle, version
-NUM_SCALARS = 4  # token, count, hyperparams, part: the operands of an update before the leaves
+NUM_SCALARS = 4  # operands of an update before the leaves: token, count, hyperparams, part
 
 _ISSUE_TARGET = "paged_optax_issue"
 _UPDATE_TARGET = "paged_optax_update"
@@ -30,16 +30,15 @@ _UPDATE_TARGET = "paged_optax_update"
 for _name, _platform, _handler in _ext.targets():
     jax.ffi.register_ffi_target(_name, _handler, platform=_platform)
 
-# issue_call_p: a seed, int32 (2,), that only tells apart two calls of one program -> a new token.
-# Static: `shared` (bool), whether other processes take part in the program.
+# issue_call_p: a seed -> a new token. The seed, int32 (2,), only tells apart two calls of one
+# program. Static: `shared` (bool), whether other processes take part in the program.
 issue_call_p = jax.extend.core.Primitive("paged_optax_issue_call")
-# update_call_p: token, count, hyperparams, part, gradients, parameters or none -> the advanced
-# token, updates.
-# Static: `step`, a `Step`.
+# update_call_p: token, count, hyperparams, part, gradients, and parameters if the step takes them
+# -> the advanced token, updates. Static: `step`, a `Step`.
 update_call_p = jax.extend.core.Primitive("paged_optax_update_call")
 issue_call_p.multiple_results = update_call_p.multiple_results = True
-# position_p: nothing -> int32 (): where in its mesh the device is, axes of all types counted. For
-# code that is partitioned already; jax.lax.axis_index has to know the axes there.
+# position_p: nothing -> int32 (): the device's place in its mesh, over axes of all types. It is for
+# code that is partitioned already, where jax.lax.axis_index would have to know the axes.
 position_p = jax.extend.core.Primitive("paged_optax_position")
 
 
@@ -85,9 +84,9 @@ mlir.register_lowering(position_p, _lower_position)
 def _no_cuda(ctx, *operands, **static) -> NoReturn:
     del ctx, operands, static
     raise RuntimeError(
-        "this program is for an NVIDIA GPU but paged_optax was built without CUDA (installed with"
-        " PAGED_OPTAX_CUDA=OFF, or no nvcc could be had). Reinstall it with PAGED_OPTAX_CUDA=ON,"
-        " or run on CPU with JAX_PLATFORMS=cpu."
+        "this program is for an NVIDIA GPU but paged_optax was built without CUDA (it was installed"
+        " with PAGED_OPTAX_CUDA=OFF, or no nvcc was found). Reinstall it with PAGED_OPTAX_CUDA=ON,"
+        " or run on the CPU with JAX_PLATFORMS=cpu."
     )
 
 

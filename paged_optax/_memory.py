@@ -3,23 +3,24 @@
 from typing import Any
 
 from . import _ext
+from ._bytes import check_bytes
 from ._state import find_states, read_token
 
 
 def evict(opt_state: Any, device_bytes: int = 0) -> int:
     """Takes moments out of GPU memory, and keeps them out until `prefetch`.
 
-    For room that something else outside of XLA's pool needs, or XLA itself where it does not
-    preallocate (``XLA_PYTHON_CLIENT_PREALLOCATE=false``). Returns when they are out. The device
-    memory of managed moments then goes to whoever allocates next; until then ``nvidia-smi`` counts
-    it as in use. The state can be updated meanwhile; steps then work on the moments in host memory.
-    Other states that are updated meanwhile may come to use the room. On the CPU, moments in a file
-    are written out and leave RAM; others stay. States that were never updated have no moments to
-    keep out.
+    Use it if something else outside of XLA's pool needs room, or XLA itself where it does not
+    preallocate (``XLA_PYTHON_CLIENT_PREALLOCATE=false``). Returns when the moments are out. The
+    device memory of managed moments then goes to the next allocation; until then ``nvidia-smi``
+    counts it as in use. The state can be updated meanwhile, and steps then work on the moments in
+    host memory. Other states that are updated meanwhile may take the room. On the CPU, moments in a
+    file are written out and leave RAM; others stay. States that were never updated have no moments
+    to evict.
 
     Args:
       opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it.
-      device_bytes: what each state may still have on each device.
+      device_bytes: bytes that each state may still have on each device.
 
     Returns:
       The number of bytes that were moved.
@@ -27,7 +28,7 @@ def evict(opt_state: Any, device_bytes: int = 0) -> int:
     Raises:
       ValueError: if there is no paged state, or for a negative number of bytes.
       RuntimeError: if the moments were released or are not in this process.
-      MemoryError: if they could not be moved; they are where they were.
+      MemoryError: if they could not be moved; they are then where they were.
 
     Example:
       >>> import jax.numpy as jnp, paged_optax
@@ -37,18 +38,15 @@ def evict(opt_state: Any, device_bytes: int = 0) -> int:
       >>> moved = paged_optax.evict(state)  # 2.03 MiB on a GPU
       >>> moved = paged_optax.prefetch(state)
     """
-    if not isinstance(device_bytes, int):
-        raise TypeError(f"device_bytes is {device_bytes!r}; it must be an int, a number of bytes")
-    if device_bytes < 0:
-        raise ValueError(f"device_bytes is {device_bytes}; it counts bytes and cannot be negative")
+    check_bytes("device_bytes", device_bytes)
     return _limit(opt_state, min(device_bytes, 2**63 - 1))
 
 
 def prefetch(opt_state: Any) -> int:
     """Brings moments into GPU memory, as far as there is room, and ends what `evict` asked for.
 
-    Room is what is free beyond the headroom and within the budgets. Returns when they are there.
-    Not needed for training: steps bring moments in by themselves when there is room for a
+    Room is free memory beyond the headroom and within the budgets. Returns when the moments are in.
+    Training does not need it: steps bring moments in by themselves once there has been room for a
     while. On the CPU, moments in a file are read ahead.
 
     Args:
@@ -95,7 +93,7 @@ def release(opt_state: Any) -> int:
 def release_all() -> int:
     """Frees the moments of every optimizer state of this process, also of states that are lost.
 
-    For notebooks, where states get lost when a cell runs again. No state made so far can be
+    Use it in notebooks, where a state is lost when its cell runs again. No state made so far can be
     updated any more.
 
     Returns:

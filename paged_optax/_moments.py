@@ -24,7 +24,7 @@ Values = dict[str, Any]
 class Moments(NamedTuple):
     """Dequantized moments, in the tree of the parameters: float32 NumPy arrays.
 
-    What no optimizer keeps is None.
+    A moment that no optimizer of the state has is None.
     """
 
     mu: Any = None
@@ -34,13 +34,14 @@ class Moments(NamedTuple):
 def moments(opt_state: Any, *, gather: bool = False) -> Moments:
     """Reads the moments of an optimizer state.
 
-    Waits for the updates under way. For looking at and for tests; at 8 bytes per parameter the
-    result is four times as large as what is stored.
+    Waits for the updates under way. Meant for inspection and for tests: the result takes 8 bytes
+    per parameter, four times as much as what is stored.
 
     Args:
       opt_state: any optax state, nnx.Optimizer or TrainState with a paged state in it.
-      gather: of a state on devices of several processes (`jax.distributed`), collects the shards of
-        all of them. Every process of the job must then call this, or those that do wait for ever.
+      gather: for a state on devices of several processes (`jax.distributed`), whether to collect
+        the shards of all of them. Every process of the job must then make this call, because each
+        waits for all others.
 
     Returns:
       A `Moments` of float32 NumPy arrays in the tree of the updates. States for disjoint parts of
@@ -77,11 +78,11 @@ def _merge_all(states: list[Values], name: str) -> Any:
 
 
 class _Overlap(Exception):
-    pass
+    """Two states have moments of the same parameter."""
 
 
 def _merge(one: Any, other: Any) -> Any:
-    """One tree out of two where either has MaskedNode, for a leaf or a subtree, or they agree."""
+    """One tree out of two; for each leaf or subtree, one of them must have a MaskedNode."""
     if isinstance(one, optax.MaskedNode):
         return other
     if isinstance(other, optax.MaskedNode):
@@ -166,7 +167,7 @@ def _assemble(
                 leaves[i][name][index] = shard
     if len(local) == len(devices):
         return leaves
-    for i, shape in enumerate(shapes):  # one by one: every process's copy comes to every process
+    for i, shape in enumerate(shapes):  # one by one: every process gets every process's copy
         for whole in leaves[i].values():
             copies = multihost_utils.process_allgather(whole)
             for position, device in enumerate(devices):
@@ -176,7 +177,7 @@ def _assemble(
 
 
 def _ordinal(device: Any) -> int:
-    """What handlers call a device of this process."""
+    """The number by which handlers know a device of this process."""
     return device.id if device.platform == "cpu" else device.local_hardware_id
 
 

@@ -1,4 +1,4 @@
-"""Whether gradients are finite, the same answer on all devices that take part."""
+"""Whether gradients are finite: the same answer on all devices that take part."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,18 +18,18 @@ def is_bad(grad: jax.Array) -> jax.Array:
 
 
 def count_bad(grads: Sequence[jax.Array], reduce: Callable[..., jax.Array]) -> jax.Array:
-    """Gradient elements that are not finite or are 2^64 and more, on all devices: int32 ().
+    """How many gradient elements are bad, see `is_bad`, on all devices: int32 ().
 
-    With ``reduce=jnp.any`` a leaf counts as one, with `count_elements` each element. Where JAX does
-    not tell whether gradients are the same on several devices (`jax.pmap`, `jax.shard_map`), each
-    device's count.
+    With ``reduce=jnp.any`` a leaf counts as one, with `count_elements` each element counts. Where
+    JAX does not tell whether gradients are the same on several devices (`jax.pmap`,
+    `jax.shard_map`), each device's elements count.
     """
     totals: dict[tuple[str, ...], jax.Array] = {}  # by the manual axes that gradients vary along
     for grad in grads:
         count = reduce(is_bad(grad)).astype(jnp.int32)
         axes = tuple(sorted(_varying(count)))
         totals[axes] = add_counts(totals[axes], count) if axes in totals else count
-    if not any(totals):  # jax.shard_map does not tell: they may vary along all
+    if not any(totals):  # jax.shard_map does not tell: gradients may vary along all axes
         mesh = jax.sharding.get_abstract_mesh()
         kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
         manual = tuple(name for name, kind in kinds if kind == AxisType.Manual)
@@ -44,13 +44,13 @@ def count_bad(grads: Sequence[jax.Array], reduce: Callable[..., jax.Array]) -> j
 
 
 def count_elements(bad: jax.Array) -> jax.Array:
-    """How many are True: int32 (), and the largest int32 from 2^30 on."""
+    """How many elements are True: int32 (); from 2^30 on, the largest int32."""
     rows = jnp.sum(jnp.atleast_1d(bad), axis=-1, dtype=jnp.int32)
     return _stop(jnp.sum(rows, dtype=jnp.int32), jnp.sum(rows.astype(jnp.float32)))
 
 
 def _stop(count: jax.Array, about: jax.Array) -> jax.Array:
-    """A count, unless it may have wrapped: `about` is the same as a float."""
+    """The count, or the largest int32 if it may have wrapped; `about` is the count as a float."""
     return jnp.where(about < 2.0**30, count, _LARGEST)
 
 
@@ -60,5 +60,5 @@ def _varying(x: jax.Array) -> frozenset[str]:
 
 
 def add_counts(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The sum of two counters, which stop at the largest int32."""
+    """The sum of two counts, at most the largest int32."""
     return jnp.where(x > _LARGEST - y, _LARGEST, x + y)

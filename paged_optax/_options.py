@@ -5,6 +5,7 @@ import operator
 import os
 
 from ._tables import FORMAT_NAMES, PARAM_ROUNDINGS
+from ._bytes import check_bytes
 from ._validate import check_choice, check_kind
 
 NON_FINITE = ("propagate", "skip_element", "skip_step")
@@ -15,22 +16,24 @@ class Quantization:
     """How moments are stored.
 
     Attributes:
-      codec: the 8-bit code; either takes 2.03 bytes per parameter for both moments, in blocks of
-        256 elements. ``"ratio"`` stores second moments as small floats and first moments as
-        multiples of their square roots, both rounded stochastically; updates follow those of
-        float32 moments an order of magnitude closer than with the other. ``"dynamic"`` is the code
-        of bitsandbytes, to the bit. In it a second moment far below the largest of its block is
-        zero, and steps explode; and second moments do not decay.
-      min_size: leaves with fewer elements than this keep float32 moments (8 bytes per parameter).
-        Small leaves are biases and norms, which save nothing and tolerate least. Inside
-        `jax.shard_map` a leaf is the device's part of it.
-      seed: chooses the random bits of stochastic rounding. They follow from the seed, the names of
-        the leaves, the number of the step and the place in a leaf (or in a device's part of it), so
-        nothing is stored and a run can be repeated to the bit. Moments in the ``"dynamic"`` code
-        need none.
+      codec: the format of large leaves. ``"ratio"`` and ``"dynamic"`` take 2.03 bytes per parameter
+        for both moments, in blocks of 256 elements. ``"ratio"`` stores second moments as small
+        floats and first moments as multiples of their square roots, and rounds both at random with
+        mean zero. Updates follow those of float32 moments an order of magnitude closer than with
+        ``"dynamic"``, the code of bitsandbytes, to the bit. Its second moments underflow to zero
+        next to a large neighbour, which makes steps explode, and they fail to decay. ``"float32"``
+        takes 8 bytes per parameter and rounds nothing.
+      min_size: leaves with fewer elements than this have float32 moments whatever the codec. Small
+        leaves are biases and norms: they save nothing and tolerate least. Inside `jax.shard_map`
+        the device's part of a leaf counts.
+      seed: chooses the random bits for rounding. They follow from the seed, the name of the leaf,
+        the number of the step and the place in the leaf (or in a device's part of it). Nothing is
+        stored for them, and a run can be repeated to the bit. Moments in the ``"dynamic"`` and
+        ``"float32"`` formats need none.
 
     Raises:
       ValueError: for an unknown codec or a negative size.
+      TypeError: for a size or a seed that is not an int.
     """
 
     codec: str = "ratio"
@@ -56,29 +59,28 @@ class Quantization:
 class Paging:
     """Where moments live.
 
-    On a GPU as many of a state's moments as there is room for, counted from the first leaf on, are
-    in device memory, and a step reads and writes the others in host memory, in place, at the rate
-    of the link. Every step looks at the free device memory. When that gets short, moments make
-    room; when there is more for a while, they come back. This happens beside training, 128 MiB for
-    each step on average, and changes no bit of the results. The states on a GPU share what there is
-    fairly (max-min).
+    On a GPU, as many moments as fit stay in device memory, in leaf order. The kernel reads and
+    writes the rest directly in host memory, at the speed of the link. Every step looks at the free
+    device memory: when it gets short, moments make room, and when there has been more for a while,
+    they come back. They move while training goes on, 128 MiB per step on average, and no bit of the
+    results depends on it. The states on a GPU share its free memory fairly (max-min).
 
-    A state keeps the options that it was first updated with; `evict` and `prefetch` change where
-    its moments are.
+    A state keeps the options of its first update; `evict` and `prefetch` change where its moments
+    are.
 
     Attributes:
-      device_bytes: device memory that the moments of all states on a GPU may take together; None
-        for whatever is free, 0 for everything on the host. States with other limits may go on where
-        this one stops.
-      headroom_bytes: device memory to leave free beside the moments; of several states, the most
-        that one asks for.
-      memory: ``"managed"``, CUDA managed memory, or ``"pinned"``, pinned host memory and plain
-        device memory, which steps use in the same way. Where managed memory does not work (WSL and
-        some virtual GPUs) pinned memory is taken instead, with a warning.
+      device_bytes: device memory in bytes that the moments of all states on a GPU may take
+        together; None for whatever is free, 0 for everything on the host. States with other limits
+        may go on where this one stops.
+      headroom_bytes: device memory in bytes to leave free next to the moments. Of several states,
+        the largest counts.
+      memory: ``"managed"`` for CUDA managed memory, or ``"pinned"`` for pinned host memory and
+        plain device memory, which steps use in the same way. Where managed memory does not work
+        (WSL and some virtual GPUs) pinned memory is taken instead, with a warning.
       directory: on the CPU, a folder for a file that holds the moments, so that they may be larger
-        than RAM and the operating system pages them to disk. The file has no name, and is gone when
+        than RAM and the operating system pages them to disk. The file has no name. It is gone when
         the state is released or the process ends in whatever way. None for plain memory. A step on
-        a GPU refuses it.
+        a GPU refuses a directory.
 
     Raises:
       ValueError: for negative numbers of bytes, another kind of memory, or an empty directory.
@@ -93,12 +95,11 @@ class Paging:
     def __post_init__(self):
         for name in ("device_bytes", "headroom_bytes"):
             value = getattr(self, name)
-            if not isinstance(value, int) and (value is not None or name == "headroom_bytes"):
-                raise TypeError(f"{name} is {value!r}; it must be an int, a number of bytes")
-            if value is not None and value >= 2**63:
+            if value is None and name == "device_bytes":
+                continue
+            check_bytes(name, value)
+            if value >= 2**63:
                 raise ValueError(f"{name} is {value}; no machine has 2**63 bytes")
-            if value is not None and value < 0:
-                raise ValueError(f"{name} is {value}; it counts bytes and cannot be negative")
         if self.memory not in ("managed", "pinned"):
             raise ValueError(f"unknown memory {self.memory!r}; it is 'managed' or 'pinned'")
         if self.directory is None:

@@ -5,13 +5,13 @@ import os
 import warnings
 
 from . import _ext
-from ._report import advise, xla_pool
+from ._pool import advise, xla_pool
 
-_said: set[int] = set()
+_said: set[int] = set()  # GPUs whose memory was said to be short
 
 
 def _on_notice(ordinal: int, missing_bytes: int, text: str) -> None:
-    """Warns of what the C++ side has to say; of short memory once a GPU."""
+    """Passes a notice of the C++ code on as a warning; of short memory, once per GPU."""
     if missing_bytes:
         if ordinal in _said:
             return
@@ -23,6 +23,6 @@ def _on_notice(ordinal: int, missing_bytes: int, text: str) -> None:
 
 
 _ext.set_notice_handler(_on_notice)
-# Before Python, and then CUDA, are taken down. A forked process has no pagers to wait for.
+# Pagers must stop before Python, and then CUDA, shut down. A forked process has none to stop.
 atexit.register(_ext.stop_pagers)
 os.register_at_fork(after_in_child=lambda: atexit.unregister(_ext.stop_pagers))

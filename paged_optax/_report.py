@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from . import _ext, _names
+from ._bytes import format_bytes
+from ._pool import advise, xla_pool
 from ._state import find_states, read_token
 
 MAX_ROWS = 12  # groups of leaves that a printed report lists
@@ -25,12 +27,12 @@ class DeviceMemory:
       memory: ``managed`` or ``pinned`` on a GPU, ``host`` or ``file`` on the CPU; several kinds are
         joined by ``+``.
       budget: the smallest ``Paging(device_bytes=...)`` of the states; None without one.
-      moved: between the device and the host since the states were made.
-      moving_seconds: time that this took, beside training.
-      free: memory of the GPU that nobody holds; None on the CPU.
+      moved: bytes moved between device and host since the states were made.
+      moving_seconds: seconds that these moves took while training went on.
+      free: free memory of the GPU; None on the CPU.
       pool: what XLA's allocator holds of the GPU; None where that is not known.
       pool_in_use: the most of the pool that was in use at one time.
-      evicted: whether `evict` keeps moments out.
+      evicted: whether `evict` keeps moments out of the device.
     """
 
     device: str
@@ -48,12 +50,13 @@ class DeviceMemory:
 
     @property
     def on_host(self) -> int:
-        """What is not resident: in host memory that a GPU reaches over its link, or on disk."""
+        """Bytes that are not resident: in host memory that a GPU reaches over its link, or on
+        disk."""
         return self.total - self.resident
 
     @property
     def advice(self) -> str:
-        """What would bring moments into the GPU's memory, where only XLA's pool keeps them out."""
+        """How to get more moments into the GPU's memory, if only XLA's pool keeps them out."""
         if self.budget is not None or self.evicted or self.pool is None:
             return ""
         if self.pool_in_use is None or self.free is None or self.free > self.on_host:
@@ -63,13 +66,13 @@ class DeviceMemory:
 
 @dataclasses.dataclass(frozen=True)
 class LeafGroup:
-    """Moments of the leaves below one branch of the parameters' tree, over the process's devices.
+    """Moments of the leaves below one branch of the parameters' tree, on the process's devices.
 
     Attributes:
       name: the branch, as a path of the tree.
       leaves: number of leaves.
       total: bytes of their moments.
-      resident: those in the devices' own memory.
+      resident: bytes of them in the devices' own memory.
     """
 
     name: str
@@ -79,6 +82,7 @@ class LeafGroup:
 
     @property
     def on_host(self) -> int:
+        """Bytes that are not resident."""
         return self.total - self.resident
 
 
@@ -87,10 +91,10 @@ class MemoryReport:
     """Where the moments are. Prints as a table.
 
     Attributes:
-      devices: one `DeviceMemory` a device of this process.
+      devices: one `DeviceMemory` per device of this process.
       groups: one `LeafGroup` for each branch of the parameters' tree, where it first branches.
-      elsewhere: bytes of moments on devices of other processes (`jax.distributed`), which have as
-        many as those here; how many of them are resident is known there.
+      elsewhere: bytes of moments on the devices of other processes (`jax.distributed`). Only a
+        report made there tells how many of them are resident.
     """
 
     devices: tuple[DeviceMemory, ...]
@@ -137,16 +141,41 @@ class MemoryReport:
         return "\n".join(lines)
 
 
+def _describe(device: DeviceMemory) -> list[str]:
+    """Lines on the memory of a GPU around the moments."""
+    if device.free is None:
+        return []
+    budget = "no budget" if device.budget is None else f"budget {format_bytes(device.budget)}"
+    line = f"{device.device}: {device.memory} memory, {budget}, {format_bytes(device.free)} free"
+    if device.pool is not None and device.pool_in_use is not None:
+        line += (
+            f", XLA's pool {format_bytes(device.pool)} ({format_bytes(device.pool_in_use)} used)"
+        )
+    if device.moved:
+        line += f"; moved {format_bytes(device.moved)} in {device.moving_seconds:.2f} s"
+    return ["", line, *[device.advice] * (device.advice != "")]
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Any]]) -> list[str]:
+    """Lines with a name and, for each column, that attribute of the row."""
+    width = max(10, *(len(name) + 1 for name, _ in rows)) if rows else 10
+    lines = [f"{title:<{width}}" + "".join(f"{c.replace('_', ' '):>12}" for c in columns)]
+    for name, row in rows:
+        numbers = "".join(f"{format_bytes(getattr(row, c)):>12}" for c in columns)
+        lines.append(f"{name:<{width}}{numbers}")
+    return lines
+
+
 def memory_report(opt_state: Any) -> MemoryReport:
     """Reports where the moments of an optimizer state are.
 
-    Moments are made by a state's first update; before it there is nothing to report.
+    A state's first update makes its moments; before it, the report is empty.
 
     Args:
       opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it.
 
     Returns:
-      A `MemoryReport`, all paged states added up.
+      A `MemoryReport` in which all paged states are added up.
 
     Raises:
       ValueError: if there is no paged state.
@@ -205,21 +234,23 @@ def _device_memory(platform: str, ordinal: int, reports: list[dict[str, Any]]) -
 def _groups(reports: list[dict[str, Any]]) -> tuple[LeafGroup, ...]:
     """Adds up leaves by where the tree first branches."""
     sizes: dict[tuple[str, ...], list[int]] = {}
-    seen: set[tuple[tuple[str, ...], int]] = set()  # leaves, each of which several devices report
+    seen: set[tuple[tuple[str, ...], int]] = set()  # several devices report the same leaf
     for report in reports:
         treedef = _names.trees.get(report["tree"])
         if treedef is None:  # the update was not traced in this process
             return ()
         try:
             numbered = jax.tree.unflatten(treedef, range(treedef.num_leaves))
-        except Exception:  # a container of the user's that does not take numbers
+        except Exception:  # the user's container does not take numbers
             return ()
         for path, index in jax.tree_util.tree_leaves_with_path(numbered):
             name = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
             leaf = (name, report["handle"])
             row = sizes.setdefault(name, [0, 0, 0])
             total, resident = report["leaf_bytes"][index]
-            if report["memory"] == "file":  # which pages of it are in RAM is not known by leaf
+            if (
+                report["memory"] == "file"
+            ):  # the system tells how much of it is in RAM, not which leaves
                 resident = total * report["resident"] // max(1, report["total"])
             added = (int(leaf not in seen), total, resident)
             seen.add(leaf)
@@ -235,64 +266,3 @@ def _groups(reports: list[dict[str, Any]]) -> tuple[LeafGroup, ...]:
         group = groups.setdefault("/".join(path[: shared + 1]), [0, 0, 0])
         group[:] = [a + b for a, b in zip(group, row, strict=True)]
     return tuple(LeafGroup(name, *row) for name, row in groups.items())
-
-
-def xla_pool(ordinal: int) -> tuple[int | None, int | None]:
-    """What XLA's allocator holds of a GPU, and the most of it that was ever in use.
-
-    Not what is in use now: between two steps nothing of what a step needs is there.
-    """
-    try:
-        devices = jax.local_devices(backend="gpu")
-    except RuntimeError:
-        return None, None
-    for device in devices:
-        if device.local_hardware_id == ordinal:
-            stats = device.memory_stats() or {}
-            in_use = stats.get("peak_bytes_in_use", stats.get("bytes_in_use"))
-            return stats.get("pool_bytes", stats.get("bytes_limit")), in_use
-    return None, None
-
-
-def advise(missing: int, pool: int, in_use: int) -> str:
-    unused = pool - in_use
-    if missing <= 0 or unused < missing:
-        return ""
-    return (
-        f"XLA's pool holds {format_bytes(pool)}, of which {format_bytes(unused)} were never in"
-        " use: with a smaller pool the moments would have room. Set XLA_PYTHON_CLIENT_MEM_FRACTION"
-        " to less (the default is 0.75), or XLA_PYTHON_CLIENT_PREALLOCATE=false."
-    )
-
-
-def _describe(device: DeviceMemory) -> list[str]:
-    """Lines on what surrounds the moments of a GPU."""
-    if device.free is None:
-        return []
-    budget = "no budget" if device.budget is None else f"budget {format_bytes(device.budget)}"
-    line = f"{device.device}: {device.memory} memory, {budget}, {format_bytes(device.free)} free"
-    if device.pool is not None and device.pool_in_use is not None:
-        line += (
-            f", XLA's pool {format_bytes(device.pool)} ({format_bytes(device.pool_in_use)} used)"
-        )
-    if device.moved:
-        line += f"; moved {format_bytes(device.moved)} in {device.moving_seconds:.2f} s"
-    return ["", line, *[device.advice] * (device.advice != "")]
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Any]]) -> list[str]:
-    width = max(10, *(len(name) + 1 for name, _ in rows)) if rows else 10
-    lines = [f"{title:<{width}}" + "".join(f"{c.replace('_', ' '):>12}" for c in columns)]
-    for name, row in rows:
-        numbers = "".join(f"{format_bytes(getattr(row, c)):>12}" for c in columns)
-        lines.append(f"{name:<{width}}{numbers}")
-    return lines
-
-
-def format_bytes(nbytes: int) -> str:
-    """Bytes for people: ``2.03 MiB``."""
-    value, units = float(nbytes), ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
-    while value >= 1024 and len(units) > 1:
-        value /= 1024
-        units.pop(0)
-    return f"{nbytes} B" if units[0] == "B" else f"{value:.2f} {units[0]}"

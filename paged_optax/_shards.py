@@ -11,15 +11,15 @@ from jax.sharding import PartitionSpec
 # How one dimension of a leaf is cut: (parts, stride) per mesh axis, the slowest varying first. A
 # device at `position` in the mesh has part position // stride % parts.
 Cut = tuple[tuple[int, int], ...]
-# Of each dimension of each leaf.
+# The cuts of each dimension of each leaf.
 Cuts = tuple[tuple[Cut, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """Which part of each leaf a device has. Travels through the compiled program as text.
+    """Which part of each leaf a device has. The compiled program carries it as text.
 
-    Texts are equal if all devices have the same parts, whatever the mesh axes are called.
+    Two texts are equal if all devices have the same parts, whatever the mesh axes are called.
     """
 
     cuts: Cuts
@@ -44,13 +44,13 @@ class Shards:
         return tuple(index)
 
     def part(self, position: Any) -> Any:
-        """A number of which parts the device at `position` has, equal where the parts are equal.
+        """The first position whose device has the same parts as the device at `position`.
 
-        It is the first position with these parts.
+        Two devices get the same number exactly if they have the same parts.
         """
         pairs = {pair for cuts in self.cuts for cut in cuts for pair in cut}
         spans = sorted((stride, stride * parts) for parts, stride in pairs)
-        part, done = 0 * position, 1  # of the position, only the digits in these spans matter
+        part, done = 0 * position, 1  # only the position's digits in these spans matter
         for start, end in spans:
             start = max(start, done)
             if end > start:

@@ -1,8 +1,8 @@
-"""Skipping gradients that are not finite, for everything inside a wrapper.
+"""A wrapper that skips gradients that are not finite, for everything inside it.
 
-The wrapper looks at the gradients before any other transformation, and tells the paged optimizers
-inside by the extra argument ``skip``. They have to be told: their moments change in place, so
-nobody can take a step back afterwards.
+It looks at the gradients before any other transformation does, and tells the paged optimizers
+inside by the extra argument ``skip``. They must know before the step: their moments change in
+place, so the wrapper cannot undo a step afterwards.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def skip_non_finite(
     an `optax.partition` skip together.
 
     Args:
-      tx: any transformation, as a rule with paged optimizers inside.
+      tx: any transformation; usually a chain with a paged optimizer in it.
       mode: what to skip. ``"step"``: the whole step. All updates are 0 and no state inside changes:
         counts, schedules, moments and momentum stay as they are. ``"element"``: single elements.
         Transformations inside see a gradient of 0 in their place. Paged optimizers skip exactly
@@ -79,6 +79,10 @@ def skip_non_finite(
       [-0.1  0.   0.1] 1
 
     .. note::
+      Inside `MultiSteps` it looks at the mean of a cycle. Around it, ``"step"`` leaves out the bad
+      micro-step, and the cycle waits for another one; ``"element"`` puts a 0 into the mean, and the
+      optimizer skips the elements that are bad in the last micro-step.
+
       `optax.apply_if_finite` looks at the updates instead, after every state has changed. Around a
       paged optimizer it needs ``replay=True``.
     """
@@ -190,7 +194,7 @@ def _inside() -> Iterator[None]:
 def _take_out(
     updates: optax.Updates, outer: dict[str, jax.Array] | None
 ) -> tuple[optax.Updates, dict[str, jax.Array]]:
-    """Gradients with 0 for unusable elements, and masks of these and of those of outer wrappers."""
+    """Gradients with 0 for bad elements, and masks by path, which include those of `outer`."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(updates)
     masks, clean = {}, []
     for path, grad in leaves:
@@ -202,7 +206,7 @@ def _take_out(
 
 
 def _choose(pred: jax.Array, on_true: Any, on_false: Any) -> Any:
-    """One of two trees, but paged states always of the second: they were told, and are right."""
+    """One tree or the other; paged states always of the second, because they know of the skip."""
     return jax.tree.map(
         lambda x, y: y if is_paged(y) else jnp.where(pred, x, y),
         on_true,

@@ -1,9 +1,9 @@
 """The states of paged optimizers, and the tokens in them.
 
-Moments live outside JAX and change in place. The state holds a token for them: a handle, which
-memory, and a version, which contents of it. Every executed update makes a new version, so a token
-that is not the newest is recognised and refused, and the moments stay as they were.
-`xla_ffi/README.md` gives the full contract.
+Moments live outside JAX and change in place. A state holds a token for them: a handle, which says
+in which memory they are, and a version, which says which contents of it the state means. Every
+executed update makes a new version. A token that is not the newest is recognised and refused, and
+the moments stay as they were. `xla_ffi/README.md` gives the full contract.
 """
 
 import itertools
@@ -47,7 +47,7 @@ _seeds = itertools.count()
 
 
 def new_token(num_leaves: int) -> jax.Array:
-    """Token of a new state. Without leaves there is nothing to store, so nothing is made."""
+    """Token of a new state. Without leaves there is nothing to store, so no handle is issued."""
     if num_leaves == 0:
         return jnp.zeros(TOKEN_SHAPE, jnp.int32)
     return _calls.issue(np.array([next(_seeds) % 2**31, 0], np.int32))

@@ -1,4 +1,4 @@
-"""What the optimizers ask of their arguments: clear errors for everything else."""
+"""Checks of arguments, with errors that name the problem, the value and the remedy."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +13,7 @@ FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def check_range(name: str, value: jax.typing.ArrayLike, below: float = np.inf) -> None:
+    """Accepts a scalar from 0 to below `below`, and any traced scalar."""
     if np.ndim(value) != 0:
         raise ValueError(f"{name} has shape {np.shape(value)}; it must be a scalar")
     if callable(value) or value is None or isinstance(value, str):
@@ -27,7 +28,7 @@ def check_range(name: str, value: jax.typing.ArrayLike, below: float = np.inf) -
 
 
 def check_rate(name: str, value: Any) -> None:
-    """A learning rate or the like: a scalar, or a schedule of scalars."""
+    """Accepts a learning rate or the like: a scalar, or a schedule of scalars."""
     if value is None or isinstance(value, str):
         raise TypeError(f"{name} is {value!r}; it must be a number or a schedule of numbers")
     if not callable(value) and np.ndim(value) != 0:
@@ -35,7 +36,7 @@ def check_rate(name: str, value: Any) -> None:
 
 
 def check_decay(value: Any) -> None:
-    """A weight decay. Refuses a dtype, which `optax.adamw` would take in its place."""
+    """Accepts a weight decay, and no dtype, which `optax.adamw` takes in its place."""
     if isinstance(value, type | np.dtype) or hasattr(value, "dtype") and callable(value):
         raise TypeError(
             f"weight_decay is {value}, a dtype: optax.adamw has mu_dtype in this place, which paged"
@@ -45,16 +46,19 @@ def check_decay(value: Any) -> None:
 
 
 def check_kind(name: str, value: Any, kind: type) -> None:
+    """Accepts an instance of a public class."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} is {value!r}; it must be a paged_optax.{kind.__name__}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Accepts one of several names."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
 
 
 def check_flag(name: str, value: Any) -> bool:
+    """Accepts the leaf of a mask, True or False and not traced, and returns it."""
     if isinstance(value, Tracer):
         raise TypeError(f"{name} has a traced value; its leaves must be known: True or False")
     if np.ndim(value) != 0 or np.asarray(value).dtype != bool:
@@ -63,6 +67,7 @@ def check_flag(name: str, value: Any) -> bool:
 
 
 def check_dtypes(kind: str, leaves: list[tuple[Any, Any]]) -> None:
+    """Accepts leaves, with their paths, that have a type which the kernel reads."""
     for path, leaf in leaves:
         dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.asarray(leaf).dtype
         if isinstance(leaf, np.ndarray | np.generic):
@@ -76,7 +81,7 @@ def check_dtypes(kind: str, leaves: list[tuple[Any, Any]]) -> None:
 
 
 def check_shapes(grads: list[tuple[Any, Any]], params: optax.Params | None) -> None:
-    """Compares gradients with the parameters, where given; the kernel compares with the moments."""
+    """Compares gradients with the parameters, if given. The kernel compares with the moments."""
     if params is None:
         return
     leaves = jax.tree.leaves(params)
@@ -94,4 +99,5 @@ def check_shapes(grads: list[tuple[Any, Any]], params: optax.Params | None) -> N
 
 
 def leaf_name(path: Any) -> str:
+    """The path of a leaf, for messages."""
     return jax.tree_util.keystr(path) or "leaf"

@@ -61,7 +61,7 @@ def test_check_last_refuses(factory):
     before = num_arenas()
     with (
         jax.numpy_dtype_promotion("standard"),
-        pytest.raises(ValueError, match="something behind the paged optimizer changes its updates"),
+        pytest.raises(ValueError, match="something after the paged optimizer changes its updates"),
     ):
         check_last(factory(), PARAMS)
     assert num_arenas() == before
@@ -69,13 +69,13 @@ def test_check_last_refuses(factory):
 
 @jax.numpy_dtype_promotion("standard")
 def test_check_last_passes_arguments_on():
-    """`contrib.reduce_on_plateau` needs the loss; behind the optimizer it scales updates."""
+    """`contrib.reduce_on_plateau` needs the loss; after the optimizer it scales updates."""
     plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=1)
     adamw = paged_adamw8bit(1e-3, param_rounding="compensated")
     check_last(optax.chain(plateau, adamw), PARAMS, value=1.0)
     with pytest.raises(TypeError, match="value"):
         check_last(optax.chain(plateau, adamw), PARAMS)
-    with pytest.raises(ValueError, match="behind the paged optimizer"):
+    with pytest.raises(ValueError, match="after the paged optimizer"):
         check_last(optax.chain(adamw, plateau), PARAMS, value=1.0)
 
 

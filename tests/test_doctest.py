@@ -40,6 +40,7 @@ FUNCTIONS = [
     paged_optax.moments,
     paged_optax.memory_report,
     paged_optax.release,
+    paged_optax.skip_non_finite,
 ]
 
 

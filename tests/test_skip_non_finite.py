@@ -292,6 +292,36 @@ def test_inside_of_accumulation_it_looks_at_the_mean(mode):
     assert optax.tree.get(state, "skipped") == 1
 
 
+def test_elements_around_accumulation():
+    """A bad element adds 0 to the mean of its cycle."""
+    params = {"w": jnp.ones((64, 64))}
+    tx = paged_optax.MultiSteps(scale_by_paged_adam8bit(), 2).gradient_transformation()
+    plain, careful = tx, skip_non_finite(tx, "element")
+    state, careful_state = plain.init(params), careful.init(params)
+    for value, instead in ((jnp.nan, 0.0), (3.0, 3.0)):
+        updates, state = plain.update({"w": params["w"].at[0, 0].set(instead)}, state, params)
+        others, careful_state = careful.update(
+            {"w": params["w"].at[0, 0].set(value)}, careful_state, params
+        )
+        assert_equal(others, updates)
+    assert careful_state.skipped == 1 and np.all(updates["w"])
+
+
+@pytest.mark.parametrize("mode", ["step", "element"])
+def test_inside_of_injected_hyperparameters(mode):
+    @optax.inject_hyperparams
+    def make(learning_rate):
+        return skip_non_finite(clipped(paged_adam8bit(learning_rate)), mode)
+
+    params = {"w": jnp.ones((64, 64))}
+    tx = make(optax.linear_schedule(0.2, 0.0, 4))
+    state, update = tx.init(params), jax.jit(tx.update)
+    for value in (1.0, jnp.nan, 1.0):
+        updates, state = update({"w": params["w"].at[0, 0].set(value)}, state, params)
+    assert optax.tree.get(state, "skipped") == 1
+    np.testing.assert_allclose(updates["w"][1:], -0.1, rtol=1e-2)
+
+
 @pytest.mark.parametrize("kind", ["Auto", "Explicit", "Manual"])
 @pytest.mark.parametrize("mode", ["step", "element"])
 def test_all_devices_decide_alike(mode, kind):

@@ -60,10 +60,10 @@ class Quantized(NamedTuple):
 
 
 def quantize(values: np.ndarray, signed: bool) -> Quantized:
-    """Quantizes a flat float32 array block by block: nearest value, ties to the even code.
+    """Quantizes a flat float32 array block by block: to the nearest value, ties to even codes.
 
-    Negative first moments never take the code of zero; blocks whose largest magnitude is
-    subnormal count as zero.
+    Negative first moments never take the code of zero. A block whose largest magnitude is subnormal
+    becomes zero.
     """
     blocks = _to_blocks(values)
     scales = np.max(np.abs(blocks), axis=1, initial=np.float32(0))
@@ -72,8 +72,8 @@ def quantize(values: np.ndarray, signed: bool) -> Quantized:
     x = blocks * inverse[:, None].astype(np.float32)
     table = dynamic_map(signed)
     middles = (table[:-1] + table[1:]) * np.float32(0.5)
-    below = np.searchsorted(middles, x, side="left")  # a value on a middle stays below it ...
-    above = np.searchsorted(middles, x, side="right")  # ... or goes above it
+    below = np.searchsorted(middles, x, side="left")  # puts a value on a middle below it
+    above = np.searchsorted(middles, x, side="right")  # puts a value on a middle above it
     codes = np.where(below % 2 == 0, below, above)
     if signed:
         codes = np.where(np.signbit(x) & (codes == 127), 126, codes)
@@ -95,7 +95,7 @@ class RatioState(NamedTuple):
     mu_codes: np.ndarray  # uint8 (num_blocks * 256,), two's complement: -127 .. 127
     nu_codes: np.ndarray  # uint8 (num_blocks * 256,)
     mu_scales: np.ndarray  # float32 (num_blocks,)
-    nu_words: np.ndarray  # float32 (num_blocks,), of which the bits count
+    nu_words: np.ndarray  # float32 (num_blocks,); their bits are the words
 
 
 _COARSEST_STEP = 128  # in units of 2^14
@@ -112,30 +112,32 @@ def quantize_ratio(mu: np.ndarray, nu: np.ndarray, random: np.ndarray) -> RatioS
     Args:
       mu: first moments (size,).
       nu: second moments (size,), finite and not negative.
-      random: uint32 (size,), of which the upper bits round ``nu`` and the lower 16 ``mu``.
+      random: uint32 (size,). The upper bits round ``nu``, the lower 16 round ``mu``.
     """
     mu, nu = _to_blocks(mu), np.minimum(_to_blocks(nu), np.float32(2.0**127))
     random = np.pad(random, (0, mu.size - random.size)).reshape(mu.shape)
 
-    # The window: from the largest second moment to the smallest, in bits, which order floats.
+    # The window reaches from the largest second moment to the smallest, both as the integers of
+    # their bits, which have the order of the floats.
     bits = nu.view(np.int32).astype(np.int64)
     top = bits.max(axis=1, initial=0)
     idle_limit = (top - _IDLE_RANGE)[:, None]
     low = np.where(mu == 0, np.maximum(bits, idle_limit), bits)
     bottom = np.where(bits > 0, low, _INFINITY).min(axis=1, initial=_INFINITY)
     span = np.maximum(top - bottom, 0)
-    span += span // 64 + span // 256  # so much of the codes is left for the ends
+    span += span // 64 + span // 256  # leaves some codes at both ends
     steps = np.array([quarters << e for e in range(5) for quarters in range(4, 8)])
     fits = span[:, None] < 256 * steps << 14
     steps = np.where(fits.any(axis=1), steps[fits.argmax(axis=1)], _COARSEST_STEP)
-    # Division by the step: multiplication by a reciprocal that is hardly too large.
+    # Division by the step is multiplication by a reciprocal that is slightly too large.
     shift = 12 + np.frexp(steps)[1].astype(np.int64)
     reciprocal = -(-(1 << (32 + shift)) // (steps << 14))
     offset = np.maximum((top * reciprocal >> 32 + shift) - _TOP_CODE, 0)
     has_zeros = np.where((bits == 0).any(axis=1), _HAS_ZEROS, 0)
     words = (offset << 16 | has_zeros | steps).astype(np.uint32)
 
-    # Second moments: what is below the lowest code takes that one; random bits, then the division.
+    # Second moments: values below the lowest code take that one. Random bits are added before the
+    # division rounds down.
     above = np.maximum(bits - (offset * steps << 14)[:, None], (steps << 14)[:, None])
     shift, reciprocal = shift[:, None], reciprocal[:, None]
     divided = (above * reciprocal >> 32) + (random.astype(np.int64) >> 32 - shift)
@@ -169,8 +171,8 @@ def dequantize_ratio(state: RatioState) -> tuple[np.ndarray, np.ndarray]:
 def ratio_random(leaf_key: int, count: int, size: int) -> np.ndarray:
     """The random bits with which a leaf's moments are rounded, uint32 (size,).
 
-    Weyl sequences along the elements (the plastic number) and the steps (the golden ratio), of
-    which the latter starts anew every 128 steps.
+    They are Weyl sequences along the elements (with the plastic number) and along the steps (with
+    the golden ratio). The one along the steps starts anew every 128 steps.
     """
     (restart,) = mix(np.array([count >> 7], np.uint32), 0x9E3779B9, 0x7F4A7C15).tolist()
     start = (leaf_key ^ leaf_key >> 32) + count * 0x9E3779B9 + restart

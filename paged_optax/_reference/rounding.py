@@ -23,7 +23,7 @@ def random_bits(leaf_key: int, count: int, start: int, size: int) -> np.ndarray:
 
 
 def random_bits_from(keys, leaf_key: int, start: int, size: int) -> np.ndarray:
-    """`random_bits` from two words in place of those that a step gives."""
+    """As `random_bits`, with two given words instead of those that follow from a step."""
     before, between = (np.asarray(key, np.uint32) for key in keys)
     leaf_key %= 2**64
     index = np.uint64(start) + np.arange(size, dtype=np.uint64)
@@ -47,11 +47,11 @@ class ParamHyperparams(NamedTuple):
 
 
 ZERO_RESIDUAL = 128
-_POWER = np.float32(2.0**112)  # bits of a float16 behind those of a float32 divided by this
+_POWER = np.float32(2.0**112)  # dividing by this gives a float32 the exponent bits of a float16
 
 
 def dropped_bits(dtype) -> int:
-    """Bits that a float32 has behind those of a 16-bit type."""
+    """How many more mantissa bits a float32 has than a 16-bit type."""
     return 13 if dtype == np.float16 else 16
 
 

@@ -53,13 +53,13 @@ def adam(
       skip_elements: whether an element whose gradient cannot be used is skipped.
 
     Returns:
-      ``(update, mu, nu)``, float32. Where a gradient is not finite, or 2^64 and more, so that it
-      has no finite square, the update is NaN, or that of a first moment of 0 with
-      `skip_elements`, and the moments are unchanged.
+      ``(update, mu, nu)``, float32. Where a gradient is not finite, or at least 2^64 (its square
+      overflows), the moments are unchanged and the update is NaN; with `skip_elements` it is that
+      of a first moment of 0.
     """
     f32 = np.float32
     b1, b2, eps, eps_root = (f32(x) for x in hyperparams)
-    if not (0 <= b1 < 1 and 0 <= b2 < 1):  # only a traced value can be: a schedule gone wrong
+    if not (0 <= b1 < 1 and 0 <= b2 < 1):  # only a traced value can be outside
         return np.full_like(mu, np.nan), mu, nu
     one_minus_b1, one_minus_b2 = f32(1) - b1, f32(1) - b2
     t = count + 1
