@@ -425,7 +425,7 @@ def test_other_parts_of_the_same_size_are_refused(cuts, kind):
 
     _, state = update(put(0, cuts[0]), tx.init(make_tree(0, shapes)))
     before = moments(state)
-    with pytest.raises(RAISES, match="cut over the devices in another way.*left as they were"):
+    with pytest.raises(RAISES, match="sharded differently from the first step.*left as they were"):
         jax.block_until_ready(update(put(1, cuts[1]), jax.device_get(state)))
     assert_trees_equal(moments(state), before)
     _, state = update(put(1, cuts[0]), state)

@@ -28,7 +28,7 @@ class Signature {
   // Adds a leaf, in tree order. Returns the number of its first block among those of its codec.
   int64_t Append(Codec codec, const int64_t* dims, int64_t rank);
 
-  // Says that residuals of the parameters are kept beside the moments.
+  // Says that residuals of the parameters are kept with the moments.
   void KeepResiduals() { extent_.has_residuals = true; }
 
   uint64_t Fingerprint() const;
