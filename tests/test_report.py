@@ -222,6 +222,64 @@ def test_moments_are_a_copy():
     np.testing.assert_array_equal(first.nu, kept)
 
 
+def test_moments_are_read_once(monkeypatch):
+    """One question and one reading, whatever the number of leaves: never one a leaf."""
+    tx = scale_by_paged_adam8bit(quantization=Quantization(min_size=100))
+    params = {f"{i}": jnp.full(50 + i, float(i + 1)) for i in range(100)}
+    _, state = tx.update(params, tx.init(params))
+    calls = []
+    for name in ("describe", "read_leaves"):
+        function = getattr(_ext, name)
+        monkeypatch.setattr(
+            _ext, name, lambda *args, f=function, n=name: calls.append(n) or f(*args)
+        )
+    mu = moments(state).mu
+    assert calls == ["describe", "read_leaves"]
+    for name, param in params.items():
+        np.testing.assert_allclose(mu[name], 0.1 * param, rtol=1e-2)
+
+
+@pytest.mark.parametrize("codec", ["ratio", "dynamic"])
+@pytest.mark.parametrize("replay", [False, True])
+def test_what_is_stored_of_a_leaf_does_not_depend_on_its_place(codec, replay, stored_moments):
+    """Leaves of both kinds in turn, across chunk borders, against each in a state of its own."""
+    tx = scale_by_paged_adam8bit(quantization=Quantization(codec, min_size=1000), replay=replay)
+    sizes = {"a": 300_000, "b": 999, "c": 1_500_001, "d": 5, "e": 0, "f": 70_000, "g": 256}
+    rng = np.random.default_rng(0)
+    grads = {name: jnp.asarray(rng.normal(size=n), jnp.float32) for name, n in sizes.items()}
+
+    def store(grads):
+        state = tx.init(grads)
+        for _ in range(2):
+            _, state = tx.update(grads, state)
+        return stored_moments(state)
+
+    for name, stored in zip(grads, store(grads), strict=True):
+        (alone,) = store({name: grads[name]})
+        assert [part.dtype for part in stored] == [part.dtype for part in alone]
+        for part, expected in zip(stored, alone, strict=True):
+            np.testing.assert_array_equal(part.view(np.uint8), expected.view(np.uint8))
+
+
+def test_only_stored_contents_can_be_read():
+    tx = scale_by_paged_adam8bit()
+    params = jnp.ones(5120)
+    _, state = tx.update(params, tx.init(params))
+    handle, version = jax.device_get(state.token).tolist()
+    assert len(_ext.read_leaves("cpu", 0, handle, version)) == 1
+    with pytest.raises(RuntimeError, match="not the newest"):
+        _ext.read_leaves("cpu", 0, handle, version + 1)
+    with pytest.raises(RuntimeError, match="not the newest"):
+        _ext.read_leaves("cpu", 0, handle, 0)
+    with pytest.raises(RuntimeError, match="are on cpu:0 but the step ran on cpu:1"):
+        _ext.read_leaves("cpu", 1, handle, version)
+    with pytest.raises(ValueError, match="keeps no residuals"):
+        _ext.read_residuals("cpu", 0, handle, version)
+    release(state)
+    with pytest.raises(RuntimeError, match="were released"):
+        _ext.read_leaves("cpu", 0, handle, version)
+
+
 # --- Nothing is left behind ---------------------------------------------------------------------
 
 

@@ -39,7 +39,7 @@ struct Arena {
   LeafNames names;
   PlacementPolicy policy;
   std::unique_ptr<Memory> memory = nullptr;
-  SegmentTable segments = {};  // on the GPU only a copy, of which the device has its own
+  SegmentTable segments = {};  // on the GPU only a copy: the device has its own
   ContentsMutex mutex = {};    // CPU: guards the contents. A GPU has one for all its arenas
   Residency residency = {};    // GPU
   std::shared_ptr<DeviceBuffer> device_segments = nullptr;  // GPU: the device's own table

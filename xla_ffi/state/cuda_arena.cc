@@ -79,7 +79,7 @@ void PlaceOnDevice(Arena& arena, const FirstShare& share, Stream stream) {
                   FormatBytes(residency.geometry.NumBytes()) +
                   " of moments are in host memory, where a step takes longer: " +
                   Name(arena.device) + " has " + FormatBytes(FreeDeviceBytes(ordinal)) +
-                  " free beside them, and Paging(headroom_bytes=" +
+                  " free next to them, and Paging(headroom_bytes=" +
                   std::to_string(arena.policy.headroom_bytes) + ") of that are left alone."});
 }
 

@@ -24,7 +24,7 @@ class Handles {
   void SetSharedBase(int32_t random);
 
   // A state is used for the first time if it never was, or if another device was first in this same
-  // execution. Whoever makes an arena for it calls NoteUsed afterwards.
+  // execution. The caller makes an arena for it and then calls NoteUsed.
   Lock<Handles> Acquire() { return Lock<Handles>(mutex_); }
   bool IsFirstUse(const Lock<Handles>&, int32_t handle, int64_t run) const;
   void NoteUsed(const Lock<Handles>&, int32_t handle, int64_t run);
@@ -38,7 +38,8 @@ class Handles {
   // The state was released.
   void Forget(int32_t handle);
 
-  enum class Origin { kElsewhere, kUnused, kUsed };  // another process; this one
+  // Another process issued the handle; or this one did, and its state was or was not used.
+  enum class Origin { kElsewhere, kUnused, kUsed };
   Origin OriginOf(int32_t handle) const;
 
  private:

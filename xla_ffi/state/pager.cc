@@ -174,6 +174,23 @@ void Pager::Fail(const ContentsLock&, Arena& arena, const char* what) {
                   ". They stay where they are until prefetch or evict is called."});
 }
 
+// After a move was prepared: has the device make it between two steps, and know about it.
+void Pager::Enqueue(const ContentsLock&, Arena& arena, const Move& move, int32_t segments) {
+  Memory& memory = *arena.memory;
+  if (memory.ChangesAddresses()) {
+    MakeEvents();
+    if (has_stepped_) CUDA_CHECK(cudaStreamWaitEvent(stream_, stepped_, 0));
+  }
+  memory.Enqueue(move, stream_);
+  // From here on the books say what the device will see, whatever happens.
+  arena.segments = memory.Table(segments);
+  arena.residency.segments = segments;
+  LaunchWriteSegments(arena.segments, arena.header.segments, ordinal_, stream_);
+  if (!memory.ChangesAddresses()) return;
+  CUDA_CHECK(cudaEventRecord(moved_, stream_));
+  has_moved_ = true;
+}
+
 // The lock is given up while the driver works; it is held again when this returns or throws.
 void Pager::Execute(ContentsLock& lock, Arena& arena, const Step& step) {
   Residency& residency = arena.residency;
@@ -194,19 +211,7 @@ void Pager::Execute(ContentsLock& lock, Arena& arena, const Step& step) {
     memory.Prepare(move, stream_);
     if (!memory.ChangesAddresses()) CUDA_CHECK(cudaStreamSynchronize(stream_));
   }
-  if (memory.ChangesAddresses()) {
-    MakeEvents();
-    if (has_stepped_) CUDA_CHECK(cudaStreamWaitEvent(stream_, stepped_, 0));
-  }
-  memory.Enqueue(move, stream_);
-  // From here on the books say what the device will see, whatever happens.
-  arena.segments = memory.Table(segments);
-  residency.segments = segments;
-  LaunchWriteSegments(arena.segments, arena.header.segments, ordinal_, stream_);
-  if (memory.ChangesAddresses()) {
-    CUDA_CHECK(cudaEventRecord(moved_, stream_));
-    has_moved_ = true;
-  }
+  Enqueue(lock, arena, move, segments);
   {
     const ContentsLock::Pause pause(lock);
     CUDA_CHECK(cudaStreamSynchronize(stream_));

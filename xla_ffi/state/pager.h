@@ -44,6 +44,7 @@ class Pager {
   bool Pick(const ContentsLock&, Step* step);
   void Run();
   void Execute(ContentsLock& lock, Arena& arena, const Step& step);
+  void Enqueue(const ContentsLock&, Arena& arena, const Move& move, int32_t segments);
   void Fail(const ContentsLock&, Arena& arena, const char* what);
   void Wake(const ContentsLock&);
   void MakeEvents();

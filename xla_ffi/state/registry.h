@@ -76,8 +76,8 @@ class Registry {
 
   Handles handles_;
   std::mutex mutex_;
-  std::map<DeviceId, std::unique_ptr<Device>> devices_;  // for ever
-  std::unordered_map<uint64_t, Signature> signatures_;   // for ever
+  std::map<DeviceId, std::unique_ptr<Device>> devices_;  // never removed
+  std::unordered_map<uint64_t, Signature> signatures_;   // never removed
 };
 
 }  // namespace paged_optax
