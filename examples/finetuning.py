@@ -195,7 +195,7 @@ def contents(path: str) -> bytes:
 
 
 def options(description: str, out: str, what: str, **defaults) -> argparse.ArgumentParser:
-    """Returns the options of every example. `what` is trained, and `defaults` replaces defaults."""
+    """Returns the options of every example. `what` is trained, and `defaults` overrides."""
     parser = argparse.ArgumentParser(
         description=description,
         usage="%(prog)s [options]",
@@ -212,12 +212,7 @@ def options(description: str, out: str, what: str, **defaults) -> argparse.Argum
     add("--text", **files, help="text to fine-tune on (default: the standard library's source)")
     add("--base-text", **files, help="text for the base model (default: the help topics of pydoc)")
     add("--pretrain-steps", type=int, default=200, help="updates of the base model")
-    add(
-        "--dtype",
-        choices=["bfloat16", "float32"],
-        default="bfloat16",
-        help="dtype of the computation",
-    )
+    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="compute dtype")
     add("--seed", type=int, default=0, help="seed of the weights and the text's order")
     add("--out", type=Path, default=Path(out), help="where to save the plot")
     parser.set_defaults(**defaults)
