@@ -25,21 +25,20 @@ except ImportError as error:
         " install with: pip install -e ."
     ) from error
 
+from . import _process as _process  # sets the hooks
 from ._accumulate import MultiSteps
-from ._adam import paged_adam8bit, paged_adamw8bit, scale_by_paged_adam8bit
-from ._check import check_last
-from ._memory import (
-    DeviceMemory,
-    LeafGroup,
-    MemoryReport,
-    evict,
-    memory_report,
-    prefetch,
-    release,
-    release_all,
+from ._adam import (
+    ScaleByPagedAdam8bitState,
+    paged_adam8bit,
+    paged_adamw8bit,
+    scale_by_paged_adam8bit,
 )
+from ._check import check_last
+from ._memory import evict, prefetch, release, release_all
+from ._moments import Moments, moments
 from ._options import Paging, Quantization
-from ._state import Moments, ScaleByPagedAdam8bitState, SkipNonFiniteState, moments
+from ._report import DeviceMemory, LeafGroup, MemoryReport, memory_report
+from ._skip import SkipNonFiniteState, skip_non_finite
 
 __version__ = "0.1.0"
 
@@ -63,4 +62,5 @@ __all__ = [
     "release",
     "release_all",
     "scale_by_paged_adam8bit",
+    "skip_non_finite",
 ]

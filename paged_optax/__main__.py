@@ -18,7 +18,7 @@ def main() -> int:
     try:
         import paged_optax
         from paged_optax import _ext
-        from paged_optax._memory import format_bytes
+        from paged_optax._report import format_bytes
     except ImportError as error:
         print(f"paged_optax cannot be imported: {error}")
         print("Install it with: pip install . (in a checkout; jax 0.10.2 or newer is needed)")

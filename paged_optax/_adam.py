@@ -1,43 +1,25 @@
 """Adam and AdamW with 8-bit, paged moments, as optax gradient transformations."""
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.core import Tracer
 
-from . import _partition
-from ._check import record
-from ._non_finite import add_counts, count_bad, count_elements
-from ._options import Paging, Quantization
-from ._state import (
-    CODECS,
-    FLOAT32,
-    RATIO,
-    ScaleByPagedAdam8bitState,
-    SkipNonFiniteState,
-    leaf_keys,
-    name_paths,
-    name_tree,
-    new_token,
-)
-from ._validate import (
-    check_choice,
-    check_dtypes,
-    check_flag,
-    check_options,
-    check_range,
-    check_rate,
-    check_shapes,
-    check_state,
-)
+from ._options import Paging, Quantization, make_options
+from ._rule import Rule
+from ._state import paged_state
+from ._transformation import descend, transformation
+from ._validate import check_decay
 
-_PARAM_ROUNDINGS = ("nearest", "stochastic", "compensated")  # enum ParamRounding in rounding.h
-_NON_FINITE = ("propagate", "skip_element", "skip_step")
+
+@paged_state
+class ScaleByPagedAdam8bitState(NamedTuple):
+    """State of `scale_by_paged_adam8bit`: a few integers, whatever the size of the model."""
+
+    # `count` hides tuple.count, as in optax's own states.
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  int32 (): updates so far
+    token: jax.Array  # int32 (2,): handle of the moments, version of their contents
 
 
 def scale_by_paged_adam8bit(
@@ -51,7 +33,7 @@ def scale_by_paged_adam8bit(
     non_finite: str = "propagate",
     quantization: Quantization | None = None,
     paging: Paging | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates according to the Adam algorithm, with moments outside XLA's memory.
 
     `optax.scale_by_adam` with both moments stored in 8 bits (2.03 instead of 8 bytes per
@@ -127,207 +109,11 @@ def scale_by_paged_adam8bit(
     .. note::
       bitsandbytes erases the moments of an element whose gradient is not finite; here they stay.
     """
-    adam = _Adam(b1, b2, eps, eps_root, nesterov, replay, non_finite, quantization, paging)
-    return optax.GradientTransformation(*_compose(adam))
-
-
-class _Adam(NamedTuple):
-    """Arguments of `scale_by_paged_adam8bit`, in its order."""
-
-    b1: Any
-    b2: Any
-    eps: Any
-    eps_root: Any
-    nesterov: bool
-    replay: bool
-    non_finite: str
-    quantization: Quantization | None
-    paging: Paging | None
-
-
-class _Descent(NamedTuple):
-    """What is left to do with Adam's direction, where the custom call does it."""
-
-    learning_rate: optax.ScalarOrSchedule
-    weight_decay: optax.ScalarOrSchedule
-    mask: Any
-    param_rounding: int
-
-
-def _compose(
-    adam: _Adam,
-    descent: _Descent | None = None,
-    tail: Sequence[optax.GradientTransformation] = (),
-) -> optax.GradientTransformation:
-    """Adam's direction, or with `descent` the update of the parameters, and then the tail.
-
-    What `adam.non_finite` skips is skipped for all of them.
-    """
-    check_choice("non_finite", adam.non_finite, _NON_FINITE)
-    first = _Link(adam, descent)
-    if adam.non_finite == "propagate":
-        tx = optax.GradientTransformation(first.init, first.update)
-        return _chain(tx, *tail) if tail else tx
-    others = optax.chain(*tail) if tail else optax.identity()
-
-    def init_fn(params):
-        other_states: Any = others.init(params)  # a tuple, perhaps an empty one
-        inner_state = (first.init(params), *other_states)
-        return SkipNonFiniteState(jnp.zeros([], jnp.int32), inner_state)
-
-    def update_fn(updates, state, params=None):
-        if not isinstance(state, SkipNonFiniteState):
-            raise TypeError(
-                f"the optimizer state is a {type(state).__name__}, not the SkipNonFiniteState that"
-                f" init returns for non_finite={adam.non_finite!r}. Make a new one with"
-                " init(params)."
-            )
-        _check_links(state.inner_state, 1 + len(tail))
-        leaves = jax.tree_util.tree_leaves_with_path(updates)
-        check_dtypes("gradient", leaves)
-        grads = [jnp.asarray(grad) for _, grad in leaves]
-        first_state, *other_states = state.inner_state
-        skip = None
-        if adam.non_finite == "skip_element":
-            skipped = add_counts(state.skipped, count_bad(grads, count_elements))
-        else:
-            skip = count_bad(grads, jnp.any) > 0
-            skipped = add_counts(state.skipped, skip.astype(jnp.int32))
-        updates, first_state = first.update(updates, first_state, params, skip)
-        new_states: Any
-        updates, new_states = others.update(updates, tuple(other_states), params)
-        if skip is not None and tail:
-            updates = jax.tree.map(lambda u: jnp.where(skip, jnp.zeros_like(u), u), updates)
-            new_states = jax.tree.map(
-                lambda new, old: jnp.where(skip, old, new), new_states, tuple(other_states)
-            )
-        return updates, SkipNonFiniteState(skipped, (first_state, *new_states))
-
-    return optax.GradientTransformation(init_fn, update_fn)
-
-
-def _chain(*links: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`optax.chain`, which says what is wrong with a state that was made with other options."""
-    tx = optax.chain(*links)
-
-    def update_fn(updates, state, params=None):
-        _check_links(state, len(links))
-        return tx.update(updates, state, params)
-
-    return optax.GradientTransformation(tx.init, update_fn)
-
-
-def _check_links(state: Any, num_links: int) -> None:
-    if not isinstance(state, tuple) or len(state) != num_links or hasattr(state, "_fields"):
-        raise TypeError(
-            f"the optimizer state is a {type(state).__name__} that this optimizer's init did not"
-            " return; was it made with another param_rounding or non_finite? Start with"
-            " init(params)."
-        )
-
-
-class _Link:
-    """The transformation that makes the custom call."""
-
-    def __init__(self, adam: _Adam, descent: _Descent | None):
-        check_options(adam.quantization, adam.paging)
-        check_range("b1", adam.b1, below=1.0)
-        check_range("b2", adam.b2, below=1.0)
-        check_range("eps", adam.eps)
-        check_range("eps_root", adam.eps_root)
-        self._adam, self._descent = adam, descent
-        self._quantization = adam.quantization or Quantization()
-        self._paging = adam.paging or Paging()
-
-    def init(self, params: optax.Params) -> ScaleByPagedAdam8bitState:
-        leaves = jax.tree_util.tree_leaves_with_path(params)
-        check_dtypes("parameter", leaves)
-        _partition.guard(*(leaf for _, leaf in leaves if isinstance(leaf, Tracer)))
-        return ScaleByPagedAdam8bitState(
-            count=jnp.zeros([], jnp.int32), token=new_token(num_leaves=len(leaves))
-        )
-
-    def update(
-        self,
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        skip: jax.Array | None = None,
-    ) -> tuple[optax.Updates, ScaleByPagedAdam8bitState]:
-        """One step; where the bool `skip` is True, updates of zero and the state as it was."""
-        adam, descent, paging = self._adam, self._descent, self._paging
-        check_state(state)
-        leaves, treedef = jax.tree_util.tree_flatten_with_path(updates)
-        check_dtypes("gradient", leaves)
-        check_shapes(leaves, params)
-        count, next_count = state.count, jnp.asarray(optax.safe_increment(state.count))
-        if skip is not None:
-            count, next_count = jnp.where(skip, -1, count), jnp.where(skip, count, next_count)
-        if not leaves:
-            return updates, ScaleByPagedAdam8bitState(next_count, state.token)
-        paths, grads = zip(
-            *((jax.tree_util.keystr(path), grad) for path, grad in leaves), strict=True
-        )
-        hyperparams = [adam.b1, adam.b2, adam.eps, adam.eps_root]
-        decayed, keys = (), ()
-        if descent is not None:
-            if params is None:
-                raise ValueError(
-                    "param_rounding other than 'nearest' needs the parameters: pass them to update"
-                    " as its third argument"
-                )
-            check_dtypes("parameter", jax.tree_util.tree_leaves_with_path(params))
-            for name in ("learning_rate", "weight_decay"):
-                value = getattr(descent, name)
-                if callable(value):
-                    value = value(state.count)
-                    check_rate(f"{name}, from its schedule,", value)
-                hyperparams.append(value)
-            decayed = _decayed(descent.mask, updates)
-        codec = CODECS[self._quantization.codec]
-        codecs = tuple(
-            codec if np.size(g) >= self._quantization.min_size else FLOAT32 for g in grads
-        )
-        if descent is not None or RATIO in codecs:
-            keys = leaf_keys(paths, self._quantization.seed)
-        token, scaled = _partition.update(
-            state.token,
-            count,
-            _stack(hyperparams),
-            [jnp.asarray(grad) for grad in grads],
-            [jnp.asarray(param) for param in jax.tree.leaves(params)],
-            codecs=codecs,
-            decayed=decayed,
-            keys=keys,
-            nesterov=bool(adam.nesterov),
-            param_rounding=0 if descent is None else descent.param_rounding,
-            replay=bool(adam.replay),
-            skip_elements=adam.non_finite == "skip_element",
-            tree=name_tree(paths, treedef),
-            paths=name_paths(paths),
-            device_bytes=-1 if paging.device_bytes is None else paging.device_bytes,
-            headroom_bytes=paging.headroom_bytes,
-            pinned=paging.memory == "pinned",
-            # Where the program runs from must not matter later: a jitted step keeps the text.
-            directory="" if paging.directory is None else os.path.abspath(paging.directory),
-        )
-        if descent is not None:
-            record(scaled)
-        return jax.tree.unflatten(treedef, scaled), ScaleByPagedAdam8bitState(next_count, token)
-
-
-def _decayed(mask: Any, updates: optax.Updates) -> tuple[bool, ...]:
-    """Of each leaf, whether weight decay applies."""
-    if mask is None:
-        return (True,) * len(jax.tree.leaves(updates))
-    tree = mask(updates) if callable(mask) else mask
-    return tuple(
-        jax.tree.leaves(
-            jax.tree.map(
-                lambda m, part: jax.tree.map(lambda _: check_flag("mask", m), part), tree, updates
-            )
-        )
+    rule = Rule("adam", b1=b1, b2=b2, eps=eps, eps_root=eps_root, nesterov=nesterov)
+    options = make_options(
+        replay=replay, non_finite=non_finite, quantization=quantization, paging=paging
     )
+    return transformation(rule, options, ScaleByPagedAdam8bitState)
 
 
 def paged_adamw8bit(
@@ -412,30 +198,16 @@ def paged_adamw8bit(
 
       Where a GPU refuses a step (see `scale_by_paged_adam8bit`), the weight decay still acts.
     """
-    if (
-        isinstance(weight_decay, type | np.dtype)
-        or hasattr(weight_decay, "dtype")
-        and callable(weight_decay)
-    ):
-        raise TypeError(
-            f"weight_decay is {weight_decay}, a dtype: optax.adamw has mu_dtype in this place,"
-            " which paged optimizers do not take (moments have 8 bits). Pass weight_decay and mask"
-            " by keyword."
-        )
-    adam = _Adam(b1, b2, eps, eps_root, nesterov, replay, non_finite, quantization, paging)
-    check_choice("param_rounding", param_rounding, _PARAM_ROUNDINGS)
-    check_rate("learning_rate", learning_rate)
-    check_rate("weight_decay", weight_decay)
-    if param_rounding == "nearest":
-        tail = [
-            optax.add_decayed_weights(weight_decay, mask),
-            optax.scale_by_learning_rate(learning_rate),
-        ]
-        return optax.with_extra_args_support(_compose(adam, tail=tail))
-    rounding = _PARAM_ROUNDINGS.index(param_rounding)
-    return optax.with_extra_args_support(
-        _compose(adam, _Descent(learning_rate, weight_decay, mask, rounding))
+    check_decay(weight_decay)
+    rule = Rule("adam", b1=b1, b2=b2, eps=eps, eps_root=eps_root, nesterov=nesterov)
+    options = make_options(
+        replay=replay,
+        non_finite=non_finite,
+        quantization=quantization,
+        paging=paging,
+        param_rounding=param_rounding,
     )
+    return descend(rule, learning_rate, options, ScaleByPagedAdam8bitState, weight_decay, mask)
 
 
 def paged_adam8bit(
@@ -502,20 +274,12 @@ def paged_adam8bit(
       Kingma & Ba, `Adam: A Method for Stochastic Optimization
       <https://arxiv.org/abs/1412.6980>`_, 2014
     """
-    adam = _Adam(b1, b2, eps, eps_root, nesterov, replay, non_finite, quantization, paging)
-    check_choice("param_rounding", param_rounding, _PARAM_ROUNDINGS)
-    check_rate("learning_rate", learning_rate)
-    if param_rounding == "nearest":
-        tail = [optax.scale_by_learning_rate(learning_rate)]
-        return optax.with_extra_args_support(_compose(adam, tail=tail))
-    rounding = _PARAM_ROUNDINGS.index(param_rounding)
-    return optax.with_extra_args_support(
-        _compose(adam, _Descent(learning_rate, 0.0, None, rounding))
+    rule = Rule("adam", b1=b1, b2=b2, eps=eps, eps_root=eps_root, nesterov=nesterov)
+    options = make_options(
+        replay=replay,
+        non_finite=non_finite,
+        quantization=quantization,
+        paging=paging,
+        param_rounding=param_rounding,
     )
-
-
-def _stack(scalars: list[jax.typing.ArrayLike]) -> jax.typing.ArrayLike:
-    """Hyperparameters as the operand that the kernel reads: a constant unless one is traced."""
-    if any(isinstance(x, jax.Array) for x in scalars):
-        return jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars])
-    return np.array(scalars, np.float32)
+    return descend(rule, learning_rate, options, ScaleByPagedAdam8bitState)

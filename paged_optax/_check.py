@@ -11,31 +11,27 @@ import optax
 
 from ._memory import release
 from ._state import find_states
-
-_records: list[np.ndarray] | None = None  # while a check runs: the updates of paged optimizers
+from ._transformation import observers
 
 
 @contextlib.contextmanager
 def _recording() -> Iterator[list[np.ndarray]]:
-    global _records
-    if _records is not None:
+    """The updates that paged optimizers return meanwhile."""
+    records: list[np.ndarray] = []
+
+    def append(*updates: Any) -> None:
+        records.extend(np.asarray(update).ravel() for update in updates)
+
+    def observe(updates: list[jax.Array]) -> None:
+        jax.debug.callback(append, *updates)
+
+    if observers:
         raise RuntimeError("another check_last is running; one at a time, please")
-    _records = []
+    observers.append(observe)
     try:
-        yield _records
+        yield records
     finally:
-        _records = None
-
-
-def record(updates: list[jax.Array]) -> None:
-    """Notes the updates that a paged optimizer returned, if a check is running."""
-    if _records is not None:
-        jax.debug.callback(_append, *updates)
-
-
-def _append(*updates: Any) -> None:
-    if _records is not None:
-        _records.extend(np.asarray(update).ravel() for update in updates)
+        observers.remove(observe)
 
 
 def check_last(

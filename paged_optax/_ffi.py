@@ -1,14 +1,14 @@
 """The two XLA custom calls as JAX primitives.
 
-The only module that imports the extension's handlers. Each call is a primitive of its own, because
-``jax.ffi.ffi_call(has_side_effect=True)`` adds a JAX effect, and a program with an effect leaves
-JAX's fast dispatch path, cannot be sharded and is not ordered either.
+Each call is a primitive of its own, because ``jax.ffi.ffi_call(has_side_effect=True)`` adds a JAX
+effect, and a program with an effect leaves JAX's fast dispatch path, cannot be sharded and is not
+ordered either.
 
 Here the effect is in the compiled program only, so that XLA neither drops, merges nor hoists the
 calls; the order of updates comes from the token, which every update takes and returns.
 """
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.extend
@@ -19,6 +19,7 @@ from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
 
 from . import _ext
+from ._step import Step
 
 TOKEN_SHAPE = (2,)  # handle, version
 NUM_SCALARS = 4  # token, count, hyperparams, part: the operands of an update before the leaves
@@ -34,7 +35,7 @@ for _name, _platform, _handler in _ext.targets():
 issue_call_p = jax.extend.core.Primitive("paged_optax_issue_call")
 # update_call_p: token, count, hyperparams, part, gradients, parameters or none -> the advanced
 # token, updates.
-# Static: the members of UpdateAttrs in xla_ffi/xla/handlers.cc.
+# Static: `step`, a `Step`.
 update_call_p = jax.extend.core.Primitive("paged_optax_update_call")
 issue_call_p.multiple_results = update_call_p.multiple_results = True
 # position_p: nothing -> int32 (): where in its mesh the device is, axes of all types counted. For
@@ -49,21 +50,22 @@ def _issue_avals(seed, *, shared):
 
 
 @update_call_p.def_abstract_eval
-def _update_avals(token, count, hyperparams, part, *leaves, **static):
+def _update_avals(token, count, hyperparams, part, *leaves, step):
     del count, hyperparams, part
-    return [token, *leaves[: len(static["codecs"])]]
+    return [token, *leaves[: len(step.formats)]]
 
 
 def _lower_issue(ctx, seed, *, shared):
     return jax.ffi.ffi_lowering(_ISSUE_TARGET, has_side_effect=True)(ctx, seed, shared=shared)
 
 
-def _lower_update(ctx, *operands, **attrs):
-    aliases = {NUM_SCALARS + i: 1 + i for i in range(len(attrs["codecs"]))}
+def _lower_update(ctx, *operands, step: Step):
+    # Each update takes the place of its gradient.
+    aliases = {NUM_SCALARS + i: 1 + i for i in range(len(step.formats))}
     lowering = jax.ffi.ffi_lowering(
         _UPDATE_TARGET, has_side_effect=True, operand_output_aliases=aliases
     )
-    return lowering(ctx, *operands, **{name: _attribute(name, x) for name, x in attrs.items()})
+    return lowering(ctx, *operands, **step.attributes())
 
 
 @position_p.def_abstract_eval
@@ -78,13 +80,6 @@ def _lower_position(ctx):
 
 
 mlir.register_lowering(position_p, _lower_position)
-
-
-def _attribute(name, value):
-    """Integers as the 64 bits that the handler decodes, and one per leaf as an array."""
-    if isinstance(value, tuple):
-        return np.array(value, np.int64 if name == "keys" else np.int8)
-    return np.int64(value) if type(value) is int else value
 
 
 def _no_cuda(ctx, *operands, **static) -> NoReturn:

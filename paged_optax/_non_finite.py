@@ -9,6 +9,14 @@ from jax.sharding import AxisType
 _LARGEST = 2**31 - 1
 
 
+def is_bad(grad: jax.Array) -> jax.Array:
+    """Where a gradient has no finite square: a bool for each element."""
+    if not jnp.issubdtype(grad.dtype, jnp.inexact):
+        return jnp.zeros(grad.shape, bool)
+    limit = jnp.inf if grad.dtype == jnp.float16 else 2.0**64
+    return ~(jnp.abs(grad) < limit)
+
+
 def count_bad(grads: Sequence[jax.Array], reduce: Callable[..., jax.Array]) -> jax.Array:
     """Gradient elements that are not finite or are 2^64 and more, on all devices: int32 ().
 
@@ -18,8 +26,7 @@ def count_bad(grads: Sequence[jax.Array], reduce: Callable[..., jax.Array]) -> j
     """
     totals: dict[tuple[str, ...], jax.Array] = {}  # by the manual axes that gradients vary along
     for grad in grads:
-        limit = jnp.inf if grad.dtype == jnp.float16 else 2.0**64
-        count = reduce(~(jnp.abs(grad) < limit)).astype(jnp.int32)
+        count = reduce(is_bad(grad)).astype(jnp.int32)
         axes = tuple(sorted(_varying(count)))
         totals[axes] = add_counts(totals[axes], count) if axes in totals else count
     if not any(totals):  # jax.shard_map does not tell: they may vary along all

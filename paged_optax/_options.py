@@ -4,6 +4,11 @@ import dataclasses
 import operator
 import os
 
+from ._tables import FORMATS, PARAM_ROUNDINGS
+from ._validate import check_choice, check_kind
+
+NON_FINITE = ("propagate", "skip_element", "skip_step")
+
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
@@ -38,8 +43,9 @@ class Quantization:
             if isinstance(value, bool) or not hasattr(value, "__index__"):
                 raise TypeError(f"{name} is {value!r}; it must be an int")
             object.__setattr__(self, name, operator.index(value))
-        if self.codec not in ("dynamic", "ratio"):
-            raise ValueError(f"unknown codec {self.codec!r}; there are 'dynamic' and 'ratio'")
+        if self.codec not in FORMATS:
+            known = ", ".join(map(repr, sorted(FORMATS)))
+            raise ValueError(f"unknown codec {self.codec!r}; there are {known}")
         if self.min_size < 0:
             raise ValueError(
                 f"min_size is {self.min_size}; it counts elements and cannot be negative"
@@ -101,3 +107,32 @@ class Paging:
             raise TypeError(f"directory is {self.directory!r}; it must be the path of a folder")
         if not os.fspath(self.directory):
             raise ValueError("directory is empty; name a folder, or leave it out")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The keyword options that all paged optimizers have; see `paged_adamw8bit`."""
+
+    replay: bool
+    non_finite: str
+    quantization: Quantization
+    paging: Paging
+    param_rounding: str
+
+
+def make_options(
+    *,
+    replay: bool,
+    non_finite: str,
+    quantization: Quantization | None,
+    paging: Paging | None,
+    param_rounding: str = "nearest",
+) -> Options:
+    """Checks the options, and takes the defaults of those that are None."""
+    quantization = Quantization() if quantization is None else quantization
+    paging = Paging() if paging is None else paging
+    check_choice("non_finite", non_finite, NON_FINITE)
+    check_choice("param_rounding", param_rounding, PARAM_ROUNDINGS)
+    check_kind("quantization", quantization, Quantization)
+    check_kind("paging", paging, Paging)
+    return Options(bool(replay), non_finite, quantization, paging, param_rounding)

@@ -9,10 +9,6 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from ._ffi import TOKEN_SHAPE
-from ._options import Paging, Quantization
-from ._state import ScaleByPagedAdam8bitState
-
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -38,13 +34,19 @@ def check_rate(name: str, value: Any) -> None:
         raise ValueError(f"{name} has shape {np.shape(value)}; it must be a scalar")
 
 
-def check_options(quantization: Quantization | None, paging: Paging | None) -> None:
-    for name, value, kind in (
-        ("quantization", quantization, Quantization),
-        ("paging", paging, Paging),
-    ):
-        if not isinstance(value, kind | None):
-            raise TypeError(f"{name} is {value!r}; it must be a paged_optax.{kind.__name__}")
+def check_decay(value: Any) -> None:
+    """A weight decay. Refuses a dtype, which `optax.adamw` would take in its place."""
+    if isinstance(value, type | np.dtype) or hasattr(value, "dtype") and callable(value):
+        raise TypeError(
+            f"weight_decay is {value}, a dtype: optax.adamw has mu_dtype in this place, which paged"
+            " optimizers do not take (moments have 8 bits). Pass weight_decay and mask by keyword."
+        )
+    check_rate("weight_decay", value)
+
+
+def check_kind(name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {value!r}; it must be a paged_optax.{kind.__name__}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -58,25 +60,6 @@ def check_flag(name: str, value: Any) -> bool:
     if np.ndim(value) != 0 or np.asarray(value).dtype != bool:
         raise TypeError(f"{name} has the leaf {value!r}; its leaves must be True or False")
     return bool(value)
-
-
-def check_state(state: Any) -> None:
-    if not isinstance(state, ScaleByPagedAdam8bitState):
-        raise TypeError(
-            f"the optimizer state is a {type(state).__name__}, not one that this optimizer's init"
-            " returned. Moments of another optimizer, or of one with another param_rounding or"
-            " non_finite, cannot be taken over: start with init(params)."
-        )
-    if state.token.dtype != jnp.int32 or state.token.shape != TOKEN_SHAPE:
-        raise ValueError(
-            f"the optimizer state's token is {state.token.dtype}{list(state.token.shape)}, and must"
-            " be int32[2] as init returned it; was the whole state cast, stacked or mapped over?"
-        )
-    if state.count.dtype != jnp.int32 or state.count.shape != ():
-        raise ValueError(
-            f"the optimizer state's count is {state.count.dtype}{list(state.count.shape)}, and must"
-            " be int32[] as init returned it; was the whole state cast, stacked or mapped over?"
-        )
 
 
 def check_dtypes(kind: str, leaves: list[tuple[Any, Any]]) -> None:

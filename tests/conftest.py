@@ -14,6 +14,14 @@ import pytest
 
 from paged_optax import _ext
 
+try:
+    import paged_optax._testing  # noqa: F401
+except ImportError as error:
+    raise pytest.UsageError(
+        f"paged_optax has no module for its tests ({error}). Install it from a checkout, which"
+        " builds one, and without PAGED_OPTAX_TESTING=OFF."
+    ) from error
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_num_cpu_devices", 8)  # most tests use the first; those of meshes use all
 
@@ -75,10 +83,7 @@ def stored_moments():
     def read(state):
         handle, version = jax.device_get(state.token).tolist()
         (report,) = _ext.describe(handle, version)
-        return [
-            _ext.read_leaf(report["platform"], report["ordinal"], handle, version, index)
-            for index in range(len(report["leaves"]))
-        ]
+        return _ext.read_leaves(report["platform"], report["ordinal"], handle, version)
 
     return read
 

@@ -12,7 +12,7 @@ import pytest
 
 from paged_optax import _ext
 from paged_optax import _reference as reference
-from paged_optax._state import DYNAMIC
+from paged_optax._tables import DYNAMIC
 
 f32 = np.float32
 BLOCK = 256

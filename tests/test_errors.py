@@ -26,6 +26,7 @@ from paged_optax import (
     Paging,
     Quantization,
     _ext,
+    _testing,
     memory_report,
     moments,
     paged_adam8bit,
@@ -72,10 +73,10 @@ def assert_trees_equal(actual, desired):
 def assert_refused(call, state, match, errors=RAISES):
     """`call` raises and leaves the moments of `state`, the newest, alone. Returns a step on."""
     before = moments(state)
-    num_arenas = _ext.num_arenas()
+    num_arenas = _testing.num_arenas()
     with pytest.raises(errors, match=match):
         jax.block_until_ready(call())
-    assert _ext.num_arenas() == num_arenas
+    assert _testing.num_arenas() == num_arenas
     assert_trees_equal(moments(state), before)
     tx = scale_by_paged_adam8bit()
     _, state = tx.update(jax.tree.map(jnp.ones_like, before.mu), state)
@@ -265,9 +266,9 @@ RELEASED = r"were released.*init\(params\)"
 
 
 def test_released_state(tx, states):
-    before = _ext.num_arenas()
+    before = _testing.num_arenas()
     assert release(states[1]) > 0  # any version will do
-    assert _ext.num_arenas() == before - 1
+    assert _testing.num_arenas() == before - 1
     for state in states:
         with pytest.raises(RAISES, match=RELEASED):
             jax.block_until_ready(tx.update(make_grads(), state))
@@ -276,7 +277,7 @@ def test_released_state(tx, states):
     with pytest.raises(RuntimeError, match=RELEASED):
         memory_report(states[-1])
     assert release(states[-1]) == 0
-    assert _ext.num_arenas() == before - 1
+    assert _testing.num_arenas() == before - 1
 
 
 def test_state_released_before_its_first_update(tx):
@@ -297,7 +298,7 @@ def test_release_leaves_other_states_alone(tx, states):
 def test_release_while_another_thread_steps(tx):
     update = jax.jit(tx.update)
     grads = {"w": jnp.ones((256, 160))}
-    before = _ext.num_arenas()
+    before = _testing.num_arenas()
 
     def step(state, stepping, released, errors):
         with jax.default_device(jax.devices("cpu")[0]):
@@ -319,7 +320,7 @@ def test_release_while_another_thread_steps(tx):
         released.set()
         thread.join()
         assert len(errors) == 1 and re.search(RELEASED, errors[0])
-    assert _ext.num_arenas() == before
+    assert _testing.num_arenas() == before
 
 
 def run_python(code, **kwargs):
@@ -397,11 +398,11 @@ def foreign_states(tmp_path_factory):
 @pytest.mark.parametrize("version", [0, 2], ids=["fresh", "updated"])
 def test_state_of_another_process(tx, foreign_states, version, convert):
     state = jax.tree.map(convert, foreign_states[version])
-    num_arenas = _ext.num_arenas()
+    num_arenas = _testing.num_arenas()
     for update in (tx.update, jax.jit(tx.update)):
         with pytest.raises(RAISES, match=NOT_HERE):
             jax.block_until_ready(update(make_grads(), state))
-    assert _ext.num_arenas() == num_arenas
+    assert _testing.num_arenas() == num_arenas
 
 
 def test_reports_of_a_state_of_another_process(foreign_states):
@@ -614,8 +615,8 @@ def test_host_memory_is_checked_before_it_is_asked_for():
         match=r"moments need 1\.00 PiB of host memory but .* are available.*Free host memory,"
         r" release\(\) .* shard.*Nothing was allocated",
     ):
-        _ext.check_host_memory(1 << 50)
-    _ext.check_host_memory(1 << 20)
+        _testing.check_host_memory(1 << 50)
+    _testing.check_host_memory(1 << 20)
     assert 1 << 20 < _ext.available_host_bytes() < 1 << 50
 
 
@@ -626,7 +627,7 @@ def test_too_little_host_memory(tmp_path):
         """
         import resource
         import jax, jax.numpy as jnp, numpy as np
-        from paged_optax import Quantization, _ext, moments, scale_by_paged_adam8bit
+        from paged_optax import Quantization, _testing, moments, scale_by_paged_adam8bit
 
         tx = scale_by_paged_adam8bit(quantization=Quantization(min_size=1 << 30))
         grads = {"w": jnp.ones(1 << 22)}  # 16 MiB, and 32 MiB of moments
@@ -646,10 +647,10 @@ def test_too_little_host_memory(tmp_path):
         else:
             print("no error")
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-        assert _ext.num_arenas() == 1
+        assert _testing.num_arenas() == 1
         np.testing.assert_array_equal(moments(small).mu["w"], before.mu["w"])
         updates, state = update({"w": jnp.ones(1 << 22)}, state)
-        assert state.count == 1 and _ext.num_arenas() == 2
+        assert state.count == 1 and _testing.num_arenas() == 2
         print("went on")
         """,
         cwd=tmp_path,
@@ -690,7 +691,10 @@ def test_hyperparameter_out_of_range(factory, options, match):
 @pytest.mark.parametrize(
     "make, match",
     [
-        (lambda: Quantization(codec="x"), "unknown codec 'x'; there are 'dynamic' and 'ratio'"),
+        (
+            lambda: Quantization(codec="x"),
+            "unknown codec 'x'; there are 'dynamic', 'float32', 'ratio'",
+        ),
         (lambda: Quantization(min_size=-1), "min_size is -1; it counts elements"),
         (lambda: Paging(device_bytes=-1), "device_bytes is -1; it counts bytes"),
         (lambda: Paging(headroom_bytes=-1), "headroom_bytes is -1; it counts bytes"),

@@ -26,8 +26,9 @@ from paged_optax import (
     scale_by_paged_adam8bit,
 )
 from paged_optax import _reference as reference
+from paged_optax._names import leaf_keys
 from paged_optax._non_finite import count_bad, count_elements
-from paged_optax._state import CODECS, leaf_keys
+from paged_optax._tables import CODECS
 
 f32 = np.float32
 BAD = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf, "square": 1e30}

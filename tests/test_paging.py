@@ -25,6 +25,7 @@ from paged_optax import (
     Quantization,
     _ext,
     _memory,
+    _testing,
     evict,
     memory_report,
     moments,
@@ -45,7 +46,7 @@ demands = st.lists(st.tuples(st.integers(0, 1000), st.integers(-1, 1500)), max_s
 @given(demands=demands, capacity=st.integers(-10, 3000))
 def test_fair_shares(demands, capacity):
     """Max-min: nobody can have more without taking it from one who has no more."""
-    shares = _ext.fair_shares(demands, capacity)
+    shares = _testing.fair_shares(demands, capacity)
     total = sum(shares)
     assert total <= max(0, capacity)
     for share, (wanted, budget) in zip(shares, demands, strict=True):
@@ -77,15 +78,15 @@ def test_fair_shares(demands, capacity):
     ],
 )
 def test_fair_shares_by_hand(demands, capacity, shares):
-    assert _ext.fair_shares(demands, capacity) == shares
+    assert _testing.fair_shares(demands, capacity) == shares
 
 
 def test_capacity_shrinks_at_once_and_grows_when_it_lasts():
-    assert _ext.steady_capacity([5] * 3) == [5] * 3
-    assert _ext.steady_capacity([5, 3, 5, 5]) == [5, 3, 3, 3]
-    assert _ext.steady_capacity([3] + [9] * 9) == [3] * 8 + [9, 9]
+    assert _testing.steady_capacity([5] * 3) == [5] * 3
+    assert _testing.steady_capacity([5, 3, 5, 5]) == [5, 3, 3, 3]
+    assert _testing.steady_capacity([3] + [9] * 9) == [3] * 8 + [9, 9]
     flicker = [9, 3] * 20
-    assert max(_ext.steady_capacity(flicker)[1:]) == 3  # never follows
+    assert max(_testing.steady_capacity(flicker)[1:]) == 3  # never follows
 
 
 # ----------------------------------------------------------------------------------------- options
@@ -186,7 +187,7 @@ def test_directory_that_cannot_be_used(tmp_path, directory):
     (tmp_path / "a file").touch()
     with pytest.raises(RAISES, match="no file can be made in.*existing directory"):
         train(paging=Paging(directory=tmp_path / directory))
-    assert _ext.num_arenas() == 0
+    assert _testing.num_arenas() == 0
 
 
 def run_python(code, cwd):
@@ -203,7 +204,7 @@ def run_python(code, cwd):
 def test_disk_without_room_is_an_error_and_no_signal(tmp_path):
     """A limit on the size of files stands in for a full disk: both stop the reservation."""
     code = """
-    import jax.numpy as jnp, paged_optax, resource
+    import jax.numpy as jnp, paged_optax, paged_optax._testing, resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
     tx = paged_optax.scale_by_paged_adam8bit(paging=paged_optax.Paging(directory="."))
     params = jnp.ones(3_000_000)
@@ -211,7 +212,7 @@ def test_disk_without_room_is_an_error_and_no_signal(tmp_path):
         tx.update(params, tx.init(params))
     except (RuntimeError, ValueError, MemoryError) as error:
         print(error)
-    print(paged_optax._ext.num_arenas())
+    print(paged_optax._testing.num_arenas())
     """
     process = run_python(code, tmp_path)
     assert process.returncode == 0, process.stderr
@@ -266,13 +267,13 @@ def test_address_space_is_checked_first(tmp_path):
 def test_notices_become_warnings_once(monkeypatch):
     monkeypatch.setattr(_memory, "_said", set())
     with pytest.warns(RuntimeWarning, match="paged_optax: something happened"):
-        _ext.post_notice(77, 0, "something happened")
-        _ext.deliver_notices()
+        _testing.post_notice(77, 0, "something happened")
+        _testing.deliver_notices()
     with pytest.warns(RuntimeWarning, match="in host memory"):
-        _ext.post_notice(77, 5, "moments are in host memory")
-        _ext.deliver_notices()
-    _ext.post_notice(77, 5, "moments are in host memory")  # the same again: no warning
-    _ext.deliver_notices()
+        _testing.post_notice(77, 5, "moments are in host memory")
+        _testing.deliver_notices()
+    _testing.post_notice(77, 5, "moments are in host memory")  # the same again: no warning
+    _testing.deliver_notices()
 
 
 # ------------------------------------------------------------------------------------------ on GPU
@@ -446,7 +447,7 @@ class taken:
         self.nbytes = nbytes
 
     def __enter__(self):
-        self.buffer = _ext.take_device_memory(0, self.nbytes)
+        self.buffer = _testing.take_device_memory(0, self.nbytes)
 
     def __exit__(self, *_):
         del self.buffer
@@ -454,14 +455,14 @@ class taken:
 
 @gpu
 def test_fallback_says_so(undisturbed):
-    _ext.pretend_not_managed(True)
+    _testing.pretend_not_managed(True)
     try:
         with pytest.warns(RuntimeWarning, match="managed memory cannot be used.*pinned"):
             run = Run().step(1)
             jax.block_until_ready(run.state)
-            _ext.deliver_notices()
+            _testing.deliver_notices()
     finally:
-        _ext.pretend_not_managed(False)
+        _testing.pretend_not_managed(False)
     assert run.report.devices[0].memory == "pinned"
     run.step(29)
     assert_undisturbed(run, undisturbed)
@@ -521,7 +522,7 @@ def test_thousand_states_leave_nothing_behind(memory):
     # They had 6 GB together. What the driver keeps for later use goes up and down.
     assert before[0] - after[0] <= 128 * MIB
     assert after[1] - before[1] <= 32 * MIB
-    assert _ext.num_arenas() == 0
+    assert _testing.num_arenas() == 0
 
 
 def rss():

@@ -16,7 +16,7 @@ import paged_optax
 from paged_optax import (
     Paging,
     Quantization,
-    _ext,
+    _testing,
     memory_report,
     moments,
     paged_adam8bit,
@@ -25,7 +25,7 @@ from paged_optax import (
     scale_by_paged_adam8bit,
 )
 from paged_optax import _reference as reference
-from paged_optax._state import leaf_keys
+from paged_optax._names import leaf_keys
 
 # From compiled code: JaxRuntimeError, or ValueError on the fast path of a jitted function.
 RAISES = (RuntimeError, ValueError)
@@ -83,7 +83,7 @@ def assert_refused(call):
     updates, _ = jax.block_until_ready(call())
     assert not any(np.any(u) for u in jax.tree.leaves(updates))
     with pytest.raises(RuntimeError, match="not the newest one"):
-        _ext.raise_if_rejected()
+        _testing.raise_if_rejected()
 
 
 @pytest.mark.parametrize("seed", range(5))

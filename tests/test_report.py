@@ -17,7 +17,7 @@ from paged_optax import (
     Paging,
     Quantization,
     _ext,
-    _state,
+    _names,
     memory_report,
     moments,
     paged_adam8bit,
@@ -157,8 +157,8 @@ def test_table_of_two_devices_has_a_total():
     assert str(report) == (
         "moments          total    resident     on host\n"
         "cuda:0        5.00 GiB    3.00 GiB    2.00 GiB\n"
-        "cuda:1     1024.00 GiB       512 B 1024.00 GiB\n"
-        "all        1029.00 GiB    3.00 GiB 1026.00 GiB"
+        "cuda:1        1.00 TiB       512 B 1024.00 GiB\n"
+        "all           1.00 TiB    3.00 GiB    1.00 TiB"
     )
 
 
@@ -204,15 +204,15 @@ def test_moments_are_numpy_arrays_in_the_parameters_tree():
 
 
 def test_trees_of_old_models_are_forgotten(monkeypatch):
-    monkeypatch.setattr(_state, "trees", OrderedDict())
-    monkeypatch.setattr(_state, "MAX_TREES", 3)
+    monkeypatch.setattr(_names, "trees", OrderedDict())
+    monkeypatch.setattr(_names, "MAX_TREES", 3)
     tx = scale_by_paged_adam8bit()
     states = []
     for i in range(4):
         params = {f"w{i}": jnp.full(300, 1.0 + i)}
         states.append(tx.update(params, tx.init(params))[1])
         moments(states[0] if i < 2 else states[i])
-    assert len(_state.trees) == 3
+    assert len(_names.trees) == 3
     assert list(moments(states[3]).mu) == ["w3"]
     with pytest.raises(RuntimeError, match="the tree of the parameters is unknown: .* 3 "):
         moments(states[0])

@@ -21,13 +21,15 @@ import paged_optax
 from paged_optax import (
     Quantization,
     _ext,
+    _testing,
     memory_report,
     paged_adam8bit,
     paged_adamw8bit,
     release,
 )
 from paged_optax import _reference as reference
-from paged_optax._state import CODECS, leaf_keys
+from paged_optax._names import leaf_keys
+from paged_optax._tables import CODECS
 
 f32 = np.float32
 HALVES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -159,7 +161,7 @@ def read_residuals(state, index):
     (state,) = paged_optax._state.find_states(state)
     handle, version = jax.device_get(state.token).tolist()
     (report,) = _ext.describe(handle, version)
-    return _ext.read_residuals(report["platform"], report["ordinal"], handle, version, index)
+    return _ext.read_residuals(report["platform"], report["ordinal"], handle, version)[index]
 
 
 class Reference:
@@ -330,7 +332,7 @@ def expected_bytes(num_dynamic, num_float32):
 @pytest.mark.parametrize("num_float32", [0, 1, 5000])
 @pytest.mark.parametrize("num_dynamic", [0, 1, 2687, 2688, 2689, 10**6])
 def test_arena_bytes(num_dynamic, num_float32):
-    actual = _ext.arena_bytes(num_dynamic, num_float32, has_residuals=True)
+    actual = _testing.arena_bytes(num_dynamic, num_float32, has_residuals=True)
     assert actual == expected_bytes(num_dynamic, num_float32)
 
 

@@ -13,9 +13,9 @@ import optax
 import pytest
 
 import paged_optax
-from paged_optax import Quantization, _ext, moments, release, scale_by_paged_adam8bit
+from paged_optax import Quantization, _testing, moments, release, scale_by_paged_adam8bit
 from paged_optax import _reference as reference
-from paged_optax._state import leaf_keys
+from paged_optax._names import leaf_keys
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -143,31 +143,31 @@ INITS = {
 
 @pytest.mark.parametrize("init", INITS.values(), ids=INITS)
 def test_init_allocates_nothing(tx, init):
-    before = _ext.num_arenas()
+    before = _testing.num_arenas()
     jax.block_until_ready(init(tx))
-    assert _ext.num_arenas() == before
+    assert _testing.num_arenas() == before
 
 
 def test_first_update_allocates_once(tx):
-    before = _ext.num_arenas()
+    before = _testing.num_arenas()
     state = tx.init(make_grads(0))
     for i in range(3):
         _, state = tx.update(make_grads(i), state)
         jax.block_until_ready(state)
-        assert _ext.num_arenas() == before + 1
+        assert _testing.num_arenas() == before + 1
     release(state)
-    assert _ext.num_arenas() == before
+    assert _testing.num_arenas() == before
 
 
 @pytest.mark.parametrize(
     "tree", [{}, {"a": None, "b": [()]}, optax.MaskedNode()], ids=["dict", "None", "MaskedNode"]
 )
 def test_update_without_leaves(tx, tree):
-    before = _ext.num_arenas()
+    before = _testing.num_arenas()
     updates, state = jax.jit(tx.update)(tree, tx.init(tree))
     assert updates == tree
     assert state.count == 1
-    assert _ext.num_arenas() == before
+    assert _testing.num_arenas() == before
 
 
 def test_state_of_shapes_can_be_updated(tx, expected):

@@ -2,7 +2,7 @@
 
 Updates are compared bit for bit (any NaN equals any NaN), stored codes and scales as bytes.
 Gradients are made by NumPy and passed in as arrays: XLA flushes subnormal numbers that it computes.
-Tests with `device` run on the CPU and on a GPU; those of `_ext.step_leaf` call the CPU loop alone.
+Tests with `device` run on the CPU and on a GPU; those of `step_leaf` call the CPU loop alone.
 """
 
 import ctypes
@@ -20,9 +20,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from paged_optax import Quantization, _ext, release, scale_by_paged_adam8bit
+from paged_optax import Quantization, _testing, release, scale_by_paged_adam8bit
 from paged_optax import _reference as reference
-from paged_optax._state import CODECS, DYNAMIC, FLOAT32, RATIO, leaf_keys
+from paged_optax._names import leaf_keys
+from paged_optax._tables import CODECS, DYNAMIC, FLOAT32, RATIO
 
 f32 = np.float32
 BLOCK = 256
@@ -376,7 +377,7 @@ def step_arena(grad, arena, codec, ranges, hyperparams, count, **options):
     update = grad.copy()
     buffer = update.view(np.uint16) if dtype else update
     for begin, end in ranges:
-        _ext.step_leaf(buffer, dtype, codec, arena, begin, end, hyperparams, count, **options)
+        _testing.step_leaf(buffer, dtype, codec, arena, begin, end, hyperparams, count, **options)
     return update
 
 
@@ -391,7 +392,7 @@ def test_step_from_any_moments(dtype, num_blocks, same_bits):
         scale = np.repeat(before.mu.scales, BLOCK)[:size]
         grad = (scale * rng.standard_normal(size).astype(f32)).astype(DTYPES[dtype])
     arena = arena_of(*before)
-    assert arena.size == _ext.arena_bytes(num_blocks, 0)
+    assert arena.size == _testing.arena_bytes(num_blocks, 0)
     update = step_arena(grad, arena, DYNAMIC, [(0, num_blocks)], DEFAULTS, 7)
     with np.errstate(over="ignore"):
         expected, after = reference.step_leaf(grad, before, 7, DEFAULTS)
@@ -406,7 +407,7 @@ def test_step_from_any_float32_moments(num_blocks, same_bits):
     mu, nu, grad = np.exp2(rng.uniform(-149, 60, (3, size))).astype(f32)
     mu, grad = mu * rng.choice(f32([-1, 1]), size), grad * rng.choice(f32([-1, 1]), size)
     arena = arena_of(mu, nu)
-    assert arena.size == _ext.arena_bytes(0, num_blocks)
+    assert arena.size == _testing.arena_bytes(0, num_blocks)
     update = step_arena(grad, arena, FLOAT32, [(0, num_blocks)], DEFAULTS, 7)
     expected, after = reference.step_leaf(grad, reference.LeafState(mu, nu), 7, DEFAULTS)
     same_bits(update, expected)
@@ -421,7 +422,7 @@ def test_order_of_blocks_does_not_matter(codec):
     blocks = [(i, i + 1) for i in range(num_blocks)]
     results = []
     for ranges in ([(0, num_blocks)], blocks, blocks[::-1], [(17, 50), (0, 0), (0, 17)]):
-        arena = np.zeros(_ext.arena_bytes(num_blocks, num_blocks), np.uint8)
+        arena = np.zeros(_testing.arena_bytes(num_blocks, num_blocks), np.uint8)
         for count in range(2):
             update = step_arena(grad, arena, codec, ranges, DEFAULTS, count, fresh=count == 0)
         results.append((update.tobytes(), arena.tobytes()))
@@ -582,14 +583,14 @@ def expected_arena_bytes(num_dynamic, num_float32):
     ],
 )
 def test_arena_bytes(num_dynamic, num_float32):
-    assert _ext.arena_bytes(num_dynamic, num_float32) == expected_arena_bytes(
+    assert _testing.arena_bytes(num_dynamic, num_float32) == expected_arena_bytes(
         num_dynamic, num_float32
     )
 
 
 def test_bytes_per_parameter():
     for size in (10**7, 10**9, 7 * 10**10):
-        assert 2.031 < _ext.arena_bytes(-(-size // BLOCK), 0) / size < 2.032
+        assert 2.031 < _testing.arena_bytes(-(-size // BLOCK), 0) / size < 2.032
 
 
 MAP_NORESERVE = 0x4000  # of Linux; Python names it from 3.13 on
@@ -604,7 +605,7 @@ def test_more_than_two_billion_elements(same_bits):
     size = 2**31 + 1000
     num_blocks = -(-size // BLOCK)
     last_block, in_last = num_blocks - 1, size - (num_blocks - 1) * BLOCK
-    nbytes = _ext.arena_bytes(num_blocks, 0)
+    nbytes = _testing.arena_bytes(num_blocks, 0)
     assert nbytes == expected_arena_bytes(num_blocks, 0)
     values, arena = map_lazily(2 * size), map_lazily(nbytes)
     halves = np.frombuffer(values, ml_dtypes.bfloat16)
@@ -628,7 +629,7 @@ def test_more_than_two_billion_elements(same_bits):
         for block, elements in ends.items():
             grad = rng.standard_normal(elements.stop - elements.start).astype(halves.dtype)
             halves[elements] = grad
-            _ext.step_leaf(
+            _testing.step_leaf(
                 halves.view(np.uint16),
                 1,
                 DYNAMIC,

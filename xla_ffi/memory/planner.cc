@@ -59,6 +59,38 @@ std::vector<int32_t> ShareSegments(const Residencies& states, int64_t capacity) 
 
 }  // namespace
 
+std::vector<int64_t> FairShares(const std::vector<Demand>& demands, int64_t capacity) {
+  std::vector<int64_t> shares(demands.size(), 0);
+  std::vector<size_t> growing;
+  for (size_t i = 0; i < demands.size(); ++i) growing.push_back(i);
+  int64_t total = 0;
+  const auto limit = [&](size_t i) {
+    const int64_t budget = demands[i].budget < 0 ? kNoLimit : demands[i].budget;
+    return std::min(budget, capacity);
+  };
+  for (;;) {
+    growing.erase(std::remove_if(growing.begin(), growing.end(),
+                                 [&](size_t i) {
+                                   return shares[i] >= demands[i].wanted || total >= limit(i);
+                                 }),
+                  growing.end());
+    if (growing.empty()) return shares;
+    int64_t raise = kNoLimit, room = kNoLimit;
+    for (const size_t i : growing) {
+      raise = std::min(raise, demands[i].wanted - shares[i]);
+      room = std::min(room, limit(i) - total);
+    }
+    raise = std::min(raise, room / static_cast<int64_t>(growing.size()));
+    if (raise > 0) {
+      for (const size_t i : growing) shares[i] += raise;
+      total += raise * static_cast<int64_t>(growing.size());
+    } else {  // fewer bytes than states: one each for the first of them
+      for (int64_t i = 0; i < room; ++i) ++shares[growing[i]];
+      total += room;
+    }
+  }
+}
+
 // Device memory that moments may take besides what they have; negative: that they should give up.
 //
 // The driver keeps the device memory of managed pages that went to the host and does not report it

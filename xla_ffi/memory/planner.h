@@ -1,6 +1,5 @@
 // How much of each state's moments should be in a GPU's memory, and what to move next: arithmetic
-// without CUDA, so that it is tested without a GPU. Used by pager.cc, and by module.cc for the
-// tests.
+// without CUDA, so that it is tested without a GPU.
 #pragma once
 
 #include <algorithm>
@@ -48,38 +47,7 @@ struct Demand {
 // Shares of `capacity` bytes, max-min fair: all grow alike, until they have what they want, meet
 // their budget or nothing is left. (D. Bertsekas, R. Gallager, "Data Networks", 2nd edition, 1992,
 // section 6.5.2.)
-inline std::vector<int64_t> FairShares(const std::vector<Demand>& demands, int64_t capacity) {
-  constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
-  std::vector<int64_t> shares(demands.size(), 0);
-  std::vector<size_t> growing;
-  for (size_t i = 0; i < demands.size(); ++i) growing.push_back(i);
-  int64_t total = 0;
-  const auto limit = [&](size_t i) {
-    const int64_t budget = demands[i].budget < 0 ? kNone : demands[i].budget;
-    return std::min(budget, capacity);
-  };
-  for (;;) {
-    growing.erase(std::remove_if(growing.begin(), growing.end(),
-                                 [&](size_t i) {
-                                   return shares[i] >= demands[i].wanted || total >= limit(i);
-                                 }),
-                  growing.end());
-    if (growing.empty()) return shares;
-    int64_t raise = kNone, room = kNone;
-    for (const size_t i : growing) {
-      raise = std::min(raise, demands[i].wanted - shares[i]);
-      room = std::min(room, limit(i) - total);
-    }
-    raise = std::min(raise, room / static_cast<int64_t>(growing.size()));
-    if (raise > 0) {
-      for (const size_t i : growing) shares[i] += raise;
-      total += raise * static_cast<int64_t>(growing.size());
-    } else {  // fewer bytes than states: one each for the first of them
-      for (int64_t i = 0; i < room; ++i) ++shares[growing[i]];
-      total += room;
-    }
-  }
-}
+std::vector<int64_t> FairShares(const std::vector<Demand>& demands, int64_t capacity);
 
 // What moments may take of a GPU's memory, seen with hysteresis: when it shrinks that counts at
 // once, and when it grows only once it has lasted for kSteps steps.

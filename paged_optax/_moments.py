@@ -1,0 +1,200 @@
+"""Reading moments: from every device, out of their format, into the tree of the parameters."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from . import _ext, _names
+from . import _reference as reference
+from ._shards import Shards
+from ._state import PagedState, find_states, read_token
+from ._tables import RULES
+
+# The values of one leaf's states, or those of all leaves as trees, by the names of the states.
+Values = dict[str, Any]
+
+
+class Moments(NamedTuple):
+    """Dequantized moments, in the tree of the parameters: float32 NumPy arrays.
+
+    What no optimizer keeps is None.
+    """
+
+    mu: Any = None
+    nu: Any = None
+
+
+def moments(opt_state: Any, *, gather: bool = False) -> Moments:
+    """Reads the moments of an optimizer state.
+
+    Waits for the updates under way. For looking at and for tests; at 8 bytes per parameter the
+    result is four times as large as what is stored.
+
+    Args:
+      opt_state: any optax state, nnx.Optimizer or TrainState with a paged state in it.
+      gather: of a state on devices of several processes (`jax.distributed`), collects the shards of
+        all of them. Every process of the job must then call this, or those that do wait for ever.
+
+    Returns:
+      A `Moments` of float32 NumPy arrays in the tree of the updates. States for disjoint parts of
+      one tree (``optax.partition``, ``optax.masked``) are merged.
+
+    Raises:
+      ValueError: if there is no paged state, or several for the same parameters.
+      RuntimeError: if the state is not the newest one, was released, or was never updated; without
+        `gather`, if other processes have a part of it.
+      NotImplementedError: if it is not known which part of the parameters each device has.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, paged_optax
+      >>> tx = paged_optax.scale_by_paged_adam8bit()
+      >>> params = {"w": jnp.ones((64, 64))}
+      >>> updates, state = tx.update({"w": jnp.full((64, 64), 2.0)}, tx.init(params))
+      >>> print(paged_optax.moments(state).mu["w"][0, 0].round(4))
+      0.2
+    """
+    states = [_read_state(state, gather) for state in find_states(opt_state)]
+    try:
+        return Moments(**{name: _merge_all(states, name) for name in Moments._fields})
+    except _Overlap:
+        raise ValueError(
+            f"found {len(states)} paged states for the same parameters; pass one of them, for"
+            " example opt_state[0]"
+        ) from None
+
+
+def _merge_all(states: list[Values], name: str) -> Any:
+    """The tree of one moment, of all states that have it."""
+    trees = [state[name] for state in states if name in state]
+    return functools.reduce(_merge, trees) if trees else None
+
+
+class _Overlap(Exception):
+    pass
+
+
+def _merge(one: Any, other: Any) -> Any:
+    """One tree out of two where either has MaskedNode, for a leaf or a subtree, or they agree."""
+    if isinstance(one, optax.MaskedNode):
+        return other
+    if isinstance(other, optax.MaskedNode):
+        return one
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        raise _Overlap
+    ones, treedef = jax.tree.flatten(one, is_leaf=lambda node: node is not one)
+    others = jax.tree.leaves(other, is_leaf=lambda node: node is not other)
+    if len(ones) != len(others):
+        raise _Overlap
+    return jax.tree.unflatten(treedef, [_merge(*pair) for pair in zip(ones, others, strict=True)])
+
+
+def _read_state(state: PagedState, gather: bool) -> Values:
+    """The moments of one state: a tree for each that its rule has."""
+    handle, version = read_token(state)
+    reports = _ext.describe(handle, version)
+    # With replay=True its first step may have run and been dropped.
+    if version == 0 or not any(report["version"] for report in reports):
+        raise RuntimeError(
+            "this optimizer state was never updated: its moments are zero, and not stored"
+        )
+    first = reports[0]
+    if first["tree"] not in _names.trees:
+        raise RuntimeError(
+            "the tree of the parameters is unknown: the update was not traced in this process, or"
+            f" before those of {_names.MAX_TREES} other models. Trace it again (an eager update"
+            " does)."
+        )
+    if first["num_devices"] == 1:
+        leaves = _read_device(first, handle, version)
+    else:
+        mesh, shards = _mesh(state, reports)
+        if len(reports) < mesh.size and not gather:
+            raise RuntimeError(
+                f"{mesh.size - len(reports)} of the {mesh.size} devices with moments of this state"
+                " belong to other processes; to collect theirs, call"
+                " moments(opt_state, gather=True) in every process"
+            )
+        leaves = _assemble(mesh, shards, reports, handle, version)
+    treedef = _names.trees[first["tree"]]
+    names = [name for name, _ in _states_of(first)]
+    return {name: jax.tree.unflatten(treedef, [leaf[name] for leaf in leaves]) for name in names}
+
+
+def _mesh(state: PagedState, reports: list[dict[str, Any]]) -> tuple[Mesh, Shards]:
+    """The devices that a state was updated on, and how leaves are cut along them."""
+    if not reports[0]["shards"]:
+        raise NotImplementedError(
+            "moments() does not know which part of the parameters each device has: the state was"
+            " updated inside jax.shard_map or jax.pmap, or on a mesh with axes of several types."
+            " Update it under jax.jit with sharded arrays on a mesh of one type instead."
+        )
+    shards = Shards.decode(reports[0]["shards"])
+    sharding = jnp.asarray(state.token).sharding
+    num_devices = reports[0]["num_devices"]
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.size != num_devices:
+        raise RuntimeError(
+            f"the state was updated on {num_devices} devices, but its token has the sharding"
+            f" {sharding}; pass the state as update returned it"
+        )
+    assert isinstance(sharding.mesh, Mesh)
+    return sharding.mesh, shards
+
+
+def _assemble(
+    mesh: Mesh, shards: Shards, reports: list[dict[str, Any]], handle: int, version: int
+) -> list[Values]:
+    """Whole leaves out of the shards of all devices, those of other processes included."""
+    devices = list(mesh.devices.flat)
+    local = [i for i, device in enumerate(devices) if device.process_index == jax.process_index()]
+    positions = {_ordinal(devices[i]): i for i in local}
+    shapes = [shape for _, shape in reports[0]["leaves"]]
+    leaves = [
+        {name: np.zeros(shards.whole(i, shape), np.float32) for name, _ in _states_of(reports[0])}
+        for i, shape in enumerate(shapes)
+    ]
+    for report in reports:
+        for i, part in enumerate(_read_device(report, handle, version)):
+            index = shards.index(i, positions[report["ordinal"]], shapes[i])
+            for name, shard in part.items():
+                leaves[i][name][index] = shard
+    if len(local) == len(devices):
+        return leaves
+    for i, shape in enumerate(shapes):  # one by one: every process's copy comes to every process
+        for whole in leaves[i].values():
+            copies = multihost_utils.process_allgather(whole)
+            for position, device in enumerate(devices):
+                index = shards.index(i, position, shape)
+                whole[index] = copies[device.process_index][index]
+    return leaves
+
+
+def _ordinal(device: Any) -> int:
+    """What handlers call a device of this process."""
+    return device.id if device.platform == "cpu" else device.local_hardware_id
+
+
+def _states_of(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names and roles of the states that the moments' rule has."""
+    return RULES[report["rule"]]["states"]
+
+
+def _read_device(report: dict[str, Any], handle: int, version: int) -> list[Values]:
+    """The moments of every leaf on one device, dequantized."""
+    states = _states_of(report)
+    signed = [role == "signed" for _, role in states]
+    leaves = []
+    arrays = _ext.read_leaves(report["platform"], report["ordinal"], handle, version)
+    for (format, shape), parts in zip(report["leaves"], arrays, strict=True):
+        stored = reference.from_arrays(format, parts)
+        values = reference.decode(stored, signed, math.prod(shape))
+        leaves.append(
+            {name: flat.reshape(shape) for (name, _), flat in zip(states, values, strict=True)}
+        )
+    return leaves

@@ -1,0 +1,243 @@
+"""The formats of moments: float32 values of a leaf to what is stored, and back.
+
+``dynamic`` is the code of bitsandbytes; each state is stored alone. ``ratio`` stores first moments
+as multiples of the square roots of their second moments, so it stores both together.
+
+References:
+  Dettmers et al., `8-bit Optimizers via Block-wise Quantization
+  <https://arxiv.org/abs/2110.02861>`_, 2022.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .rounding import mix
+
+BLOCK_SIZE = 256
+_DECADES = 7
+_SMALLEST_NORMAL = np.float32(2.0**-126)
+
+
+@functools.cache
+def dynamic_map(signed: bool) -> np.ndarray:
+    """Values of the 256 codes of the ``dynamic`` map, ascending.
+
+    Args:
+      signed: True for first moments, False for second moments.
+
+    Returns:
+      Read-only float32 array of shape (256,), bit for bit that of bitsandbytes.
+    """
+    f32, f64 = np.float32, np.float64
+    positive = []
+    for decade in range(_DECADES):
+        bins = 2**decade if signed else 2 ** (decade + 1)
+        n = bins + 1
+        step = f32((f32(1) - f32(0.1)) / f32(bins))
+        # As torch.linspace rounds: the lower half counts up from 0.1, the upper half down from 1.
+        edges = [
+            f32(f64(f32(0.1)) + f64(step) * i) if i < n // 2 else f32(1.0 - f64(step) * (n - 1 - i))
+            for i in range(n)
+        ]
+        power = f32(10.0 ** (decade - _DECADES + 1))
+        positive += [
+            f32(power * f32(f32(a + b) / f32(2))) for a, b in zip(edges, edges[1:], strict=False)
+        ]
+    negative = [-x for x in positive] if signed else []
+    table = np.sort(np.array([*negative, 0.0, *positive, 1.0], np.float32))
+    table.setflags(write=False)
+    return table
+
+
+class Quantized(NamedTuple):
+    """Blocks of 256 codes with a scale each; the last block is padded with the code of zero."""
+
+    codes: np.ndarray  # uint8 (num_blocks * 256,)
+    scales: np.ndarray  # float32 (num_blocks,)
+
+
+def quantize(values: np.ndarray, signed: bool) -> Quantized:
+    """Quantizes a flat float32 array block by block: nearest value, ties to the even code.
+
+    Negative first moments never take the code of zero; blocks whose largest magnitude is
+    subnormal count as zero.
+    """
+    blocks = _to_blocks(values)
+    scales = np.max(np.abs(blocks), axis=1, initial=np.float32(0))
+    usable = scales >= _SMALLEST_NORMAL
+    inverse = np.where(usable, np.float32(1) / np.where(usable, scales, 1), np.float32(0))
+    x = blocks * inverse[:, None].astype(np.float32)
+    table = dynamic_map(signed)
+    middles = (table[:-1] + table[1:]) * np.float32(0.5)
+    below = np.searchsorted(middles, x, side="left")  # a value on a middle stays below it ...
+    above = np.searchsorted(middles, x, side="right")  # ... or goes above it
+    codes = np.where(below % 2 == 0, below, above)
+    if signed:
+        codes = np.where(np.signbit(x) & (codes == 127), 126, codes)
+    return Quantized(codes.astype(np.uint8).ravel(), scales)
+
+
+def dequantize(quantized: Quantized, signed: bool) -> np.ndarray:
+    """The float32 values that codes and scales stand for, padding included."""
+    blocks = dynamic_map(signed)[quantized.codes].reshape(-1, BLOCK_SIZE)
+    return (blocks * quantized.scales[:, None]).ravel()
+
+
+class RatioState(NamedTuple):
+    """Moments of a leaf in the ``ratio`` code; blocks of 256 codes, two words a block.
+
+    Code 0 is zero for both moments, so a fresh state is all zero bytes.
+    """
+
+    mu_codes: np.ndarray  # uint8 (num_blocks * 256,), two's complement: -127 .. 127
+    nu_codes: np.ndarray  # uint8 (num_blocks * 256,)
+    mu_scales: np.ndarray  # float32 (num_blocks,)
+    nu_words: np.ndarray  # float32 (num_blocks,), of which the bits count
+
+
+_COARSEST_STEP = 128  # in units of 2^14
+_TOP_CODE = 253
+_IDLE_RANGE = 15 << 23
+_HAS_ZEROS = 256
+_INFINITY = 0x7F800000
+_SQUARES = np.float32(16128.99)  # 127^2, and a little less so that no ratio reaches it
+
+
+def quantize_ratio(mu: np.ndarray, nu: np.ndarray, random: np.ndarray) -> RatioState:
+    """Quantizes flat float32 moments block by block, rounding at random without bias.
+
+    Args:
+      mu: first moments (size,).
+      nu: second moments (size,), finite and not negative.
+      random: uint32 (size,), of which the upper bits round ``nu`` and the lower 16 ``mu``.
+    """
+    mu, nu = _to_blocks(mu), np.minimum(_to_blocks(nu), np.float32(2.0**127))
+    random = np.pad(random, (0, mu.size - random.size)).reshape(mu.shape)
+
+    # The window: from the largest second moment to the smallest, in bits, which order floats.
+    bits = nu.view(np.int32).astype(np.int64)
+    top = bits.max(axis=1, initial=0)
+    idle_limit = (top - _IDLE_RANGE)[:, None]
+    low = np.where(mu == 0, np.maximum(bits, idle_limit), bits)
+    bottom = np.where(bits > 0, low, _INFINITY).min(axis=1, initial=_INFINITY)
+    span = np.maximum(top - bottom, 0)
+    span += span // 64 + span // 256  # so much of the codes is left for the ends
+    steps = np.array([quarters << e for e in range(5) for quarters in range(4, 8)])
+    fits = span[:, None] < 256 * steps << 14
+    steps = np.where(fits.any(axis=1), steps[fits.argmax(axis=1)], _COARSEST_STEP)
+    # Division by the step: multiplication by a reciprocal that is hardly too large.
+    shift = 12 + np.frexp(steps)[1].astype(np.int64)
+    reciprocal = -(-(1 << (32 + shift)) // (steps << 14))
+    offset = np.maximum((top * reciprocal >> 32 + shift) - _TOP_CODE, 0)
+    has_zeros = np.where((bits == 0).any(axis=1), _HAS_ZEROS, 0)
+    words = (offset << 16 | has_zeros | steps).astype(np.uint32)
+
+    # Second moments: what is below the lowest code takes that one; random bits, then the division.
+    above = np.maximum(bits - (offset * steps << 14)[:, None], (steps << 14)[:, None])
+    shift, reciprocal = shift[:, None], reciprocal[:, None]
+    divided = (above * reciprocal >> 32) + (random.astype(np.int64) >> 32 - shift)
+    nu_codes = np.where(bits == 0, 0, divided >> shift).astype(np.uint8)
+
+    # First moments: squares of integers, in units of the stored second moments' square roots.
+    _, reciprocal = ratio_unit(_decode_ratio_nu(nu_codes, words))
+    with np.errstate(over="ignore"):
+        ratio = np.where(nu_codes == 0, np.float32(0), mu * reciprocal)
+    magnitude = np.minimum(np.abs(ratio), np.float32(2.0**32))
+    scales = magnitude.max(axis=1, initial=np.float32(0))
+    usable = scales >= np.float32(2.0**-64)
+    inverse = np.where(usable, _SQUARES * (1 / np.where(usable, scales, np.float32(1))), 0)
+    x = magnitude * inverse[:, None].astype(np.float32)
+    # Up from k^2 if x - k^2 > f (2 k + 1), that is if sqrt(x - 1/4 + h^2) - h > k + 1/2.
+    h = (random & np.uint32(0xFFFF)).astype(np.float32) / np.float32(65536) - np.float32(0.5)
+    y = (x - np.float32(0.25)) + h * h
+    level = np.rint(np.sqrt(np.maximum(y, np.float32(2.0**-60))) - h)
+    mu_codes = np.where(np.signbit(ratio), -level, level).astype(np.int8).view(np.uint8)
+    return RatioState(mu_codes.ravel(), nu_codes.ravel(), scales, words.view(np.float32))
+
+
+def dequantize_ratio(state: RatioState) -> tuple[np.ndarray, np.ndarray]:
+    """The float32 moments ``(mu, nu)`` that codes and words stand for, padding included."""
+    nu = _decode_ratio_nu(state.nu_codes.reshape(-1, BLOCK_SIZE), state.nu_words.view(np.uint32))
+    k = state.mu_codes.view(np.int8).astype(np.float32).reshape(nu.shape)
+    step = state.mu_scales * (np.float32(1) / _SQUARES)
+    return (k * np.abs(k) * step[:, None] * ratio_unit(nu)[0]).ravel(), nu.ravel()
+
+
+def ratio_random(leaf_key: int, count: int, size: int) -> np.ndarray:
+    """The random bits with which a leaf's moments are rounded, uint32 (size,).
+
+    Weyl sequences along the elements (the plastic number) and the steps (the golden ratio), of
+    which the latter starts anew every 128 steps.
+    """
+    (restart,) = mix(np.array([count >> 7], np.uint32), 0x9E3779B9, 0x7F4A7C15).tolist()
+    start = (leaf_key ^ leaf_key >> 32) + count * 0x9E3779B9 + restart
+    return np.arange(size, dtype=np.uint32) * np.uint32(0xC13FA9A9) + np.uint32(start % 2**32)
+
+
+def _decode_ratio_nu(codes: np.ndarray, words: np.ndarray) -> np.ndarray:
+    words = words.astype(np.int64)[:, None]
+    is_zero = (codes == 0) & ((words & _HAS_ZEROS) != 0)
+    bits = np.where(is_zero, 0, ((words >> 16) + codes) * (words & 255) << 14)
+    return bits.astype(np.uint32).view(np.float32)
+
+
+def ratio_unit(nu: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A number near sqrt(nu), 1 or 1.5 times a power of two, and its reciprocal."""
+    unit = ((nu.view(np.uint32) >> 1) + 0x1FC00000) & np.uint32(0xFFC00000)
+    reciprocal = 0x7F000000 - unit - ((unit >> 22) & 1) * np.uint32(0x155555)
+    return unit.view(np.float32), reciprocal.view(np.float32)
+
+
+def encode(states: Sequence[np.ndarray], like: Any, signed: Sequence[bool], random: Any) -> Any:
+    """Stores the states of a leaf in the format in which `like` stores them.
+
+    Args:
+      states: flat float32 arrays.
+      like: what was stored so far: a `RatioState`, or a NamedTuple of a `Quantized` or an array
+        for each state.
+      signed: of each state, whether it can be negative.
+      random: function that returns the random bits of the ``ratio`` code.
+    """
+    if isinstance(like, RatioState):
+        mu, nu = states
+        return quantize_ratio(mu, nu, random())
+    return type(like)(
+        *(
+            quantize(x, signed=sign) if isinstance(old, Quantized) else x
+            for x, old, sign in zip(states, like, signed, strict=True)
+        )
+    )
+
+
+def decode(stored: Any, signed: Sequence[bool], size: int) -> list[np.ndarray]:
+    """The states of a leaf of `size` elements, flat float32 arrays; see `encode`."""
+    if isinstance(stored, RatioState):
+        return [x[:size] for x in dequantize_ratio(stored)]
+    return [
+        (dequantize(x, signed=sign) if isinstance(x, Quantized) else x)[:size]
+        for x, sign in zip(stored, signed, strict=True)
+    ]
+
+
+def from_arrays(format: str, arrays: Sequence[np.ndarray]) -> Any:
+    """What `decode` takes, out of the arrays that an arena has of a leaf.
+
+    Args:
+      format: ``"float32"``, ``"dynamic"`` or ``"ratio"``.
+      arrays: the codes of each state, then the words of each state; float32 has no words.
+    """
+    num_states = len(arrays) // 2
+    if format == "ratio":
+        return RatioState(*arrays)
+    if format == "dynamic":
+        pairs = zip(arrays[:num_states], arrays[num_states:], strict=True)
+        return tuple(Quantized(codes, scales) for codes, scales in pairs)
+    return tuple(arrays)
+
+
+def _to_blocks(values: np.ndarray) -> np.ndarray:
+    flat = np.asarray(values, np.float32).ravel()
+    return np.pad(flat, (0, -flat.size % BLOCK_SIZE)).reshape(-1, BLOCK_SIZE)

@@ -1,0 +1,126 @@
+"""What one update tells the custom call, next to its operands."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import numpy as np
+
+from ._names import leaf_keys, number_paths, number_tree
+from ._options import Options, Paging, Quantization
+from ._rule import Rule
+from ._tables import FORMAT_NAMES, FORMATS, OUTPUTS, PARAM_ROUNDINGS
+
+Int8s = Annotated[tuple[int, ...], np.int8]
+Int64s = Annotated[tuple[int, ...], np.int64]
+
+# By the type of a field: what C++ calls the attribute's type, and the value that it decodes.
+_TYPES: dict[Any, tuple[str, Any]] = {
+    int: ("i64", np.int64),
+    bool: ("bool", bool),
+    str: ("str", str),
+    Int8s: ("i8[]", lambda values: np.array(values, np.int8)),
+    Int64s: ("i64[]", lambda values: np.array(values, np.int64)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The attributes of the custom call: UpdateAttrs in C++, with the same names and types.
+
+    Equal steps are traced and compiled once.
+    """
+
+    decays: Int8s  # of each leaf, whether weight decay applies; () for a direction
+    device_bytes: int  # the most of the moments that may be in device memory; -1: no limit
+    directory: str  # CPU: where the file is that holds the moments; "": in memory
+    flags: int  # of the rule: a bit for each
+    formats: Int8s  # of each leaf, a number in `_tables.FORMATS`
+    headroom_bytes: int  # device memory to leave free
+    keys: Int64s  # of each leaf, for its random bits; () if nothing is rounded at random
+    names: str  # paths of the leaves, a line each
+    num_devices: int  # that the program runs on
+    output: int  # a number in `_tables.OUTPUTS`: the direction, or the update of the parameters
+    param_rounding: int  # an index into PARAM_ROUNDINGS
+    paths: int  # a number for the names
+    pinned: bool  # pinned instead of managed memory
+    replay: bool  # whether the last step can be run again
+    rule: int  # a number in `_tables.RULES`
+    shards: str  # which part of each leaf a device has, see `Shards`; "": not known
+    skip_elements: bool  # skip those whose gradient is not usable, instead of returning NaN
+    tree: int  # a number for the tree structure
+
+    @property
+    def takes_params(self) -> bool:
+        """Whether the parameters are operands."""
+        return self.output != OUTPUTS.index("direction")
+
+    def attributes(self) -> dict[str, Any]:
+        """The fields as the FFI takes them."""
+        return {
+            field.name: _TYPES[field.type][1](getattr(self, field.name))
+            for field in dataclasses.fields(self)
+        }
+
+
+def attribute_types() -> list[tuple[str, str]]:
+    """Names and types of a step's attributes, in alphabetical order, as C++ lists them."""
+    return [(field.name, _TYPES[field.type][0]) for field in dataclasses.fields(Step)]
+
+
+def make_step(
+    rule: Rule,
+    options: Options,
+    grads: Sequence[Any],
+    paths: tuple[str, ...],
+    treedef: Any,
+    *,
+    decays: tuple[bool, ...] | None = None,
+    skip_elements: bool = False,
+) -> Step:
+    """The step of a program on one device.
+
+    Args:
+      rule: the optimizer.
+      options: the user's.
+      grads: gradients of all leaves; their sizes decide the formats.
+      paths: names of the leaves.
+      treedef: structure of the tree.
+      decays: of each leaf, whether weight decay applies; None if the step returns the direction.
+      skip_elements: whether elements with an unusable gradient are skipped.
+    """
+    formats = _formats(options.quantization, grads)
+    rounds_at_random = decays is not None or any(FORMATS[i]["is_random"] for i in formats)
+    return Step(
+        decays=decays or (),
+        flags=rule.flags,
+        formats=formats,
+        keys=leaf_keys(paths, options.quantization.seed) if rounds_at_random else (),
+        names="\n".join(paths),
+        num_devices=1,
+        output=OUTPUTS.index("direction" if decays is None else "update"),
+        param_rounding=0 if decays is None else PARAM_ROUNDINGS.index(options.param_rounding),
+        paths=number_paths(paths),
+        replay=options.replay,
+        rule=rule.number,
+        shards="",
+        skip_elements=skip_elements,
+        tree=number_tree(paths, treedef),
+        **_placement(options.paging),
+    )
+
+
+def _formats(quantization: Quantization, grads: Sequence[Any]) -> tuple[int, ...]:
+    large, small = FORMAT_NAMES.index(quantization.codec), FORMAT_NAMES.index("float32")
+    return tuple(large if np.size(grad) >= quantization.min_size else small for grad in grads)
+
+
+def _placement(paging: Paging) -> dict[str, Any]:
+    return {
+        "device_bytes": -1 if paging.device_bytes is None else paging.device_bytes,
+        # Where the program runs from must not matter later: a jitted step keeps the text.
+        "directory": "" if paging.directory is None else os.path.abspath(paging.directory),
+        "headroom_bytes": paging.headroom_bytes,
+        "pinned": paging.memory == "pinned",
+    }

@@ -1,0 +1,110 @@
+"""The attributes of the custom call: Python and C++ mean the same by them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from paged_optax import Paging, Quantization, _ext, _step
+from paged_optax._options import make_options
+from paged_optax._rule import Rule
+from paged_optax._step import Output, Step, make_step
+from paged_optax._tables import FORMATS, PARAM_ROUNDINGS, RULES
+
+ATTRIBUTES = [
+    ("decays", "i8[]"),
+    ("device_bytes", "i64"),
+    ("directory", "str"),
+    ("flags", "i64"),
+    ("formats", "i8[]"),
+    ("headroom_bytes", "i64"),
+    ("keys", "i64[]"),
+    ("names", "str"),
+    ("num_devices", "i64"),
+    ("output", "i64"),
+    ("param_rounding", "i64"),
+    ("paths", "i64"),
+    ("pinned", "bool"),
+    ("replay", "bool"),
+    ("rule", "i64"),
+    ("shards", "str"),
+    ("skip_elements", "bool"),
+    ("tree", "i64"),
+]
+ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "eps_root": 0.0, "nesterov": False}
+
+
+def test_names_and_types():
+    attributes = getattr(_ext, "update_attrs", lambda: ATTRIBUTES)()
+    assert _step.attribute_types() == attributes == sorted(attributes)
+
+
+def make(rule=None, decays=None, skip_elements=False, sizes=(10, 5000), **options):
+    options = dict(replay=False, non_finite="propagate", quantization=None, paging=None) | options
+    tree = {f"w{i}": jnp.ones(size) for i, size in enumerate(sizes)}
+    paths = tuple(f"['{name}']" for name in tree)
+    return make_step(
+        rule or Rule("adam", **ADAM),
+        make_options(**options),
+        list(tree.values()),
+        paths,
+        jax.tree.structure(tree),
+        decays=decays,
+        skip_elements=skip_elements,
+    )
+
+
+def test_a_direction():
+    step = make(replay=True, quantization=Quantization("dynamic"))
+    assert [FORMATS[i] for i in step.formats] == ["float32", "dynamic"]
+    assert RULES[step.rule]["name"] == "adam" and step.flags == 0
+    assert step.output == Output.DIRECTION and not step.takes_params
+    assert step.decays == step.keys == () and step.param_rounding == 0
+    assert step.names == "['w0']\n['w1']"
+    assert step.replay and not step.skip_elements
+    assert (step.device_bytes, step.directory, step.pinned) == (-1, "", False)
+
+
+def test_an_update(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paging = Paging(device_bytes=5, headroom_bytes=7, memory="pinned", directory="moments")
+    step = make(
+        Rule("adam", **ADAM | {"nesterov": True}),
+        decays=(True, False),
+        skip_elements=True,
+        param_rounding="compensated",
+        paging=paging,
+    )
+    assert step.flags == 1 and step.skip_elements
+    assert step.output == Output.UPDATE and step.takes_params
+    assert PARAM_ROUNDINGS[step.param_rounding] == "compensated"
+    assert step.attributes()["decays"].tolist() == [1, 0]
+    assert step.attributes()["keys"].dtype == "int64" and len(set(step.keys)) == 2
+    assert (step.device_bytes, step.headroom_bytes, step.pinned) == (5, 7, True)
+    assert step.directory == str(tmp_path / "moments")
+
+
+def test_all_in_float32():
+    """Whatever the size, in as many bytes as leaves that are too small for another format."""
+    step = make(quantization=Quantization("float32"))
+    assert [FORMATS[i] for i in step.formats] == ["float32", "float32"] and step.keys == ()
+
+
+def test_equal_steps_are_one():
+    """They are keys of caches; a program is compiled once for all that are equal."""
+    assert make() == make() and hash(make()) == hash(make())
+    other = dataclasses.replace(make(), num_devices=8)
+    assert isinstance(other, Step) and other != make()
+
+
+@pytest.mark.parametrize("change", [{"b3": 0.5}, {"b2": None}], ids=["another", "missing"])
+def test_a_rule_has_its_hyperparameters(change):
+    values = {k: v for k, v in (ADAM | change).items() if v is not None}
+    with pytest.raises(TypeError, match=next(iter(change))):
+        Rule("adam", **values)
+
+
+def test_hyperparameters_are_in_the_order_of_the_operand():
+    shuffled = dict(reversed(ADAM.items()))
+    assert Rule("adam", **shuffled).hyperparams == (0.9, 0.999, 1e-8, 0.0)
