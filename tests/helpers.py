@@ -332,6 +332,7 @@ def step_blocks(
 num_arenas = _testing.num_arenas
 num_unused = _testing.num_unused  # handles that were issued and never used
 release_all = _ext.release_all
+read_leaves, read_residuals = _ext.read_leaves, _ext.read_residuals  # of one device
 build_info = _ext.build_info
 free_device_bytes = _ext.free_device_bytes
 available_host_bytes = _ext.available_host_bytes

@@ -9,7 +9,16 @@ import numpy as np
 import optax
 import pytest
 
-from helpers import layout_bytes, limit_trees, num_arenas, num_unused, resident_set
+from helpers import (
+    layout_bytes,
+    limit_trees,
+    num_arenas,
+    num_unused,
+    read_leaves,
+    read_residuals,
+    resident_set,
+    stored_leaves,
+)
 from paged_optax import (
     DeviceMemory,
     MemoryReport,
@@ -241,7 +250,7 @@ def test_moments_are_read_once(monkeypatch):
 
 @pytest.mark.parametrize("codec", ["ratio", "dynamic"])
 @pytest.mark.parametrize("replay", [False, True])
-def test_what_is_stored_of_a_leaf_does_not_depend_on_its_place(codec, replay, stored_moments):
+def test_what_is_stored_of_a_leaf_does_not_depend_on_its_place(codec, replay):
     """Leaves of both kinds in turn, across chunk borders, against each in a state of its own."""
     tx = scale_by_paged_adam8bit(quantization=Quantization(codec, min_size=1000), replay=replay)
     sizes = {"a": 300_000, "b": 999, "c": 1_500_001, "d": 5, "e": 0, "f": 70_000, "g": 256}
@@ -252,7 +261,7 @@ def test_what_is_stored_of_a_leaf_does_not_depend_on_its_place(codec, replay, st
         state = tx.init(grads)
         for _ in range(2):
             _, state = tx.update(grads, state)
-        return stored_moments(state)
+        return stored_leaves(state)
 
     for name, stored in zip(grads, store(grads), strict=True):
         (alone,) = store({name: grads[name]})
@@ -266,18 +275,18 @@ def test_only_stored_contents_can_be_read():
     params = jnp.ones(5120)
     _, state = tx.update(params, tx.init(params))
     handle, version = jax.device_get(state.token).tolist()
-    assert len(_ext.read_leaves("cpu", 0, handle, version)) == 1
+    assert len(read_leaves("cpu", 0, handle, version)) == 1
     with pytest.raises(RuntimeError, match="not the newest"):
-        _ext.read_leaves("cpu", 0, handle, version + 1)
+        read_leaves("cpu", 0, handle, version + 1)
     with pytest.raises(RuntimeError, match="not the newest"):
-        _ext.read_leaves("cpu", 0, handle, 0)
+        read_leaves("cpu", 0, handle, 0)
     with pytest.raises(RuntimeError, match="are on cpu:0 but the step ran on cpu:1"):
-        _ext.read_leaves("cpu", 1, handle, version)
+        read_leaves("cpu", 1, handle, version)
     with pytest.raises(ValueError, match="keeps no residuals"):
-        _ext.read_residuals("cpu", 0, handle, version)
+        read_residuals("cpu", 0, handle, version)
     release(state)
     with pytest.raises(RuntimeError, match="were released"):
-        _ext.read_leaves("cpu", 0, handle, version)
+        read_leaves("cpu", 0, handle, version)
 
 
 # --- Nothing is left behind ---------------------------------------------------------------------
