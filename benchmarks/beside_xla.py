@@ -1,11 +1,12 @@
-"""Moments beside XLA's pool: what is left for them with its default size and with others.
+"""Measures how much GPU memory XLA's pool leaves for moments, with its default size and others.
 
     python benchmarks/beside_xla.py [--size N]
 
-Each row is a process of its own: a few steps of one tensor of float32 gradients, with XLA's
-settings as named. So that a large card serves as well as a small one, and no card is filled, the
-headroom is chosen such that half of the moments have room beside the default pool (75 % of the
-card). The last row starts with a small pool, and then XLA takes memory until it has 75 % as well.
+Each row is a process of its own. It takes a few steps with one tensor of float32 gradients, under
+the XLA setting that the row names. The headroom is chosen such that half of the moments have room
+next to the default pool (75 % of the card). So the benchmark works on a large card as on a small
+one, and need not fill it. The last row starts with a small pool; then XLA takes memory until it has
+75 % too.
 """
 
 import argparse
@@ -24,7 +25,7 @@ SETTINGS = {
 
 
 def child(size: int, headroom: int, grow_to: int) -> None:
-    """Steps, and prints what came of it."""
+    """Takes steps and prints the measurements."""
     import warnings
 
     import jax
@@ -44,7 +45,7 @@ def child(size: int, headroom: int, grow_to: int) -> None:
         jax.block_until_ready(grads)
 
     def show(**more):
-        steps(100)  # until what is to move has moved
+        steps(100)  # by then, moments that have to move have moved
         start = time.perf_counter()
         steps(20)
         ms = (time.perf_counter() - start) / 20 * 1e3
@@ -83,14 +84,14 @@ def main() -> None:
             text=True,
         )
         if process.returncode:
-            sys.exit("no figures: the steps failed (this needs an NVIDIA GPU)")
+            sys.exit("there are no figures because the steps failed (this needs an NVIDIA GPU)")
         return [json.loads(line) for line in process.stdout.splitlines() if line[:1] == "{"]
 
-    (row,) = run("default", 0)  # how much is left beside the default pool
+    (row,) = run("default", 0)  # how much the default pool leaves
     left = row["free"] + row["resident"]
     headroom = left - row["total"] // 2
     if headroom < 0:
-        sys.exit(f"beside XLA's default pool {left} bytes are left; take a smaller --size")
+        sys.exit(f"XLA's default pool leaves {left} bytes, too few; take a smaller --size")
     print(f"{row['total'] / MIB:.0f} MiB of moments, headroom {headroom / MIB:.0f} MiB\n")
     header = ("pool, MiB", "free, MiB", "resident", "ms", "warned")
     print(f"{'setting':<40}" + "".join(f"{h:>12}" for h in header))

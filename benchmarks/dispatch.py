@@ -1,11 +1,11 @@
-"""Time of a step where dispatch dominates: 1,120 leaves, as a LoRA fine-tune of a large model has.
+"""Times a step where dispatch dominates: 1,120 leaves, as in a LoRA fine-tuning of a large model.
 
     python benchmarks/dispatch.py [--repeats N]
 
-Update, decay and apply in one jitted program with everything donated, against optax.adamw in the
-same run, taking turns. Gradients come in from outside and updates go out as the next gradients, so
-the program makes and copies nothing else. Leaves have 4096 x 16 elements on a GPU (one launch over
-all of them has work to do) and 16 on a CPU.
+One jitted program does update, decay and apply, with everything donated. It takes turns with
+optax.adamw in the same run. Gradients come in from outside, and updates go out as the next
+gradients, so the program makes and copies nothing else. Leaves have 4096 x 16 elements on a GPU, so
+that one launch over all of them has work to do, and 16 elements on a CPU.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main() -> None:
         first = np.asarray(carries[name][0][0])
         np.testing.assert_allclose(first, carries["optax.adamw"][0][0], rtol=1e-6)
     for _ in range(args.repeats):
-        for name in optimizers:  # taking turns: what else the machine does hits all alike
+        for name in optimizers:  # in turns, so that other load on the machine hits all alike
             start = time.perf_counter()
             for _ in range(STEPS):
                 carries[name] = steps[name](*carries[name])

@@ -1,8 +1,8 @@
 """Does `paged_adamw8bit` learn what `optax.adamw` learns? The LoRA example under both.
 
-For every seed one base model is trained and then fine-tuned twice, from the same weights and on
-the same text in the same order; only the optimizer of the adapters differs. Prints the held-out
-losses and exits with status 1 if any pair differs by more than 2 %.
+For every seed it trains one base model and fine-tunes it twice, from the same weights and on the
+same text in the same order. Only the optimizer of the adapters differs. It prints the held-out
+losses, and exits with status 1 if any pair differs by more than 2 %.
 
     python benchmarks/lora_quality.py                    # about 8 minutes of CPU time
     python benchmarks/lora_quality.py --steps 300        # options of examples/lora_finetune.py

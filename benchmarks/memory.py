@@ -1,9 +1,9 @@
-"""What XLA holds for a large model's optimizer state: optax.adamw against paged_adamw8bit.
+"""Measures what XLA holds for a large optimizer state: optax.adamw against paged_adamw8bit.
 
     python benchmarks/memory.py [--params 1e9] [--device-bytes N]
 
-Reads `device.memory_stats()` before the state exists and after its first update. On a CPU, whose
-allocator keeps no such numbers, only the paged state's own report is printed.
+It reads `device.memory_stats()` before the state exists and after its first update. A CPU's
+allocator keeps no such numbers, so there it prints only the paged state's own report.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def bytes_in_use() -> int | None:
 
 
 def measure(tx: optax.GradientTransformation, num_params: int) -> tuple[int | None, object]:
-    """Bytes of XLA's memory that the state takes after one step, and the state."""
+    """Returns the bytes of XLA's memory that the state takes after one step, and the state."""
     width = 8192
     params = {"w": jnp.ones((num_params // width, width), jnp.float32)}
     jax.block_until_ready(params)

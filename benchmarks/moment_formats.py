@@ -1,9 +1,9 @@
 """Candidate formats for Adam's moments, as `benchmarks/numerics.py` compares them.
 
-A format is given by what it does to moments: `Format.store` maps float32 moments to those that a
-reader of the stored bytes would see. So candidates need no bytes, no kernel and no codec of the
-package, and run in JAX at the speed of the device. Arrays are (blocks, 256), the elements of a
-block in storage order; a format with smaller blocks cuts them.
+A format is defined by what it does to moments. `Format.store` maps float32 moments to the moments
+that a reader of the stored bytes would see. So candidates need no bytes, no kernel and nothing of
+the package, and run in JAX at the speed of the device. Arrays have shape (blocks, 256), with the
+elements of a block in storage order. A format with smaller blocks cuts them.
 
 `m` and `v` are the first and second moment.
 """
@@ -37,41 +37,41 @@ def _mix(x):
 
 
 def independent(shape, step):
-    """32 random bits an element, anew at every step."""
+    """Returns 32 random bits an element, independent at every step."""
     index = jnp.arange(np.prod(shape), dtype=jnp.uint32).reshape(shape)
     return _mix(_mix(index) ^ _mix(jnp.asarray(step, jnp.uint32) * GOLDEN + np.uint32(1)))
 
 
 def _rhythm(step):
-    """Evenly spread over the steps, anew every 128 of them: gradients may repeat, too."""
+    """Spreads evenly over the steps, anew every 128 of them because gradients may repeat too."""
     step = jnp.asarray(step, jnp.uint32)
     return step * GOLDEN + _mix((step >> 7) + np.uint32(1))
 
 
 def golden(shape, step):
-    """Evenly spread over the elements at one step, and over the steps of an element.
+    """Draws bits that spread evenly over the elements of a step and the steps of an element.
 
-    Weyl sequences along both, with the plastic number and the golden ratio: of n draws in a row,
-    about n p fall below p, with an error of order log n and not sqrt(n).
+    Along both it is a Weyl sequence, with the plastic number and the golden ratio. Of n draws in a
+    row, about n p fall below p, with an error of order log n instead of sqrt(n).
     """
     index = jnp.arange(np.prod(shape), dtype=jnp.uint32).reshape(shape)
     return index * np.uint32(0xC13FA9A9) + _rhythm(step)
 
 
 def hashed_golden(shape, step):
-    """The same along the steps, from a hash of the element."""
+    """Draws as `golden` does along the steps, but from a hash of the element."""
     index = jnp.arange(np.prod(shape), dtype=jnp.uint32).reshape(shape)
     return _mix(index + np.uint32(1)) + _rhythm(step)
 
 
 def unbroken_golden(shape, step):
-    """`golden` without starting anew."""
+    """Draws as `golden` does, but never starts anew."""
     index = jnp.arange(np.prod(shape), dtype=jnp.uint32).reshape(shape)
     return index * np.uint32(0xC13FA9A9) + jnp.asarray(step, jnp.uint32) * GOLDEN
 
 
 def _fraction(word):
-    """The upper 24 of 32 random bits, as a number in [0, 1)."""
+    """Returns the upper 24 of 32 random bits as a number in [0, 1)."""
     return (word >> 8).astype(jnp.float32) * np.float32(2.0**-24)
 
 
@@ -79,7 +79,7 @@ def _fraction(word):
 
 
 def dynamic_levels(signed: bool) -> np.ndarray:
-    """The map of bitsandbytes: 7 decades, the upper ones with ever more levels."""
+    """Returns the map of bitsandbytes: 7 decades, each with more levels than the one below."""
     positive = []
     for decade in range(7):
         bins = 2 ** (decade + (not signed))
@@ -105,24 +105,24 @@ def power_levels(exponent: float) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------ formats of a moment
-# All of them: function of moments (blocks, block) and of random bits, None for the nearest value.
+# Each is a function of moments (blocks, block) and of random bits; None means the nearest value.
 
 
 def _between(low, high, x, word):
-    """`low` or `high`, its neighbours, for `x`: the nearer, or at random so that the mean is x."""
+    """Rounds `x` to its neighbour `low` or `high`: the nearer, or at random with mean x."""
     share = (x - low) / (high - low)
     return jnp.where(share > (0.5 if word is None else _fraction(word)), high, low)
 
 
 def _block_scale(x, scale_bits: int):
-    """The largest magnitude, rounded up to what a scale of that many bits can hold."""
+    """Returns the largest magnitude, rounded up to what a scale of that many bits can hold."""
     scale = jnp.max(jnp.abs(x), axis=1, keepdims=True)
     drop = np.int32((1 << (32 - scale_bits)) - 1)
     return float_of((bits_of(scale) + drop) & ~drop)
 
 
 def table(levels: np.ndarray, scale_bits: int = 32, negative_zero: float | None = None):
-    """Levels times the block's largest magnitude."""
+    """Stores levels times the block's largest magnitude."""
     levels = levels.astype(np.float32)
 
     def store(x, word, idle=None):
@@ -140,11 +140,11 @@ def table(levels: np.ndarray, scale_bits: int = 32, negative_zero: float | None 
 
 
 def squares(scale_bits: int = 32, largest: int = 127):
-    """Codes -127 .. 127, code k for k |k| / 127^2 of the block's largest magnitude."""
+    """Stores codes -127 .. 127: code k means k |k| / 127^2 of the block's largest magnitude."""
 
     def store(x, word):
         scale = _block_scale(x, scale_bits)
-        scale = jnp.where(scale >= 2.0**-64, scale, 0)  # what is smaller moves no parameter
+        scale = jnp.where(scale >= 2.0**-64, scale, 0)  # a smaller update moves no parameter
         y = jnp.abs(x) * (float(largest) ** 2 / jnp.where(scale > 0, scale, jnp.inf))
         k = jnp.clip(jnp.floor(jnp.sqrt(y)), 0, largest - 1)
         stored = _between(k * k, (k + 1) * (k + 1), y, word)
@@ -154,17 +154,17 @@ def squares(scale_bits: int = 32, largest: int = 127):
 
 
 def window(codes: int = 256, idle_octaves: int | None = 15, parts: int = 4):
-    """Second moments as floats with fewer bits of fraction, as many as the block's range allows.
+    """Stores second moments as floats with as many bits of fraction as the block's range allows.
 
     A code and an offset, times a step, are the bits of a float32. The step is the least with which
-    the codes reach from the block's largest value to its smallest (but 0, which has its own code):
-    2^16 .. 2^21, and with four parts these and a quarter, a half or three quarters. No scale
-    multiplies the values, so a block's grid stays where it is when its maximum moves; with one
+    the codes reach from the block's largest value to its smallest above 0 (0 has its own code).
+    Steps are 2^16 .. 2^21; with four parts they are also 1.25, 1.5 and 1.75 times these. No scale
+    multiplies the values, so a block's grid stays where it is when its maximum moves. With one
     part, a finer grid contains the coarser ones. Random bits that are added before the division
-    round without bias, since floats of an octave are evenly spaced.
+    round without bias, because floats of an octave are evenly spaced.
 
-    Values below the window take its lowest code. Idle elements, those with m = 0, whose v decays
-    for ever, widen the window no further than `idle_octaves`.
+    Values below the window take its lowest code. Idle elements are those with m = 0, whose v decays
+    forever. They widen the window no further than `idle_octaves`.
     """
     steps = [
         (1 << shift) * (parts + part) // parts for shift in range(16, 21) for part in range(parts)
@@ -190,7 +190,7 @@ def window(codes: int = 256, idle_octaves: int | None = 15, parts: int = 4):
 
 
 def tapered(segments=((8, 19), (8, 20), (8, 21), (15, 22))):
-    """The same with a fixed window: (octaves, shift) from the octave of the maximum down."""
+    """Stores as `window` does, but with fixed (octaves, shift) from the maximum's octave down."""
 
     def store(v, word, idle):
         del idle
@@ -212,7 +212,7 @@ def tapered(segments=((8, 19), (8, 20), (8, 21), (15, 22))):
 
 
 def root_unit(v):
-    """A number near sqrt(v), 1 or 1.5 times a power of two, and its reciprocal; v >= 0."""
+    """Returns 1 or 1.5 times a power of two near sqrt(v), and its reciprocal; v >= 0."""
     unit = ((bits_of(v) >> 1) + 0x1FC00000) & ~0x3FFFFF
     reciprocal = 0x7F000000 - unit - ((unit >> 22) & 1) * 0x155555
     return float_of(unit), float_of(reciprocal)
@@ -234,7 +234,7 @@ class Format:
     v_random: Callable | None = None
 
     def store(self, m, v, step):
-        """The moments after a write and a read; `step` tells steps apart."""
+        """Returns the moments after a write and a read. `step` tells steps apart."""
         shape = m.shape
 
         def blocks(x, size):
@@ -249,9 +249,8 @@ class Format:
         unit, reciprocal = root_unit(v) if self.relative else (1.0, 1.0)
         ratio = jnp.where(v > 0, m * reciprocal, 0) if self.relative else m
         word = random(self.m_random, self.m_block)
-        if (
-            word is not None
-        ):  # one draw serves both moments: the upper half one, the lower the other
+        # One draw serves both moments: v takes its upper half, m the lower one.
+        if word is not None:
             word = (word << 16) | (word >> 16)
         return self.m(blocks(ratio, self.m_block), word).reshape(shape) * unit, v
 

@@ -3,11 +3,12 @@
     python benchmarks/numerics.py            # synthetic gradients, and the model of the examples
     python benchmarks/numerics.py --gpt      # a GPT of 33M parameters instead; wants a GPU
 
-Every format of `moment_formats.py` is carried along: its moments take the gradients that the
-float32 moments take and go through the format after each step, and its updates are compared with
-those of float32. The gradients are random, or come from a model that float32 moments train. With
-`--gpt` (or `--seeds N`) the model is then trained again, from three seeds, under float32 moments,
-the original's format and the chosen one. Needs nothing of the package; `--json` keeps all numbers.
+Every format of `moment_formats.py` is carried along. Its moments take the gradients that the
+float32 moments take, and go through the format after each step. Its updates are compared with those
+of float32. The gradients are random, or come from a model that float32 moments train. With `--gpt`
+(or `--seeds N`) the model is then trained again from three seeds, with float32 moments,
+bitsandbytes' format and the chosen one. The study needs nothing of the package. `--json` keeps all
+numbers.
 """
 
 import argparse
@@ -34,19 +35,19 @@ WEIGHT_DECAY = 0.01
 
 
 def advance(m, v, grads):
-    """The moments after one more gradient."""
+    """Returns the moments after one more gradient."""
     return B1 * m + (1 - B1) * grads, B2 * v + (1 - B2) * grads * grads
 
 
 def update_of(m, v, step):
-    """Adam's update from the moments after step `step`, the first being 0."""
+    """Returns Adam's update from the moments after step `step`; the first step is 0."""
     t = jnp.asarray(step + 1, jnp.float32)
     return (m / (1 - B1**t)) / (jnp.sqrt(v / (1 - B2**t)) + EPS)
 
 
 @functools.partial(jax.jit, static_argnames="fmt", donate_argnames=("m", "v"))
 def carry(fmt: Format, m, v, grads, first_step):
-    """Steps with moments that are stored in `fmt` in between.
+    """Takes steps with moments that are stored in `fmt` between the steps.
 
     Args:
       fmt: the format.
@@ -56,7 +57,7 @@ def carry(fmt: Format, m, v, grads, first_step):
       first_step: number of steps already taken.
 
     Returns:
-      The moments, and the updates of all steps, as `grads`.
+      The moments, and the updates of all steps in the shape of `grads`.
     """
 
     def one_step(moments, inputs):
@@ -72,7 +73,7 @@ def carry(fmt: Format, m, v, grads, first_step):
 
 
 def nmse(updates, expected):
-    """Squared error over squared update."""
+    """Returns the squared error divided by the squared update."""
     return jnp.sum((updates - expected) ** 2) / jnp.sum(expected**2)
 
 
@@ -89,7 +90,7 @@ class Synthetic:
     """Blocks of random gradients, a few for each question.
 
     Attributes:
-      sections: name -> boolean mask (blocks, 256) of the elements that answer it.
+      sections: name of a question -> boolean mask (blocks, 256) of the elements that answer it.
     """
 
     def __init__(self):
@@ -132,7 +133,7 @@ class Synthetic:
 
     @functools.partial(jax.jit, static_argnums=0)
     def grads(self, step):
-        """Gradients of step `step`, (blocks, 256)."""
+        """Returns the gradients of step `step`, of shape (blocks, 256)."""
         keys = jax.random.split(jax.random.fold_in(jax.random.key(1), step), 4)
         shape, masks = self.scale.shape, self._masks
         scale = jnp.asarray(self.scale)
@@ -150,7 +151,7 @@ class Synthetic:
 
 
 def synthetic_study(formats) -> dict[str, dict]:
-    """Answers of each format; keys are names of formats."""
+    """Returns the answers of each format, by the format's name."""
     stream = Synthetic()
     shape = stream.scale.shape
     energy, error, first = {}, {}, {}
@@ -218,9 +219,10 @@ def synthetic_study(formats) -> dict[str, dict]:
 
 
 def print_synthetic(results):
-    print("\nsynthetic gradients, 5,000 steps (underflow, decay: RMS of update over float32's;")
-    print("stopped: RMS of the update of elements without gradients for 4,000 steps;")
-    print("the rest: NMSE of the update, last 500 steps)")
+    print("\nsynthetic gradients, 5,000 steps; the last 500 are measured")
+    print("underflow, decay: RMS of the update divided by float32's")
+    print("stopped: RMS of the update of elements that had no gradients for 4,000 steps")
+    print("all others: NMSE of the update")
     columns = (
         "underflow from .. to",
         "decay few",
@@ -264,14 +266,14 @@ def print_synthetic(results):
 
 
 def library_text() -> bytes:
-    """Source of Python's standard library: text that every machine has."""
+    """Returns the source of Python's standard library, a text that every machine has."""
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted(f for f in root.rglob("*.py") if "site-packages" not in f.parts)
     return b"".join(f.read_bytes() for f in files)
 
 
 class Layout:
-    """Leaves of a tree as one array (blocks, 256), small leaves last."""
+    """Turns the leaves of a tree into one array (blocks, 256), small leaves last, and back."""
 
     def __init__(self, tree):
         leaves, self._treedef = jax.tree.flatten(tree)
@@ -300,7 +302,7 @@ class Layout:
 
 
 class Gpt:
-    """A GPT over words of program text: 12 layers of width 448, 4,096 words, 256 a sequence."""
+    """A GPT on words of program text: 12 layers of width 448, 4,096 words, 256 in a sequence."""
 
     layers, width, heads, vocabulary, time_steps, batch = 12, 448, 7, 4096, 256, 32
     peak = 1e-3
@@ -385,14 +387,14 @@ def windows(ids, starts, time_steps):
 
 
 class Training:
-    """Training of a model with AdamW: clipped gradients, warm-up, cosine decay."""
+    """Trains a model with AdamW, clipped gradients, warm-up and cosine decay."""
 
     def __init__(self, model, steps):
         self.model, self.steps = model, steps
         self.layout = Layout(jax.eval_shape(lambda: model.init(0)))
 
     def rate(self, step):
-        """Learning rate: up in a tenth of the steps, then down to a tenth of the peak."""
+        """Returns the learning rate. It rises for a tenth of the steps, then falls to peak / 10."""
         warmup = max(1, self.steps // 10)
         down = jnp.clip((step - warmup) / max(1, self.steps - warmup), 0, 1)
         cosine = 0.55 + 0.45 * jnp.cos(jnp.pi * down)
@@ -400,7 +402,7 @@ class Training:
 
     @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3, 4))
     def step(self, fmt, params, m, v, ids, step):
-        """One step on arrays (blocks, 256). Returns params, m, v, loss, gradients, updates."""
+        """Steps on arrays (blocks, 256). Returns params, m, v, loss, gradients and updates."""
         loss, grads = jax.value_and_grad(
             lambda blocks: self.model.loss(self.layout.unflatten(blocks), ids)
         )(params)
@@ -414,7 +416,7 @@ class Training:
         return params, m, v, loss, grads, updates
 
     def start(self, seed):
-        """Parameters, moments and the generator of batches."""
+        """Returns parameters, moments and the generator of batches."""
         params = jax.jit(lambda: self.layout.flatten(self.model.init(seed)))()
         return params, jnp.zeros_like(params), jnp.zeros_like(params), np.random.default_rng(seed)
 
@@ -435,7 +437,7 @@ class Training:
         return float(np.mean([self._loss(params, x) for x in ids]))
 
     def run(self, fmt, seed):
-        """Trains; returns the losses of all steps and the held-out loss."""
+        """Trains, and returns the losses of all steps and the held-out loss."""
         params, m, v, rng = self.start(seed)
         losses = []
         for step in range(self.steps):
@@ -448,7 +450,7 @@ class Training:
 
 @jax.jit
 def errors(updates, expected):
-    """NMSE, and its median over blocks that move at all."""
+    """Returns the NMSE, and its median over blocks that move at all."""
     squared = jnp.sum((updates - expected) ** 2, 1)
     energy = jnp.sum(expected**2, 1)
     by_block = jnp.where(energy > 0, squared / energy, jnp.nan)
@@ -457,34 +459,37 @@ def errors(updates, expected):
 
 @jax.jit
 def worst(updates, expected):
-    """The error that 0.01 % of the elements exceed, in RMS updates; of every fourth block."""
+    """Returns the error in RMS updates that 0.01 % of elements of every fourth block exceed."""
     error = jnp.sort(jnp.abs(updates - expected)[::4].ravel())
     return error[-1 - error.size // 10_000] / jnp.sqrt(jnp.mean(expected**2))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def store_once(fmt, m, v, step):
-    """The update after float32 moments went through the format once."""
+    """Returns the update after float32 moments went through the format once."""
     m, v = fmt.store(m, v, step)
     return update_of(m, v, step)
 
 
 def octaves(v):
-    """From a block's largest v to its smallest but 0: percentiles 10, 50, 90, 99 over blocks."""
+    """Returns the octaves from a block's smallest v above 0 to its largest.
+
+    They are percentiles 10, 50, 90 and 99 over blocks.
+    """
     smallest = jnp.min(jnp.where(v > 0, v, jnp.inf), 1)
     spread = np.asarray(jnp.log2(jnp.max(v, 1) / smallest))
     return np.percentile(spread[np.isfinite(spread)], [10, 50, 90, 99]).tolist()
 
 
 def model_study(training, formats, num_blocks, every=10, rarely=100):
-    """Errors of each format on the gradients of one training in float32.
+    """Returns the errors of each format on the gradients of one training in float32.
 
     Args:
       training: the training.
       formats: the formats.
-      num_blocks: carry this many blocks, spread over the model; None for all.
+      num_blocks: how many blocks to carry along, spread over the model; None for all.
       every: steps between two measurements of the error.
-      rarely: steps between two of the one-shot error and of the worst errors.
+      rarely: steps between two measurements of the one-shot error and the worst errors.
     """
     params, m, v, rng = training.start(0)
     stored = training.layout.num_stored
@@ -521,7 +526,7 @@ def model_study(training, formats, num_blocks, every=10, rarely=100):
 
 
 def summary(row, steps):
-    """Early and carried NMSE, median, one-shot NMSE, worst carried and one-shot error."""
+    """Returns early and carried NMSE, median, one-shot NMSE, worst carried and one-shot error."""
     at, error = np.array(row["steps"]), np.array(row["errors"])
     late = at > steps // 2
     worst_carried, worst_once = np.array(row["worst"]).T
@@ -557,11 +562,11 @@ def print_model(rows, steps, spread):
 
 
 def loss_study(training, seeds):
-    """Held-out losses and loss curves under float32, the original's format and the winner."""
+    """Returns held-out losses and loss curves with float32, bitsandbytes' format and the winner."""
     results = {}
     print(
-        f"\nheld-out loss after {training.steps} steps, by seed; mean training loss of the last "
-        "50 steps"
+        f"\nheld-out loss after {training.steps} steps, by seed; then the mean training loss of the"
+        " last 50 steps"
     )
     for fmt in (FLOAT32, BASELINE, WINNER):
         runs = [training.run(fmt, seed) for seed in seeds]
@@ -584,12 +589,12 @@ def main(argv=None) -> None:
     add = parser.add_argument
     add("--gpt", action="store_true", help="a GPT of 33M parameters instead of the example's model")
     add("--steps", type=int, default=1000, help="steps of the model (default: 1000)")
-    add("--blocks", type=int, help="blocks carried along (default: 32,768; 1,024 on a CPU)")
-    add("--seeds", type=int, help="trainings of each kind (default: 3 with --gpt, else 0)")
+    add("--blocks", type=int, help="blocks to carry along (default: 32,768; 1,024 on a CPU)")
+    add("--seeds", type=int, help="trainings with each format (default: 3 with --gpt, else 0)")
     add("--only", choices=["synthetic", "model"], help="one half of the study")
-    add("--formats", nargs="+", metavar="WORD", help="only formats whose name has such a word")
+    add("--formats", nargs="+", metavar="WORD", help="only formats whose name contains such a word")
     add("--b1", type=float, default=float(B1), help="decay rate of first moments (default: 0.9)")
-    add("--json", type=Path, metavar="FILE", help="writes every number")
+    add("--json", type=Path, metavar="FILE", help="file for every number")
     args = parser.parse_args(argv)
     if args.steps < 40:
         parser.error(f"argument --steps: {args.steps} is below 40")

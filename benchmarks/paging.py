@@ -1,13 +1,14 @@
-"""A step with moments in GPU memory, in host memory, and partly in each, beside the alternatives.
+"""Times a step with moments in GPU memory, in host memory, and in both, next to alternatives.
 
     python benchmarks/paging.py [--size N] [--repeats N]
 
-One tensor of float32 gradients; updates alone, without decay and apply, everything donated, so
-that nothing but gradients, updates and moments is moved. "Link" is what the copy engines reach
-between pinned host memory and the GPU in the same run, each way while both are busy; a step reads
-and writes moments on the host over it, in place. The alternatives: `optax.scale_by_adam` with its
-state in JAX's pinned_host memory and, where torch and bitsandbytes are installed, PagedAdamW8bit
-after its state was evicted to the host by touching it there.
+There is one tensor of float32 gradients. Only updates are timed, without decay and apply, and with
+everything donated, so that only gradients, updates and moments move. "Link" is the rate that the
+copy engines reach between pinned host memory and the GPU in the same run, each way while both are
+busy. A step reads and writes moments on the host over this link, in place.
+
+The alternatives are `optax.scale_by_adam` with its state in JAX's pinned_host memory and, where
+torch and bitsandbytes are installed, PagedAdamW8bit. Touching its state on the host evicts it.
 """
 
 import argparse
@@ -27,7 +28,7 @@ GB = 1e9
 
 
 def median_time(step, carry, repeats):
-    """Seconds of a step that takes and returns `carry`; the first ones compile and settle."""
+    """Returns the seconds of a step on `carry`, and the last carry. First steps do not count."""
     for _ in range(3):
         carry = step(*carry)
     jax.block_until_ready(carry)
@@ -42,7 +43,7 @@ def median_time(step, carry, repeats):
 
 
 def paged(size, share, memory, repeats):
-    """Seconds of a step, and the report, with this share of the moments resident."""
+    """Returns the seconds of a step, and the report, with this share of the moments resident."""
     total = -(-size // 256) * 520
     device_bytes = None if share == 1 else int(share * total)
     tx = scale_by_paged_adam8bit(paging=Paging(device_bytes=device_bytes, memory=memory))
@@ -59,7 +60,7 @@ def paged(size, share, memory, repeats):
 
 
 def check(size):
-    """Placement must not change a bit; compares moments after a few steps."""
+    """Checks that placement changes no bit of updates and moments after a few steps."""
     results = []
     for paging in (
         Paging(),
@@ -80,7 +81,7 @@ def check(size):
 
 
 def pinned_host_adam(size, repeats):
-    """float32 AdamW whose state lies in JAX's pinned_host memory between steps."""
+    """Times float32 Adam whose state lives in JAX's pinned_host memory between steps."""
     device = jax.devices("gpu")[0]
     there = SingleDeviceSharding(device)
     host = SingleDeviceSharding(device, memory_kind="pinned_host")
@@ -134,7 +135,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
     if jax.default_backend() != "gpu":
-        parser.exit(1, "this needs an NVIDIA GPU: moments on the CPU have one place\n")
+        parser.exit(1, "this needs an NVIDIA GPU: on a CPU, moments have only one place\n")
 
     check(2**22)
     rates = _ext.measure_link(0, 2**29)

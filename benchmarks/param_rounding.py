@@ -1,11 +1,11 @@
-"""bfloat16 parameters that learn: what it costs, and how well they follow float32.
+"""Measures what bfloat16 parameters that learn cost, and how well they follow float32.
 
     python benchmarks/param_rounding.py [--repeats N]
 
-"step" is a whole optimizer step (update, weight decay, apply), jitted and donated, of one tensor,
-beside optax.adamw on bfloat16 and on float32 parameters in the same run; "of f32" is its ratio to
-the latter. "lost" is what 1,000 noisy steps of two learning rates lose: the root mean square of
-the distance to float32 parameters that got the same gradients, over how far those moved.
+"step" is a whole optimizer step (update, weight decay, apply) of one tensor, jitted and donated.
+optax.adamw steps bfloat16 and float32 parameters in the same run; "of f32" divides by the time with
+float32. "lost" says what 1,000 noisy steps lose, at two learning rates. It is the root mean square
+of the distance to float32 parameters that got the same gradients, divided by how far those moved.
 """
 
 import argparse
@@ -23,7 +23,7 @@ STEPS, SIZE, START = 1000, 4096, 0.05
 
 
 def train(mode, dtype, learning_rate):
-    """Parameters after noisy steps with a drift, as float32."""
+    """Returns the parameters after noisy steps with a drift, as float32."""
     tx = paged_adam8bit(
         learning_rate, param_rounding=mode, quantization=Quantization(min_size=SIZE + 1)
     )

@@ -1,12 +1,12 @@
-"""Time of one whole optimizer step (update, weight decay, apply), jitted and donated.
+"""Times one whole optimizer step (update, weight decay, apply), jitted and donated.
 
     python benchmarks/step_time.py [--repeats N] [--codec ratio]
 
-Gradients are made inside the timed program, as a backward pass makes them; what making them takes
-alone is the first column. Compares with optax.adamw in the same run, after checking that both
-took the same first step. "kernel" is our update alone, and "of copy" the share of the memory rate
-of a copy that it reaches (12 bytes a parameter for float32: gradient in, update out, 8-bit
-moments in and out; 8 for bfloat16).
+The timed program makes the gradients, as a backward pass does; the first column is the time of
+making them alone. The benchmark compares with optax.adamw in the same run, after a check that both
+took the same first step. "kernel" is our update alone. "of copy" is the share of a copy's memory
+rate that it reaches. It moves 12 bytes a parameter for float32 (gradient in, update out, 8-bit
+moments in and out) and 8 for bfloat16.
 """
 
 import argparse
@@ -24,7 +24,7 @@ STEPS = 10  # queued in a row and timed together
 
 
 def median_ms(step, carry, repeats: int):
-    """Median time of `carry = step(*carry)`, and the last carry."""
+    """Returns the median time of `carry = step(*carry)`, and the last carry."""
     times = []
     for _ in range(repeats + 1):
         jax.block_until_ready(carry)
@@ -37,7 +37,7 @@ def median_ms(step, carry, repeats: int):
 
 
 def make_grads(source, scale):
-    """Gradients in buffers of their own, which XLA cannot compute again inside a later fusion."""
+    """Makes gradients in buffers of their own, which XLA cannot recompute in a later fusion."""
     return jax.lax.optimization_barrier(jax.tree.map(lambda x: x * scale.astype(x.dtype), source))
 
 
@@ -59,7 +59,7 @@ def making_ms(source, repeats):
 
 
 def full_step(tx, params, source, repeats):
-    """The first parameters after one step, and the time of a step."""
+    """Returns the first parameters after one step, and the time of a step."""
 
     def program(source, scale, params, state):
         updates, state = tx.update(make_grads(source, scale), state, params)
@@ -75,8 +75,10 @@ def full_step(tx, params, source, repeats):
 
 
 def kernel_ms(grads, repeats, quantization):
-    """Time of the update alone; it turns its gradients into the next call's, so nothing is
-    copied."""
+    """Returns the time of the update alone, whose updates are the next call's gradients.
+
+    So nothing is copied.
+    """
     tx = scale_by_paged_adam8bit(quantization=quantization)
     step = jax.jit(tx.update, donate_argnums=(0, 1))
     carry = jax.tree.map(jnp.copy, grads), tx.init(grads)
@@ -86,7 +88,7 @@ def kernel_ms(grads, repeats, quantization):
 
 
 def copy_rate(num_bytes: int, repeats: int) -> float:
-    """Bytes per second, read plus written, of a device copy."""
+    """Returns the bytes per second, read plus written, of a device copy."""
     x = jnp.ones(num_bytes // 4, jnp.float32)
     add = jax.jit(lambda x: (x + 1,), donate_argnums=0)
     return 2 * num_bytes / (1e-3 * median_ms(add, (x,), repeats)[0])

@@ -1,4 +1,4 @@
-"""What the fine-tuning examples share: text, the two trainings, what is shown, the options."""
+"""What the fine-tuning examples share: texts, the two trainings, the output, the options."""
 
 import argparse
 import dataclasses
@@ -30,7 +30,7 @@ LOG_EVERY = 5  # steps; reading a loss waits for the device, so not at every ste
 
 
 def split(files: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens to learn from and tokens to hold out: the last tenth of every file."""
+    """Returns tokens to learn from and tokens to hold out: the last tenth of every file."""
     ends = [len(text) * 9 // 10 for text in files]
     learn = b"".join(text[:end] for text, end in zip(files, ends, strict=True))
     hold_out = b"".join(text[end:] for text, end in zip(files, ends, strict=True))
@@ -38,9 +38,9 @@ def split(files: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def windows(text: np.ndarray, starts: np.ndarray, seq_len: int) -> jax.Array:
-    """Token ids (*starts.shape, seq_len + 1): inputs and, shifted by one, labels.
+    """Returns token ids (*starts.shape, seq_len + 1): inputs and, shifted by one, labels.
 
-    `starts` is (batches, sequences); if a mesh is set, its devices share the sequences.
+    `starts` has shape (batches, sequences). If a mesh is set, its devices share the sequences.
     """
     ids = text[starts[..., None] + np.arange(seq_len + 1)].astype(np.int32)
     mesh = jax.sharding.get_mesh()
@@ -53,20 +53,20 @@ def windows(text: np.ndarray, starts: np.ndarray, seq_len: int) -> jax.Array:
 
 @dataclasses.dataclass
 class Result:
-    """Outcome of a fine-tuning: losses in nats per byte, sizes in bytes."""
+    """The outcome of a fine-tuning: losses in nats per byte, sizes in bytes."""
 
     before: float  # held-out loss of the base model
     after: float
     tokens_per_second: float  # without the first step, which compiles
     parameters: int  # trained ones
-    state_bytes: dict[str, int]  # of the optimizer, on each device
+    state_bytes: dict[str, int]  # of the optimizer state, by device
     report: str  # the optimizer's own account of its memory
     # columns: seconds, training loss, memory in use, memory of the optimizer state
     history: list[tuple[float, float, int, int]]
 
 
 def held_out_loss(model: nnx.Module, text: np.ndarray, args: argparse.Namespace) -> float:
-    """Mean loss over windows spread evenly over `text`: the same ones at every call."""
+    """Returns the mean loss over windows that spread evenly over `text`, the same at every call."""
     starts = np.linspace(0, len(text) - args.seq_len - 1, EVAL_WINDOWS, dtype=np.int64)
     ids = windows(text, starts.reshape(-1, EVAL_BATCH), args.seq_len)
     # By index: an iterator over `ids` would put every batch on one device.
@@ -88,14 +88,14 @@ def train(model, optimizer, text, args, steps, accumulate, title):
 
 
 def optimizer_with(adamw, peak: float, steps: int) -> optax.GradientTransformation:
-    """Clipping, then `adamw` under a learning rate that warms up to `peak` and decays to 0."""
+    """Clips, then applies `adamw` with a learning rate that warms up to `peak` and decays to 0."""
     warmup = max(1, steps // 10)
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))
     return optax.chain(optax.clip_by_global_norm(1.0), adamw(schedule, weight_decay=0.01))
 
 
 def pretrain(model: nnx.Module, args: argparse.Namespace) -> None:
-    """Trains all of a new model in float32 AdamW; same arguments, same model."""
+    """Trains all of a new model with float32 AdamW. The same arguments give the same model."""
     learn, _ = split(args.base_text)
     tx = optimizer_with(optax.adamw, 2e-3, args.pretrain_steps)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -104,13 +104,13 @@ def pretrain(model: nnx.Module, args: argparse.Namespace) -> None:
 
 
 def memory_in_use() -> int:
-    """Bytes that XLA holds on the GPU; on a CPU, where XLA does not count, of the process."""
+    """Returns the bytes that XLA holds on the GPU. On a CPU it returns those of the process."""
     stats = jax.local_devices()[0].memory_stats()
     return stats["bytes_in_use"] if stats else psutil.Process().memory_info().rss
 
 
 def bytes_by_device(arrays) -> dict[str, int]:
-    """What each device holds of a tree of arrays."""
+    """Returns how many bytes of a tree of arrays each device holds."""
     held = Counter()
     for shard in (shard for x in jax.tree.leaves(arrays) for shard in x.addressable_shards):
         held[f"{shard.device.platform}:{shard.device.id}"] += shard.data.nbytes
@@ -118,7 +118,7 @@ def bytes_by_device(arrays) -> dict[str, int]:
 
 
 def finetune(model: nnx.Module, optimizer: nnx.Optimizer, args: argparse.Namespace) -> Result:
-    """Trains what `optimizer` was made for on the target text."""
+    """Trains the variables that `optimizer` was made for on the target text."""
     learn, hold_out = split(args.text)
     paged = args.optimizer == "paged_adamw8bit"
 
@@ -140,15 +140,15 @@ def finetune(model: nnx.Module, optimizer: nnx.Optimizer, args: argparse.Namespa
     held, report = state_bytes(), ""
     if paged:
         report = str(memory_report(optimizer))
-        release(optimizer)  # training is over: give the moments back now
+        release(optimizer)  # training is over, so give the memory of the moments back
     return Result(before, after, speed, parameters, held, report, history)
 
 
-# ------------------------------------------------------------------------------------ what is shown
+# --------------------------------------------------------------------------------------- the output
 
 
 def summary(result: Result, args: argparse.Namespace) -> str:
-    """Quality, speed, and the optimizer's memory beside that of float32 AdamW."""
+    """Describes quality and speed, and compares the optimizer's memory with float32 AdamW's."""
     rows = {args.optimizer: result.history[-1][3], "float32 AdamW": 8 * result.parameters}
     return "\n".join(
         [
@@ -185,7 +185,7 @@ def plot(result: Result, args: argparse.Namespace, title: str) -> None:
 
 
 def contents(path: str) -> bytes:
-    """An argparse type: the bytes of a file."""
+    """Returns the bytes of a file, for argparse."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -195,7 +195,7 @@ def contents(path: str) -> bytes:
 
 
 def options(description: str, out: str, what: str, **defaults) -> argparse.ArgumentParser:
-    """The options of every example; `what` is trained, and `defaults` are replaced."""
+    """Returns the options of every example. `what` is trained, and `defaults` overrides."""
     parser = argparse.ArgumentParser(
         description=description,
         usage="%(prog)s [options]",
@@ -209,18 +209,18 @@ def options(description: str, out: str, what: str, **defaults) -> argparse.Argum
     add("--seq-len", type=int, default=128, help="bytes in a sequence")
     add("--lr", type=float, default=2e-3, help=f"peak learning rate of the {what}")
     files = {"type": contents, "nargs": "+", "metavar": "FILE", "default": argparse.SUPPRESS}
-    add("--text", **files, help="to fine-tune on (default: the standard library's source)")
-    add("--base-text", **files, help="for the base model (default: the help topics of pydoc)")
+    add("--text", **files, help="text to fine-tune on (default: the standard library's source)")
+    add("--base-text", **files, help="text for the base model (default: the help topics of pydoc)")
     add("--pretrain-steps", type=int, default=200, help="updates of the base model")
-    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the computation")
-    add("--seed", type=int, default=0, help="of the weights and the order of the text")
-    add("--out", type=Path, default=Path(out), help="the plot")
+    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="compute dtype")
+    add("--seed", type=int, default=0, help="seed of the weights and the text's order")
+    add("--out", type=Path, default=Path(out), help="where to save the plot")
     parser.set_defaults(**defaults)
     return parser
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """The options, checked, with the default texts filled in."""
+    """Returns the options, checked and with the default texts filled in."""
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         least = int(name not in ("pretrain_steps", "seed"))

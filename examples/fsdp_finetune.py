@@ -1,13 +1,14 @@
 """Full fine-tuning of a small Llama-style model, cut into shards over all devices (FSDP).
 
 Every device keeps an equal part of each parameter, of its gradient and of its 8-bit AdamW moments,
-and works on an equal part of the batch. What that takes is in `Sharded`: a layer gathers its
-weights when it runs, and the gradients of a gather come back as shards. The optimizer is the one
-line that it would be on one device; each device updates the moments of its own shards.
+and works on an equal part of the batch. `Sharded` does this: a layer gathers its weights when it
+runs, and the gradients of a gather come back as shards. The optimizer is the same line as on one
+device. Each device updates the moments of its own shards.
 
-As in `lora_finetune.py`, a base model is pre-trained briefly, then fine-tuned on another kind of
-text, and the held-out loss, the optimizer's memory and a plot are shown; here also that no device
-holds more than its share. Nothing is downloaded. Without a GPU the CPU plays eight devices. Try::
+As in `lora_finetune.py`, a base model is pre-trained briefly and then fine-tuned on another kind of
+text. The example shows the held-out loss, the optimizer's memory and a plot. It also checks that no
+device holds more than its share. It downloads nothing. Without a GPU the CPU acts as eight devices.
+Try::
 
     python examples/fsdp_finetune.py --optimizer adamw
     python examples/fsdp_finetune.py --devices 2 --text my_notes/*.md --steps 300
@@ -44,19 +45,19 @@ def shard(x: jax.Array) -> jax.Array:
 
 
 def gather(shard: jax.Array, spec: P) -> jax.Array:
-    """The whole of what `shard` cut along `spec`. Its gradient is scattered in the same way."""
+    """Returns the whole array that `shard` cut along `spec`. Its gradient is scattered likewise."""
     axes = [axis for axis, name in enumerate(spec) if name == AXIS]
     return jax.lax.all_gather(shard, AXIS, axis=axes[0], tiled=True) if axes else shard
 
 
 class Sharded(nnx.Module):
-    """A layer whose parameters are kept as shards and are whole only while it runs."""
+    """A layer that keeps its parameters as shards and makes them whole only while it runs."""
 
     def __init__(self, layer):
         nnx.update(layer, jax.tree.map(shard, nnx.state(layer)))
         self.layer = layer
 
-    @nnx.remat  # gathers again for the backward pass, instead of keeping whole weights until then
+    @nnx.remat  # the backward pass gathers again, so that nothing keeps whole weights until then
     def __call__(self, x):
         graphdef, shards = nnx.split(self.layer)
         specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, shards)
@@ -83,7 +84,7 @@ def finetune(model: Llama, args: argparse.Namespace) -> Result:
 
 
 def shares(model: Llama, result: Result, args: argparse.Namespace) -> str:
-    """What one device holds of parameters and moments; exits if that is more than its share."""
+    """Says what one device holds of parameters and moments; exits if this exceeds its share."""
     parameters, moments = bytes_by_device(nnx.state(model, nnx.Param)), result.state_bytes
     most, most_moments = max(parameters.values()) // 4, max(moments.values())
     devices = jax.sharding.get_mesh().size
@@ -102,7 +103,7 @@ def shares(model: Llama, result: Result, args: argparse.Namespace) -> str:
 
 
 def make_mesh(args: argparse.Namespace) -> jax.sharding.Mesh:
-    """A line of `--devices` devices. Their shardings are part of the types of arrays (Explicit)."""
+    """Returns a line of `--devices` devices, whose shardings are part of array types (Explicit)."""
     jax.config.update("jax_num_cpu_devices", max(DEVICES))  # before JAX looks for devices
     found = jax.devices()
     devices = vars(args).get("devices", max(n for n in DEVICES if n <= len(found)))
@@ -118,19 +119,19 @@ def make_mesh(args: argparse.Namespace) -> jax.sharding.Mesh:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options, checked, with the default texts filled in."""
+    """Returns the options, checked and with the default texts filled in."""
     parser = finetuning.options(
         "Full fine-tuning of a small language model with paged_adamw8bit on all devices.",
         out="fsdp_finetune.png",
         what="model",
     )
     devices = {"type": int, "choices": DEVICES, "default": argparse.SUPPRESS}
-    parser.add_argument("--devices", **devices, help="(default: as many as are found)")
+    parser.add_argument("--devices", **devices, help="devices to use (default: all)")
     return finetuning.parse(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> Result:
-    """Pre-trains, fine-tunes, and shows what came of it."""
+    """Pre-trains, fine-tunes, and shows the results."""
     args = parse_args(argv)
     mesh = make_mesh(args)
     with jax.set_mesh(mesh):

@@ -1,17 +1,18 @@
 """QLoRA fine-tuning of a small Llama-style model with 8-bit AdamW moments outside XLA's memory.
 
-What happens, in the order of `main`:
+`main` does the following, in this order:
 
-1. A small base model is pre-trained briefly on English text that every CPython ships (the help
-   topics of `pydoc`). It stands in for the checkpoint that you would load instead.
-2. Its weights are quantized to NF4 and get LoRA adapters (qwix; the model's code is not touched).
-3. The adapters learn another kind of text, the source code of the standard library, with
-   `optax.chain(clip, paged_adamw8bit(schedule))`; what the model makes of text that it has not
-   seen is measured before and after.
-4. The optimizer's memory is printed beside that of float32 AdamW, and a plot is saved.
+1. It pre-trains a small base model briefly on English text that every CPython ships (the help
+   topics of `pydoc`). You would load a checkpoint instead.
+2. It quantizes the weights to NF4 and adds LoRA adapters. qwix does this without a change to the
+   model's code.
+3. It trains the adapters on another kind of text, the source code of the standard library, with
+   `optax.chain(clip, paged_adamw8bit(schedule))`. It measures the loss on text that the model has
+   not seen, before and after.
+4. It prints the optimizer's memory next to that of float32 AdamW, and saves a plot.
 
-Nothing is downloaded. Tokens are bytes, losses are in nats per byte. The model and its training
-step are in `tiny_llama.py`, the training loops in `finetuning.py`. Try::
+The example downloads nothing. Tokens are bytes, and losses are in nats per byte. `tiny_llama.py`
+has the model and its training step, `finetuning.py` the training loops. Try::
 
     python examples/lora_finetune.py --optimizer adamw
     python examples/lora_finetune.py --text my_notes/*.md --rank 32 --steps 300
@@ -34,14 +35,14 @@ NF4_TILE = 64  # weights that share one scale, as in the QLoRA paper; divides th
 
 
 def pretrain(args: argparse.Namespace) -> Llama:
-    """The base model; same arguments, same model."""
+    """Returns the base model. The same arguments give the same model."""
     model = Llama(nnx.Rngs(args.seed))
     finetuning.pretrain(model, args)
     return model
 
 
 def add_adapters(base: Llama, args: argparse.Namespace) -> nnx.Module:
-    """A copy of `base` with its projections in NF4, each with a LoRA adapter in float32."""
+    """Returns a copy of `base` with projections in NF4, each with a LoRA adapter in float32."""
     quantized = {"weight_qtype": "nf4", "tile_size": NF4_TILE}
     provider = qwix.LoraProvider(
         module_path=r".*_proj", rank=args.rank, alpha=2 * args.rank, **quantized
@@ -49,7 +50,7 @@ def add_adapters(base: Llama, args: argparse.Namespace) -> nnx.Module:
     ids = jnp.zeros((1, args.seq_len), jnp.int32)  # qwix finds the weights by running the model
     model = qwix.apply_lora_to_model(base, provider, ids, rngs=nnx.Rngs(args.seed))
     assert isinstance(model, nnx.Module)
-    # The arrays that were not quantized are still those of `base`, which donation would destroy.
+    # Arrays that were not quantized still belong to `base`. Donation would destroy them there.
     nnx.update(model, jax.tree.map(jnp.copy, nnx.state(model)))
     return model
 
@@ -64,7 +65,7 @@ def finetune(base: Llama, args: argparse.Namespace) -> Result:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options, checked, with the default texts filled in."""
+    """Returns the options, checked and with the default texts filled in."""
     parser = finetuning.options(
         "QLoRA fine-tuning of a small language model with paged_adamw8bit.",
         out="lora_finetune.png",
@@ -75,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> Result:
-    """Pre-trains, fine-tunes, and shows what came of it."""
+    """Pre-trains, fine-tunes, and shows the results."""
     args = parse_args(argv)
     result = finetune(pretrain(args), args)
     print(finetuning.summary(result, args))

@@ -25,4 +25,4 @@ for i in range(101):
     params, opt_state, value = step(params, opt_state, x, jnp.sin(x[:, :64]))
     if i % 25 == 0:
         print(f"step {i:3}  loss {value:.4f}")
-print(memory_report(opt_state))  # "w" in 8 bits; "b" has under 4,096 elements: float32
+print(memory_report(opt_state))  # 8 bits for "w"; float32 for "b", which has under 4,096 elements

@@ -1,6 +1,6 @@
 """A small Llama-style language model over bytes, its loss and one training step.
 
-The fine-tuning examples use it. Nothing in here knows of 8-bit moments, LoRA or several devices.
+The fine-tuning examples use it. It knows nothing of 8-bit moments, LoRA or several devices.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ VOCAB = 256  # one token per byte value
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of the model; those of the fine-tuning examples by default."""
+    """Sizes of the model. The defaults are those of the fine-tuning examples."""
 
     dim: int = 256
     layers: int = 2
@@ -87,7 +87,7 @@ class Block(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """Token ids (batch, time) to logits (batch, time, VOCAB). Every layer goes through `wrap`."""
+    """Maps token ids (batch, time) to logits (batch, time, VOCAB). `wrap` wraps every layer."""
 
     def __init__(
         self,
@@ -111,12 +111,12 @@ class Llama(nnx.Module):
 
 
 def loss_fn(model: nnx.Module, ids: jax.Array, dtype: str) -> jax.Array:
-    """Mean next-byte cross-entropy of `ids` (batch, time + 1), computed in `dtype`.
+    """Returns the mean next-byte cross-entropy of `ids` (batch, time + 1), computed in `dtype`.
 
-    The stored parameters stay float32: bfloat16 would round small updates away.
+    The stored parameters stay float32, because bfloat16 would round small updates away.
     """
 
-    def cast(x):  # leaves the uint4 codes of NF4 weights alone
+    def cast(x):  # but not the uint4 codes of NF4 weights
         return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     graphdef, state = nnx.split(model)
@@ -129,15 +129,15 @@ eval_step = nnx.jit(loss_fn, static_argnames="dtype")
 
 @nnx.jit(static_argnames="dtype", donate_argnames=("model", "optimizer"))
 def train_step(model: nnx.Module, optimizer: nnx.Optimizer, ids: jax.Array, dtype: str):
-    """One update from the mean gradient over the micro-batches `ids` (micro, batch, time + 1).
+    """Takes one step with the mean gradient over micro-batches `ids` (micro, batch, time + 1).
 
-    Gradients are averaged first and the optimizer runs once. (`optax.MultiSteps` would run it on
-    every micro-batch and throw results away, which moments that are updated in place forbid.)
+    It averages the gradients first and runs the optimizer once. `optax.MultiSteps` would run it on
+    every micro-batch and discard results, which is impossible with moments that change in place.
     """
     value_and_grad = nnx.value_and_grad(loss_fn, argnums=nnx.DiffState(0, optimizer.wrt))
 
     def add_micro_batch(total, ids):
-        step = value_and_grad(nnx.clone(model), ids, dtype)  # a copy of this trace level
+        step = value_and_grad(nnx.clone(model), ids, dtype)  # nnx wants a copy of this trace level
         return jax.tree.map(jnp.add, total, step), None
 
     zeros = jax.tree.map(jnp.zeros_like, nnx.state(model, optimizer.wrt))

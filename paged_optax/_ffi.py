@@ -8,7 +8,7 @@ Here only the compiled program has the effect, so that XLA neither drops, merges
 calls. The order of updates comes from the token, which every update takes and returns.
 """
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 import jax.extend
@@ -64,17 +64,7 @@ def _lower_update(ctx, *operands, step: Step):
     lowering = jax.ffi.ffi_lowering(
         _UPDATE_TARGET, has_side_effect=True, operand_output_aliases=aliases
     )
-    return lowering(ctx, *operands, **_as_of_today(step.attributes()))
-
-
-# ADAPTER: what the extension takes before it takes a `Step`. To be deleted when it does.
-def _as_of_today(attributes: dict[str, Any]) -> dict[str, Any]:
-    renamed = {"decays": "decayed", "formats": "codecs"}
-    attributes = {renamed.get(name, name): value for name, value in attributes.items()}
-    attributes["nesterov"] = bool(attributes.pop("flags"))
-    for name in ("names", "output", "rule"):
-        del attributes[name]
-    return attributes
+    return lowering(ctx, *operands, **step.attributes())
 
 
 @position_p.def_abstract_eval

@@ -15,7 +15,7 @@ from . import _ext, _names
 from . import _reference as reference
 from ._shards import Shards
 from ._state import PagedState, find_states, read_token
-from ._tables import FORMATS, RULES
+from ._tables import RULES
 
 # The values of one leaf's states, or those of all leaves as trees, by the names of the states.
 Values = dict[str, Any]
@@ -183,7 +183,7 @@ def _ordinal(device: Any) -> int:
 
 def _states_of(report: dict[str, Any]) -> list[tuple[str, str]]:
     """Names and roles of the states that the moments' rule has."""
-    return RULES[report.get("rule", 0)]["states"]
+    return RULES[report["rule"]]["states"]
 
 
 def _read_device(report: dict[str, Any], handle: int, version: int) -> list[Values]:
@@ -191,17 +191,11 @@ def _read_device(report: dict[str, Any], handle: int, version: int) -> list[Valu
     states = _states_of(report)
     signed = [role == "signed" for _, role in states]
     leaves = []
-    arrays = _read_leaves(report, handle, version)
+    arrays = _ext.read_leaves(report["platform"], report["ordinal"], handle, version)
     for (format, shape), parts in zip(report["leaves"], arrays, strict=True):
-        stored = reference.from_arrays(FORMATS[format], parts)
+        stored = reference.from_arrays(format, parts)
         values = reference.decode(stored, signed, math.prod(shape))
         leaves.append(
             {name: flat.reshape(shape) for (name, _), flat in zip(states, values, strict=True)}
         )
     return leaves
-
-
-def _read_leaves(report: dict[str, Any], handle: int, version: int) -> list[tuple[np.ndarray, ...]]:
-    """What is stored of every leaf: the codes of each state, then the words of each state."""
-    device = report["platform"], report["ordinal"]
-    return [_ext.read_leaf(*device, handle, version, i) for i in range(len(report["leaves"]))]

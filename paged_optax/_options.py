@@ -4,8 +4,8 @@ import dataclasses
 import operator
 import os
 
+from ._tables import FORMAT_NAMES, PARAM_ROUNDINGS
 from ._bytes import check_bytes
-from ._tables import FORMATS, PARAM_ROUNDINGS
 from ._validate import check_choice, check_kind
 
 NON_FINITE = ("propagate", "skip_element", "skip_step")
@@ -46,8 +46,8 @@ class Quantization:
             if isinstance(value, bool) or not hasattr(value, "__index__"):
                 raise TypeError(f"{name} is {value!r}; it must be an int")
             object.__setattr__(self, name, operator.index(value))
-        if self.codec not in FORMATS:
-            known = ", ".join(map(repr, sorted(FORMATS)))
+        if self.codec not in FORMAT_NAMES:
+            known = ", ".join(map(repr, sorted(FORMAT_NAMES)))
             raise ValueError(f"unknown codec {self.codec!r}; there are {known}")
         if self.min_size < 0:
             raise ValueError(

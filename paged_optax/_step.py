@@ -1,7 +1,6 @@
 """What one update tells the custom call, next to its operands."""
 
 import dataclasses
-import enum
 import os
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -11,7 +10,7 @@ import numpy as np
 from ._names import leaf_keys, number_paths, number_tree
 from ._options import Options, Paging, Quantization
 from ._rule import Rule
-from ._tables import FLOAT32, FORMATS, PARAM_ROUNDINGS, RATIO
+from ._tables import FORMAT_NAMES, FORMATS, OUTPUTS, PARAM_ROUNDINGS
 
 Int8s = Annotated[tuple[int, ...], np.int8]
 Int64s = Annotated[tuple[int, ...], np.int64]
@@ -24,13 +23,6 @@ _TYPES: dict[Any, tuple[str, Any]] = {
     Int8s: ("i8[]", lambda values: np.array(values, np.int8)),
     Int64s: ("i64[]", lambda values: np.array(values, np.int64)),
 }
-
-
-class Output(enum.IntEnum):
-    """What leaves a step; enum Output in C++."""
-
-    DIRECTION = 0  # that of the rule
-    UPDATE = 1  # with learning rate and weight decay, rounded for the parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +41,7 @@ class Step:
     keys: Int64s  # of each leaf, for its random bits; () if nothing is rounded at random
     names: str  # paths of the leaves, a line each
     num_devices: int  # that the program runs on
-    output: int  # `Output`
+    output: int  # a number in `_tables.OUTPUTS`: the direction, or the update of the parameters
     param_rounding: int  # an index into PARAM_ROUNDINGS
     paths: int  # a number for the names
     pinned: bool  # pinned instead of managed memory
@@ -62,7 +54,7 @@ class Step:
     @property
     def takes_params(self) -> bool:
         """Whether the parameters are operands."""
-        return self.output != Output.DIRECTION
+        return self.output != OUTPUTS.index("direction")
 
     def attributes(self) -> dict[str, Any]:
         """The fields as the FFI takes them."""
@@ -99,7 +91,7 @@ def make_step(
       skip_elements: whether elements with a bad gradient are skipped, also without the option.
     """
     formats = _formats(options.quantization, grads)
-    rounds_at_random = decays is not None or RATIO in formats
+    rounds_at_random = decays is not None or any(FORMATS[i]["is_random"] for i in formats)
     return Step(
         decays=decays or (),
         flags=rule.flags,
@@ -107,7 +99,7 @@ def make_step(
         keys=leaf_keys(paths, options.quantization.seed) if rounds_at_random else (),
         names="\n".join(paths),
         num_devices=1,
-        output=int(Output.DIRECTION if decays is None else Output.UPDATE),
+        output=OUTPUTS.index("direction" if decays is None else "update"),
         param_rounding=0 if decays is None else PARAM_ROUNDINGS.index(options.param_rounding),
         paths=number_paths(paths),
         replay=options.replay,
@@ -120,8 +112,8 @@ def make_step(
 
 
 def _formats(quantization: Quantization, grads: Sequence[Any]) -> tuple[int, ...]:
-    large = FORMATS.index(quantization.codec)
-    return tuple(large if np.size(grad) >= quantization.min_size else FLOAT32 for grad in grads)
+    large, small = FORMAT_NAMES.index(quantization.codec), FORMAT_NAMES.index("float32")
+    return tuple(large if np.size(grad) >= quantization.min_size else small for grad in grads)
 
 
 def _placement(paging: Paging) -> dict[str, Any]:

@@ -1,28 +1,14 @@
-"""The rules and formats that the extension has, in the order of their numbers."""
+"""What the extension knows how to do, in the order of its numbers."""
 
 from typing import Any
 
-RULES: list[dict[str, Any]] = [
-    {
-        "name": "adam",
-        "states": [("mu", "signed"), ("nu", "nonnegative")],
-        "hyperparams": [
-            ("b1", "decay"),
-            ("b2", "decay"),
-            ("eps", "nonnegative"),
-            ("eps_root", "nonnegative"),
-        ],
-        "flags": ["nesterov"],
-    },
-]
-FORMATS: list[str] = ["float32", "dynamic", "ratio"]
-# Enum ParamRounding in xla_ffi/step/params.h.
-PARAM_ROUNDINGS = ("nearest", "stochastic", "compensated")
+from . import _ext
 
-FLOAT32 = FORMATS.index("float32")
-DYNAMIC = FORMATS.index("dynamic")
-RATIO = FORMATS.index("ratio")
-CODECS = {"dynamic": DYNAMIC, "ratio": RATIO}  # the formats of 8 bits
+RULES: list[dict[str, Any]] = _ext.rules()
+FORMATS: list[dict[str, Any]] = _ext.formats()
+FORMAT_NAMES = [row["name"] for row in FORMATS]
+PARAM_ROUNDINGS = tuple(_ext.param_roundings())
+OUTPUTS = _ext.outputs()
 
 
 def rule_number(name: str) -> int:

@@ -9,34 +9,14 @@ import pytest
 from paged_optax import Paging, Quantization, _ext, _step
 from paged_optax._options import make_options
 from paged_optax._rule import Rule
-from paged_optax._step import Output, Step, make_step
-from paged_optax._tables import FORMATS, PARAM_ROUNDINGS, RULES
+from paged_optax._step import Step, make_step
+from paged_optax._tables import FORMAT_NAMES, OUTPUTS, PARAM_ROUNDINGS, RULES
 
-ATTRIBUTES = [
-    ("decays", "i8[]"),
-    ("device_bytes", "i64"),
-    ("directory", "str"),
-    ("flags", "i64"),
-    ("formats", "i8[]"),
-    ("headroom_bytes", "i64"),
-    ("keys", "i64[]"),
-    ("names", "str"),
-    ("num_devices", "i64"),
-    ("output", "i64"),
-    ("param_rounding", "i64"),
-    ("paths", "i64"),
-    ("pinned", "bool"),
-    ("replay", "bool"),
-    ("rule", "i64"),
-    ("shards", "str"),
-    ("skip_elements", "bool"),
-    ("tree", "i64"),
-]
 ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "eps_root": 0.0, "nesterov": False}
 
 
 def test_names_and_types():
-    attributes = getattr(_ext, "update_attrs", lambda: ATTRIBUTES)()
+    attributes = _ext.update_attrs()
     assert _step.attribute_types() == attributes == sorted(attributes)
 
 
@@ -57,9 +37,9 @@ def make(rule=None, decays=None, skip_elements=False, sizes=(10, 5000), **option
 
 def test_a_direction():
     step = make(replay=True, quantization=Quantization("dynamic"))
-    assert [FORMATS[i] for i in step.formats] == ["float32", "dynamic"]
+    assert [FORMAT_NAMES[i] for i in step.formats] == ["float32", "dynamic"]
     assert RULES[step.rule]["name"] == "adam" and step.flags == 0
-    assert step.output == Output.DIRECTION and not step.takes_params
+    assert OUTPUTS[step.output] == "direction" and not step.takes_params
     assert step.decays == step.keys == () and step.param_rounding == 0
     assert step.names == "['w0']\n['w1']"
     assert step.replay and not step.skip_elements
@@ -77,7 +57,7 @@ def test_an_update(tmp_path, monkeypatch):
         paging=paging,
     )
     assert step.flags == 1 and step.skip_elements
-    assert step.output == Output.UPDATE and step.takes_params
+    assert OUTPUTS[step.output] == "update" and step.takes_params
     assert PARAM_ROUNDINGS[step.param_rounding] == "compensated"
     assert step.attributes()["decays"].tolist() == [1, 0]
     assert step.attributes()["keys"].dtype == "int64" and len(set(step.keys)) == 2
@@ -88,7 +68,7 @@ def test_an_update(tmp_path, monkeypatch):
 def test_all_in_float32():
     """Whatever the size, in as many bytes as leaves that are too small for another format."""
     step = make(quantization=Quantization("float32"))
-    assert [FORMATS[i] for i in step.formats] == ["float32", "float32"] and step.keys == ()
+    assert [FORMAT_NAMES[i] for i in step.formats] == ["float32", "float32"] and step.keys == ()
 
 
 def test_equal_steps_are_one():

@@ -8,7 +8,8 @@ import optax
 import pytest
 
 import paged_optax
-from paged_optax import _ext, check_last, paged_adamw8bit
+from helpers import num_arenas
+from paged_optax import check_last, paged_adamw8bit
 
 f32 = np.float32
 PARAMS = {"w": np.ones((64, 80), ml_dtypes.bfloat16), "b": np.ones(40, f32)}
@@ -48,22 +49,22 @@ HARMFUL = {
 
 @pytest.mark.parametrize("factory", HARMLESS.values(), ids=HARMLESS)
 def test_check_last_accepts(factory):
-    before = _ext.num_arenas()
+    before = num_arenas()
     with jax.numpy_dtype_promotion("standard"):
         check_last(factory(), PARAMS)
-    assert _ext.num_arenas() == before
+    assert num_arenas() == before
     np.testing.assert_array_equal(PARAMS["b"], 1)
 
 
 @pytest.mark.parametrize("factory", HARMFUL.values(), ids=HARMFUL)
 def test_check_last_refuses(factory):
-    before = _ext.num_arenas()
+    before = num_arenas()
     with (
         jax.numpy_dtype_promotion("standard"),
         pytest.raises(ValueError, match="something after the paged optimizer changes its updates"),
     ):
         check_last(factory(), PARAMS)
-    assert _ext.num_arenas() == before
+    assert num_arenas() == before
 
 
 @jax.numpy_dtype_promotion("standard")

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 import paged_optax
-from paged_optax import _ext
+from helpers import build_info
 
 pytestmark = pytest.mark.slow
 
@@ -45,12 +45,12 @@ def test_names_versions(cpu_report):
     assert ["version", paged_optax.__version__] in lines
     for package in ("jax", "jaxlib", "optax", "flax"):
         assert [package, importlib.metadata.version(package)] in lines
-    api = ".".join(map(str, _ext.build_info()["ffi_api"]))
+    api = ".".join(map(str, build_info()["ffi_api"]))
     assert f"XLA FFI API {api}" in " ".join(cpu_report.split())
 
 
 def test_names_what_was_built(cpu_report):
-    build = _ext.build_info()
+    build = build_info()
     (line,) = (line for line in cpu_report.splitlines() if line.startswith("CUDA code"))
     if build["cuda"]:
         assert build["nvcc"] in line and build["cuda_archs"] in line
@@ -109,7 +109,7 @@ runpy.run_module("paged_optax", run_name="__main__")
     assert "Paged optimizers do not work here." in process.stdout
 
 
-@pytest.mark.skipif(_ext.build_info()["cuda"], reason="this build has CUDA code")
+@pytest.mark.skipif(build_info()["cuda"], reason="this build has CUDA code")
 def test_with_a_gpu_but_without_cuda_code(tmp_path):
     code = """
 import runpy

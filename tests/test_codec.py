@@ -10,12 +10,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from paged_optax import _ext
-from paged_optax import _reference as reference
-from paged_optax._tables import DYNAMIC
+from helpers import BLOCK, arena_bytes, f32, hooks, reference, same_bits, split_arena, step_blocks
 
-f32 = np.float32
-BLOCK = 256
 SMALLEST_NORMAL = f32(2.0**-126)
 LARGEST = np.finfo(f32).max
 DECADES = [f32(10.0**-i) for i in range(7)]  # where one decade of the map meets the next
@@ -113,8 +109,8 @@ def test_compiled_map(signed):
         [codes[True].ravel(), codes[False].ravel(), scales.view(np.uint8).ravel()]
     )
     grads = np.zeros(256 * BLOCK, f32)
-    _ext.step_leaf(grads, 0, DYNAMIC, arena, 0, 256, (0.5, 0.5, 1.0, 0.0), 1000)
-    mu_scales, nu_scales = arena[2 * 256 * BLOCK :].view(f32).reshape(256, 2).T
+    step_blocks(grads, arena, "dynamic", [(0, 256)], (0.5, 0.5, 1.0, 0.0), 1000)
+    _, _, mu_scales, nu_scales = split_arena(arena, 256)
     np.testing.assert_array_equal(2 * (mu_scales if signed else nu_scales), np.abs(table))
 
 
@@ -131,7 +127,7 @@ def test_every_decision(signed):
     and last float with any 16 leading bits, the decision points, and the floats beside them.
     """
     x = edge_values(signed)
-    np.testing.assert_array_equal(_ext.encode(x, signed), nearest_codes(x, signed))
+    np.testing.assert_array_equal(hooks.encode(x, signed), nearest_codes(x, signed))
 
 
 @pytest.mark.slow
@@ -145,32 +141,32 @@ def test_every_float(signed):
     for start in range(first, last, 1 << 24):
         x = np.arange(start, min(start + (1 << 24), last) + 1, dtype=np.int32).view(f32)
         for values in (x, -x) if signed else (x,):
-            codes = _ext.encode(values, signed)
+            codes = hooks.encode(values, signed)
             changes = np.flatnonzero(codes[1:] != codes[:-1]) + 1
             assert np.isin(x[changes], edges).all()
             ends = values[np.concatenate([[0], changes, changes - 1, [x.size - 1]])]
-            np.testing.assert_array_equal(_ext.encode(ends, signed), nearest_codes(ends, signed))
+            np.testing.assert_array_equal(hooks.encode(ends, signed), nearest_codes(ends, signed))
 
 
 @signedness
 def test_random_values(signed):
     x = random_values(signed, 150_000)
-    np.testing.assert_array_equal(_ext.encode(x, signed), nearest_codes(x, signed))
+    np.testing.assert_array_equal(hooks.encode(x, signed), nearest_codes(x, signed))
 
 
 @signedness
 def test_rounding_above_one(signed):
     """A value times the rounded reciprocal of its scale may exceed 1 a little."""
     x = neighbourhood([1.0], 8)
-    np.testing.assert_array_equal(_ext.encode(x, signed), np.full(x.size, 255))
+    np.testing.assert_array_equal(hooks.encode(x, signed), np.full(x.size, 255))
 
 
 def test_a_minus_sign_is_kept():
     """Also that of -0.0: what underflows still tells its sign."""
     tiny = np.exp2(np.arange(-149, -23, dtype=f32))
-    assert np.all(_ext.encode(tiny, True) == 127)
-    assert np.all(_ext.encode(-tiny, True) == 126)
-    assert _ext.encode(np.array([-0.0, 0.0], f32), True).tolist() == [126, 127]
+    assert np.all(hooks.encode(tiny, True) == 127)
+    assert np.all(hooks.encode(-tiny, True) == 126)
+    assert hooks.encode(np.array([-0.0, 0.0], f32), True).tolist() == [126, 127]
 
 
 @signedness
@@ -192,7 +188,7 @@ def test_reference_encoder(signed):
 def test_round_trip(signed):
     """encode(decode(code)) is the code, for all 256 codes (127 decodes to +0)."""
     np.testing.assert_array_equal(
-        _ext.encode(reference.dynamic_map(signed), signed), np.arange(256)
+        hooks.encode(reference.dynamic_map(signed), signed), np.arange(256)
     )
 
 
@@ -225,7 +221,7 @@ def test_error_bound(decade, signed):
     top = 10.0 ** (decade - 6)
     x = np.random.default_rng(decade).uniform(top / 10, top, 20_000).astype(f32)
     x = x * np.resize(np.array([1, -1], f32), x.size) if signed else x
-    error = np.abs(reference.dynamic_map(signed)[_ext.encode(x, signed)] - x.astype(np.float64))
+    error = np.abs(reference.dynamic_map(signed)[hooks.encode(x, signed)] - x.astype(np.float64))
     assert error.max() <= 0.45 / bins * top * (1 + 1e-6) + 1e-7 * top
     assert error.max() >= 0.44 / bins * top  # the bound is not idle
 
@@ -233,11 +229,11 @@ def test_error_bound(decade, signed):
 def test_error_bound_below_the_decades():
     """Under 1e-7 of the scale a positive value becomes 0, a negative first moment -5.5e-7."""
     x = np.random.default_rng(0).uniform(0, 1e-7, 10_000).astype(f32)
-    assert not reference.dynamic_map(True)[_ext.encode(x, True)].any()
-    assert not reference.dynamic_map(False)[_ext.encode(x, False)].any()
+    assert not reference.dynamic_map(True)[hooks.encode(x, True)].any()
+    assert not reference.dynamic_map(False)[hooks.encode(x, False)].any()
     smallest = reference.dynamic_map(True)[126]
     assert smallest == pytest.approx(-5.5e-7)
-    assert np.all(reference.dynamic_map(True)[_ext.encode(-x, True)] == smallest)
+    assert np.all(reference.dynamic_map(True)[hooks.encode(-x, True)] == smallest)
 
 
 # --------------------------------------------------------------------------------------- blocks
@@ -248,11 +244,11 @@ def test_error_bound_below_the_decades():
 def blocks_of_step(grads):
     """First and second moments stored by one C++ step over ``grads`` with b1 = b2 = 0."""
     n = -(-grads.size // BLOCK)
-    arena = np.zeros(_ext.arena_bytes(n, 0), np.uint8)
-    _ext.step_leaf(grads.copy(), 0, DYNAMIC, arena, 0, n, (0.0, 0.0, 1e-8, 0.0), 0, fresh=True)
-    codes = arena[: 2 * n * BLOCK].reshape(2, -1)
-    scales = arena[2 * n * BLOCK :][: 8 * n].view(f32).reshape(n, 2).T
-    return [reference.Quantized(*pair) for pair in zip(codes, scales, strict=True)]
+    arena = np.zeros(arena_bytes(n, 0), np.uint8)
+    hyperparams = (0.0, 0.0, 1e-8, 0.0)
+    step_blocks(grads.copy(), arena, "dynamic", [(0, n)], hyperparams, 0, fresh=True)
+    mu_codes, nu_codes, mu_scales, nu_scales = split_arena(arena, n)
+    return reference.Quantized(mu_codes, mu_scales), reference.Quantized(nu_codes, nu_scales)
 
 
 def one_block(values):
@@ -275,7 +271,7 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize("grads", BLOCKS.values(), ids=BLOCKS)
-def test_blocks(grads, same_bits):
+def test_blocks(grads):
     values = np.pad(grads, (0, -grads.size % BLOCK)).reshape(-1, BLOCK)
     scales = np.abs(values).max(axis=1, initial=0)
     with np.errstate(divide="ignore", over="ignore"):

@@ -12,11 +12,10 @@ import optax
 import pytest
 
 import paged_optax
-from paged_optax import Paging, _ext, memory_report, moments, paged_adamw8bit, release
+from helpers import RAISES, free_device_bytes, hooks, num_arenas, raise_if_rejected
+from paged_optax import Paging, memory_report, moments, paged_adamw8bit, release
 
 pytestmark = pytest.mark.gpu
-
-RAISES = (RuntimeError, ValueError)  # the fast path of jitted functions raises ValueError
 
 
 def tree(seed=0):
@@ -70,7 +69,7 @@ def stepped():
     for state in states:
         release(state)
     try:
-        _ext.raise_if_rejected()
+        raise_if_rejected()
     except RuntimeError:
         pass
 
@@ -119,10 +118,10 @@ def test_release_returns_device_memory():
     tx = paged_optax.scale_by_paged_adam8bit()
     _, state = tx.update(params, tx.init(params))
     wait(state)
-    free = _ext.free_device_bytes(0)
+    free = free_device_bytes(0)
     nbytes = release(state)
     assert nbytes >= 2 * params.size
-    assert _ext.free_device_bytes(0) - free >= 0.9 * nbytes
+    assert free_device_bytes(0) - free >= 0.9 * nbytes
 
 
 OPTIONS = {
@@ -222,14 +221,14 @@ def test_released_state_is_refused_on_the_device(stepped):
     release(newest)
     wait(tx.update(params, newest))
     with pytest.raises(RuntimeError, match="were released"):
-        _ext.raise_if_rejected()
+        raise_if_rejected()
 
 
 def test_foreign_token_is_refused_on_the_device(stepped):
     tx, params, (_, _, newest) = stepped
     wait(tx.update(params, newest._replace(token=jnp.array([5, 1], jnp.int32))))
     with pytest.raises(RuntimeError, match="not in this process"):
-        _ext.raise_if_rejected()
+        raise_if_rejected()
 
 
 def test_fresh_state_starts_anew(stepped):
@@ -255,16 +254,16 @@ def test_many_states():
     """The table of arenas on the device grows, and shrinks again."""
     tx = paged_optax.scale_by_paged_adam8bit()
     params = jnp.ones(300)
-    arenas = _ext.num_arenas()
+    arenas = num_arenas()
     states = [tx.update(params * (i + 1), tx.init(params))[1] for i in range(150)]
-    assert _ext.num_arenas() == arenas + 150
+    assert num_arenas() == arenas + 150
     for i in (0, 77, 149):
         np.testing.assert_allclose(moments(states[i]).mu[0], 0.1 * (i + 1), rtol=1e-5)
     for state in states:
         release(state)
-    assert _ext.num_arenas() == arenas
+    assert num_arenas() == arenas
 
 
 def test_fast_math_is_exact_where_it_says_so():
     """All 2^32 arguments of the GPU's own square root and reciprocal."""
-    assert _ext.count_inexact(0) == 0
+    assert hooks.count_inexact(0) == 0

@@ -14,6 +14,15 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from helpers import (
+    RAISES,
+    assert_trees_close,
+    assert_trees_equal,
+    is_zero,
+    make_tree,
+    stored_leaves,
+    to_jax,
+)
 from paged_optax import (
     MultiSteps,
     Quantization,
@@ -26,20 +35,9 @@ from paged_optax import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("device", "standard_promotion")]
 
-RAISES = (RuntimeError, ValueError)  # JAX reports a handler's error as either
-
-
-@pytest.fixture
-def standard_promotion():
-    """As users have it: optax itself does not run under strict promotion."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
 
 def make_params(seed=0, dtype=jnp.float32):
-    rng = np.random.default_rng(seed)
-    shapes = {"bias": (80,), "kernel": (64, 80)}
-    return {k: jnp.asarray(rng.standard_normal(s), dtype) for k, s in shapes.items()}
+    return to_jax(make_tree(seed, {"bias": (80,), "kernel": (64, 80)}, dtype))
 
 
 def make_grads(step, dtype=jnp.float32):
@@ -66,32 +64,10 @@ def run(tx, num_steps, update=None, dtype=jnp.float32, make=make_grads):
     return params, history
 
 
-def is_zero(tree):
-    return not any(np.any(leaf) for leaf in jax.tree.leaves(tree))
-
-
 def assert_same_types(actual, desired):
     assert jax.tree.structure(actual) == jax.tree.structure(desired)
     for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True):
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
-
-
-def assert_trees_equal(actual, desired):
-    assert jax.tree.structure(actual) == jax.tree.structure(desired)
-    jax.tree.map(np.testing.assert_array_equal, actual, desired)
-
-
-def assert_trees_close(actual, desired, **tolerances):
-    tolerances = {"rtol": 1e-5, "atol": 2e-6} | tolerances
-    assert jax.tree.structure(actual) == jax.tree.structure(desired)
-
-    def check(one, other):
-        if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
-            one, other = jax.random.key_data(one), jax.random.key_data(other)
-        one, other = (np.asarray(x).astype(np.float64) for x in (one, other))
-        np.testing.assert_allclose(one, other, **tolerances)
-
-    jax.tree.map(check, actual, desired)
 
 
 def assert_like_optax(ours, theirs, **tolerances):
@@ -225,7 +201,7 @@ def test_inner_update_runs_once_a_cycle(how):
 
 
 @pytest.mark.parametrize("use_grad_mean", [False, True], ids=["sum", "mean"])
-def test_paged_state_changes_once_a_cycle(use_grad_mean, stored_moments):
+def test_paged_state_changes_once_a_cycle(use_grad_mean):
     """Bit for bit the bare optimizer, given the sums (or means) of the gradients."""
     num_cycles, k = (4, 2) if use_grad_mean else (3, 5)
     bare = scale_by_paged_adam8bit()
@@ -243,7 +219,7 @@ def test_paged_state_changes_once_a_cycle(use_grad_mean, stored_moments):
         total = jax.tree.map(lambda *leaves: sum(leaves) / (k if use_grad_mean else 1), *grads)
         expected, bare_state = bare_update(total, bare_state)
         assert_trees_equal(updates, expected)
-        assert_trees_equal(stored_moments(state.inner_opt_state), stored_moments(bare_state))
+        assert_trees_equal(stored_leaves(state.inner_opt_state), stored_leaves(bare_state))
         assert tx.has_updated(state)
     assert state.inner_opt_state.count == state.gradient_step == num_cycles
     assert state.inner_opt_state.token.tolist() == [handle, num_cycles]
@@ -497,7 +473,7 @@ def test_updates_within_a_cycle_are_zero_where_the_optimizer_gives_nan():
 
 
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_skipped_steps_leave_a_paged_state_alone(transform, stored_moments):
+def test_skipped_steps_leave_a_paged_state_alone(transform):
     """A gradient that is not finite, at each place of a cycle, counts as if it had not come."""
     inner = scale_by_paged_adam8bit()
     plain = MultiSteps(inner, 2)
@@ -518,7 +494,7 @@ def test_skipped_steps_leave_a_paged_state_alone(transform, stored_moments):
         assert_trees_equal(updates, wanted)
         assert state.mini_step == expected.mini_step
     assert_trees_equal(
-        stored_moments(state.inner_opt_state), stored_moments(expected.inner_opt_state)
+        stored_leaves(state.inner_opt_state), stored_leaves(expected.inner_opt_state)
     )
 
 

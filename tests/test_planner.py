@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from paged_optax import _ext
+from helpers import hooks
 
 MIB = 2**20
 SEGMENT = 2  # MiB, for states of up to 256
@@ -20,7 +20,7 @@ class Gpu:
 
     def __init__(self, total, headroom=0):
         self.total, self.headroom, self.others = total, headroom, 0
-        self.planner = _ext.Planner()
+        self.planner = hooks.Planner()
         self.states, self.held = [], []  # held: MiB of the card that a state has, used or not
         self.robbed = 0  # MiB in use that the driver had to take away
         self.moved = 0
@@ -36,7 +36,7 @@ class Gpu:
         return [self.resident(i) for i in range(len(self.states))]
 
     def add(self, size, budget=None, is_kept=True):
-        state = _ext.Residency(
+        state = hooks.Residency(
             size * MIB,
             device_bytes=-1 if budget is None else budget * MIB,
             headroom_bytes=self.headroom * MIB,

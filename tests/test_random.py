@@ -11,8 +11,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from paged_optax import _ext
-from paged_optax import _reference as reference
+from helpers import hooks, reference
 
 pytestmark = pytest.mark.slow  # no version of jax changes these
 
@@ -29,7 +28,7 @@ LIMIT = 4.0
     size=st.integers(0, 600),
 )
 def test_same_bits_as_the_reference(leaf_key, count, start, size):
-    actual = _ext.random_bits(leaf_key, count, start, size)
+    actual = hooks.random_bits(leaf_key, count, start, size)
     expected = reference.random_bits(leaf_key, count, start, size)
     assert expected.dtype == np.uint32
     np.testing.assert_array_equal(actual, expected)

@@ -10,12 +10,9 @@ import fractions
 import numpy as np
 import pytest
 
-from paged_optax import _ext
-from paged_optax import _reference as reference
-from paged_optax._tables import RATIO
+from helpers import BLOCK, arena_bytes, f32, hooks, ratio_unit, reference, split_arena, step_blocks
 
-f32, u32 = np.float32, np.uint32
-BLOCK = 256
+u32 = np.uint32
 STEPS = [quarters << e for e in range(5) for quarters in range(4, 8)] + [128]  # times 2^14
 LARGEST = 0x7F7FFFFF  # bits of the largest finite float
 HAS_ZEROS = 256
@@ -27,7 +24,7 @@ def floats(bits):
 
 def window_of(top, step):
     """Step, and offset, of a block that has this step of `STEPS` for its range."""
-    word = _ext.window_word(top, range_for(step), False)
+    word = hooks.window_word(top, range_for(step), False)
     assert word & 255 == step
     return step << 14, word >> 16
 
@@ -39,7 +36,7 @@ def range_for(step):
 
 def encode_nus(bits, top, step, random, has_zeros=False):
     random = np.broadcast_to(u32(random), len(bits))
-    return _ext.encode_ratio_nu(floats(bits), top, range_for(step), has_zeros, random)
+    return hooks.encode_ratio_nu(floats(bits), top, range_for(step), has_zeros, random)
 
 
 TOPS = [0x3F800000, 0x3F812345, 0x3FFFFFFF, 0x7F000000, 0x7EFFFFFF, 0x01000000, 0x00800000, 0x2000]
@@ -51,7 +48,7 @@ tops = pytest.mark.parametrize("top", TOPS, ids=hex)
 def test_window_is_the_finest_that_reaches(top, octaves):
     bottom = max(top - int(octaves * 2**23), 1)
     span = top - bottom
-    word = _ext.window_word(top, span, False)
+    word = hooks.window_word(top, span, False)
     step, offset = (word & 255) << 14, word >> 16
     fits = [s << 14 for s in STEPS if span + span // 64 + span // 256 < 256 * (s << 14)]
     assert step == min(fits, default=2**21)
@@ -132,13 +129,13 @@ def test_every_code_of_a_first_moment():
             np.pad(codes, (0, 1)),
             np.full(BLOCK, 253, np.uint8),  # 1, of which the unit is 1
             np.array([scale]),
-            np.array([_ext.window_word(0x3F800000, 0, False)], u32).view(f32),
+            np.array([hooks.window_word(0x3F800000, 0, False)], u32).view(f32),
         )
         mu, nu = reference.dequantize_ratio(state)
         assert (nu == 1).all()
         np.testing.assert_allclose(mu[:255], k * np.abs(k) / 127.0**2 * scale, rtol=1e-6)
         random = np.full(255, 0x8000, u32)
-        np.testing.assert_array_equal(_ext.encode_ratio_mu(mu[:255], scale, random), codes)
+        np.testing.assert_array_equal(hooks.encode_ratio_mu(mu[:255], scale, random), codes)
 
 
 def test_first_moments_are_rounded_without_bias():
@@ -147,7 +144,7 @@ def test_first_moments_are_rounded_without_bias():
     rng = np.random.default_rng(0)
     for ratio in [0.0, 1e-9, 1.0, 0.5, *rng.uniform(0, 1, 20), *rng.uniform(0, 1e-3, 20)]:
         for value in f32(ratio), f32(-ratio):
-            codes = _ext.encode_ratio_mu(np.full(random.size, value), 1.0, random).view(np.int8)
+            codes = hooks.encode_ratio_mu(np.full(random.size, value), 1.0, random).view(np.int8)
             k = codes.astype(np.int64)
             mean = fractions.Fraction(int((k * np.abs(k)).sum()), random.size)
             step = 2 * int(np.abs(k).max()) + 1
@@ -166,7 +163,7 @@ def test_every_decision_between_squares():
             border = (k * k + f * (2 * k + 1)) / inverse
             step = (2 * k + 1) / inverse * fractions.Fraction(1, 10_000)
             below, above = (f32(max(float(border + sign * step), 0)) for sign in (-1, 1))
-            codes = _ext.encode_ratio_mu(np.array([below, above], f32), 1.0, np.full(2, word, u32))
+            codes = hooks.encode_ratio_mu(np.array([below, above], f32), 1.0, np.full(2, word, u32))
             if above <= 1:
                 assert codes[1] == k + 1
             if word > 6:  # else `below` may be beyond the decision of the square before
@@ -176,7 +173,7 @@ def test_every_decision_between_squares():
 def test_units_are_near_the_root():
     bits = np.concatenate([np.arange(0x00800000, LARGEST, 0x3FFF1), np.arange(0, 40, 1) << 22])
     nu = floats(bits[bits >= 0x00800000])
-    unit, reciprocal = reference.ratio_unit(nu)
+    unit, reciprocal = ratio_unit(nu)
     ratio = np.sqrt(nu.astype(np.float64)) / unit
     assert (ratio >= 0.94).all() and (ratio < 1.5).all()
     np.testing.assert_allclose(unit.astype(np.float64) * reciprocal, 1, rtol=2e-7)
@@ -230,11 +227,17 @@ STREAMS = {
 }
 
 
+def check_stored(arena, num_blocks, state):
+    """Codes and words of an arena, against those of the reference's `RatioState`."""
+    for actual, expected in zip(split_arena(arena, num_blocks), state, strict=True):
+        np.testing.assert_array_equal(actual.view(np.uint8), expected.view(np.uint8))
+
+
 @pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS)
 def test_step_is_that_of_the_reference(stream):
     """Updates, codes and words, bit for bit."""
     num_blocks = -(-stream.size // BLOCK)
-    arena = np.full(_ext.arena_bytes(num_blocks, 0), 0xCC, np.uint8)
+    arena = np.full(arena_bytes(num_blocks, 0), 0xCC, np.uint8)
     state = reference.init_leaf(stream.size, True, "ratio")
     hyperparams = reference.Hyperparams(*stream.hyperparams)
     for step, grad in enumerate(stream.grads(50)):
@@ -243,16 +246,11 @@ def test_step_is_that_of_the_reference(stream):
             grad, state, count, hyperparams, stream.nesterov, leaf_key=stream.key
         )
         update = grad.copy()
-        _ext.step_leaf(
-            update, 0, RATIO, arena, 0, num_blocks, stream.hyperparams, count,
-            nesterov=stream.nesterov, fresh=step == 0, leaf_key=stream.key,
-        )  # fmt: skip
+        options = {"nesterov": stream.nesterov, "fresh": step == 0, "leaf_key": stream.key}
+        blocks = [(0, num_blocks)]
+        step_blocks(update, arena, "ratio", blocks, stream.hyperparams, count, **options)
         np.testing.assert_array_equal(update, expected)
-        codes, words = arena[: 2 * num_blocks * BLOCK], arena[2 * num_blocks * BLOCK :]
-        np.testing.assert_array_equal(codes, np.concatenate([state.mu_codes, state.nu_codes]))
-        stored = words[: 8 * num_blocks].view(u32)
-        expected_words = np.stack([state.mu_scales.view(u32), state.nu_words.view(u32)], axis=1)
-        np.testing.assert_array_equal(stored, expected_words.ravel())
+        check_stored(arena, num_blocks, state)
 
 
 SPECIAL = floats(
@@ -276,7 +274,7 @@ def test_any_gradients_and_hyperparameters(seed):
     )
     nesterov, key = bool(rng.integers(2)), int(rng.integers(-(2**63), 2**63))
     scale = np.exp(rng.normal(0, 1, size) * rng.choice([0, 2, 30])) * 10 ** rng.uniform(-20, 20)
-    arena = np.full(_ext.arena_bytes(num_blocks, 0), 0xCC, np.uint8)
+    arena = np.full(arena_bytes(num_blocks, 0), 0xCC, np.uint8)
     state = reference.init_leaf(size, True, "ratio")
     for step in range(20):
         with np.errstate(over="ignore"):
@@ -293,18 +291,13 @@ def test_any_gradients_and_hyperparameters(seed):
                 grad, state, step, reference.Hyperparams(*hyperparams), nesterov, leaf_key=key
             )
         update = grad.copy()
-        for block in rng.permutation(num_blocks).tolist():
-            _ext.step_leaf(
-                update, 0, RATIO, arena, block, block + 1, hyperparams, step,
-                nesterov=nesterov, fresh=step == 0, leaf_key=key,
-            )  # fmt: skip
+        options = {"nesterov": nesterov, "fresh": step == 0, "leaf_key": key}
+        blocks = [(block, block + 1) for block in rng.permutation(num_blocks).tolist()]
+        step_blocks(update, arena, "ratio", blocks, hyperparams, step, **options)
         is_nan = np.isnan(expected)
         np.testing.assert_array_equal(np.isnan(update), is_nan)
         np.testing.assert_array_equal(update.view(u32)[~is_nan], expected.view(u32)[~is_nan])
-        codes, words = arena[: 2 * num_blocks * BLOCK], arena[2 * num_blocks * BLOCK :]
-        np.testing.assert_array_equal(codes, np.concatenate([state.mu_codes, state.nu_codes]))
-        stored = np.stack([state.mu_scales.view(u32), state.nu_words.view(u32)], axis=1)
-        np.testing.assert_array_equal(words[: 8 * num_blocks].view(u32), stored.ravel())
+        check_stored(arena, num_blocks, state)
         mu, nu = reference.dequantize_ratio(state)
         assert np.isfinite(mu).all() and np.isfinite(nu).all() and (nu >= 0).all()
 

@@ -14,9 +14,8 @@ import numpy as np
 import optax
 import pytest
 
-from paged_optax import _reference as reference
+from helpers import f32, reference
 
-f32 = np.float32
 BELOW_ONE = float(np.nextafter(f32(1), f32(0)))
 
 HYPERPARAMS = {

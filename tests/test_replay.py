@@ -13,10 +13,18 @@ import optax
 import pytest
 
 import paged_optax
+from helpers import (
+    RAISES,
+    assert_trees_equal,
+    leaf_key,
+    make_tree,
+    raise_if_rejected,
+    reference,
+    to_jax,
+)
 from paged_optax import (
     Paging,
     Quantization,
-    _ext,
     memory_report,
     moments,
     paged_adam8bit,
@@ -24,29 +32,18 @@ from paged_optax import (
     release,
     scale_by_paged_adam8bit,
 )
-from paged_optax import _reference as reference
-from paged_optax._names import leaf_keys
-
-# From compiled code: JaxRuntimeError, or ValueError on the fast path of a jitted function.
-RAISES = (RuntimeError, ValueError)
 
 SHAPES = {"b": (7,), "w": (64, 80)}  # float32 moments, 8-bit moments
 
 
 def make_grads(step):
-    rng = np.random.default_rng(step)
-    return {k: jnp.asarray(rng.standard_normal(s), jnp.float32) for k, s in SHAPES.items()}
+    return to_jax(make_tree(step, SHAPES))
 
 
 @pytest.fixture
 def tx(device):
     del device
     return scale_by_paged_adam8bit(replay=True)
-
-
-def assert_trees_equal(actual, desired):
-    assert jax.tree.structure(actual) == jax.tree.structure(desired)
-    jax.tree.map(np.testing.assert_array_equal, actual, desired)
 
 
 class Specification:
@@ -66,7 +63,7 @@ class Specification:
                 self.leaves[k],
                 self.count,
                 reference.Hyperparams(),
-                leaf_key=leaf_keys((f"['{k}']",), Quantization().seed)[0],
+                leaf_key=leaf_key(k),
             )
             for k, g in grads.items()
         }
@@ -83,7 +80,7 @@ def assert_refused(call):
     updates, _ = jax.block_until_ready(call())
     assert not any(np.any(u) for u in jax.tree.leaves(updates))
     with pytest.raises(RuntimeError, match="not the newest one"):
-        _ext.raise_if_rejected()
+        raise_if_rejected()
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -2,8 +2,6 @@
 
 import gc
 import os
-import resource
-from collections import OrderedDict
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +9,21 @@ import numpy as np
 import optax
 import pytest
 
+from helpers import (
+    layout_bytes,
+    limit_trees,
+    num_arenas,
+    num_unused,
+    read_leaves,
+    read_residuals,
+    resident_set,
+    stored_leaves,
+)
 from paged_optax import (
     DeviceMemory,
     MemoryReport,
     Paging,
     Quantization,
-    _ext,
-    _names,
     memory_report,
     moments,
     paged_adam8bit,
@@ -25,12 +31,8 @@ from paged_optax import (
     scale_by_paged_adam8bit,
 )
 
-
-@pytest.fixture(autouse=True)
-def on_cpu():
-    """A GPU rounds what it gives up to whole pages: test_gpu.py."""
-    with jax.default_device(jax.devices("cpu")[0]):
-        yield
+# A GPU rounds what it gives up to whole pages: test_gpu.py.
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 def update_once(params, **options):
@@ -42,11 +44,7 @@ def stored_bytes(*sizes, min_size=4096):
     """From xla_ffi/README.md: 2 MiB chunks of whole blocks, 8-bit blocks first."""
     small = [size for size in sizes if size < min_size]
     large = [size for size in sizes if size >= min_size]
-    num_8bit, num_float32 = (sum(-(-size // 256) for size in group) for group in (large, small))
-    chunk = 2**21
-    full, rest = divmod(num_8bit, chunk // 520)  # a block: 256 codes and a scale, twice
-    multiple = 2048 if num_float32 else 512
-    return full * chunk + -(-rest * 520 // multiple) * multiple + num_float32 * 256 * 8
+    return layout_bytes(*(sum(-(-size // 256) for size in group) for group in (large, small)))
 
 
 SHAPES = {
@@ -112,9 +110,9 @@ def test_all_states_are_added_up():
     params = {"v": jnp.ones(5120), "w": jnp.ones(10240)}
     _, state = tx.update(params, tx.init(params), params)
     assert memory_report(state).total == stored_bytes(5120) + stored_bytes(10240)
-    before = _ext.num_arenas()
+    before = num_arenas()
     assert release(state) == stored_bytes(5120) + stored_bytes(10240)
-    assert _ext.num_arenas() == before - 2
+    assert num_arenas() == before - 2
 
 
 def test_versions_of_one_state_count_once():
@@ -204,15 +202,14 @@ def test_moments_are_numpy_arrays_in_the_parameters_tree():
 
 
 def test_trees_of_old_models_are_forgotten(monkeypatch):
-    monkeypatch.setattr(_names, "trees", OrderedDict())
-    monkeypatch.setattr(_names, "MAX_TREES", 3)
+    trees = limit_trees(monkeypatch, 3)
     tx = scale_by_paged_adam8bit()
     states = []
     for i in range(4):
         params = {f"w{i}": jnp.full(300, 1.0 + i)}
         states.append(tx.update(params, tx.init(params))[1])
         moments(states[0] if i < 2 else states[i])
-    assert len(_names.trees) == 3
+    assert len(trees) == 3
     assert list(moments(states[3]).mu) == ["w3"]
     with pytest.raises(RuntimeError, match="the tree of the parameters is unknown: .* 3 "):
         moments(states[0])
@@ -234,12 +231,65 @@ def test_moments_are_a_copy():
     np.testing.assert_array_equal(first.nu, kept)
 
 
+def test_moments_are_read_once(monkeypatch):
+    """One question and one reading, whatever the number of leaves: never one a leaf."""
+    tx = scale_by_paged_adam8bit(quantization=Quantization(min_size=100))
+    params = {f"{i}": jnp.full(50 + i, float(i + 1)) for i in range(100)}
+    _, state = tx.update(params, tx.init(params))
+    calls = []
+    for name in ("describe", "read_leaves"):
+        function = getattr(_ext, name)
+        monkeypatch.setattr(
+            _ext, name, lambda *args, f=function, n=name: calls.append(n) or f(*args)
+        )
+    mu = moments(state).mu
+    assert calls == ["describe", "read_leaves"]
+    for name, param in params.items():
+        np.testing.assert_allclose(mu[name], 0.1 * param, rtol=1e-2)
+
+
+@pytest.mark.parametrize("codec", ["ratio", "dynamic"])
+@pytest.mark.parametrize("replay", [False, True])
+def test_what_is_stored_of_a_leaf_does_not_depend_on_its_place(codec, replay):
+    """Leaves of both kinds in turn, across chunk borders, against each in a state of its own."""
+    tx = scale_by_paged_adam8bit(quantization=Quantization(codec, min_size=1000), replay=replay)
+    sizes = {"a": 300_000, "b": 999, "c": 1_500_001, "d": 5, "e": 0, "f": 70_000, "g": 256}
+    rng = np.random.default_rng(0)
+    grads = {name: jnp.asarray(rng.normal(size=n), jnp.float32) for name, n in sizes.items()}
+
+    def store(grads):
+        state = tx.init(grads)
+        for _ in range(2):
+            _, state = tx.update(grads, state)
+        return stored_leaves(state)
+
+    for name, stored in zip(grads, store(grads), strict=True):
+        (alone,) = store({name: grads[name]})
+        assert [part.dtype for part in stored] == [part.dtype for part in alone]
+        for part, expected in zip(stored, alone, strict=True):
+            np.testing.assert_array_equal(part.view(np.uint8), expected.view(np.uint8))
+
+
+def test_only_stored_contents_can_be_read():
+    tx = scale_by_paged_adam8bit()
+    params = jnp.ones(5120)
+    _, state = tx.update(params, tx.init(params))
+    handle, version = jax.device_get(state.token).tolist()
+    assert len(read_leaves("cpu", 0, handle, version)) == 1
+    with pytest.raises(RuntimeError, match="not the newest"):
+        read_leaves("cpu", 0, handle, version + 1)
+    with pytest.raises(RuntimeError, match="not the newest"):
+        read_leaves("cpu", 0, handle, 0)
+    with pytest.raises(RuntimeError, match="are on cpu:0 but the step ran on cpu:1"):
+        read_leaves("cpu", 1, handle, version)
+    with pytest.raises(ValueError, match="keeps no residuals"):
+        read_residuals("cpu", 0, handle, version)
+    release(state)
+    with pytest.raises(RuntimeError, match="were released"):
+        read_leaves("cpu", 0, handle, version)
+
+
 # --- Nothing is left behind ---------------------------------------------------------------------
-
-
-def resident_set():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads Linux's /proc")
@@ -255,8 +305,8 @@ def test_many_states_made_and_released_leave_nothing():
         return grads
 
     grads = make_and_release(jnp.ones(2**19), 20)  # 1 MiB of moments
-    num_arenas, num_unused, before = _ext.num_arenas(), _ext.num_unused(), resident_set()
+    arenas, unused, before = num_arenas(), num_unused(), resident_set()
     make_and_release(grads, 200)
-    assert _ext.num_arenas() == num_arenas
-    assert _ext.num_unused() == num_unused
+    assert num_arenas() == arenas
+    assert num_unused() == unused
     assert resident_set() - before < 50 * 2**20  # of 200 MiB

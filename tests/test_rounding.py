@@ -17,20 +17,30 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import helpers
 import paged_optax
+from helpers import (
+    QUANTIZED,
+    arena_bytes,
+    assert_trees_equal,
+    f32,
+    find_state,
+    layout_bytes,
+    leaf_key,
+    reference,
+    residuals_of,
+    same_bits,
+    stored_leaves,
+    train,
+)
 from paged_optax import (
     Quantization,
-    _ext,
     memory_report,
     paged_adam8bit,
     paged_adamw8bit,
     release,
 )
-from paged_optax import _reference as reference
-from paged_optax._names import leaf_keys
-from paged_optax._tables import CODECS
 
-f32 = np.float32
 HALVES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 MODES = ["stochastic", "compensated"]
 
@@ -156,13 +166,6 @@ def test_special_values(half, value):
 DEFAULT_CODEC, DEFAULTS = Quantization().codec, reference.Hyperparams()
 
 
-def read_residuals(state, index):
-    (state,) = paged_optax._state.find_states(state)
-    handle, version = jax.device_get(state.token).tolist()
-    (report,) = _ext.describe(handle, version)
-    return _ext.read_residuals(report["platform"], report["ordinal"], handle, version, index)
-
-
 class Reference:
     """The NumPy specification of a whole transformation on one device."""
 
@@ -173,7 +176,7 @@ class Reference:
         self.residuals = {
             k: np.full(p.size, reference.ZERO_RESIDUAL, np.uint8) for k, p in params.items()
         }
-        self.keys = {k: leaf_keys((f"['{k}']",), seed)[0] for k in params}
+        self.keys = {k: leaf_key(k, seed) for k in params}
         self.rounding, self.masked, self.count = rounding, masked, 0
 
     def update(self, grads, params, lr, decay, hyperparams=DEFAULTS):
@@ -198,11 +201,12 @@ class Reference:
 
 
 def make_tree(seed, dtypes, shapes, spread=2.0, scale=1.0):
-    rng = np.random.default_rng(seed)
-    return {
-        k: (scale * rng.standard_normal(s) * np.exp(rng.normal(0, spread, s))).astype(dtypes[k])
-        for k, s in shapes.items()
-    }
+    """Normal numbers of many magnitudes."""
+    return helpers.make_tree(seed, shapes, dtypes, spread=spread, scale=scale)
+
+
+def parameters_after(tx, params, grads):
+    return train(tx, params, grads)[0]
 
 
 BF16, F16 = ml_dtypes.bfloat16, np.float16
@@ -230,10 +234,10 @@ def first_moments(state):
     return state.mu.codes if isinstance(state.mu, reference.Quantized) else state.mu
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", QUANTIZED)
 @pytest.mark.parametrize("grad_dtypes", GRAD_DTYPES.values(), ids=GRAD_DTYPES)
 @pytest.mark.parametrize("mode", MODES)
-def test_same_bits_as_the_reference(device, same_bits, stored_moments, mode, grad_dtypes, codec):
+def test_same_bits_as_the_reference(device, mode, grad_dtypes, codec):
     """Every dtype, small and large leaves, a mask, schedules of learning rate and weight decay."""
     lr = lambda count: 1e-2 / (1 + jnp.asarray(count, jnp.float32))  # noqa: E731
     decay = lambda count: jnp.where(count < 3, 0.1, 0.01)  # noqa: E731
@@ -264,15 +268,15 @@ def test_same_bits_as_the_reference(device, same_bits, stored_moments, mode, gra
         on_device = jax.device_put(params, device)
     for index, k in enumerate(params):
         if mode == "compensated" and params[k].dtype != f32:
-            stored = read_residuals(state, index)
+            stored = residuals_of(state, index)
             np.testing.assert_array_equal(stored[: params[k].size], expected.residuals[k], k)
-        moments = stored_moments(state)[index]
+        moments = stored_leaves(state)[index]
         wanted = first_moments(expected.states[k])
         same_bits(moments[0][: wanted.size], wanted)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_parameter(device, same_bits, half, mode):
+def test_every_parameter(device, half, mode):
     """All 65,536 bit patterns of a parameter, with steps from far below to far above it."""
     params = {"p": np.arange(2**16, dtype=np.uint16).view(half)}
     for lr in (1e-6, 1e-3, 1.0):
@@ -288,11 +292,11 @@ def test_every_parameter(device, same_bits, half, mode):
             )
             same_bits(updates["p"], wanted["p"], f"step {count}")
         if mode == "compensated":
-            np.testing.assert_array_equal(read_residuals(state, 0), expected.residuals["p"])
+            np.testing.assert_array_equal(residuals_of(state, 0), expected.residuals["p"])
         release(state)
 
 
-def test_more_than_a_chunk(device, same_bits, stored_moments):
+def test_more_than_a_chunk(device):
     """2,688 blocks with residuals fill a chunk of 2 MiB."""
     shapes = {"a": (2800, 256), "b": (1000,), "c": (300, 257)}
     dtypes = dict.fromkeys(shapes, BF16)
@@ -310,9 +314,9 @@ def test_more_than_a_chunk(device, same_bits, stored_moments):
             same_bits(updates[k], wanted[k], k)
     for index, k in enumerate(shapes):
         np.testing.assert_array_equal(
-            read_residuals(state, index)[: params[k].size], expected.residuals[k]
+            residuals_of(state, index)[: params[k].size], expected.residuals[k]
         )
-        stored = stored_moments(state)[index]
+        stored = stored_leaves(state)[index]
         if k == "b":
             same_bits(stored[1][:1000], expected.states[k].nu)
         else:
@@ -320,19 +324,11 @@ def test_more_than_a_chunk(device, same_bits, stored_moments):
             same_bits(stored[3], expected.states[k].nu_words)
 
 
-def expected_bytes(num_dynamic, num_float32):
-    """Chunks of 2,688 blocks of 776 bytes; float32 blocks from a multiple of their size on."""
-    dynamic = num_dynamic // 2688 * 2**21 + -(-(num_dynamic % 2688) * 776 // 512) * 512
-    if not num_float32:
-        return dynamic
-    return -(-dynamic // 2048) * 2048 + num_float32 * (2048 + 256)
-
-
 @pytest.mark.parametrize("num_float32", [0, 1, 5000])
 @pytest.mark.parametrize("num_dynamic", [0, 1, 2687, 2688, 2689, 10**6])
 def test_arena_bytes(num_dynamic, num_float32):
-    actual = _ext.arena_bytes(num_dynamic, num_float32, has_residuals=True)
-    assert actual == expected_bytes(num_dynamic, num_float32)
+    actual = arena_bytes(num_dynamic, num_float32, has_residuals=True)
+    assert actual == layout_bytes(num_dynamic, num_float32, has_residuals=True)
 
 
 def test_three_bytes_a_parameter():
@@ -408,7 +404,7 @@ def test_where_the_sum_cannot_land_exactly(half):
     crossed = new.astype(np.float64) * p < 0
     assert crossed.sum() > 300
     # Where it landed elsewhere there is no residual of another parameter.
-    masters = reference.join_master(new, read_residuals(state, 0)[: new.size]).astype(np.float64)
+    masters = reference.join_master(new, residuals_of(state, 0)[: new.size]).astype(np.float64)
     assert np.all(abs(masters - exact) < bound)
 
 
@@ -430,7 +426,7 @@ def test_float32_parameters_take_ordinary_steps(device):
 # --------------------------------------------------------------------------------- learning
 
 
-def train(mode, dtype, num_steps, grads_of, lr=1e-3, start=1.0, seed=0, size=4096):
+def train_flat(mode, dtype, num_steps, grads_of, lr=1e-3, start=1.0, seed=0, size=4096):
     tx = paged_adam8bit(
         lr, param_rounding=mode, quantization=Quantization(min_size=2**62, seed=seed)
     )
@@ -453,10 +449,10 @@ def constant_gradient(params, count):
 
 def test_small_steps_are_not_lost():
     """200 steps of -1e-3 from 1, where numbers are 2^-8 apart: 0.8 on average, and not 1."""
-    nearest, _ = train("nearest", jnp.bfloat16, 200, constant_gradient)
+    nearest, _ = train_flat("nearest", jnp.bfloat16, 200, constant_gradient)
     np.testing.assert_array_equal(nearest.astype(f32), 1.0)  # what optax.adam does, too
 
-    stochastic, _ = train("stochastic", jnp.bfloat16, 200, constant_gradient)
+    stochastic, _ = train_flat("stochastic", jnp.bfloat16, 200, constant_gradient)
     values = stochastic.astype(np.float64)
     # A step changes a parameter by a unit of 2^-8 with probability 1e-3 / 2^-8, or not at all.
     unit, chance = 2.0**-8, 1e-3 * 2**8
@@ -464,8 +460,8 @@ def test_small_steps_are_not_lost():
     assert abs(values.mean() - 0.8) < 4 * deviation / np.sqrt(values.size)
     assert 0.9 < values.std() / deviation < 1.1
 
-    compensated, state = train("compensated", jnp.bfloat16, 200, constant_gradient)
-    masters = reference.join_master(compensated, read_residuals(state, 0)).astype(np.float64)
+    compensated, state = train_flat("compensated", jnp.bfloat16, 200, constant_gradient)
+    masters = reference.join_master(compensated, residuals_of(state, 0)).astype(np.float64)
     unit = 2.0**-16  # of the residual
     assert np.all(abs(compensated.astype(np.float64) - masters) <= 2.0**-9)
     assert abs(masters.mean() - 0.8) < 1e-5
@@ -476,9 +472,9 @@ def test_small_steps_are_not_lost():
 def test_steps_far_below_the_last_place_add_up(half, mode):
     """3,000 steps of a quarter of a residual's unit: 1/1,024 of the parameter's."""
     lr = 2.0**-18 if half == ml_dtypes.bfloat16 else 2.0**-21
-    values, state = train(mode, half, 3000, constant_gradient, lr=lr)
+    values, state = train_flat(mode, half, 3000, constant_gradient, lr=lr)
     if mode == "compensated":
-        values = reference.join_master(values, read_residuals(state, 0))
+        values = reference.join_master(values, residuals_of(state, 0))
     moved = 1 - values.astype(np.float64).mean()
     tolerance = 0.15 if mode == "stochastic" else 0.01
     assert abs(moved / (3000 * lr) - 1) < tolerance
@@ -497,14 +493,14 @@ def test_compensation_follows_float32_master_weights():
         return {"p": noisy({"p": jnp.zeros(1, jnp.bfloat16)}, count)["p"].astype(params["p"].dtype)}
 
     lr, start = 1e-4, 0.05
-    exact, _ = train("nearest", jnp.float32, 1000, bf16_gradients, lr, start)
+    exact, _ = train_flat("nearest", jnp.float32, 1000, bf16_gradients, lr, start)
     moved = np.sqrt(np.mean((exact - f32(start)) ** 2))
     errors = {}
     for mode in ("nearest", *MODES):
-        values, state = train(mode, jnp.bfloat16, 1000, bf16_gradients, lr, start)
+        values, state = train_flat(mode, jnp.bfloat16, 1000, bf16_gradients, lr, start)
         errors[mode] = np.sqrt(np.mean((values.astype(f32) - exact) ** 2)) / moved
         if mode == "compensated":
-            masters = reference.join_master(values, read_residuals(state, 0))
+            masters = reference.join_master(values, residuals_of(state, 0))
             error = np.sqrt(np.mean((masters - exact) ** 2))
             # A random walk: 1,000 roundings of at most half a unit, parameters below 0.25.
             assert error < np.sqrt(1000) * 2.0**-18 / 2
@@ -544,14 +540,6 @@ def test_training_in_bfloat16_ends_where_float32_does():
 # ------------------------------------------------------------------------- ways to run a step
 
 
-def plain_run(tx, params, grads):
-    state = tx.init(params)
-    for grad in grads:
-        updates, state = jax.jit(tx.update)(grad, state, params)
-        params = optax.apply_updates(params, updates)
-    return params
-
-
 @pytest.fixture(params=MODES)
 def task(request):
     """A transformation, parameters, gradients of four steps, and the parameters after them."""
@@ -560,11 +548,7 @@ def task(request):
     tx = paged_adamw8bit(1e-2, weight_decay=0.1, param_rounding=request.param)
     params = jax.device_put(make_tree(0, dtypes, shapes))
     grads = [jax.device_put(make_tree(i, dtypes, shapes)) for i in range(1, 5)]
-    return tx, params, grads, plain_run(tx, params, grads)
-
-
-def check_equal(actual, expected):
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    return tx, params, grads, parameters_after(tx, params, grads)
 
 
 def test_eager(task):
@@ -574,7 +558,7 @@ def test_eager(task):
         updates, state = tx.update(grad, state, params)
         assert jax.tree.map(lambda u: u.dtype, updates) == jax.tree.map(lambda g: g.dtype, grad)
         params = optax.apply_updates(params, updates)
-    check_equal(params, expected)
+    assert_trees_equal(params, expected)
 
 
 def test_scan_and_donation(task):
@@ -590,7 +574,7 @@ def test_scan_and_donation(task):
         (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), stacked)
         return params
 
-    check_equal(run(jax.tree.map(jnp.copy, params), grads), expected)
+    assert_trees_equal(run(jax.tree.map(jnp.copy, params), grads), expected)
 
 
 def test_updates_take_the_place_of_gradients(task):
@@ -610,10 +594,10 @@ def test_retry_with_replay(task):
         for grad in grads:
             first, _ = update(grads[0], state, now)
             again, _ = update(grads[0], state, now)
-            check_equal(again, first)
+            assert_trees_equal(again, first)
             updates, state = update(grad, state, now)
             now = optax.apply_updates(now, updates)
-        check_equal(now, plain_run(tx, params, grads))
+        assert_trees_equal(now, parameters_after(tx, params, grads))
 
 
 def test_accumulation(task):
@@ -627,7 +611,7 @@ def test_accumulation(task):
             for _ in range(2):
                 updates, state = jax.jit(wrapped.update)(grad, state, now)
                 now = optax.apply_updates(now, updates)
-        check_equal(now, expected)
+        assert_trees_equal(now, expected)
 
 
 def test_order_of_the_tree_does_not_matter(task):
@@ -637,26 +621,26 @@ def test_order_of_the_tree_does_not_matter(task):
     def rename(tree):
         return {"x": tree}
 
-    other = plain_run(tx, rename(params), [rename(grad) for grad in grads])["x"]
-    check_equal(other["g"], expected["g"])
+    other = parameters_after(tx, rename(params), [rename(grad) for grad in grads])["x"]
+    assert_trees_equal(other["g"], expected["g"])
     assert np.any(np.asarray(other["w"] != expected["w"]))  # other names, other bits
     subset = {"w": params["w"]}
-    alone = plain_run(tx, subset, [{"w": grad["w"]} for grad in grads])
-    check_equal(alone["w"], expected["w"])
+    alone = parameters_after(tx, subset, [{"w": grad["w"]} for grad in grads])
+    assert_trees_equal(alone["w"], expected["w"])
 
 
 def test_seed(task):
     _, params, grads, expected = task
     for mode in MODES:
         runs = [
-            plain_run(
+            parameters_after(
                 paged_adamw8bit(1e-2, param_rounding=mode, quantization=Quantization(seed=seed)),
                 params,
                 grads,
             )
             for seed in (0, 1, 1)
         ]
-        check_equal(runs[1], runs[2])
+        assert_trees_equal(runs[1], runs[2])
         assert np.any(np.asarray(runs[0]["w"] != runs[1]["w"]))
 
 
@@ -676,10 +660,10 @@ def test_inject_hyperparams(mode):
         state.hyperparams["learning_rate"] = jnp.float32(1e-2)
         updates, state = update(grad, state, now)
         now = optax.apply_updates(now, updates)
-    expected = plain_run(
+    expected = parameters_after(
         paged_adamw8bit(1e-2, weight_decay=0.1, param_rounding=mode), params, grads
     )
-    check_equal(now, expected)
+    assert_trees_equal(now, expected)
 
 
 @pytest.mark.parametrize(
@@ -717,7 +701,7 @@ def test_wrappers(task):
         optax.partition({"ours": tx}, {"w": "ours", "b": "ours", "g": "ours"}),
         optax.with_extra_args_support(tx),
     ):
-        check_equal(plain_run(wrapped, params, grads), expected)
+        assert_trees_equal(parameters_after(wrapped, params, grads), expected)
 
 
 def test_nnx_optimizer():
@@ -746,7 +730,7 @@ def test_train_state(task):
     step = jax.jit(lambda state, grad: state.apply_gradients(grads=grad))
     for grad in grads:
         state = step(state, grad)
-    check_equal(state.params, expected)
+    assert_trees_equal(state.params, expected)
 
 
 # ---------------------------------------------------------------------------------- devices
@@ -754,7 +738,7 @@ def test_train_state(task):
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit", "Manual"])
 @pytest.mark.parametrize("mode", MODES)
-def test_shards(mode, kind, same_bits):
+def test_shards(mode, kind):
     """Each device rounds its shard as if it were a leaf: the reference, shard by shard."""
     devices = jax.devices("cpu")[:8]
     axis_type = AxisType.Explicit if kind == "Explicit" else AxisType.Auto
@@ -829,7 +813,7 @@ def test_residuals_cannot_come_or_go(first, then):
     _, state = paged_adam8bit(1e-3, param_rounding=first).update(
         params, paged_adam8bit(1e-3, param_rounding=first).init(params), params
     )
-    (state,) = paged_optax._state.find_states(state)
+    state = find_state(state)
     tx = paged_adam8bit(1e-3, param_rounding=then)
     if then == "nearest":
         tx = paged_optax.scale_by_paged_adam8bit()

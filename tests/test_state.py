@@ -13,9 +13,8 @@ import optax
 import pytest
 
 import paged_optax
-from paged_optax import Quantization, _ext, moments, release, scale_by_paged_adam8bit
-from paged_optax import _reference as reference
-from paged_optax._names import leaf_keys
+from helpers import assert_trees_equal, leaf_key, num_arenas, reference, stack
+from paged_optax import Quantization, moments, release, scale_by_paged_adam8bit
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -36,15 +35,6 @@ def make_grads(step):
     }
 
 
-def stack(grads):
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads)
-
-
-def assert_trees_equal(actual, desired):
-    assert jax.tree.structure(actual) == jax.tree.structure(desired)
-    jax.tree.map(np.testing.assert_array_equal, actual, desired)
-
-
 class Result(NamedTuple):
     updates: dict
     mu: dict
@@ -59,11 +49,10 @@ def expected():
         size = int(np.prod(shape))
         options = Quantization()
         state = reference.init_leaf(size, size >= options.min_size, options.codec)
-        (key,) = leaf_keys((f"['{name}']",), options.seed)
         for i in range(NUM_STEPS):
             grad = np.asarray(make_grads(i)[name])
             result.updates[name], state = reference.step_leaf(
-                grad, state, i, reference.Hyperparams(), leaf_key=key
+                grad, state, i, reference.Hyperparams(), leaf_key=leaf_key(name)
             )
         if isinstance(state, reference.RatioState):
             state = reference.dequantize_ratio(state)
@@ -143,31 +132,31 @@ INITS = {
 
 @pytest.mark.parametrize("init", INITS.values(), ids=INITS)
 def test_init_allocates_nothing(tx, init):
-    before = _ext.num_arenas()
+    before = num_arenas()
     jax.block_until_ready(init(tx))
-    assert _ext.num_arenas() == before
+    assert num_arenas() == before
 
 
 def test_first_update_allocates_once(tx):
-    before = _ext.num_arenas()
+    before = num_arenas()
     state = tx.init(make_grads(0))
     for i in range(3):
         _, state = tx.update(make_grads(i), state)
         jax.block_until_ready(state)
-        assert _ext.num_arenas() == before + 1
+        assert num_arenas() == before + 1
     release(state)
-    assert _ext.num_arenas() == before
+    assert num_arenas() == before
 
 
 @pytest.mark.parametrize(
     "tree", [{}, {"a": None, "b": [()]}, optax.MaskedNode()], ids=["dict", "None", "MaskedNode"]
 )
 def test_update_without_leaves(tx, tree):
-    before = _ext.num_arenas()
+    before = num_arenas()
     updates, state = jax.jit(tx.update)(tree, tx.init(tree))
     assert updates == tree
     assert state.count == 1
-    assert _ext.num_arenas() == before
+    assert num_arenas() == before
 
 
 def test_state_of_shapes_can_be_updated(tx, expected):

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 import paged_optax
-from paged_optax import _ext
+from helpers import build_info
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
@@ -31,12 +31,12 @@ def ffi_api_of_installed_jaxlib():
 
 def test_version_is_the_distributions():
     assert paged_optax.__version__ == importlib.metadata.version("paged-optax")
-    assert _ext.build_info()["version"] == paged_optax.__version__
+    assert build_info()["version"] == paged_optax.__version__
 
 
 def test_ffi_api_is_the_oldest_supported():
     """A library built with newer headers breaks the whole CPU backend of an older jax."""
-    built, installed = _ext.build_info()["ffi_api"], ffi_api_of_installed_jaxlib()
+    built, installed = build_info()["ffi_api"], ffi_api_of_installed_jaxlib()
     oldest = (0, 3) if sys.version_info < (3, 15) else (0, 4)
     if built == installed != oldest:
         pytest.skip(f"built without isolation, with the headers of jaxlib {jax.lib.__version__}")

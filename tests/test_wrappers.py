@@ -12,6 +12,13 @@ import pytest
 from optax import contrib
 
 import paged_optax
+from helpers import (
+    assert_found_and_freed,
+    assert_trees_close,
+    assert_trees_equal,
+    make_tree,
+    to_jax,
+)
 from paged_optax import (
     memory_report,
     moments,
@@ -26,17 +33,8 @@ pytestmark = pytest.mark.usefixtures("device", "standard_promotion")
 NUM_STEPS = 6
 
 
-@pytest.fixture
-def standard_promotion():
-    """As users have it: optax itself does not run under strict promotion."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 def make_params(step=0):
-    rng = np.random.default_rng(step)
-    shapes = {"bias": (80,), "kernel": (64, 80)}
-    return {k: jnp.asarray(rng.standard_normal(s), jnp.float32) for k, s in shapes.items()}
+    return to_jax(make_tree(step, {"bias": (80,), "kernel": (64, 80)}))
 
 
 def make_grads(step):
@@ -52,25 +50,6 @@ def train(tx, num_steps=NUM_STEPS, update=None, params=None):
         updates, state = update(make_grads(i), state, params)
         params = optax.apply_updates(params, updates)
     return params, state
-
-
-def assert_trees_equal(actual, desired):
-    assert jax.tree.structure(actual) == jax.tree.structure(desired)
-    jax.tree.map(np.testing.assert_array_equal, actual, desired)
-
-
-def assert_trees_close(actual, desired, **tolerances):
-    tolerances = {"rtol": 1e-5, "atol": 1e-6} | tolerances
-    assert jax.tree.structure(actual) == jax.tree.structure(desired)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerances), actual, desired)
-
-
-def assert_found_and_freed(container, num_bytes):
-    """The functions that take a state find it in `container`."""
-    assert memory_report(container).total >= num_bytes
-    assert release(container) >= num_bytes
-    with pytest.raises(RuntimeError, match="released"):
-        moments(container)
 
 
 NUM_BYTES = 64 * 80 // 256 * 520 + 2048  # kernel in 8 bits, bias in float32: one block of 256

@@ -1,4 +1,4 @@
-// CUDA_CHECK and the device guard. Included by the files that call the CUDA runtime.
+// CUDA_CHECK and the device guard, for every file that calls the CUDA runtime.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,25 +15,39 @@ class CudaError : public StatusError {
   using StatusError::StatusError;
 };
 
-[[noreturn]] inline void ThrowCudaError(cudaError_t error, const char* call) {
+[[noreturn]] inline void ThrowCudaError(cudaError_t error, const char* call, const char* file,
+                                        int line) {
   (void)cudaGetLastError();  // a failed call must not be reported a second time by the next one
   const bool out_of_memory = error == cudaErrorMemoryAllocation;
-  throw CudaError(
-      out_of_memory ? StatusCode::kResourceExhausted : StatusCode::kInternal,
-      std::string("CUDA call failed: ") + cudaGetErrorString(error) + " (" + call + ")");
+  throw CudaError(out_of_memory ? StatusCode::kResourceExhausted : StatusCode::kInternal,
+                  std::string("CUDA call failed: ") + cudaGetErrorString(error) + " (" +
+                      cudaGetErrorName(error) + " of " + call + ", " + file + ":" +
+                      std::to_string(line) + ")");
 }
 
-#define CUDA_CHECK(call)                                      \
-  do {                                                        \
-    const cudaError_t cuda_check_error = (call);              \
-    if (cuda_check_error != cudaSuccess) {                    \
-      ::paged_optax::ThrowCudaError(cuda_check_error, #call); \
-    }                                                         \
+// __FILE__ without the folders above the room.
+constexpr const char* RoomAndFile(const char* path) {
+  const char *room = path, *file = path;
+  for (const char* c = path; *c != '\0'; ++c) {
+    if (*c != '/') continue;
+    room = file;
+    file = c + 1;
+  }
+  return room;
+}
+
+#define CUDA_CHECK(call)                                                                           \
+  do {                                                                                             \
+    const cudaError_t cuda_check_error = (call);                                                   \
+    if (cuda_check_error != cudaSuccess) {                                                         \
+      ::paged_optax::ThrowCudaError(cuda_check_error, #call, ::paged_optax::RoomAndFile(__FILE__), \
+                                    __LINE__);                                                     \
+    }                                                                                              \
   } while (0)
 
-// Makes `device` current for the calling thread and restores the former one. In a thread that has
-// not used a device yet that would be GPU 0, and to go back there would make a context on it,
-// hundreds of MiB that nobody asked for; such a thread stays where it is.
+// Makes `device` current for the calling thread and restores the former one. A thread that has
+// never used CUDA reports GPU 0 as current. Restoring it would create a context there (hundreds of
+// MiB), so such a thread stays on `device`.
 class ScopedDevice {
  public:
   explicit ScopedDevice(int device) {

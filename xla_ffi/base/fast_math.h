@@ -1,6 +1,6 @@
 // Square roots and reciprocals for the GPU, rounded as IEEE 754 asks. The compiler's own versions
 // look at every argument and jump to a slow path for unusual ones; these are right within a range
-// that a caller checks for a whole lane. Used by step_cuda.cu.
+// that a caller checks for a whole lane.
 //
 // Method: the hardware's approximation and one Newton step whose residual a fused multiply-add
 // computes exactly (P. Markstein, "IA-64 and Elementary Functions", 2000, chapters 8 and 9);
@@ -12,6 +12,8 @@
 namespace paged_optax {
 
 struct FastMath {
+  static constexpr bool kIsTotal = false;
+
   // In range: finite numbers from 2^-100 on, below which the residual could underflow.
   static constexpr uint32_t kLeastRadicand = 0x0d800000;
 

@@ -1,5 +1,4 @@
-// Word to the user from where no Python runs. Posted by arena.cc and pager.cc; module.cc makes
-// Python warnings of it.
+// Word to the user from where no Python runs. The Python module makes warnings of it.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +7,8 @@
 namespace paged_optax {
 
 struct Notice {
-  int ordinal;  // of the GPU
-  int64_t
-      missing_bytes;  // of its memory that moments would take and cannot have; 0: something else
+  int ordinal;            // of the GPU
+  int64_t missing_bytes;  // device bytes that the moments lack; 0 if it is not about memory
   std::string text;
 };
 

@@ -1,5 +1,5 @@
-// The one exception type of the library: a message for the user with the error class that it maps
-// to. Thrown anywhere below module.cc, which alone turns it into ffi::Error or a Python exception.
+// The one exception type of the library: a message for the user, and the class of error. The XLA
+// handlers turn it into ffi::Error, the Python module into a Python exception.
 #pragma once
 
 #include <stdexcept>

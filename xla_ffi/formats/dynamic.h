@@ -1,18 +1,17 @@
-// The `dynamic` 8-bit code for moments: a block of values is stored as one float32 scale (its
-// largest magnitude) and one byte per value. Used by the CPU loop and the CUDA kernel; specified in
-// NumPy by paged_optax/_reference.py.
+// The `dynamic` 8-bit format: a block of a state is stored as one float32 scale (its largest
+// magnitude) and one byte per value. Specified in NumPy by paged_optax/_reference.
 //
 // Source: T. Dettmers, M. Lewis, S. Shleifer, L. Zettlemoyer, "8-bit Optimizers via Block-wise
 // Quantization", ICLR 2022 (arXiv:2110.02861), section 2.2; the rounding of the table is that of
 // bitsandbytes, so codes can be exchanged with it.
 //
 // The map holds 0, 1 and, for each decade 10^(i-6), i = 0..6, the centres of N_i equal bins of
-// [0.1, 1] times 10^(i-6), with N_i = 2^i per sign for the first moment (signed) and N_i = 2^(i+1)
-// for the second (unsigned). Call the non-negative values, in order, levels: the first moment has
-// levels 0 (the value 0) to 128 (the value 1), the second 0 to 255.
+// [0.1, 1] times 10^(i-6). There are N_i = 2^i bins per sign in the map of signed states and N_i =
+// 2^(i+1) in that of non-negative ones. Call the non-negative values, in order, levels: the signed
+// map has levels 0 (the value 0) to 128 (the value 1), the other one 0 to 255.
 #pragma once
 
-#include "base/portable.h"
+#include "formats/format.h"
 
 namespace paged_optax {
 
@@ -24,7 +23,7 @@ inline constexpr int kDecades = 7;
 inline constexpr uint32_t kFirstPrefix = (127 - 23) << 7;
 inline constexpr uint32_t kLastPrefix = 127 << 7;
 
-// Everything that encoding and decoding one kind of moment looks up. `Level` is the type of the
+// Everything that encoding and decoding one kind of state looks up. `Level` is the type of the
 // table's entries: a byte where shared memory is short, an int where vector units gather.
 template <class Level>
 struct DynamicMap {
@@ -35,8 +34,8 @@ struct DynamicMap {
 
 template <class Level>
 struct DynamicMaps {
-  DynamicMap<Level> mu;  // signed: code 127 + level, or 127 - level for negative values
-  DynamicMap<Level> nu;  // unsigned: code level
+  DynamicMap<Level> of_signed;        // code 127 + level, or 127 - level for negative values
+  DynamicMap<Level> of_non_negative;  // code level
 };
 
 namespace internal {
@@ -121,10 +120,9 @@ PAGED_HD int NearestLevel(const DynamicMap<Level>& map, float magnitude) {
 // reciprocal would overflow; such blocks count as zero.
 PAGED_HD float InverseScale(float scale) { return scale >= 1.17549435e-38f ? 1.0f / scale : 0.0f; }
 
-// First moments. A value with its sign bit set never becomes code 127 (zero): the original's rule.
-// -1 has no code.
+// A value with its sign bit set never takes code 127 (zero): the original's rule. -1 has no code.
 template <class Level>
-PAGED_HD uint8_t EncodeMu(const DynamicMap<Level>& map, float value, float inverse_scale) {
+PAGED_HD uint8_t EncodeSigned(const DynamicMap<Level>& map, float value, float inverse_scale) {
   const float x = value * inverse_scale;
   const int level = NearestLevel(map, FloatOf(BitsOf(x) & 0x7fffffffu));
   // Without branches, for vector units: -1 for negative values, else 0.
@@ -134,19 +132,55 @@ PAGED_HD uint8_t EncodeMu(const DynamicMap<Level>& map, float value, float inver
   return static_cast<uint8_t>(127 + ((allowed ^ sign) - sign));
 }
 
-// Second moments, value >= 0.
 template <class Level>
-PAGED_HD uint8_t EncodeNu(const DynamicMap<Level>& map, float value, float inverse_scale) {
+PAGED_HD uint8_t EncodeNonNegative(const DynamicMap<Level>& map, float value, float inverse_scale) {
   return static_cast<uint8_t>(NearestLevel(map, value * inverse_scale));
 }
 
-template <class Level>
-PAGED_HD float Decode(const DynamicMap<Level>& map, uint8_t code, float scale) {
-  return map.value[code] * scale;
-}
+struct Dynamic {
+  static constexpr char kName[] = "dynamic";
+  using Code = uint8_t;
+  static constexpr int kWordsPerState = 1;  // the scale
+  static constexpr bool kIsRandom = false;
 
-// Codes of zero.
-inline constexpr uint8_t kZeroMu = 127;
-inline constexpr uint8_t kZeroNu = 0;
+  template <class Level>
+  using Tables = DynamicMaps<Level>;
+  template <class Level>
+  static constexpr Tables<Level> MakeTables() {
+    return MakeDynamicMaps<Level>();
+  }
+
+  PAGED_HD static constexpr Code Zero(Role role) { return role == Role::kSigned ? 127 : 0; }
+
+  template <class Rule, int K, class Level>
+  PAGED_HD static void Decode(const DynamicMaps<Level>& maps, const Lane<Rule, Dynamic, K>& lane,
+                              float (&states)[kNumStates<Rule>][K]) {
+    constexpr int kNu = kNonNegativeState<Rule>;
+    PAGED_UNROLL
+    for (int s = 0; s < kNumStates<Rule>; ++s) {
+      const DynamicMap<Level>& map = s == kNu ? maps.of_non_negative : maps.of_signed;
+      const float scale = FloatOf(lane.words[s]);
+      PAGED_UNROLL
+      for (int k = 0; k < K; ++k) states[s][k] = map.value[lane.codes[s][k]] * scale;
+    }
+  }
+
+  template <class Rule, int K, class Math, class Level, class Block>
+  PAGED_HD static void Encode(Math, const DynamicMaps<Level>& maps, BitRange range, uint32_t,
+                              float (&states)[kNumStates<Rule>][K], Lane<Rule, Dynamic, K>& lane,
+                              Block block) {
+    constexpr int kNu = kNonNegativeState<Rule>;
+    PAGED_UNROLL
+    for (int s = 0; s < kNumStates<Rule>; ++s) {
+      lane.words[s] = block.Max(s == kNu ? range.largest : BitsOf(LargestMagnitude(states[s])));
+      const float inverse = InverseScale(FloatOf(lane.words[s]));
+      PAGED_UNROLL
+      for (int k = 0; k < K; ++k) {
+        lane.codes[s][k] = s == kNu ? EncodeNonNegative(maps.of_non_negative, states[s][k], inverse)
+                                    : EncodeSigned(maps.of_signed, states[s][k], inverse);
+      }
+    }
+  }
+};
 
 }  // namespace paged_optax

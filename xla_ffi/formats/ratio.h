@@ -1,9 +1,9 @@
-// The `ratio` 8-bit code for moments: second moments as floats with few bits of fraction, first
-// moments as multiples of about sqrt(second moment), both rounded at random without bias. Used by
-// the CPU loop and the CUDA kernel; specified in NumPy by paged_optax/_reference.py. What it was
-// chosen over, and why: docs/numerics.md.
+// The `ratio` 8-bit format. It stores second moments as floats with few bits of fraction and first
+// moments as multiples of about sqrt(second moment). Both are rounded at random without bias.
+// Specified in NumPy by paged_optax/_reference; docs/numerics.md says what it was chosen over.
 //
-// A block has 256 elements, two codes each, and two words.
+// Here "second moment" means a state that is never negative and "first moment" a signed one.
+// Without a second moment the unit of a first moment is 1.
 //
 // Second moments. A code stands for the float whose bits are (code + offset) * step, or for 0. The
 // step is the least, of 2^16 .. 2^21 and these and a quarter, a half or three quarters, with which
@@ -25,10 +25,7 @@
 // huge numbers) is looked for once a block and handled beside the common path.
 #pragma once
 
-#include <cmath>
-
-#include "base/portable.h"
-#include "base/random.h"
+#include "formats/format.h"
 
 namespace paged_optax {
 
@@ -143,22 +140,37 @@ PAGED_HD float UnitReciprocalOf(float nu) {
 // 127^2, and a little less so that a block's largest ratio stays below it when it is scaled.
 inline constexpr float kSquares = 16128.99f;
 
-// A ratio beyond this (decay rates with b1^2 > b2 let it grow) is stored as if it were this.
-inline constexpr float kLargestRatio = 4294967296.0f;  // 2^32
+// The scales of a block of first moments. A larger magnitude is stored as if it were the largest. A
+// block whose scale is below the least counts as zero.
+template <bool kHasUnit>
+struct Limits;
+// Of ratios. Decay rates with b1^2 > b2 let them grow. Ratios below 2^-64 do not move a parameter.
+template <>
+struct Limits<true> {
+  static constexpr float kLargest = 4294967296.0f, kLeast = 5.42101086e-20f;  // 2^32, 2^-64
+};
+// Of first moments themselves, which are those of usable gradients (rules/rule.h). A scale from the
+// least one on has a finite reciprocal in units of a step.
+template <>
+struct Limits<false> {
+  static constexpr float kLargest = 1.26765060e30f, kLeast = 1.92592994e-34f;  // 2^100, 2^-112
+};
 
-// Factors from the block's scale: for decoding, and for encoding. Ratios below 2^-64 do not move a
-// parameter; a block of them counts as zero.
+// Factors from the block's scale: for decoding, and for encoding.
 PAGED_HD float MuStep(float scale) { return scale * (1.0f / kSquares); }
 template <class Math>
-PAGED_HD float InverseMuStep(Math math, float scale) {
-  const bool is_usable = scale >= 5.42101086e-20f;
+PAGED_HD float InverseMuStep(Math math, float scale, float least) {
+  const bool is_usable = scale >= least;
   return Select(is_usable, kSquares * math.Reciprocal(Select(is_usable, scale, 1.0f)), 0.0f);
 }
 
-PAGED_HD float DecodeRatioMu(uint8_t code, float mu_step, float unit) {
+PAGED_HD float DecodeRatioMu(uint8_t code, float mu_step) {
   // 2^23 + 128 + k, from the code with its sign bit flipped.
   const float k = FloatOf(0x4b000000u | (code ^ 0x80u)) - 8388736.0f;
-  return k * Abs(k) * mu_step * unit;
+  return k * Abs(k) * mu_step;
+}
+PAGED_HD float DecodeRatioMu(uint8_t code, float mu_step, float unit) {
+  return DecodeRatioMu(code, mu_step) * unit;
 }
 
 // Of a ratio no greater than the block's scale. The lower 16 bits of `random` decide.
@@ -177,30 +189,124 @@ PAGED_HD uint8_t EncodeRatioMu(Math math, float ratio, float inverse_mu_step, ui
   return static_cast<uint8_t>(BitsOf(signed_level + 12582912.0f));
 }
 
-inline constexpr uint8_t kZeroRatio = 0;  // code of zero, of both moments
+// --------------------------------------------------------------------------------- whole blocks
 
-// --------------------------------------------------------------------------------- random bits
-
-// The word that decides for element i of a leaf at the step that follows `count` steps:
-// RatioStart(leaf, i) + RatioPhase(count). Along the steps and along the elements it runs through
-// sequences that fill [0, 2^32) evenly (H. Weyl's, with the golden ratio and with the plastic
-// number): of n draws, n p fall below p up to an error of order log n, where independent ones would
-// leave sqrt(n). It is this that second moments average over a thousand steps. A hash of the
-// element in place of the second sequence follows float32 no better, and takes a tenth of a GPU's
-// step.
-//
-// After 89 steps, and every other Fibonacci number, the first sequence almost repeats. Gradients
-// that repeat then too, a data set in a fixed order for instance, would be rounded alike for ever,
-// so the sequence starts anew every 128 steps.
-inline constexpr uint32_t kRatioStride = 0xc13fa9a9u;
-
-PAGED_HD uint32_t RatioPhase(int32_t count) {
-  const uint32_t step = static_cast<uint32_t>(count);
-  return step * 0x9e3779b9u + RandomBits({0x9e3779b9u, 0x7f4a7c15u}, step >> 7);
+// The window of a block. `top` is the bits of the block's largest non-negative value, `least` those
+// of the lane's smallest. `active` is 0 where an element is idle.
+template <int K, class Block>
+PAGED_HD RatioWindow FitBlock(const float (&nu)[K], const float (&active)[K], uint32_t top,
+                              uint32_t least, Block block) {
+  uint32_t bottom = block.Min(least);
+  const bool has_zeros = bottom == 0;
+  if (has_zeros) bottom = block.Min(LeastWhereNonZero(nu, nu));
+  uint32_t range = top > bottom ? top - bottom : 0;
+  if (range > kIdleRange) {
+    float counted[K];
+    PAGED_UNROLL
+    for (int k = 0; k < K; ++k) counted[k] = Select(nu[k] == 0.0f, 0.0f, active[k]);
+    bottom = block.Min(LeastWhereNonZero(nu, counted));
+    const uint32_t active_range = top > bottom ? top - bottom : 0;
+    range = active_range > kIdleRange ? active_range : kIdleRange;
+  }
+  return FitWindow(top, range, has_zeros);
 }
 
-PAGED_HD uint32_t RatioStart(uint64_t leaf, int64_t element) {
-  return static_cast<uint32_t>(leaf ^ (leaf >> 32)) + static_cast<uint32_t>(element) * kRatioStride;
-}
+struct Ratio {
+  static constexpr char kName[] = "ratio";
+  using Code = uint8_t;
+  static constexpr int kWordsPerState = 1;  // of a signed state its scale, of the other the window
+  static constexpr bool kIsRandom = true;
+
+  template <class Level>
+  using Tables = NoTables;
+  template <class Level>
+  static constexpr NoTables MakeTables() {
+    return {};
+  }
+
+  PAGED_HD static constexpr Code Zero(Role) { return 0; }
+
+  template <class Rule, int K>
+  PAGED_HD static void Decode(NoTables, const Lane<Rule, Ratio, K>& lane,
+                              float (&states)[kNumStates<Rule>][K]) {
+    constexpr int kNu = kNonNegativeState<Rule>;
+    if constexpr (kNu >= 0) DecodeRatioNus(lane.codes[kNu], GridOf(lane.words[kNu]), states[kNu]);
+    PAGED_UNROLL
+    for (int s = 0; s < kNumStates<Rule>; ++s) {
+      if (s == kNu) continue;
+      const float step = MuStep(FloatOf(lane.words[s]));
+      PAGED_UNROLL
+      for (int k = 0; k < K; ++k) {
+        if constexpr (kNu >= 0) {
+          states[s][k] = DecodeRatioMu(lane.codes[s][k], step, UnitOf(states[kNu][k]));
+        } else {
+          states[s][k] = DecodeRatioMu(lane.codes[s][k], step);
+        }
+      }
+    }
+  }
+
+  template <class Rule, int K, class Math, class Block>
+  PAGED_HD static void Encode(Math math, NoTables, BitRange range, uint32_t random_start,
+                              float (&states)[kNumStates<Rule>][K], Lane<Rule, Ratio, K>& lane,
+                              Block block) {
+    constexpr int kNu = kNonNegativeState<Rule>;
+    static_assert(kFirstSigned<Rule> == 0, "the first state tells which are idle");
+    uint32_t random[K];
+    PAGED_UNROLL
+    for (int k = 0; k < K; ++k) {
+      random[k] = random_start + static_cast<uint32_t>(k) * kDitherStride;
+    }
+    if constexpr (kNu >= 0) {
+      lane.words[kNu] = EncodeNus(range, random, states[0], states[kNu], lane.codes[kNu], block);
+    }
+    PAGED_UNROLL
+    for (int s = 0; s < kNumStates<Rule>; ++s) {
+      if (s == kNu) continue;
+      if constexpr (kNu >= 0) {  // the ratio to its unit from here on
+        PAGED_UNROLL
+        for (int k = 0; k < K; ++k) states[s][k] *= UnitReciprocalOf(states[kNu][k]);
+      }
+      lane.words[s] = EncodeMus<Limits<(kNu >= 0)>>(math, random, states[s], lane.codes[s], block);
+    }
+  }
+
+ private:
+  // Second moments of a block. On return `nu` holds what the codes stand for. Returns the word.
+  template <int K, class Block>
+  PAGED_HD static uint32_t EncodeNus(BitRange range, const uint32_t (&random)[K], float (&mu)[K],
+                                     float (&nu)[K], uint8_t (&codes)[K], Block block) {
+    uint32_t top = block.Max(range.largest);
+    if (top > kLargestNu) {
+      top = kLargestNu;
+      PAGED_UNROLL
+      for (int k = 0; k < K; ++k) {
+        nu[k] = Select(BitsOf(nu[k]) < kLargestNu, nu[k], FloatOf(kLargestNu));
+      }
+    }
+    const RatioWindow window = FitBlock(nu, mu, top, range.least, block);
+    EncodeRatioNus(window, random, mu, nu, codes);
+    return window.word;
+  }
+
+  // First moments of a block, in units. Returns the word.
+  template <class L, int K, class Math, class Block>
+  PAGED_HD static uint32_t EncodeMus(Math math, const uint32_t (&random)[K], float (&mu)[K],
+                                     uint8_t (&codes)[K], Block block) {
+    float scale = FloatOf(block.Max(BitsOf(LargestMagnitude(mu))));
+    if (scale > L::kLargest) {
+      PAGED_UNROLL
+      for (int k = 0; k < K; ++k) {
+        const float above = mu[k] > -L::kLargest ? mu[k] : -L::kLargest;
+        mu[k] = above < L::kLargest ? above : L::kLargest;
+      }
+      scale = L::kLargest;
+    }
+    const float inverse_step = InverseMuStep(math, scale, L::kLeast);
+    PAGED_UNROLL
+    for (int k = 0; k < K; ++k) codes[k] = EncodeRatioMu(math, mu[k], inverse_step, random[k]);
+    return BitsOf(scale);
+  }
+};
 
 }  // namespace paged_optax

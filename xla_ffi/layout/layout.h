@@ -1,48 +1,31 @@
-// Where the bytes of a block of moments lie in an arena. Used by both step implementations and by
-// whoever reads moments out.
+// Where the bytes of a block lie in an arena, whatever rule and format they belong to.
 //
-// Leaves are cut into blocks of 256 elements, each leaf starting a new block, and blocks are
-// numbered through the tree per codec. An arena is a row of 2 MiB chunks (the granularity in which
-// CUDA moves managed memory); a chunk keeps its blocks' codes and scales together, so that any
-// leading part of the arena is a self-contained part of the state. First come all 8-bit blocks,
-// the last chunk being as long as they need; then, one behind the other, all float32 blocks, none
-// of which lies across the border of two chunks. Where residuals of the parameters are kept
-// (rounding.h), every block has 256 bytes more: in the 8-bit chunks, and behind the last float32
-// block for all of those.
+// Leaves are cut into blocks of 256 elements. Each leaf starts a new block. An arena has a region
+// for each format that its leaves use, one after the other, and blocks are numbered through the
+// tree within their region.
 //
-//   8-bit chunk: [mu codes: n x 256][nu codes: n x 256][residuals: n x 256, or nothing]
-//                  [mu scale, nu scale: n x 8]
-//   float32 block: [mu: 1024][nu: 1024]
+// An arena is a row of 2 MiB chunks, the granularity in which CUDA moves managed memory. No block
+// lies across the border of two chunks, and a chunk holds its blocks whole: any leading part of an
+// arena that ends with a chunk is a self-contained part of the state.
+//
+//   a region's part of a chunk, n blocks:
+//     [codes of state 0: n x bytes][codes of state 1: ...]  for each state of the rule
+//     [residuals of the parameters (step/params.h): n x 256, or nothing]
+//     [words: n x 4 for each word of a block]
 #pragma once
 
-#include <type_traits>
-
 #include "base/portable.h"
+#include "formats/format.h"
 
 namespace paged_optax {
 
-enum class Codec : int8_t { kFloat32, kDynamic, kRatio };
-
-// Codecs of 8 bits share a layout: two codes an element and two 4-byte words a block. The blocks of
-// a state are all of one of them.
-PAGED_HD bool Is8Bit(Codec codec) { return codec != Codec::kFloat32; }
-
-inline constexpr int64_t kBlockSize = 256;
 inline constexpr int64_t kChunkBytes = int64_t{2} << 20;
-inline constexpr int64_t kQuantizedBlockBytes = 2 * kBlockSize + 2 * sizeof(float);
-inline constexpr int64_t kFloat32BlockBytes = 2 * kBlockSize * sizeof(float);
 inline constexpr int64_t kResidualBytes = kBlockSize;  // of a block, where there are residuals
 // A GPU takes blocks in groups of up to this many, none of which lies across the border of two
 // chunks.
-inline constexpr int64_t kMaxGroup = 16;
-inline constexpr int64_t kQuantizedBlocksPerChunk =
-    kChunkBytes / kQuantizedBlockBytes / kMaxGroup * kMaxGroup;
-inline constexpr int64_t kResidualBlocksPerChunk =
-    kChunkBytes / (kQuantizedBlockBytes + kResidualBytes) / kMaxGroup * kMaxGroup;
-static_assert(kChunkBytes % kFloat32BlockBytes == 0);
-
-inline constexpr int64_t kMaxBlocks = int64_t{1}
-                                      << 32;  // of one codec in one arena: 10^12 elements
+inline constexpr int64_t kMaxGroup = 32;
+// Of one region: 10^12 elements. A little below 2^32, so that sums with `lead` have 32 bits.
+inline constexpr int64_t kMaxBlocks = (int64_t{1} << 32) - (int64_t{1} << 16);
 
 PAGED_HD int64_t NumBlocks(int64_t size) { return (size + kBlockSize - 1) / kBlockSize; }
 
@@ -50,109 +33,91 @@ PAGED_HD int64_t RoundUp(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-// Addresses of a block's parts. Byte is uint8_t, or const uint8_t to read only.
-template <class Byte>
-struct QuantizedBlock {
-  using Float = std::conditional_t<std::is_const_v<Byte>, const float, float>;
-  Byte* mu;
-  Byte* nu;
-  Float* scales;  // of mu and of nu
+// What the blocks of a region are made of.
+struct BlockShape {
+  int32_t num_states = 0;
+  int32_t state_bytes = 0;  // codes of one state
+  int32_t num_words = 0;
+  int32_t residual_bytes = 0;
+
+  PAGED_HD int32_t NumBytes() const {
+    return num_states * state_bytes + residual_bytes + num_words * 4;
+  }
 };
 
-template <class Byte>
-struct Float32Block {
-  using Float = typename QuantizedBlock<Byte>::Float;
-  Float* mu;
-  Float* nu;
+// Offsets in a slot of the arena. Those of the blocks that follow in the same chunk are multiples
+// of the parts' sizes further on.
+struct BlockPlace {
+  int64_t codes;         // of state 0
+  int64_t state_stride;  // from the codes of one state to those of the next
+  int64_t residuals;
+  int64_t words;
 };
 
-// The extent of an arena; with its base address it locates every block.
-struct ArenaExtent {
-  int64_t num_quantized_blocks = 0;
-  int64_t num_float32_blocks = 0;
-  bool has_residuals = false;
+// The blocks of one format. The first chunk may be shared with the region before; in it the region
+// has fewer blocks.
+struct Region {
+  BlockShape shape = {};
+  int64_t num_blocks = 0;
+  int64_t first_byte = 0;
+  int64_t end_byte = 0;
+  uint32_t blocks_per_chunk = 1;
+  uint32_t lead = 0;  // blocks that the first chunk has fewer than the others
 
-  PAGED_HD int64_t QuantizedBlockBytes() const {
-    return has_residuals ? kQuantizedBlockBytes + kResidualBytes : kQuantizedBlockBytes;
+  // Number of the chunk of the arena that a block lies in.
+  PAGED_HD int64_t Chunk(int64_t block) const { return first_byte / kChunkBytes + InRegion(block); }
+
+  // The first block in a block's chunk or, with `after` = 1, in the next chunk.
+  PAGED_HD int64_t FirstInChunk(int64_t block, int64_t after = 0) const {
+    const int64_t first = (InRegion(block) + after) * blocks_per_chunk - lead;
+    return first < 0 ? 0 : (first < num_blocks ? first : num_blocks);
   }
 
-  PAGED_HD int64_t QuantizedBlocksPerChunk() const {
-    return has_residuals ? kResidualBlocksPerChunk : kQuantizedBlocksPerChunk;
+  PAGED_HD BlockPlace Locate(int64_t block) const {
+    const int64_t first = FirstInChunk(block), n = FirstInChunk(block, 1) - first;
+    const int64_t base = InRegion(block) == 0 ? first_byte : Chunk(block) * kChunkBytes;
+    const int64_t i = block - first, stride = n * shape.state_bytes;
+    const int64_t residuals = base + shape.num_states * stride;
+    return {base + i * shape.state_bytes, stride, residuals + i * shape.residual_bytes,
+            residuals + n * shape.residual_bytes + i * shape.num_words * 4};
   }
 
-  PAGED_HD int64_t QuantizedBytes() const {
-    const int64_t chunks = num_quantized_blocks / QuantizedBlocksPerChunk();
-    const int64_t rest = num_quantized_blocks % QuantizedBlocksPerChunk();
-    return RoundUp(chunks * kChunkBytes + rest * QuantizedBlockBytes(), 512);
-  }
-
-  PAGED_HD int64_t Float32Offset() const { return RoundUp(QuantizedBytes(), kFloat32BlockBytes); }
-
-  PAGED_HD int64_t NumBytes() const {
-    if (num_float32_blocks == 0) return QuantizedBytes();
-    return Float32ResidualOffset(has_residuals ? num_float32_blocks : 0);
-  }
-
-  // Of the blocks in arena order (8-bit ones, then float32 ones), how many of the first lie
-  // wholly below `nbytes`, a multiple of the chunk size. Of float32 blocks with residuals, all or
-  // none.
+  // How many of the first blocks lie wholly below `nbytes`, a multiple of the chunk size.
   PAGED_HD int64_t BlocksBelow(int64_t nbytes) const {
-    const int64_t quantized = nbytes / kChunkBytes * QuantizedBlocksPerChunk();
-    if (quantized < num_quantized_blocks) return quantized;
-    const int64_t float32 = (nbytes - Float32Offset()) / kFloat32BlockBytes;
-    if (float32 <= 0 || (has_residuals && nbytes < NumBytes())) return num_quantized_blocks;
-    return num_quantized_blocks + (float32 < num_float32_blocks ? float32 : num_float32_blocks);
-  }
-
-  // Number of the chunk that a block lies in.
-  PAGED_HD int64_t QuantizedChunk(int64_t block) const {
-    // 32 bits and a constant: a division that a GPU does in a few instructions. Arenas have fewer
-    // blocks (kMaxBlocks).
-    return has_residuals
-               ? static_cast<uint32_t>(block) / static_cast<uint32_t>(kResidualBlocksPerChunk)
-               : static_cast<uint32_t>(block) / static_cast<uint32_t>(kQuantizedBlocksPerChunk);
-  }
-
-  PAGED_HD int64_t Float32Chunk(int64_t block) const {
-    return (Float32Offset() + block * kFloat32BlockBytes) / kChunkBytes;
-  }
-
-  template <class Byte>
-  PAGED_HD QuantizedBlock<Byte> LocateQuantized(Byte* base, int64_t block) const {
-    const int64_t chunk = QuantizedChunk(block);
-    const int64_t first = chunk * QuantizedBlocksPerChunk();
-    const int64_t i = block - first;
-    const int64_t left = num_quantized_blocks - first;
-    const int64_t n = left < QuantizedBlocksPerChunk() ? left : QuantizedBlocksPerChunk();
-    Byte* mu = base + chunk * kChunkBytes;
-    Byte* nu = mu + n * kBlockSize;
-    auto* scales = reinterpret_cast<typename QuantizedBlock<Byte>::Float*>(
-        nu + n * (has_residuals ? kBlockSize + kResidualBytes : kBlockSize));
-    return {mu + i * kBlockSize, nu + i * kBlockSize, scales + 2 * i};
-  }
-
-  template <class Byte>
-  PAGED_HD Float32Block<Byte> LocateFloat32(Byte* base, int64_t block) const {
-    auto* mu = reinterpret_cast<typename Float32Block<Byte>::Float*>(base + Float32Offset() +
-                                                                     block * kFloat32BlockBytes);
-    return {mu, mu + kBlockSize};
-  }
-
-  // Offset of a block's residuals, if there are any. Those of a float32 block may lie in another
-  // chunk than the block.
-  PAGED_HD int64_t ResidualOffset(Codec codec, int64_t block) const {
-    if (codec == Codec::kFloat32) return Float32ResidualOffset(block);
-    const int64_t chunk = QuantizedChunk(block);
-    const int64_t first = chunk * QuantizedBlocksPerChunk();
-    const int64_t left = num_quantized_blocks - first;
-    const int64_t n = left < QuantizedBlocksPerChunk() ? left : QuantizedBlocksPerChunk();
-    return chunk * kChunkBytes + n * 2 * kBlockSize + (block - first) * kResidualBytes;
+    if (nbytes >= end_byte) return num_blocks;
+    const int64_t blocks = (nbytes / kChunkBytes - first_byte / kChunkBytes) * blocks_per_chunk;
+    return blocks <= lead ? 0 : blocks - lead;
   }
 
  private:
-  PAGED_HD int64_t Float32ResidualOffset(int64_t block) const {
-    return Float32Offset() + num_float32_blocks * kFloat32BlockBytes + block * kResidualBytes;
+  // 32 bits: a division that a GPU does in a few instructions. A region has fewer than kMaxBlocks.
+  PAGED_HD int64_t InRegion(int64_t block) const {
+    return static_cast<uint32_t>(block + lead) / blocks_per_chunk;
   }
 };
+
+// A region after the one that ends at `end_of_last`.
+inline Region MakeRegion(const BlockShape& shape, int64_t num_blocks, int64_t end_of_last) {
+  Region region{shape, num_blocks, end_of_last, end_of_last};
+  if (num_blocks == 0) return region;
+  const int64_t nbytes = shape.NumBytes();
+  const int64_t per_chunk = kChunkBytes / nbytes / kMaxGroup * kMaxGroup;
+  region.blocks_per_chunk = static_cast<uint32_t>(per_chunk);
+  region.first_byte = RoundUp(end_of_last, 512);
+  int64_t room = (kChunkBytes - region.first_byte % kChunkBytes) / nbytes;
+  if (room > per_chunk) room = per_chunk;
+  if (num_blocks > room) {
+    room = room / kMaxGroup * kMaxGroup;
+    if (room == 0) {
+      region.first_byte = RoundUp(region.first_byte, kChunkBytes);
+      room = per_chunk;
+    }
+    region.lead = static_cast<uint32_t>(per_chunk - room);
+  }
+  const int64_t last = num_blocks - 1, chunk = region.Chunk(last) * kChunkBytes;
+  const int64_t start = chunk > region.first_byte ? chunk : region.first_byte;
+  region.end_byte = start + (num_blocks - region.FirstInChunk(last)) * nbytes;
+  return region;
+}
 
 }  // namespace paged_optax

@@ -7,16 +7,16 @@
 #include <chrono>
 
 #include "base/cuda_check.h"
-#include "memory/memory.h"
+#include "base/device_buffer.h"
 
 namespace paged_optax {
 namespace {
 
-class Stream {
+class OwnStream {
  public:
-  Stream() { CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
-  Stream(const Stream&) = delete;
-  ~Stream() { (void)cudaStreamDestroy(stream_); }
+  OwnStream() { CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
+  OwnStream(const OwnStream&) = delete;
+  ~OwnStream() { (void)cudaStreamDestroy(stream_); }
   operator cudaStream_t() const { return stream_; }
 
  private:
@@ -29,7 +29,7 @@ LinkRates MeasureLink(int device, int64_t nbytes) {
   ScopedDevice scope(device);
   const DeviceBuffer device_in(nbytes), device_out(nbytes);
   const MappedBuffer host_in(nbytes), host_out(nbytes);
-  const Stream in, out;
+  const OwnStream in, out;
   const auto rate = [&](bool copies_in, bool copies_out) {
     double seconds = 1e30;
     for (int repeat = 0; repeat < 5; ++repeat) {

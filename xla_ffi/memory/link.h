@@ -1,4 +1,4 @@
-// How fast the link between the host and a GPU is, to compare steps with. Used by module.cc.
+// How fast the link between the host and a GPU is, to compare steps with.
 #pragma once
 
 #include <cstdint>

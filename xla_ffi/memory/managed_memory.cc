@@ -13,8 +13,6 @@
 namespace paged_optax {
 namespace {
 
-bool g_pretend_not_managed = false;
-
 constexpr int64_t kPieceBytes = kChunkBytes;
 
 #if CUDART_VERSION >= 13000
@@ -67,7 +65,7 @@ class ManagedMemory final : public Memory {
   // Steps may run meanwhile: those that touch a page under way wait for it. In small pieces,
   // because a prefetch holds up every other call of the process to CUDA, such as the launch of a
   // step.
-  void Prepare(const Move& move, void* stream) override {
+  void Prepare(const Move& move, Stream stream) override {
     try {
       Send(move, stream);
     } catch (...) {
@@ -78,13 +76,13 @@ class ManagedMemory final : public Memory {
   }
 
  private:
-  void Send(const Move& move, void* stream) {
+  void Send(const Move& move, Stream stream) {
     Place(move);
     ForEachSlot(move, [&](uint8_t* data, int64_t nbytes) {
       for (int64_t done = 0; done < nbytes; done += kPieceBytes) {
-        CUDA_CHECK(Prefetch(data + done, std::min(kPieceBytes, nbytes - done), move.to, device_,
-                            static_cast<cudaStream_t>(stream)));
-        // Locks go to who waits only if who had them stays away for a moment.
+        CUDA_CHECK(
+            Prefetch(data + done, std::min(kPieceBytes, nbytes - done), move.to, device_, stream));
+        // The driver's lock is unfair: pause, so that a launch that waits can take it.
         std::this_thread::sleep_for(std::chrono::microseconds(50));
       }
     });
@@ -115,7 +113,7 @@ class ManagedMemory final : public Memory {
 }  // namespace
 
 std::unique_ptr<Memory> MakeManagedMemory(const Geometry& geometry, int device,
-                                          int32_t num_resident, void* stream) {
+                                          int32_t num_resident, Stream stream) {
   // The driver may evict every managed page, so host memory must be there for all of them.
   CheckHostMemory(geometry.NumBytes());
   CheckAddressSpace(geometry.NumBytes());
@@ -124,23 +122,6 @@ std::unique_ptr<Memory> MakeManagedMemory(const Geometry& geometry, int device,
   // The kernel's first write makes pages on the host, ten times as fast as the CPU would.
   memory->Place({num_resident, geometry.NumSegments() - num_resident, Tier::kHost});
   return memory;
-}
-
-std::string WhyNotManaged(int device) {
-  int concurrent = 0;
-  CUDA_CHECK(cudaDeviceGetAttribute(&concurrent, cudaDevAttrConcurrentManagedAccess, device));
-  if (concurrent && !g_pretend_not_managed) return "";
-  return "GPU " + std::to_string(device) +
-         " has no concurrent managed memory access (Windows, WSL and some virtual GPUs do not)";
-}
-
-void PretendNotManaged(bool pretend) { g_pretend_not_managed = pretend; }
-
-int64_t FreeDeviceBytes(int device) {
-  ScopedDevice scope(device);
-  size_t free = 0, total = 0;
-  CUDA_CHECK(cudaMemGetInfo(&free, &total));
-  return static_cast<int64_t>(free);
 }
 
 }  // namespace paged_optax

@@ -1,12 +1,12 @@
-// Memory that XLA's allocator does not own: what every kind of it can do. Implemented by
-// host_memory.cc (CPU), managed_memory.cc and pinned_memory.cc (GPU); used by arena.cc and
-// pager.cc.
+// Memory that XLA's allocator does not own: what every kind of it can do. The kinds are in
+// host_memory.cc (CPU), managed_memory.cc and pinned_memory.cc (GPU).
 #pragma once
 
 #include <cstdint>
 #include <memory>
 #include <string>
 
+#include "base/stream.h"
 #include "layout/geometry.h"
 
 namespace paged_optax {
@@ -44,11 +44,12 @@ class Memory {
   // that changes no address it does everything. Enqueue comes while no step is running, or with the
   // stream waiting for it, and returns at once. Finish comes when the stream is done.
   virtual bool ChangesAddresses() const { return false; }
-  virtual void Prepare(const Move&, void* /*stream*/) {}
-  virtual void Enqueue(const Move&, void* /*stream*/) {}
-  virtual void Finish(const Move&, void* /*stream*/) {}
+  virtual void Prepare(const Move&, Stream) {}
+  virtual void Enqueue(const Move&, Stream) {}
+  virtual void Finish(const Move&, Stream) {}
 
-  // Of a file: bytes in RAM; moving what lies behind the first `nbytes` out of it, or all in.
+  // Memory in a file only: how many bytes are in RAM; writes out everything after the first
+  // `nbytes` and drops it from RAM; reads everything ahead.
   virtual int64_t ResidentBytes() const { return geometry_.NumBytes(); }
   virtual void PageOut(int64_t /*nbytes*/) {}
   virtual void PageIn() {}
@@ -65,49 +66,14 @@ class Memory {
 std::unique_ptr<Memory> MakeHostMemory(int64_t slot_bytes, int32_t num_slots,
                                        const std::string& directory);
 
-#if PAGED_OPTAX_CUDA
 // CUDA managed memory: the leading segments prefer the GPU and are sent there on `stream`, the
 // others stay in host memory, which the GPU reads and writes in place.
 std::unique_ptr<Memory> MakeManagedMemory(const Geometry& geometry, int device,
-                                          int32_t num_resident, void* stream);
+                                          int32_t num_resident, Stream stream);
 
 // The same without managed memory: pinned host memory that the GPU maps, and plain device memory
 // for the leading segments.
 std::unique_ptr<Memory> MakePinnedMemory(const Geometry& geometry, int device, int32_t num_resident,
-                                         void* stream);
-
-// Why managed memory cannot be read and written by CPU and GPU together; empty if it can.
-std::string WhyNotManaged(int device);
-// Has WhyNotManaged say so, for the tests.
-void PretendNotManaged(bool pretend);
-
-// Bytes of device memory that neither XLA's pool nor anyone else holds.
-int64_t FreeDeviceBytes(int device);
-
-// Small arrays beside the moments; RAII owners of plain device or pinned, mapped host memory.
-class DeviceBuffer {
- public:
-  explicit DeviceBuffer(int64_t nbytes);
-  DeviceBuffer(const DeviceBuffer&) = delete;
-  ~DeviceBuffer();
-  void* data() const { return data_; }
-
- private:
-  void* data_ = nullptr;
-};
-
-class MappedBuffer {
- public:
-  explicit MappedBuffer(int64_t nbytes);
-  MappedBuffer(const MappedBuffer&) = delete;
-  ~MappedBuffer();
-  void* host() const { return host_; }
-  void* device() const { return device_; }
-
- private:
-  void* host_ = nullptr;
-  void* device_ = nullptr;
-};
-#endif
+                                         Stream stream);
 
 }  // namespace paged_optax

@@ -1,12 +1,11 @@
 // The stand-in for managed memory: pinned host memory that the GPU maps, for all of a state, and
-// plain device memory for its resident segments. Also the small buffers beside moments. See
-// memory.h.
+// plain device memory for its resident segments. See memory.h.
 #include <cuda_runtime_api.h>
 
-#include <cstring>
 #include <vector>
 
 #include "base/cuda_check.h"
+#include "base/device_buffer.h"
 #include "memory/memory.h"
 #include "memory/preflight.h"
 
@@ -32,7 +31,7 @@ class Pool {
     if (pool_ != nullptr) (void)cudaMemPoolDestroy(pool_);
   }
 
-  uint8_t* Allocate(int64_t nbytes, cudaStream_t stream) {
+  uint8_t* Allocate(int64_t nbytes, Stream stream) {
     void* data = nullptr;
     if (pool_ == nullptr) {
       CUDA_CHECK(cudaMalloc(&data, nbytes));
@@ -42,7 +41,7 @@ class Pool {
     return static_cast<uint8_t*>(data);
   }
 
-  void Free(uint8_t* data, cudaStream_t stream) {
+  void Free(uint8_t* data, Stream stream) {
     (void)(pool_ == nullptr ? cudaFree(data) : cudaFreeAsync(data, stream));
   }
 
@@ -80,14 +79,13 @@ class PinnedMemory final : public Memory {
                               : Host(host_.device(), slot, segment);
   }
 
-  void Prepare(const Move& move, void* stream) override {
+  void Prepare(const Move& move, Stream stream) override {
     if (move.to == Tier::kHost) return;
     ScopedDevice scope(device_);
     int32_t k = move.first;
     try {
       for (; k < move.first + move.count; ++k) {
-        copies_[k] =
-            pool_.Allocate(Length(k) * geometry().num_slots, static_cast<cudaStream_t>(stream));
+        copies_[k] = pool_.Allocate(Length(k) * geometry().num_slots, stream);
       }
     } catch (...) {
       while (k-- > move.first) Free(k, stream);
@@ -95,7 +93,7 @@ class PinnedMemory final : public Memory {
     }
   }
 
-  void Enqueue(const Move& move, void* stream) override {
+  void Enqueue(const Move& move, Stream stream) override {
     ScopedDevice scope(device_);
     const bool is_in = move.to == Tier::kDevice;
     for (int32_t k = move.first; k < move.first + move.count; ++k) {
@@ -104,23 +102,23 @@ class PinnedMemory final : public Memory {
         uint8_t* copy = copies_[k] + slot * Length(k);
         CUDA_CHECK(cudaMemcpyAsync(is_in ? copy : host, is_in ? host : copy, Length(k),
                                    is_in ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost,
-                                   static_cast<cudaStream_t>(stream)));
+                                   stream));
       }
     }
     // Only now: if a copy cannot be made, everything stays where it is.
     for (int32_t k = move.first; k < move.first + move.count; ++k) resident_[k] = is_in;
   }
 
-  void Finish(const Move& move, void* stream) override {
+  void Finish(const Move& move, Stream stream) override {
     if (move.to == Tier::kDevice) return;
     ScopedDevice scope(device_);
     for (int32_t k = move.first; k < move.first + move.count; ++k) Free(k, stream);
-    CUDA_CHECK(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)));
+    CUDA_CHECK(cudaStreamSynchronize(stream));
     pool_.Trim();
   }
 
   // A new state's segments, whose contents do not count yet.
-  void PlaceFirst(int32_t num_resident, void* stream) {
+  void PlaceFirst(int32_t num_resident, Stream stream) {
     Prepare({0, num_resident, Tier::kDevice}, stream);
     for (int32_t k = 0; k < num_resident; ++k) resident_[k] = true;
   }
@@ -134,8 +132,8 @@ class PinnedMemory final : public Memory {
     return static_cast<uint8_t*>(base) + slot * geometry().slot_bytes + geometry().Offset(segment);
   }
 
-  void Free(int32_t segment, void* stream) {
-    pool_.Free(copies_[segment], static_cast<cudaStream_t>(stream));
+  void Free(int32_t segment, Stream stream) {
+    pool_.Free(copies_[segment], stream);
     copies_[segment] = nullptr;
   }
 
@@ -147,14 +145,14 @@ class PinnedMemory final : public Memory {
   const int device_;
   Pool pool_;
   MappedBuffer host_;
-  std::vector<uint8_t*> copies_;  // on the device: slot behind slot
+  std::vector<uint8_t*> copies_;  // on the device: one slot after the other
   std::vector<bool> resident_;
 };
 
 }  // namespace
 
 std::unique_ptr<Memory> MakePinnedMemory(const Geometry& geometry, int device, int32_t num_resident,
-                                         void* stream) {
+                                         Stream stream) {
   CheckHostMemory(geometry.NumBytes());
   CheckAddressSpace(geometry.NumBytes());
   ScopedDevice scope(device);
@@ -162,28 +160,5 @@ std::unique_ptr<Memory> MakePinnedMemory(const Geometry& geometry, int device, i
   memory->PlaceFirst(num_resident, stream);
   return memory;
 }
-
-DeviceBuffer::DeviceBuffer(int64_t nbytes) {
-  CUDA_CHECK(cudaMalloc(&data_, nbytes));
-  const cudaError_t error = cudaMemset(data_, 0, nbytes);
-  if (error != cudaSuccess) {
-    (void)cudaFree(data_);
-    ThrowCudaError(error, "cudaMemset");
-  }
-}
-
-DeviceBuffer::~DeviceBuffer() { (void)cudaFree(data_); }
-
-MappedBuffer::MappedBuffer(int64_t nbytes) {
-  CUDA_CHECK(cudaHostAlloc(&host_, nbytes, cudaHostAllocMapped | cudaHostAllocPortable));
-  std::memset(host_, 0, nbytes);
-  const cudaError_t error = cudaHostGetDevicePointer(&device_, host_, 0);
-  if (error != cudaSuccess) {
-    (void)cudaFreeHost(host_);
-    ThrowCudaError(error, "cudaHostGetDevicePointer");
-  }
-}
-
-MappedBuffer::~MappedBuffer() { (void)cudaFreeHost(host_); }
 
 }  // namespace paged_optax

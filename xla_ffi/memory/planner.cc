@@ -22,7 +22,7 @@ int64_t Headroom(const Residencies& states) {
   return headroom;
 }
 
-// What is on its way counts as there, so that nothing looks free which is not.
+// Segments on their way count as resident, so that their memory does not look free.
 int64_t ResidentBytes(const Residencies& states) {
   int64_t nbytes = 0;
   for (const Residency* state : states) {
@@ -32,8 +32,8 @@ int64_t ResidentBytes(const Residencies& states) {
   return nbytes;
 }
 
-// Shares in whole segments. What rounding down leaves over goes, a segment at a time, to the first
-// that can have it.
+// Shares in whole segments. What is left over from rounding down goes to the first state that can
+// have it, a segment at a time.
 std::vector<int32_t> ShareSegments(const Residencies& states, int64_t capacity) {
   std::vector<Demand> demands;
   for (const Residency* state : states) demands.push_back(DemandOf(*state));
@@ -59,12 +59,44 @@ std::vector<int32_t> ShareSegments(const Residencies& states, int64_t capacity) 
 
 }  // namespace
 
-// Device memory that moments may take besides what they have; negative: that they should give up.
+std::vector<int64_t> FairShares(const std::vector<Demand>& demands, int64_t capacity) {
+  std::vector<int64_t> shares(demands.size(), 0);
+  std::vector<size_t> growing;
+  for (size_t i = 0; i < demands.size(); ++i) growing.push_back(i);
+  int64_t total = 0;
+  const auto limit = [&](size_t i) {
+    const int64_t budget = demands[i].budget < 0 ? kNoLimit : demands[i].budget;
+    return std::min(budget, capacity);
+  };
+  for (;;) {
+    growing.erase(std::remove_if(growing.begin(), growing.end(),
+                                 [&](size_t i) {
+                                   return shares[i] >= demands[i].wanted || total >= limit(i);
+                                 }),
+                  growing.end());
+    if (growing.empty()) return shares;
+    int64_t raise = kNoLimit, room = kNoLimit;
+    for (const size_t i : growing) {
+      raise = std::min(raise, demands[i].wanted - shares[i]);
+      room = std::min(room, limit(i) - total);
+    }
+    raise = std::min(raise, room / static_cast<int64_t>(growing.size()));
+    if (raise > 0) {
+      for (const size_t i : growing) shares[i] += raise;
+      total += raise * static_cast<int64_t>(growing.size());
+    } else {  // fewer bytes than states: one each for the first of them
+      for (int64_t i = 0; i < room; ++i) ++shares[growing[i]];
+      total += room;
+    }
+  }
+}
+
+// How many more bytes of device memory moments may take; negative: how many they should give up.
 //
 // The driver keeps the device memory of managed pages that went to the host and does not report it
-// as free; but it gives it to whoever calls cudaMalloc when nothing else is left. So it is room.
-// When somebody else fills the device, nobody can tell how much of it went: all of it is forgotten
-// then, once. What is given up after that is known again.
+// as free, but it gives it to the next cudaMalloc that finds nothing else. So it counts as room.
+// When somebody else fills the device, nobody can tell how much of this memory went: all of it is
+// forgotten then, once. What is given up after that is known again.
 int64_t Planner::Room(const Residencies& states, int64_t free_bytes) {
   const bool is_full = free_bytes < kFullBytes;
   const bool forget = is_full && !was_full_ && !is_filled_by_us_;
@@ -93,7 +125,7 @@ int64_t Planner::Capacity(const Residencies& states, int64_t free_bytes) {
 
 FirstShare Planner::Place(const Residencies& states, const Residency& newcomer,
                           int64_t free_bytes) {
-  if (states.empty()) capacity_ = {};  // what was seen before concerns nobody any more
+  if (states.empty()) capacity_ = {};  // the states that it was observed for are gone
   const int64_t room =
       Room(states, free_bytes) - std::max<int64_t>(0, newcomer.headroom_bytes - Headroom(states));
   const int64_t resident = ResidentBytes(states);
@@ -101,7 +133,7 @@ FirstShare Planner::Place(const Residencies& states, const Residency& newcomer,
   Residencies all = states;
   all.push_back(&copy);
   const int32_t share = ShareSegments(all, room + resident).back();
-  // Others may have to give up theirs first; the state then grows while it is used.
+  // Others may have to give up some of theirs first; the state then grows while it is used.
   const int64_t budget = newcomer.device_bytes < 0 ? room : newcomer.device_bytes - resident;
   const int32_t ideal = ShareSegments(all, kNoLimit).back();
   return {std::min(share, newcomer.geometry.SegmentsIn(std::min(room, budget))),
@@ -118,7 +150,7 @@ void Planner::Observe(const Residencies& states, int64_t free_bytes) {
     if (IsWorthMoving(resident, share, DemandOf(state).wanted)) {
       state.target = shares[i];
     } else {
-      // Going on with what was decided, as far as it still makes sense.
+      // Go on with the last decision as far as it still makes sense.
       state.target = std::clamp(state.target, state.segments, std::max(shares[i], state.segments));
     }
   }
@@ -126,7 +158,7 @@ void Planner::Observe(const Residencies& states, int64_t free_bytes) {
 
 void Planner::Retarget(const Residencies& states, int64_t free_bytes, const Residency* only) {
   const int64_t capacity = Capacity(states, free_bytes);
-  capacity_ = {};  // what was seen before must not undo this
+  capacity_ = {};  // earlier observations must not undo this
   capacity_.Observe(capacity);
   const std::vector<int32_t> shares = ShareSegments(states, capacity);
   for (size_t i = 0; i < states.size(); ++i) {
@@ -159,8 +191,8 @@ void Planner::Begin(const Residencies& states, const Step& step, int64_t free_by
   Residency& state = *states[step.state];
   state.moving = true;
   state.moving_to = step.segments;
-  // Beyond what the driver holds for this state, it takes what is free, and then what it holds for
-  // others.
+  // The driver first uses what it holds for this state, then what is free, then what it holds for
+  // other states.
   const int64_t taken =
       Bytes(state, step.segments) - Bytes(state, std::max(state.held, state.segments));
   if (taken <= 0) return;

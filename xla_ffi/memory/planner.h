@@ -1,6 +1,5 @@
 // How much of each state's moments should be in a GPU's memory, and what to move next: arithmetic
-// without CUDA, so that it is tested without a GPU. Used by pager.cc, and by module.cc for the
-// tests.
+// without CUDA, so that it is tested without a GPU.
 #pragma once
 
 #include <algorithm>
@@ -16,19 +15,20 @@ namespace paged_optax {
 
 inline constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max();
 
-// What one state has, may have and should have of a GPU's memory. Segments are counted from the
-// first one.
+// How much of a GPU's memory one state has, may have and should have. Numbers of segments are those
+// of leading segments.
 struct Residency {
   Geometry geometry = {};
   int64_t device_bytes = -1;  // budget of all states together, as this one sees it; negative: none
   int64_t headroom_bytes = 0;
-  // Managed memory: what leaves the device is kept by the driver, unseen, for whoever needs it.
+  // Managed memory: the driver keeps the device memory of segments that left, and gives it to the
+  // next call that finds none free.
   bool is_kept = false;
 
-  int32_t segments = 0;   // that are there
-  int32_t target = 0;     // that should be
-  bool moving = false;    // a move is under way, and when that is done
-  int32_t moving_to = 0;  // so many will be there
+  int32_t segments = 0;   // that are in the GPU's memory
+  int32_t target = 0;     // that should be there
+  bool moving = false;    // whether a move is under way
+  int32_t moving_to = 0;  // how many will be there after it
   int32_t held = 0;       // that the driver holds device memory for; see Planner::Room
   int64_t limit = -1;     // most bytes that may be there, set by hand; negative for none
   std::string failure;    // of the last move; then only evict and prefetch move it again
@@ -45,44 +45,13 @@ struct Demand {
   int64_t budget;  // takes no more once the states together have this many; negative: no budget
 };
 
-// Shares of `capacity` bytes, max-min fair: all grow alike, until they have what they want, meet
-// their budget or nothing is left. (D. Bertsekas, R. Gallager, "Data Networks", 2nd edition, 1992,
-// section 6.5.2.)
-inline std::vector<int64_t> FairShares(const std::vector<Demand>& demands, int64_t capacity) {
-  constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
-  std::vector<int64_t> shares(demands.size(), 0);
-  std::vector<size_t> growing;
-  for (size_t i = 0; i < demands.size(); ++i) growing.push_back(i);
-  int64_t total = 0;
-  const auto limit = [&](size_t i) {
-    const int64_t budget = demands[i].budget < 0 ? kNone : demands[i].budget;
-    return std::min(budget, capacity);
-  };
-  for (;;) {
-    growing.erase(std::remove_if(growing.begin(), growing.end(),
-                                 [&](size_t i) {
-                                   return shares[i] >= demands[i].wanted || total >= limit(i);
-                                 }),
-                  growing.end());
-    if (growing.empty()) return shares;
-    int64_t raise = kNone, room = kNone;
-    for (const size_t i : growing) {
-      raise = std::min(raise, demands[i].wanted - shares[i]);
-      room = std::min(room, limit(i) - total);
-    }
-    raise = std::min(raise, room / static_cast<int64_t>(growing.size()));
-    if (raise > 0) {
-      for (const size_t i : growing) shares[i] += raise;
-      total += raise * static_cast<int64_t>(growing.size());
-    } else {  // fewer bytes than states: one each for the first of them
-      for (int64_t i = 0; i < room; ++i) ++shares[growing[i]];
-      total += room;
-    }
-  }
-}
+// Shares of `capacity` bytes, max-min fair: all shares grow alike. One stops when its state has
+// what it wants or meets its budget, and all stop when nothing is left. (D. Bertsekas, R. Gallager,
+// "Data Networks", 2nd edition, 1992, section 6.5.2.)
+std::vector<int64_t> FairShares(const std::vector<Demand>& demands, int64_t capacity);
 
-// What moments may take of a GPU's memory, seen with hysteresis: when it shrinks that counts at
-// once, and when it grows only once it has lasted for kSteps steps.
+// How much of a GPU's memory moments may take, with hysteresis: less counts at once, and more
+// counts after it has lasted for kSteps steps.
 class SteadyCapacity {
  public:
   static constexpr int kSteps = 8;
@@ -98,15 +67,14 @@ class SteadyCapacity {
   size_t count_ = 0;
 };
 
-// A change of a state's resident bytes that is worth making: shrinking always is, growing from a
-// sixteenth of the state on, or to all that it wants. Between what makes a state shrink and what
-// makes it grow lies that much.
+// Whether a change of a state's resident bytes is worth its moves. A state always shrinks. It grows
+// by a sixteenth of itself or more, or to all that it wants, so that it does not go back and forth.
 inline bool IsWorthMoving(int64_t resident, int64_t share, int64_t wanted) {
   if (share <= resident) return share < resident;
   return share >= wanted || share - resident >= wanted / 16;
 }
 
-// A move that is to be made: which state, and how many segments it will then have.
+// A move to be made: the number of the state, and how many segments it has afterwards.
 struct Step {
   size_t state;
   int32_t segments;
@@ -115,7 +83,7 @@ struct Step {
 // Where a new state starts.
 struct FirstShare {
   int32_t segments;       // resident from the start
-  int64_t missing_bytes;  // that it would have besides, were the GPU's memory not short
+  int64_t missing_bytes;  // that it would have too if the GPU's memory were not short
 };
 
 // Decides for one GPU. `free_bytes` is always what the driver reports at the moment.
@@ -123,17 +91,17 @@ class Planner {
  public:
   // For a state that is not yet among the others.
   FirstShare Place(const Residencies& states, const Residency& newcomer, int64_t free_bytes);
-  // Before a step: what should be where, with hysteresis.
+  // Before a step: decides what should be where, with hysteresis.
   void Observe(const Residencies& states, int64_t free_bytes);
-  // By hand: what should be where, at once. With `only`, of this state alone.
+  // By hand: decides what should be where at once. With `only`, for this state alone.
   void Retarget(const Residencies& states, int64_t free_bytes, const Residency* only = nullptr);
-  // The next move, out before in, of about `most_bytes`; false if there is none.
+  // The next move of about `most_bytes`; moves out come before moves in. False if there is none.
   bool Next(const Residencies& states, int64_t free_bytes, int64_t most_bytes, Step* step);
-  // A step took as long as if pages had to be fetched that should be there: on a full device the
-  // driver may have given some to others without a word.
+  // A step took as long as if it had to fetch pages that should be in the GPU's memory. On a full
+  // device the driver may have given their memory to others without a word.
   void NoteSlowStep(const Residencies& states);
   bool is_full() const { return was_full_; }
-  // A move that is about to be made: marks it, and what it takes of what the driver holds.
+  // Before a move is made: marks the state, and what the move takes of what the driver holds.
   void Begin(const Residencies& states, const Step& step, int64_t free_bytes);
 
  private:
@@ -143,7 +111,7 @@ class Planner {
   SteadyCapacity capacity_;
   bool was_full_ = false;
   bool is_filled_by_us_ = false;
-  int64_t robbed_bytes_ = 0;  // of what counts as resident, probably elsewhere
+  int64_t robbed_bytes_ = 0;  // that count as resident and probably are not
 };
 
 }  // namespace paged_optax

@@ -1,5 +1,4 @@
-// What a machine has room for, asked before anything is allocated. Used by the memory classes and,
-// for the reports, by module.cc.
+// What a machine has room for, asked before anything is allocated.
 #pragma once
 
 #include <cstdint>

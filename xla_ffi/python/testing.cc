@@ -1,7 +1,7 @@
-// See hooks.h: codes, steps, random bits and the pager's decisions by themselves, without XLA.
-#include "python/testing.h"
-
+// The tests' own Python module, paged_optax._testing, which only a test build has: codes, steps,
+// random bits and the pager's decisions by themselves, without XLA; and a look inside _ext.
 #include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
@@ -9,15 +9,18 @@
 #include <utility>
 #include <vector>
 
-#include "base/notice.h"
 #include "base/status.h"
 #include "memory/planner.h"
-#include "step/step.h"
+#include "memory/preflight.h"
+#include "python/errors.h"
+#include "python/internals.h"
+#include "rules/rules.h"
+#include "step/step_cpu.h"
 
 #if PAGED_OPTAX_CUDA
 #include "base/cuda_check.h"
-#include "memory/memory.h"
-#include "step/step_cuda.h"
+#include "base/device_buffer.h"
+#include "python/testing.h"
 #endif
 
 namespace py = ::pybind11;
@@ -30,8 +33,9 @@ py::array_t<uint8_t> Encode(const py::array_t<float, py::array::c_style>& values
   static constexpr DynamicMaps<int32_t> kMaps = MakeDynamicMaps<int32_t>();
   py::array_t<uint8_t> codes(values.size());
   for (py::ssize_t i = 0; i < values.size(); ++i) {
-    codes.mutable_data()[i] = is_signed ? EncodeMu(kMaps.mu, values.data()[i], 1.0f)
-                                        : EncodeNu(kMaps.nu, values.data()[i], 1.0f);
+    codes.mutable_data()[i] =
+        is_signed ? EncodeSigned(kMaps.of_signed, values.data()[i], 1.0f)
+                  : EncodeNonNegative(kMaps.of_non_negative, values.data()[i], 1.0f);
   }
   return codes;
 }
@@ -62,8 +66,9 @@ py::array_t<uint8_t> EncodeMus(const py::array_t<float, py::array::c_style>& rat
                                const py::array_t<uint32_t, py::array::c_style>& random) {
   py::array_t<uint8_t> codes(ratios.size());
   for (py::ssize_t i = 0; i < ratios.size(); ++i) {
-    codes.mutable_data()[i] = EncodeRatioMu(IeeeMath(), ratios.data()[i],
-                                            InverseMuStep(IeeeMath(), scale), random.data()[i]);
+    codes.mutable_data()[i] =
+        EncodeRatioMu(IeeeMath(), ratios.data()[i],
+                      InverseMuStep(IeeeMath(), scale, Limits<true>::kLeast), random.data()[i]);
   }
   return codes;
 }
@@ -78,36 +83,79 @@ py::array_t<uint32_t> RandomBitsOf(int64_t leaf_key, int32_t count, int64_t star
   return bits;
 }
 
-// The step alone: blocks [begin, end) of a single leaf, moments in `arena`.
-void StepLeaf(py::buffer values, int dtype, int codec, py::buffer arena, int64_t begin, int64_t end,
-              std::array<float, kNumHyperparams> hyperparams, int32_t count, bool nesterov,
+// A region at the start of an arena, for tests that look at its bytes.
+Region RegionOf(int rule, int format, int64_t num_blocks, bool has_residuals, int64_t start = 0) {
+  const auto num_states = static_cast<int32_t>(AllRules().at(rule).states.size());
+  const FormatInfo& info = kFormats.at(format);
+  return MakeRegion(
+      {num_states, info.code_bytes * static_cast<int32_t>(kBlockSize),
+       info.words_per_state * num_states, has_residuals ? static_cast<int32_t>(kResidualBytes) : 0},
+      num_blocks, start);
+}
+
+// The step alone: blocks [begin, end) of a single leaf, states in `arena`.
+void StepLeaf(int rule, py::buffer values, int dtype, int format, py::buffer arena, int64_t begin,
+              int64_t end, const std::vector<float>& hyperparams, int32_t count, uint32_t flags,
               bool fresh, int64_t leaf_key) {
   const py::buffer_info values_info = values.request(/*writable=*/true);
   const py::buffer_info arena_info = arena.request(/*writable=*/true);
   Leaf leaf{};
   leaf.grads = leaf.updates = values_info.ptr;
   leaf.dtype = static_cast<DType>(dtype);
-  leaf.codec = static_cast<Codec>(codec);
+  leaf.format = static_cast<int8_t>(format);
   leaf.key = static_cast<uint64_t>(leaf_key);
   leaf.size = values_info.size * values_info.itemsize / SizeOf(leaf.dtype);
-  ArenaExtent extent;
   const int64_t blocks = NumBlocks(leaf.size);
-  (Is8Bit(leaf.codec) ? extent.num_quantized_blocks : extent.num_float32_blocks) = blocks;
-  if (begin < 0 || end > blocks || extent.NumBytes() > arena_info.size * arena_info.itemsize) {
+  const Region region = RegionOf(rule, format, blocks, /*has_residuals=*/false);
+  if (begin < 0 || end > blocks || region.end_byte > arena_info.size * arena_info.itemsize ||
+      hyperparams.size() != AllRules().at(rule).hyperparams.size()) {
     throw StatusError(StatusCode::kInvalidArgument, "blocks outside the leaf, or arena too small");
   }
   uint8_t* base = static_cast<uint8_t*>(arena_info.ptr);
-  const Work work{&leaf, 1, blocks, fresh ? nullptr : base, base, extent, nullptr};
-  StepBlocksCpu(MakeAdamStep(hyperparams.data(), count, nesterov, BadElement::kNan), work, begin,
-                end);
+  const CpuWork work{&leaf, 1, region, fresh ? nullptr : base, base};
+  const StepKind kind{static_cast<int8_t>(rule), Output::kDirection, flags, BadElement::kNan};
+  FindCpuStep(kind, leaf.format)(PrepareStep(kind, hyperparams.data(), count), work, begin, end);
 }
 
-}  // namespace
+// Of the extension that runs the tests' programs.
+const Internals& Ext() {
+  const py::object capsule = py::module_::import("paged_optax._ext").attr("_internals");
+  const void* pointer = PyCapsule_GetPointer(capsule.ptr(), Internals::kName);
+  if (pointer == nullptr) throw py::error_already_set();
+  return *static_cast<const Internals*>(pointer);
+}
 
-void AddTestHooks(py::module_& module) {
-  module.def("post_notice", [](int ordinal, int64_t missing_bytes, const std::string& text) {
-    PostNotice({ordinal, missing_bytes, text});
+void AddInternals(py::module_& module) {
+  module.def("num_arenas", [] { return Ext().num_arenas(); });
+  module.def("num_unused", [] { return Ext().num_unused(); });
+  module.def("raise_if_rejected", [] {
+    const auto throw_if_rejected = Ext().throw_if_rejected;
+    const py::gil_scoped_release unlocked;
+    throw_if_rejected();
   });
+  module.def("post_notice", [](int ordinal, int64_t missing_bytes, const std::string& text) {
+    Ext().post_notice({ordinal, missing_bytes, text});
+  });
+  module.def("deliver_notices", [] { Ext().deliver_notices(); });
+  module.def(
+      "pretend_not_managed", [](bool pretend) { Ext().pretend_not_managed(pretend); },
+      py::arg("pretend"));
+}
+
+void AddMemory(py::module_& module) {
+  module.def("check_host_memory", &CheckHostMemory);
+  module.def("check_address_space", &CheckAddressSpace);
+#if PAGED_OPTAX_CUDA
+  module.def("count_inexact", &CountInexact, py::arg("ordinal"));
+  module.def("take_device_memory", [](int ordinal, int64_t nbytes) {
+    const ScopedDevice scope(ordinal);
+    return py::capsule(new DeviceBuffer(nbytes),
+                       [](void* buffer) { delete static_cast<DeviceBuffer*>(buffer); });
+  });
+#endif
+}
+
+void AddPlanner(py::module_& module) {
   module.def("fair_shares",
              [](const std::vector<std::pair<int64_t, int64_t>>& demands, int64_t capacity) {
                std::vector<Demand> converted;
@@ -161,6 +209,9 @@ void AddTestHooks(py::module_& module) {
       .def("begin",
            [](Planner& planner, const Residencies& states, size_t state, int32_t segments,
               int64_t free_bytes) { planner.Begin(states, {state, segments}, free_bytes); });
+}
+
+void AddArithmetic(py::module_& module) {
   module.def("encode", &Encode, py::arg("values"), py::arg("signed"));
   module.def("window_word", &WindowWord, py::arg("top"), py::arg("range"), py::arg("has_zeros"));
   module.def("encode_ratio_nu", &EncodeNus, py::arg("values"), py::arg("top"), py::arg("range"),
@@ -168,26 +219,31 @@ void AddTestHooks(py::module_& module) {
   module.def("encode_ratio_mu", &EncodeMus, py::arg("ratios"), py::arg("scale"), py::arg("random"));
   module.def("random_bits", &RandomBitsOf, py::arg("leaf_key"), py::arg("count"), py::arg("start"),
              py::arg("size"));
-  module.def("step_leaf", &StepLeaf, py::arg("values"), py::arg("dtype"), py::arg("codec"),
-             py::arg("arena"), py::arg("begin"), py::arg("end"), py::arg("hyperparams"),
-             py::arg("count"), py::arg("nesterov") = false, py::arg("fresh") = false,
-             py::arg("leaf_key") = 0);
+  module.def("step_leaf", &StepLeaf, py::arg("rule"), py::arg("values"), py::arg("dtype"),
+             py::arg("format"), py::arg("arena"), py::arg("begin"), py::arg("end"),
+             py::arg("hyperparams"), py::arg("count"), py::arg("flags") = 0,
+             py::arg("fresh") = false, py::arg("leaf_key") = 0);
+  // Where the blocks of a region lie that starts after `start` bytes: (first byte, end, blocks of
+  // the first chunk, blocks of a chunk).
   module.def(
-      "arena_bytes",
-      [](int64_t num_quantized_blocks, int64_t num_float32_blocks, bool has_residuals) {
-        return ArenaExtent{num_quantized_blocks, num_float32_blocks, has_residuals}.NumBytes();
+      "region",
+      [](int rule, int format, int64_t num_blocks, bool has_residuals, int64_t start) {
+        const Region region = RegionOf(rule, format, num_blocks, has_residuals, start);
+        return std::make_tuple(region.first_byte, region.end_byte,
+                               region.blocks_per_chunk - region.lead, region.blocks_per_chunk);
       },
-      py::arg("num_quantized_blocks"), py::arg("num_float32_blocks"),
-      py::arg("has_residuals") = false);
-#if PAGED_OPTAX_CUDA
-  module.def("count_inexact", &CountInexact, py::arg("ordinal"));
-  module.def("pretend_not_managed", &PretendNotManaged, py::arg("pretend"));
-  module.def("take_device_memory", [](int ordinal, int64_t nbytes) {
-    ScopedDevice scope(ordinal);
-    return py::capsule(new DeviceBuffer(nbytes),
-                       [](void* buffer) { delete static_cast<DeviceBuffer*>(buffer); });
-  });
-#endif
+      py::arg("rule"), py::arg("format"), py::arg("num_blocks"), py::arg("has_residuals") = false,
+      py::arg("start") = 0);
 }
 
+}  // namespace
 }  // namespace paged_optax
+
+PYBIND11_MODULE(_testing, module) {
+  module.doc() = "What the tests of paged_optax see of its C++ side.";
+  paged_optax::TranslateErrors();
+  paged_optax::AddInternals(module);
+  paged_optax::AddMemory(module);
+  paged_optax::AddPlanner(module);
+  paged_optax::AddArithmetic(module);
+}

@@ -1,10 +1,12 @@
-// What only the tests ask of the C++ side. Called by module.cc.
+// What the tests' module has of CUDA.
 #pragma once
 
-#include <pybind11/pybind11.h>
+#include <cstdint>
 
 namespace paged_optax {
 
-void AddTestHooks(pybind11::module_& module);
+// Number of float32 arguments for which fast_math.h is wrong where it claims to be exact, or for
+// which the GPU rounds to bfloat16 in another way than the CPU.
+int64_t CountInexact(int device);
 
 }  // namespace paged_optax

@@ -1,5 +1,8 @@
-// Adam for one element, and the coefficients that one step shares. Used by the CPU loop and the
-// CUDA kernel; specified in NumPy by paged_optax/_reference.py.
+// Adam.
+//
+//   m' = b1 m + (1 - b1) g
+//   v' = b2 v + (1 - b2) g^2
+//   direction = (m' / (1 - b1^t)) / (sqrt(v' / (1 - b2^t) + eps_root) + eps)
 //
 // Source: D. Kingma, J. Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015
 // (arXiv:1412.6980), algorithm 1; T. Dozat, "Incorporating Nesterov Momentum into Adam", 2016, for
@@ -9,142 +12,154 @@
 // implementations agree to the last bit.
 #pragma once
 
-#include <cmath>
-
-#include "base/portable.h"
-#include "formats/ratio.h"
+#include "rules/rule.h"
 
 namespace paged_optax {
 
-// Number of float32 hyperparameters that reach a step as an operand: b1, b2, eps, eps_root.
-inline constexpr int kNumHyperparams = 4;
+struct Adam {
+  static constexpr char kName[] = "adam";
+  static constexpr StateInfo kStates[] = {{"mu", Role::kSigned}, {"nu", Role::kNonNegative}};
+  static constexpr HyperparamInfo kHyperparams[] = {{"b1", Domain::kDecay},
+                                                    {"b2", Domain::kDecay},
+                                                    {"eps", Domain::kNonNegative},
+                                                    {"eps_root", Domain::kNonNegative}};
+  static constexpr std::array kFlags = {"nesterov"};
 
-// What becomes of an element whose gradient is not finite; its moments stay in any case.
-enum class BadElement : int8_t { kNan, kSkip };
+  struct Coefficients {
+    float b1, b2, eps, eps_root;
+    float one_minus_b1, one_minus_b2;
+    // The bias-corrected moments are mu * mu_scale + grad * grad_scale and nu * nu_scale.
+    float mu_scale, grad_scale, nu_scale;
+    // Takes the place of the first moment of an element whose gradient is unusable: NaN, or 0 to
+    // skip the element.
+    float bad_mu_hat;
+    uint32_t safe_nu;  // bits: if no new second moment is above it, every gradient was usable
+  };
 
-inline constexpr uint32_t kLargestFinite = 0x7f7fffff;  // bits; infinity and NaN have greater ones
-inline constexpr uint32_t kUnusableGrad = 0x5f800000;   // bits of 2^64, whose square is infinite
-
-struct AdamStep {
-  float b1, b2, eps, eps_root;
-  float one_minus_b1, one_minus_b2;
-  // The bias-corrected first moment is mu * mu_scale + grad * grad_scale; the second nu * nu_scale.
-  float mu_scale, grad_scale, nu_scale;
-  // In place of the first moment of an element whose gradient is not finite: NaN, or 0 to skip it.
-  float bad_mu_hat;
-  uint32_t safe_nu;      // bits of a second moment that no unusable gradient leaves below it
-  uint32_t ratio_phase;  // of the random bits of ratio.h
-};
-
-// base^exponent by squaring, in float64: the same operations, so the same bits, everywhere. float32
-// would cost three digits in 1 - b2^t.
-PAGED_HD double Power(double base, int64_t exponent) {
-  double result = 1.0;
-  for (; exponent > 0; exponent >>= 1) {
-    if (exponent & 1) result *= base;
-    base *= base;
+  PAGED_HD static Coefficients Prepare(const float* hyperparams, int32_t count, uint32_t flags,
+                                       BadElement bad) {
+    Coefficients c;
+    c.b1 = hyperparams[0];
+    c.b2 = hyperparams[1];
+    c.eps = hyperparams[2];
+    c.eps_root = hyperparams[3];
+    // A decay rate outside [0, 1) can only come from a traced value, such as a schedule gone wrong.
+    // NaN here makes every update NaN and keeps every moment: what is stored stays finite, and nu
+    // non-negative.
+    const bool is_valid = c.b1 >= 0.0f && c.b1 < 1.0f && c.b2 >= 0.0f && c.b2 < 1.0f;
+    c.one_minus_b1 = 1.0f - c.b1;
+    c.one_minus_b2 = is_valid ? 1.0f - c.b2 : FloatOf(kNanBits);
+    const int64_t t = static_cast<int64_t>(count) + 1;
+    const double c1 = 1.0 - Power(c.b1, t);
+    const double c2 = 1.0 - Power(c.b2, t);
+    const bool nesterov = (flags & 1) != 0;
+    if (nesterov) {
+      c.mu_scale = static_cast<float>(c.b1 / (1.0 - Power(c.b1, t + 1)));
+      c.grad_scale = static_cast<float>(c.one_minus_b1 / c1);
+    } else {
+      c.mu_scale = static_cast<float>(1.0 / c1);
+      c.grad_scale = 0.0f;
+    }
+    c.nu_scale = static_cast<float>(1.0 / c2);
+    // A gradient can be skipped, a bad decay rate cannot.
+    c.bad_mu_hat = is_valid && bad == BadElement::kSkip ? 0.0f : FloatOf(kNanBits);
+    const float safe_nu = c.one_minus_b2 * 1.8446744e19f * 9.2233720e18f;  // half of 2^128
+    c.safe_nu = safe_nu <= 3.40282347e38f ? BitsOf(safe_nu) : kLargestFinite;
+    return c;
   }
-  return result;
-}
 
-// `count` is the number of steps already taken; this step is number count + 1.
-PAGED_HD AdamStep MakeAdamStep(const float* hyperparams, int32_t count, bool nesterov,
-                               BadElement bad_element) {
-  AdamStep step;
-  step.b1 = hyperparams[0];
-  step.b2 = hyperparams[1];
-  step.eps = hyperparams[2];
-  step.eps_root = hyperparams[3];
-  // A decay rate outside [0, 1) can only come from a traced value, a schedule gone wrong. NaN here
-  // makes every update NaN and keeps every moment: what is stored stays finite, and nu
-  // non-negative.
-  const bool is_valid = step.b1 >= 0.0f && step.b1 < 1.0f && step.b2 >= 0.0f && step.b2 < 1.0f;
-  step.one_minus_b1 = 1.0f - step.b1;
-  step.one_minus_b2 = is_valid ? 1.0f - step.b2 : FloatOf(0x7fc00000u);
-  const int64_t t = static_cast<int64_t>(count) + 1;
-  const double c1 = 1.0 - Power(step.b1, t);
-  const double c2 = 1.0 - Power(step.b2, t);
-  if (nesterov) {
-    step.mu_scale = static_cast<float>(step.b1 / (1.0 - Power(step.b1, t + 1)));
-    step.grad_scale = static_cast<float>(step.one_minus_b1 / c1);
-  } else {
-    step.mu_scale = static_cast<float>(1.0 / c1);
-    step.grad_scale = 0.0f;
+  template <int K, class Math>
+  PAGED_HD static BitRange Advance(Math math, const Coefficients& c, float (&values)[K],
+                                   float (&states)[2][K]) {
+    const BitRange range = AdvanceMoments(c, values, states[0], states[1]);
+    Direct(math, c, range, states[1], values);
+    return range;
   }
-  step.nu_scale = static_cast<float>(1.0 / c2);
-  // A gradient can be skipped, a bad decay rate not.
-  step.bad_mu_hat = is_valid && bad_element == BadElement::kSkip ? 0.0f : FloatOf(0x7fc00000u);
-  const float safe_nu = step.one_minus_b2 * 1.8446744e19f * 9.2233720e18f;  // half of 2^128
-  step.safe_nu = safe_nu <= 3.40282347e38f ? BitsOf(safe_nu) : kLargestFinite;
-  step.ratio_phase = RatioPhase(count);
-  return step;
-}
 
-// Square root and reciprocal as the host rounds them. The GPU has a faster twin, fast_math.h.
-struct IeeeMath {
-  PAGED_HD float Sqrt(float x) const { return std::sqrt(x); }
-  PAGED_HD float SqrtOrZero(float x) const { return std::sqrt(x); }
-  PAGED_HD float Reciprocal(float x) const { return 1.0f / x; }
-};
+ private:
+  PAGED_HD static float NextMu(const Coefficients& c, float grad, float mu) {
+    return c.b1 * mu + c.one_minus_b1 * grad;
+  }
 
-PAGED_HD float NextNu(const AdamStep& step, float grad, float nu) {
-  return step.b2 * nu + step.one_minus_b2 * grad * grad;
-}
+  PAGED_HD static float NextNu(const Coefficients& c, float grad, float nu) {
+    return c.b2 * nu + c.one_minus_b2 * grad * grad;
+  }
 
-PAGED_HD float NextMu(const AdamStep& step, float grad, float mu) {
-  return step.b1 * mu + step.one_minus_b1 * grad;
-}
+  // Bias-corrected. Without Nesterov momentum the second term is 0, and need not be computed.
+  template <bool kNesterov>
+  PAGED_HD static float MuHat(const Coefficients& c, float mu, float grad) {
+    const float mu_hat = mu * c.mu_scale;
+    return kNesterov ? mu_hat + grad * c.grad_scale : mu_hat;
+  }
 
-// Bias-corrected. Without Nesterov momentum the second term is 0, and need not be computed.
-template <bool kNesterov>
-PAGED_HD float MuHat(const AdamStep& step, float mu, float grad) {
-  const float mu_hat = mu * step.mu_scale;
-  return kNesterov ? mu_hat + grad * step.grad_scale : mu_hat;
-}
-
-// Advances the moments of a lane's elements. `values` are gradients on entry and bias-corrected
-// first moments on return. A gradient that is not finite, or has no finite square, gives NaN, or 0,
-// and leaves the moments as they were. Returns the range of the second moments.
-template <int K>
-PAGED_HD BitRange AdvanceMoments(const AdamStep& step, float (&values)[K], float (&mu)[K],
-                                 float (&nu)[K]) {
-  float next_nu[K];
-  PAGED_UNROLL
-  for (int k = 0; k < K; ++k) next_nu[k] = NextNu(step, values[k], nu[k]);
-  const BitRange range = RangeOf(next_nu);
-  if (range.largest > step.safe_nu) {
+  // `values` become the bias-corrected first moments. Whether a gradient is unusable is asked once
+  // for a lane, of the largest new second moment, and then answered beside the common path.
+  template <int K>
+  PAGED_HD static BitRange AdvanceMoments(const Coefficients& c, float (&values)[K], float (&mu)[K],
+                                          float (&nu)[K]) {
+    float next_nu[K];
+    PAGED_UNROLL
+    for (int k = 0; k < K; ++k) next_nu[k] = NextNu(c, values[k], nu[k]);
+    const BitRange range = RangeOf(next_nu);
+    if (range.largest > c.safe_nu) {
+      PAGED_UNROLL
+      for (int k = 0; k < K; ++k) {
+        const bool is_used = static_cast<int>(IsUsable(values[k])) &
+                             static_cast<int>(BitsOf(next_nu[k]) <= kLargestFinite);
+        const float next_mu = NextMu(c, values[k], mu[k]);
+        const float mu_hat = MuHat<true>(c, next_mu, values[k]);
+        mu[k] = Select(is_used, next_mu, mu[k]);
+        nu[k] = Select(is_used, next_nu[k], nu[k]);
+        values[k] = Select(is_used, mu_hat, c.bad_mu_hat);
+      }
+      return RangeOf(nu);
+    }
     PAGED_UNROLL
     for (int k = 0; k < K; ++k) {
-      const bool is_used = static_cast<int>((BitsOf(values[k]) & 0x7fffffffu) < kUnusableGrad) &
-                           static_cast<int>(BitsOf(next_nu[k]) <= kLargestFinite);
-      const float next_mu = NextMu(step, values[k], mu[k]);
-      const float mu_hat = MuHat<true>(step, next_mu, values[k]);
-      mu[k] = Select(is_used, next_mu, mu[k]);
-      nu[k] = Select(is_used, next_nu[k], nu[k]);
-      values[k] = Select(is_used, mu_hat, step.bad_mu_hat);
+      mu[k] = NextMu(c, values[k], mu[k]);
+      nu[k] = next_nu[k];
     }
-    return RangeOf(nu);
+    if (c.grad_scale != 0.0f) {
+      PAGED_UNROLL
+      for (int k = 0; k < K; ++k) values[k] = MuHat<true>(c, mu[k], values[k]);
+    } else {
+      PAGED_UNROLL
+      for (int k = 0; k < K; ++k) values[k] = MuHat<false>(c, mu[k], values[k]);
+    }
+    return range;
   }
-  PAGED_UNROLL
-  for (int k = 0; k < K; ++k) {
-    mu[k] = NextMu(step, values[k], mu[k]);
-    nu[k] = next_nu[k];
-  }
-  if (step.grad_scale != 0.0f) {
-    PAGED_UNROLL
-    for (int k = 0; k < K; ++k) values[k] = MuHat<true>(step, mu[k], values[k]);
-  } else {
-    PAGED_UNROLL
-    for (int k = 0; k < K; ++k) values[k] = MuHat<false>(step, mu[k], values[k]);
-  }
-  return range;
-}
 
-// The update of one element (the direction, before the learning rate).
-template <class Math>
-PAGED_HD float Update(Math math, const AdamStep& step, float mu_hat, float nu) {
-  const float root = math.SqrtOrZero(nu * step.nu_scale + step.eps_root);
-  return mu_hat * math.Reciprocal(root + step.eps);
-}
+  // `values` are bias-corrected first moments on entry and directions on return. `range` is that of
+  // the second moments.
+  template <int K, class Math>
+  PAGED_HD static void Direct(Math math, const Coefficients& c, BitRange range,
+                              const float (&nu)[K], float (&values)[K]) {
+    if constexpr (!Math::kIsTotal) {
+      if (!IsInRange<Math>(c, range, nu)) return Direct(IeeeMath(), c, range, nu, values);
+    }
+    PAGED_UNROLL
+    for (int k = 0; k < K; ++k) {
+      const float root = math.SqrtOrZero(nu[k] * c.nu_scale + c.eps_root);
+      values[k] *= math.Reciprocal(root + c.eps);
+    }
+  }
+
+  // Whether a lane's radicands and divisors are among those that Math computes exactly. No radicand
+  // is less than its second moment or, if that is 0, than eps_root; no divisor is less than its
+  // root, or than eps.
+  template <class Math, int K>
+  PAGED_HD static bool IsInRange(const Coefficients& c, BitRange range, const float (&nu)[K]) {
+    const bool has_zeros = range.least == 0;
+    uint32_t least = range.least;
+    if (least < Math::kLeastRadicand) least = LeastWhereNonZero(nu, nu);
+    const uint32_t eps = BitsOf(c.eps), eps_root = BitsOf(c.eps_root);
+    const bool zeros_in_range =
+        eps >= Math::kLeastDivisor && (eps_root == 0 || eps_root >= Math::kLeastRadicand);
+    constexpr uint32_t kLargestEps = 0x71800000;  // 2^100; the bits of negative numbers are greater
+    const float largest = FloatOf(range.largest) * c.nu_scale + c.eps_root;
+    return least >= Math::kLeastRadicand && BitsOf(largest) <= kLargestFinite &&
+           eps <= kLargestEps && eps_root <= kLargestEps && (!has_zeros || zeros_in_range);
+  }
+};
 
 }  // namespace paged_optax

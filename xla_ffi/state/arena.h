@@ -1,33 +1,25 @@
-// The moments of one state on one device: what belongs to them, and how they come to be. Used by
-// registry.cc, which owns them, and by those it hands them to.
+// The moments of one state on one device: what belongs to them, how they come to be, and what can
+// be said about them.
 #pragma once
 
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "base/stream.h"
 #include "layout/token.h"
 #include "memory/memory.h"
 #include "memory/planner.h"
+#include "state/device_id.h"
+#include "state/leaf_names.h"
+#include "state/lock.h"
 #include "state/signature.h"
 
 namespace paged_optax {
 
-enum class Platform : int8_t { kCpu, kCuda };
-
-struct DeviceId {
-  Platform platform;
-  int ordinal;
-  bool operator<(const DeviceId& other) const {
-    return platform != other.platform ? platform < other.platform : ordinal < other.ordinal;
-  }
-  bool operator==(const DeviceId& other) const {
-    return platform == other.platform && ordinal == other.ordinal;
-  }
-};
+class DeviceBuffer;
 
 // Where moments may live.
 struct PlacementPolicy {
@@ -40,18 +32,25 @@ struct PlacementPolicy {
 // The moments of one state on one device.
 struct Arena {
   DeviceId device;
-  Header header;  // on the GPU only a copy: the device's own is in the DeviceTable
+  Header header;  // on the GPU only a copy: CudaDevice has the device's own
   Signature signature;
   int64_t tree;        // names the tree structure to the Python side
   std::string shards;  // tells the Python side which parts of the leaves are on which device
+  LeafNames names;
   PlacementPolicy policy;
   std::unique_ptr<Memory> memory = nullptr;
-  SegmentTable segments = {};  // on the GPU only a copy, of which the device has its own
+  SegmentTable segments = {};  // on the GPU only a copy: the device has its own
+  ContentsMutex mutex = {};    // CPU: guards the contents. A GPU has one for all its arenas
   Residency residency = {};    // GPU
-  std::mutex mutex = {};       // CPU: held while a step or a read uses the contents
-#if PAGED_OPTAX_CUDA
-  std::unique_ptr<DeviceBuffer> device_segments = nullptr;
-#endif
+  std::shared_ptr<DeviceBuffer> device_segments = nullptr;  // GPU: the device's own table
+};
+
+// An arena whose contents nobody changes for as long as this lives: no step starts, and none is
+// under way.
+struct LockedArena {
+  std::shared_ptr<Arena> arena;
+  Header header;      // the newest
+  ContentsLock lock;  // the last member, because it is given up before the arena may go
 };
 
 // What one call brings along to find or make its arena.
@@ -63,7 +62,8 @@ struct Request {
   PlacementPolicy policy;
   const Signature* signature;
   uint64_t fingerprint;
-  int32_t part;  // which parts of the leaves the device has
+  int32_t part;                 // which parts of the leaves the device has
+  std::string_view names = {};  // paths of the leaves, as LeafNames takes them; empty if unknown
 };
 
 struct ArenaReport {
@@ -71,33 +71,36 @@ struct ArenaReport {
   int32_t version;
   int64_t tree;
   std::string shards;
+  LeafNames names;
   MemoryKind kind;
   int64_t nbytes;          // of all slots
   int64_t resident_bytes;  // of those, in the device's memory; of a file, in RAM
   int64_t budget;          // as in PlacementPolicy
   Residency residency;
-  ArenaExtent extent;
-  int64_t resident_blocks;  // leading ones, in the order of the arena
+  Extent extent;
+  std::array<int64_t, kFormats.size()> resident_blocks;  // leading ones of each region
+  int8_t rule;
   int32_t num_slots;
   int64_t num_devices;
   std::vector<Signature::LeafInfo> leaves;
 };
 
-#if PAGED_OPTAX_CUDA
-struct DeviceTable;
-#endif
+ArenaReport Report(const LockedArena& locked);
 
-std::string Name(DeviceId device);
-
-// An arena for a fresh token, and then its memory. What is in it does not matter: the first step
+// An arena for a fresh token, without memory yet. What is in it does not matter: the first step
 // reads nothing.
 std::shared_ptr<Arena> MakeArena(const Request& request, Token token);
-void PlaceOnHost(Arena& arena);
-#if PAGED_OPTAX_CUDA
-void PlaceOnDevice(Arena& arena, DeviceTable& table, void* stream);  // `table.mutex` held
-#endif
 
-// Its contents must be locked.
-ArenaReport Report(const Arena& arena, int32_t version);
+// Gives a new arena memory of the host.
+void PlaceOnHost(Arena& arena);
+
+// The same on a GPU, in two calls by CudaDevice: fills in `residency`, for the planner to decide
+// what its share of the GPU's memory is; then makes the memory, and the device's copy of where its
+// segments are.
+void PrepareResidency(Arena& arena);
+void PlaceOnDevice(Arena& arena, const FirstShare& share, Stream stream);
+
+// Bytes of one slot, which starts at a multiple of `granularity`.
+int64_t SlotBytes(const Signature& signature, int64_t granularity);
 
 }  // namespace paged_optax

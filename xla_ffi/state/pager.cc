@@ -6,9 +6,9 @@
 #include <exception>
 
 #include "base/notice.h"
+#include "base/status.h"
+#include "memory/gpus.h"
 #include "memory/memory.h"
-#include "state/arena.h"
-#include "state/device_table.h"
 #include "step/step_cuda.h"
 
 namespace paged_optax {
@@ -33,19 +33,19 @@ double PatienceMs(const Residencies& states) {
 
 }  // namespace
 
-Residencies Pager::States() const {
+Residencies Pager::States(const ContentsLock&) const {
   Residencies states;
-  for (const auto& arena : table_.arenas) states.push_back(&arena->residency);
+  for (const auto& arena : arenas_) states.push_back(&arena->residency);
   return states;
 }
 
-FirstShare Pager::FirstPlacement(const Residency& newcomer) {
-  return planner_.Place(States(), newcomer, FreeDeviceBytes(table_.ordinal));
+FirstShare Pager::FirstPlacement(const ContentsLock& lock, const Residency& newcomer) {
+  return planner_.Place(States(lock), newcomer, FreeDeviceBytes(ordinal_));
 }
 
 void Pager::MakeEvents() {
   if (stepped_ != nullptr) return;
-  ScopedDevice scope(table_.ordinal);
+  ScopedDevice scope(ordinal_);
   CUDA_CHECK(cudaEventCreateWithFlags(&moved_, cudaEventDisableTiming));
   CUDA_CHECK(cudaEventCreateWithFlags(&stepped_, cudaEventDisableTiming));
 }
@@ -59,59 +59,58 @@ void Pager::TakeTime(const Residencies& states) {
   if (ms > PatienceMs(states)) planner_.NoteSlowStep(states);
 }
 
-void Pager::BeforeStep(void* stream) {
-  const Residencies states = States();
+void Pager::BeforeStep(const ContentsLock& lock, Stream stream) {
+  const Residencies states = States(lock);
   if (states.empty()) return;
   // While something moves, the driver may be slow to say what is free, and it is about to change.
   if (std::none_of(states.begin(), states.end(), [](const Residency* s) { return s->moving; })) {
     TakeTime(states);
-    planner_.Observe(states, FreeDeviceBytes(table_.ordinal));
+    planner_.Observe(states, FreeDeviceBytes(ordinal_));
   }
   allowance_ = std::min(allowance_ + kBytesPerStep, kBytesPerStep);
-  Wake();
-  const auto xla_stream = static_cast<cudaStream_t>(stream);
-  if (has_stepped_) CUDA_CHECK(cudaStreamWaitEvent(xla_stream, stepped_, 0));
-  if (has_moved_) CUDA_CHECK(cudaStreamWaitEvent(xla_stream, moved_, 0));
+  Wake(lock);
+  if (has_stepped_) CUDA_CHECK(cudaStreamWaitEvent(stream, stepped_, 0));
+  if (has_moved_) CUDA_CHECK(cudaStreamWaitEvent(stream, moved_, 0));
   if (!planner_.is_full() || timing_ != Timing::kNone) return;
   if (began_ == nullptr) {
-    ScopedDevice scope(table_.ordinal);
+    ScopedDevice scope(ordinal_);
     CUDA_CHECK(cudaEventCreate(&ended_));
     CUDA_CHECK(cudaEventCreate(&began_));
   }
-  CUDA_CHECK(cudaEventRecord(began_, xla_stream));
+  CUDA_CHECK(cudaEventRecord(began_, stream));
   timing_ = Timing::kBegun;
 }
 
-void Pager::AfterStep(void* stream) {
+void Pager::AfterStep(const ContentsLock&, Stream stream) {
   if (timing_ == Timing::kBegun) {
-    CUDA_CHECK(cudaEventRecord(ended_, static_cast<cudaStream_t>(stream)));
+    CUDA_CHECK(cudaEventRecord(ended_, stream));
     timing_ = Timing::kEnded;
   }
   const auto changes = [](const auto& arena) { return arena->memory->ChangesAddresses(); };
-  if (std::none_of(table_.arenas.begin(), table_.arenas.end(), changes)) return;
+  if (std::none_of(arenas_.begin(), arenas_.end(), changes)) return;
   MakeEvents();
-  CUDA_CHECK(cudaEventRecord(stepped_, static_cast<cudaStream_t>(stream)));
+  CUDA_CHECK(cudaEventRecord(stepped_, stream));
   has_stepped_ = true;
 }
 
-int64_t Pager::MoveNow(std::unique_lock<std::mutex>& lock, Arena& arena, int64_t nbytes) {
+int64_t Pager::MoveNow(ContentsLock& lock, Arena& arena, int64_t nbytes) {
   AwaitIdle(lock, arena);
   Residency& residency = arena.residency;
   residency.limit = nbytes;
   residency.failure.clear();
   const int64_t before = residency.moved_bytes;
   // What one state gives up is for somebody else, and not for the others.
-  planner_.Retarget(States(), FreeDeviceBytes(table_.ordinal), nbytes < 0 ? nullptr : &residency);
+  planner_.Retarget(States(lock), FreeDeviceBytes(ordinal_), nbytes < 0 ? nullptr : &residency);
   struct Urgency {
     int& count;
     explicit Urgency(int& count) : count(count) { ++count; }
     ~Urgency() { --count; }
   } urgency(urgent_);
-  Wake();
+  Wake(lock);
   Step step;
-  settled_.wait(lock, [&] {
+  lock.Await(settled_, [&] {
     if (stopping_ || !residency.failure.empty()) return true;
-    return !residency.moving && (residency.segments == residency.target || !Pick(&step));
+    return !residency.moving && (residency.segments == residency.target || !Pick(lock, &step));
   });
   if (!residency.failure.empty()) {
     throw StatusError(StatusCode::kResourceExhausted,
@@ -120,101 +119,104 @@ int64_t Pager::MoveNow(std::unique_lock<std::mutex>& lock, Arena& arena, int64_t
   return residency.moved_bytes - before;
 }
 
-void Pager::AwaitIdle(std::unique_lock<std::mutex>& lock, const Arena& arena) {
-  settled_.wait(lock, [&] { return !arena.residency.moving; });
+void Pager::AwaitIdle(ContentsLock& lock, const Arena& arena) {
+  lock.Await(settled_, [&] { return !arena.residency.moving; });
 }
 
-bool Pager::Pick(Step* step) {
+bool Pager::Pick(const ContentsLock& lock, Step* step) {
   if (urgent_ == 0 && allowance_ <= 0) return false;
-  return planner_.Next(States(), FreeDeviceBytes(table_.ordinal), kBytesPerMove, step);
+  return planner_.Next(States(lock), FreeDeviceBytes(ordinal_), kBytesPerMove, step);
 }
 
-void Pager::Wake() {
+void Pager::Wake(const ContentsLock&) {
   const auto is_settled = [](const auto& arena) {
     return arena->residency.segments == arena->residency.target;
   };
-  if (stopping_ || std::all_of(table_.arenas.begin(), table_.arenas.end(), is_settled)) return;
+  if (stopping_ || std::all_of(arenas_.begin(), arenas_.end(), is_settled)) return;
   if (!thread_.joinable()) thread_ = std::thread([this] { Run(); });
   wake_.notify_one();
 }
 
 void Pager::Run() {
-  std::unique_lock<std::mutex> lock(table_.mutex);
+  ContentsLock lock(mutex_);
   // For good: in a thread without a device, a ScopedDevice would go back to GPU 0, and with that
   // make a context there.
-  (void)cudaSetDevice(table_.ordinal);
+  (void)cudaSetDevice(ordinal_);
   while (!stopping_) {
     std::shared_ptr<Arena> arena;
     try {
       Step step;
-      if (Pick(&step)) {
-        arena = table_.arenas[step.state];
-        Execute(lock, arena, step.segments);
+      if (Pick(lock, &step)) {
+        arena = arenas_[step.state];
+        Execute(lock, *arena, step);
       }
     } catch (const std::exception& error) {
-      if (!lock.owns_lock()) lock.lock();
       if (arena != nullptr) {
-        Fail(*arena, error.what());
+        Fail(lock, *arena, error.what());
       } else {
-        for (const auto& each : table_.arenas) Fail(*each, error.what());
+        for (const auto& each : arenas_) Fail(lock, *each, error.what());
       }
     }
     settled_.notify_all();
-    if (arena == nullptr) wake_.wait(lock);
+    if (arena == nullptr) lock.Await(wake_);
   }
 }
 
-void Pager::Fail(Arena& arena, const char* what) {
+void Pager::Fail(const ContentsLock&, Arena& arena, const char* what) {
   Residency& residency = arena.residency;
   residency.failure = what;
   residency.target = residency.segments;
   residency.moving = false;
   if (has_complained_) return;
   has_complained_ = true;
-  PostNotice({table_.ordinal, 0,
+  PostNotice({ordinal_, 0,
               std::string("moments could not be moved: ") + what +
                   ". They stay where they are until prefetch or evict is called."});
 }
 
-void Pager::Execute(std::unique_lock<std::mutex>& lock, const std::shared_ptr<Arena>& arena,
-                    int32_t segments) {
-  Residency& residency = arena->residency;
-  Memory& memory = *arena->memory;
-  const bool is_in = segments > residency.segments;
-  const Move move{std::min(segments, residency.segments), std::abs(segments - residency.segments),
-                  is_in ? Tier::kDevice : Tier::kHost};
-  const int64_t nbytes = residency.geometry.LeadingBytes(move.first + move.count) -
-                         residency.geometry.LeadingBytes(move.first);
-  size_t index = 0;
-  while (table_.arenas[index] != arena) ++index;
-  planner_.Begin(States(), {index, segments}, FreeDeviceBytes(table_.ordinal));
-  lock.unlock();
-  const auto start = std::chrono::steady_clock::now();
-
-  if (stream_ == nullptr) {
-    CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
-  }
-  memory.Prepare(move, stream_);
-  if (!memory.ChangesAddresses()) CUDA_CHECK(cudaStreamSynchronize(stream_));
-  lock.lock();
+// After a move was prepared: has the device make it between two steps, and know about it.
+void Pager::Enqueue(const ContentsLock&, Arena& arena, const Move& move, int32_t segments) {
+  Memory& memory = *arena.memory;
   if (memory.ChangesAddresses()) {
     MakeEvents();
     if (has_stepped_) CUDA_CHECK(cudaStreamWaitEvent(stream_, stepped_, 0));
   }
   memory.Enqueue(move, stream_);
   // From here on the books say what the device will see, whatever happens.
-  arena->segments = memory.Table(segments);
-  residency.segments = segments;
-  LaunchWriteSegments(arena->segments, arena->header.segments, table_.ordinal, stream_);
-  if (memory.ChangesAddresses()) {
-    CUDA_CHECK(cudaEventRecord(moved_, stream_));
-    has_moved_ = true;
-  }
-  lock.unlock();
-  CUDA_CHECK(cudaStreamSynchronize(stream_));
-  memory.Finish(move, stream_);
-  lock.lock();
+  arena.segments = memory.Table(segments);
+  arena.residency.segments = segments;
+  LaunchWriteSegments(arena.segments, arena.header.segments, ordinal_, stream_);
+  if (!memory.ChangesAddresses()) return;
+  CUDA_CHECK(cudaEventRecord(moved_, stream_));
+  has_moved_ = true;
+}
 
+// The lock is given up while the driver works; it is held again when this returns or throws.
+void Pager::Execute(ContentsLock& lock, Arena& arena, const Step& step) {
+  Residency& residency = arena.residency;
+  Memory& memory = *arena.memory;
+  const int32_t segments = step.segments;
+  const bool is_in = segments > residency.segments;
+  const Move move{std::min(segments, residency.segments), std::abs(segments - residency.segments),
+                  is_in ? Tier::kDevice : Tier::kHost};
+  const int64_t nbytes = residency.geometry.LeadingBytes(move.first + move.count) -
+                         residency.geometry.LeadingBytes(move.first);
+  planner_.Begin(States(lock), step, FreeDeviceBytes(ordinal_));
+  const auto start = std::chrono::steady_clock::now();
+  {
+    const ContentsLock::Pause pause(lock);
+    if (stream_ == nullptr) {
+      CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+    }
+    memory.Prepare(move, stream_);
+    if (!memory.ChangesAddresses()) CUDA_CHECK(cudaStreamSynchronize(stream_));
+  }
+  Enqueue(lock, arena, move, segments);
+  {
+    const ContentsLock::Pause pause(lock);
+    CUDA_CHECK(cudaStreamSynchronize(stream_));
+    memory.Finish(move, stream_);
+  }
   has_moved_ = false;
   residency.moving = false;
   residency.moved_bytes += nbytes;
@@ -225,7 +227,7 @@ void Pager::Execute(std::unique_lock<std::mutex>& lock, const std::shared_ptr<Ar
 
 void Pager::Stop() {
   {
-    std::lock_guard<std::mutex> lock(table_.mutex);
+    const ContentsLock lock(mutex_);
     stopping_ = true;
     wake_.notify_all();
     settled_.notify_all();

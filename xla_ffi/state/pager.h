@@ -1,56 +1,58 @@
 // Moves moments between the memory of one GPU and the host's, while training goes on: a thread with
 // a stream of its own, woken by steps and by evict and prefetch. What moves is the planner's
-// decision. Owned by DeviceTable.
+// decision.
 #pragma once
 
 #include <condition_variable>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <thread>
+#include <vector>
 
 #include "base/cuda_check.h"
+#include "base/stream.h"
 #include "memory/planner.h"
+#include "state/arena.h"
+#include "state/lock.h"
 
 namespace paged_optax {
 
-struct Arena;
-struct DeviceTable;
-
 class Pager {
  public:
-  explicit Pager(DeviceTable& table) : table_(table) {}
+  // Of the GPU's arenas, which `mutex` guards. Both must outlive the pager.
+  Pager(int ordinal, ContentsMutex& mutex, const std::vector<std::shared_ptr<Arena>>& arenas)
+      : ordinal_(ordinal), mutex_(mutex), arenas_(arenas) {}
   Pager(const Pager&) = delete;
 
-  // The table's mutex must be held for all that follows, except for Stop.
-
   // For a state that is about to be made.
-  FirstShare FirstPlacement(const Residency& newcomer);
+  FirstShare FirstPlacement(const ContentsLock&, const Residency& newcomer);
   // Before a step is launched: looks at the device's free memory, decides what should move, and
   // lets the thread move the bytes of one step. Never waits for the device or the thread.
-  void BeforeStep(void* stream);
-  void AfterStep(void* stream);
+  void BeforeStep(const ContentsLock&, Stream stream);
+  void AfterStep(const ContentsLock&, Stream stream);
   // Limits a state to `nbytes` of device memory (negative: no limit), and waits until it is where
   // it should be. Returns the bytes that moved.
-  int64_t MoveNow(std::unique_lock<std::mutex>& lock, Arena& arena, int64_t nbytes);
+  int64_t MoveNow(ContentsLock& lock, Arena& arena, int64_t nbytes);
   // Waits for a move of this state that is under way.
-  void AwaitIdle(std::unique_lock<std::mutex>& lock, const Arena& arena);
+  void AwaitIdle(ContentsLock& lock, const Arena& arena);
 
   // Ends the thread, before the process does.
   void Stop();
 
  private:
-  Residencies States() const;
-  bool Pick(Step* step);
+  Residencies States(const ContentsLock&) const;
+  bool Pick(const ContentsLock&, Step* step);
   void Run();
-  void Execute(std::unique_lock<std::mutex>& lock, const std::shared_ptr<Arena>& arena,
-               int32_t segments);
-  void Fail(Arena& arena, const char* what);
-  void Wake();
+  void Execute(ContentsLock& lock, Arena& arena, const Step& step);
+  void Enqueue(const ContentsLock&, Arena& arena, const Move& move, int32_t segments);
+  void Fail(const ContentsLock&, Arena& arena, const char* what);
+  void Wake(const ContentsLock&);
   void MakeEvents();
   void TakeTime(const Residencies& states);
 
-  DeviceTable& table_;
+  const int ordinal_;
+  ContentsMutex& mutex_;
+  const std::vector<std::shared_ptr<Arena>>& arenas_;
   Planner planner_;
   int64_t allowance_ = 0;  // bytes that may still move in the background
   int urgent_ = 0;         // calls that wait for moves, which then need no allowance
@@ -58,7 +60,7 @@ class Pager {
   std::condition_variable wake_, settled_;
   bool stopping_ = false;
   bool has_complained_ = false;
-  cudaStream_t stream_ = nullptr;
+  Stream stream_ = nullptr;  // of the thread alone
   // Order between steps and moves that change addresses: each waits, on the device, for the other.
   cudaEvent_t stepped_ = nullptr, moved_ = nullptr;
   bool has_stepped_ = false, has_moved_ = false;

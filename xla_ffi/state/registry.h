@@ -1,66 +1,59 @@
-// Who owns the arenas: finds that of a token, makes it at the token's first use, and says why a
-// token was refused. Used by handlers.cc and module.cc.
+// Who owns the moments: finds those of a token on all devices, and says why a token was refused.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
-#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <set>
 #include <string>
 #include <unordered_map>
-#include <utility>
 #include <vector>
 
 #include "state/arena.h"
+#include "state/device.h"
+#include "state/handles.h"
 
 namespace paged_optax {
 
-// Process-wide, never destroyed: nothing calls CUDA while the process exits. Thread-safe; where two
-// locks are held, the contents' (an arena's or a table's) was taken before the registry's own.
+// Process-wide, thread-safe, never destroyed: nothing calls CUDA while the process exits.
 class Registry {
  public:
   static Registry& Get();
 
-  // Handle of a new state. Devices that take part in one execution get the same handle.
-  // Within one, calls are told apart by `seed` and, for the same seed (a loop), by their order.
-  // `shared`: other processes take part as well, and all of them count from the shared base.
-  int32_t IssueHandle(DeviceId device, int64_t run, int32_t seed, bool shared);
-  // A random number that the processes of this job have in common; later calls change nothing.
-  void SetSharedBase(int32_t random);
+  Handles& handles() { return handles_; }
+
+  // The CpuDevice or CudaDevice with this number.
+  template <class D>
+  D& At(int ordinal) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    std::unique_ptr<Device>& device = devices_[{D::kPlatform, ordinal}];
+    if (device == nullptr) device = std::make_unique<D>(ordinal);
+    return static_cast<D&>(*device);
+  }
 
   // The arena for a token on the CPU, made at its first use. Throws what Explain says.
-  std::shared_ptr<Arena> Open(const Request& request, Token token);
+  LockedArena Open(const Request& request, Token token);
 
-  // Why a token was refused, for the user.
-  std::string Explain(Verdict verdict, DeviceId device, Token token, int32_t version,
-                      uint64_t call_fingerprint);
-
-#if PAGED_OPTAX_CUDA
-  // Whether a token may belong to a state that has no arena here yet and so has to be looked at on
-  // the host: some state was made and never used, or another device was first in this same
-  // execution. `table.mutex` must be held.
-  bool MayBeFirstUse(int64_t run, const DeviceTable& table);
-  DeviceTable& Table(int ordinal);
-  // Makes the arena of a fresh token if this is its first use. `table.mutex` must be held.
-  void BindOnFirstUse(const Request& request, Token token, DeviceTable& table, void* stream);
-  // Throws for a refused step that has not been reported yet.
-  void ThrowIfRejected(DeviceTable& table);
-#endif
-  // Same for every device.
-  void ThrowIfRejected();
-
-  // For Explain.
+  // Why a token was refused, for the user. No contents may be locked.
+  std::string Explain(DeviceId device, const Rejection& rejection);
+  // Keeps the signature of a call, for Explain.
   void Remember(const Signature& signature, uint64_t fingerprint);
+
+  // Throw for a refused step that has not been reported yet, of one device or of any.
+  void ThrowIfRejected(Device& device);
+  void ThrowIfRejected();
 
   // All arenas of a state; waits for the device. Throws if there is none although the state was
   // used.
   std::vector<ArenaReport> Describe(Token token);
 
-  // Bytes [offset, offset + nbytes) of the slot that holds the token's contents.
-  void Read(DeviceId device, Token token, int64_t offset, int64_t nbytes, void* destination);
+  // The contents that a token stands for, to be read for as long as the result lives: no step
+  // starts meanwhile. Throws what Explain says.
+  struct OpenSlot {
+    LockedArena locked;
+    int32_t slot;
+  };
+  OpenSlot Read(DeviceId device, Token token);
 
   // Limits the moments of a state to so many bytes of each device's memory (negative: no limit) and
   // moves what has to move. Returns the bytes that were moved.
@@ -74,48 +67,17 @@ class Registry {
   void StopPagers();
 
   int64_t NumArenas();
-  int64_t NumUnused();
 
  private:
-  Registry();
-  bool IsFirstUse(int32_t handle, int64_t run);  // mutex_ held
-  void NoteBound(int32_t handle, int64_t run);   // mutex_ held
-  std::shared_ptr<Arena> Find(DeviceId device, int32_t handle);
-  std::vector<std::shared_ptr<Arena>> FindAll(int32_t handle);
-  std::unique_lock<std::mutex> LockContents(Arena& arena);
-  Header CurrentHeader(const Arena& arena);  // contents locked
-  bool WasIssuedHere(int32_t handle) const;  // mutex_ held
+  Registry() = default;
+  std::vector<Device*> Devices();
+  Device* FindDevice(DeviceId id);
+  [[noreturn]] void Refuse(DeviceId device, const Rejection& rejection);
 
-  struct Issue {
-    int64_t run;
-    int32_t seed;
-    int32_t handle;
-    std::set<DeviceId> devices;
-  };
-  struct Bound {
-    int32_t handle;
-    int64_t run;
-  };
-
-  struct HandleRange {
-    int32_t first;
-    int32_t next;
-    bool Contains(int32_t handle) const { return first <= handle && handle < next; }
-  };
-
+  Handles handles_;
   std::mutex mutex_;
-  HandleRange own_;
-  HandleRange shared_{0, 0};  // {0, 0}: not set
-  std::deque<Issue> issues_;  // recent
-  std::set<int32_t> unused_;  // issued, no arena on any device yet
-  std::deque<Bound> bound_;   // recent
-  std::atomic<int64_t> num_unused_{0};
-  std::map<std::pair<int32_t, DeviceId>, std::shared_ptr<Arena>> cpu_arenas_;
-  std::unordered_map<uint64_t, Signature> signatures_;
-#if PAGED_OPTAX_CUDA
-  std::vector<DeviceTable*> Tables();
-  std::map<int, std::unique_ptr<DeviceTable>> tables_;
-#endif
+  std::map<DeviceId, std::unique_ptr<Device>> devices_;  // never removed
+  std::unordered_map<uint64_t, Signature> signatures_;   // never removed
 };
 
 }  // namespace paged_optax

@@ -1,14 +1,13 @@
-// What a lane of a warp adds to the arithmetic of step.h on a GPU: 8 elements of a block, their
-// loads and stores, the extremes of the block, and the fast way to an update. Used by step_cuda.cu.
+// What a thread of a warp adds to the arithmetic of block.h on a GPU: a lane of 8 elements, its
+// loads and stores, and the extremes of the block.
 #pragma once
 
-#include "base/fast_math.h"
-#include "step/step.h"
+#include "step/block.h"
 
 namespace paged_optax {
 
 inline constexpr int kWarpSize = 32;
-inline constexpr int kLane = static_cast<int>(kBlockSize) / kWarpSize;  // elements per thread
+inline constexpr int kLane = static_cast<int>(kBlockSize) / kWarpSize;  // elements of a thread
 
 struct Warp {
   __device__ uint32_t Max(uint32_t lane_max) const {
@@ -18,29 +17,6 @@ struct Warp {
     return __reduce_min_sync(0xffffffffu, lane_min);
   }
 };
-
-// Overload of UpdateLane in step.h: the fast way where all arguments are in its range.
-template <int K>
-__device__ __forceinline__ void UpdateLane(FastMath math, const AdamStep& step, BitRange range,
-                                           const float (&nu)[K], float (&values)[K]) {
-  const bool has_zeros = range.least == 0;
-  uint32_t least = range.least;
-  if (least < FastMath::kLeastRadicand) least = LeastWhereNonZero(nu, nu);
-  const uint32_t eps = BitsOf(step.eps), eps_root = BitsOf(step.eps_root);
-  // No radicand is less than its second moment or, if that is 0, than eps_root; no divisor is less
-  // than its root, or than eps.
-  const bool zeros_in_range =
-      eps >= FastMath::kLeastDivisor && (eps_root == 0 || eps_root >= FastMath::kLeastRadicand);
-  constexpr uint32_t kLargestEps = 0x71800000;  // 2^100; the bits of negative numbers are greater
-  const float largest = FloatOf(range.largest) * step.nu_scale + step.eps_root;
-  if (least < FastMath::kLeastRadicand || BitsOf(largest) > kLargestFinite || eps > kLargestEps ||
-      eps_root > kLargestEps || (has_zeros && !zeros_in_range)) {
-    UpdateLane(IeeeMath(), step, range, nu, values);
-    return;
-  }
-#pragma unroll
-  for (int k = 0; k < K; ++k) values[k] = Update(math, step, values[k], nu[k]);
-}
 
 // XLA aligns buffers, and slices that it hands over; this is for the case that it does not.
 __device__ inline bool IsAligned(const void* address) {
@@ -125,6 +101,23 @@ __device__ inline void Store(const Leaf& leaf, int64_t start, int count,
   for (int k = 0; k < kLane; ++k) {
     if (k < count) target[k] = halves[k];
   }
+}
+
+// The codes of a state, 8 bytes or 8 floats; aligned.
+__device__ inline void LoadCodes(const uint8_t* source, uint8_t (&codes)[kLane]) {
+  *reinterpret_cast<uint2*>(&codes[0]) = *reinterpret_cast<const uint2*>(source);
+}
+
+__device__ inline void LoadCodes(const uint8_t* source, float (&codes)[kLane]) {
+  LoadFloats(reinterpret_cast<const float*>(source), codes);
+}
+
+__device__ inline void StoreCodes(const uint8_t (&codes)[kLane], uint8_t* target) {
+  *reinterpret_cast<uint2*>(target) = *reinterpret_cast<const uint2*>(&codes[0]);
+}
+
+__device__ inline void StoreCodes(const float (&codes)[kLane], uint8_t* target) {
+  StoreFloats(codes, reinterpret_cast<float*>(target));
 }
 
 }  // namespace paged_optax

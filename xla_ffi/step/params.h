@@ -1,6 +1,6 @@
 // How a parameter of 16 bits takes a step that is smaller than its own rounding: by stochastic
-// rounding, or with a master weight of which 8 further bits are kept beside the moments. Used by
-// step.h; specified in NumPy by paged_optax/_reference.py.
+// rounding, or with a master weight of which 8 further bits are kept with the states. Specified in
+// NumPy by paged_optax/_reference.
 //
 // What is returned is an update u in the gradient's type, for `p + u` in the parameter's: the sum
 // should be the rounded parameter p' without being rounded again. u = p' - p is such a number
@@ -18,12 +18,15 @@
 //                together are the master weight, to the bit.
 #pragma once
 
+#include <array>
+
 #include "base/dtype.h"
 #include "base/random.h"
 
 namespace paged_optax {
 
-enum class ParamRounding : int8_t { kNone, kStochastic, kCompensated };
+enum class ParamRounding : int8_t { kNearest, kStochastic, kCompensated };
+inline constexpr std::array kParamRoundingNames = {"nearest", "stochastic", "compensated"};
 
 inline constexpr uint8_t kZeroResidual = 128;
 
@@ -101,7 +104,14 @@ struct ParamStep {
   RandomKey key;  // of the step
 };
 
-// The exact change of a parameter. `direction` is Adam's.
+// Hyperparameters of a step that takes the parameters: these follow those of the rule.
+inline constexpr int kNumParamHyperparams = 2;
+
+PAGED_HD ParamStep MakeParamStep(const float* hyperparams, int32_t count) {
+  return {-hyperparams[0], hyperparams[1], StepKey(count)};
+}
+
+// The exact change of a parameter.
 PAGED_HD float Change(const ParamStep& step, float decay, float direction, float param) {
   return step.minus_learning_rate * (direction + decay * param);
 }

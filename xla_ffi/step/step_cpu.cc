@@ -1,8 +1,7 @@
-// The step on the CPU: a loop over blocks, compiled for several instruction sets. Called from the
-// CPU handler in handlers.cc, on many threads with disjoint ranges.
-#include <cstring>
+// The loop over blocks, compiled for several instruction sets.
+#include "step/step_cpu.h"
 
-#include "step/step.h"
+#include <cstring>
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -11,7 +10,8 @@
 namespace paged_optax {
 namespace {
 
-constexpr DynamicMaps<int32_t> kMaps = MakeDynamicMaps<int32_t>();
+template <class Format>
+constexpr auto kTables = Format::template MakeTables<int32_t>();
 
 // XLA runs its threads with subnormal numbers flushed to zero, some of them; the arithmetic here is
 // defined with them. Restores the thread's mode on exit.
@@ -74,83 +74,106 @@ PAGED_HD void Store(const Leaf& leaf, int64_t start, int count, const float (&va
   }
 }
 
-PAGED_HD void StepParams(const Work& work, const Leaf& leaf, int64_t start, int count,
-                         int64_t block, float (&values)[kLane]) {
+PAGED_HD void StepParams(const CpuWork& work, const ParamStep& step, const Leaf& leaf,
+                         int64_t start, int count, int64_t residual_offset,
+                         float (&values)[kLane]) {
   alignas(64) float params[kLane];
   alignas(64) uint8_t residuals[kLane];
   Load(leaf.params, leaf.param_dtype, start, count, params);
-  const bool has_residuals = work.extent.has_residuals;
-  const int64_t offset = work.extent.ResidualOffset(leaf.codec, block);
+  const bool has_residuals = work.region.shape.residual_bytes != 0;
   if (has_residuals && work.source != nullptr) {
-    std::memcpy(residuals, work.source + offset, sizeof(residuals));
+    std::memcpy(residuals, work.source + residual_offset, sizeof(residuals));
   } else {
     std::memset(residuals, kZeroResidual, sizeof(residuals));
   }
-  UpdateParams<kLane>(*work.params, leaf, start, params, residuals, values);
-  if (has_residuals) std::memcpy(work.target + offset, residuals, sizeof(residuals));
+  UpdateParams<kLane>(step, leaf, start, params, residuals, values);
+  if (has_residuals) std::memcpy(work.target + residual_offset, residuals, sizeof(residuals));
 }
 
-PAGED_CLONES void RunBlocks(const AdamStep& step, const Work& work, int64_t begin, int64_t end) {
-  float values[kLane];
+template <class Rule, class Format>
+PAGED_HD void LoadLane(const uint8_t* source, const BlockPlace& place,
+                       Lane<Rule, Format, kLane>& lane) {
+  using Code = typename Format::Code;
+  for (int s = 0; s < kNumStates<Rule>; ++s) {
+    if (source != nullptr) {
+      std::memcpy(lane.codes[s], source + place.codes + s * place.state_stride,
+                  sizeof(lane.codes[s]));
+      continue;
+    }
+    constexpr int kNu = kNonNegativeState<Rule>;
+    const Code zero = Format::Zero(s == kNu ? Role::kNonNegative : Role::kSigned);
+    for (int k = 0; k < kLane; ++k) lane.codes[s][k] = zero;
+  }
+  for (int w = 0; w < kNumWords<Rule, Format>; ++w) lane.words[w] = 0;
+  if (source != nullptr) {
+    std::memcpy(lane.words, source + place.words, kNumWords<Rule, Format> * sizeof(uint32_t));
+  }
+}
+
+template <class Rule, class Format>
+PAGED_HD void StoreLane(const Lane<Rule, Format, kLane>& lane, const BlockPlace& place,
+                        uint8_t* target) {
+  for (int s = 0; s < kNumStates<Rule>; ++s) {
+    std::memcpy(target + place.codes + s * place.state_stride, lane.codes[s],
+                sizeof(lane.codes[s]));
+  }
+  std::memcpy(target + place.words, lane.words, kNumWords<Rule, Format> * sizeof(uint32_t));
+}
+
+template <class Rule, class Format, Output kOutput>
+PAGED_CLONES void RunBlocks(const StepOf<Rule>& step, const CpuWork& work, int64_t begin,
+                            int64_t end) {
+  alignas(64) float values[kLane];
+  Lane<Rule, Format, kLane> lane;
   int64_t index = FindLeaf(work.leaves, work.num_leaves, begin);
-  for (int64_t w = begin; w < end; ++w) {
-    // Empty leaves own no work: pass over them too.
-    while (index + 1 < work.num_leaves && work.leaves[index + 1].first_work <= w) ++index;
+  for (int64_t block = begin; block < end; ++block) {
+    // Empty leaves own no blocks: pass over them too.
+    while (index + 1 < work.num_leaves && work.leaves[index + 1].first_block <= block) ++index;
     const Leaf& leaf = work.leaves[index];
-    const int64_t in_leaf = w - leaf.first_work;
-    const int64_t start = in_leaf * kBlockSize;
+    const int64_t start = (block - leaf.first_block) * kBlockSize;
     const int64_t left = leaf.size - start;
     const int count = left < kLane ? static_cast<int>(left) : kLane;
+    const BlockPlace place = work.region.Locate(block);
     Load(leaf.grads, leaf.dtype, start, count, values);
-    const int64_t block = leaf.first_block + in_leaf;
-    if (Is8Bit(leaf.codec)) {
-      alignas(64) uint8_t mu[kLane], nu[kLane];
-      float mu_scale = 0.0f, nu_scale = 0.0f;
-      if (work.source == nullptr) {
-        const bool is_ratio = leaf.codec == Codec::kRatio;
-        std::memset(mu, is_ratio ? kZeroRatio : kZeroMu, sizeof(mu));
-        std::memset(nu, is_ratio ? kZeroRatio : kZeroNu, sizeof(nu));
-      } else {
-        const auto source = work.extent.LocateQuantized(work.source, block);
-        std::memcpy(mu, source.mu, sizeof(mu));
-        std::memcpy(nu, source.nu, sizeof(nu));
-        mu_scale = source.scales[0];
-        nu_scale = source.scales[1];
-      }
-      if (leaf.codec == Codec::kDynamic) {
-        StepDynamicBlock<kLane>(IeeeMath(), step, kMaps, values, mu, nu, mu_scale, nu_scale,
-                                WholeBlock());
-      } else {
-        StepRatioBlock<kLane>(IeeeMath(), step, RatioStart(leaf.key, start), values, mu, nu,
-                              mu_scale, nu_scale, WholeBlock());
-      }
-      const auto target = work.extent.LocateQuantized(work.target, block);
-      std::memcpy(target.mu, mu, sizeof(mu));
-      std::memcpy(target.nu, nu, sizeof(nu));
-      target.scales[0] = mu_scale;
-      target.scales[1] = nu_scale;
-    } else {
-      alignas(64) float mu[kLane] = {}, nu[kLane] = {};
-      if (work.source != nullptr) {
-        const auto source = work.extent.LocateFloat32(work.source, block);
-        std::memcpy(mu, source.mu, sizeof(mu));
-        std::memcpy(nu, source.nu, sizeof(nu));
-      }
-      StepFloat32Block<kLane>(IeeeMath(), step, values, mu, nu);
-      const auto target = work.extent.LocateFloat32(work.target, block);
-      std::memcpy(target.mu, mu, sizeof(mu));
-      std::memcpy(target.nu, nu, sizeof(nu));
+    LoadLane(work.source, place, lane);
+    StepBlock(IeeeMath(), step, kTables<Format>, leaf.key, start, values, lane, WholeBlock());
+    StoreLane(lane, place, work.target);
+    if constexpr (kOutput == Output::kUpdate) {
+      StepParams(work, step.params, leaf, start, count, place.residuals, values);
     }
-    if (work.params != nullptr) StepParams(work, leaf, start, count, block, values);
     Store(leaf, start, count, values);
   }
 }
 
+template <class Rule, class Format, Output kOutput>
+void Run(const AnyStep& step, const CpuWork& work, int64_t begin, int64_t end) {
+  ScopedIeeeMode mode;
+  RunBlocks<Rule, Format, kOutput>(reinterpret_cast<const StepOf<Rule>&>(step), work, begin, end);
+}
+
 }  // namespace
 
-void StepBlocksCpu(const AdamStep& step, const Work& work, int64_t begin, int64_t end) {
-  ScopedIeeeMode mode;
-  RunBlocks(step, work, begin, end);
+CpuStep FindCpuStep(const StepKind& kind, int8_t format) {
+  CpuStep found = nullptr;
+  Visit(Rules(), kind.rule, [&](auto rule) {
+    using Rule = typename decltype(rule)::type;
+    Visit(Formats(), format, [&](auto chosen) {
+      using Format = typename decltype(chosen)::type;
+      found = kind.output == Output::kUpdate ? &Run<Rule, Format, Output::kUpdate>
+                                             : &Run<Rule, Format, Output::kDirection>;
+    });
+  });
+  return found;
+}
+
+AnyStep PrepareStep(const StepKind& kind, const float* hyperparams, int32_t count) {
+  AnyStep any{};
+  Visit(Rules(), kind.rule, [&](auto rule) {
+    using Rule = typename decltype(rule)::type;
+    const StepOf<Rule> step = PrepareStep<Rule>(kind, hyperparams, count);
+    std::memcpy(any.bytes, &step, sizeof(step));
+  });
+  return any;
 }
 
 }  // namespace paged_optax

@@ -1,56 +1,66 @@
-// Launches one optimizer step on a stream. Implemented by step_cuda.cu, called by the CUDA handler
-// in module.cc.
+// Launches one optimizer step on a stream.
 #pragma once
 
-#include <vector>
+#include <array>
 
+#include "base/stream.h"
 #include "layout/token.h"
-#include "step/step.h"
+#include "step/block.h"
 
 namespace paged_optax {
 
 // What the first kernel finds out for the others; lies in scratch memory of the call.
 struct ResolvedStep {
-  AdamStep step;
-  ParamStep params;        // where the step takes the parameters
+  AnyStep step;
   uint8_t* const* source;  // bases of the segments, as in SegmentTable; nullptr for zeros
   uint8_t* const* target;
-  int32_t log2_chunks;      // of a segment
-  int64_t resident_blocks;  // of the call's work, the first so many are in device memory
+  int32_t log2_chunks;                       // of a segment
+  int64_t resident_blocks[kFormats.size()];  // so many of each region's first blocks
   bool accepted;
+};
+
+// What a kernel is given: the blocks of one region.
+struct RegionStep {
+  const ResolvedStep* resolved;
+  const Leaf* leaves;  // of the region, in the order of their blocks
+  int64_t num_leaves;
+  Region region;
+  int32_t format;
+};
+
+// The blocks of one region in a call.
+struct RegionWork {
+  Region region;
+  int64_t first_leaf, num_leaves;
 };
 
 // All pointers but `leaves` point to device memory or to host memory that the device can access.
 struct CudaUpdate {
   Header* headers;
   int num_headers;
+  Rejection* rejection;
+  void* scratch;  // ScratchBytes
   const Token* token;
   const int32_t* count;
   const float* hyperparams;
   const int32_t* part;  // as in Request
   Token* new_token;
-  Rejection* rejection;
-  ResolvedStep* resolved;
-  bool nesterov;
-  BadElement bad_element;
-  bool takes_params;
+  StepKind kind;
   uint64_t fingerprint;
-  ArenaExtent extent;
-  std::vector<Leaf> leaves;
-  int64_t num_work;
+  const Leaf* leaves;  // of all regions, in their order; on the host
+  std::array<RegionWork, kFormats.size()> regions;
 };
 
-void LaunchUpdate(const CudaUpdate& update, int device, void* stream);
+inline constexpr size_t kScratchAlignment = 16;
+size_t ScratchBytes(size_t num_leaves);
+
+void LaunchUpdate(const CudaUpdate& update, int device, Stream stream);
 
 // Writes a token that the host knows to device memory.
-void LaunchWriteToken(Token token, Token* destination, int device, void* stream);
+void LaunchWriteToken(Token token, Token* destination, int device, Stream stream);
 
 // Writes an arena's segment table to device memory.
 void LaunchWriteSegments(const SegmentTable& segments, SegmentTable* destination, int device,
-                         void* stream);
-
-// Number of float32 arguments for which fast_math.h is wrong where it claims to be exact, or the
-// conversion to bfloat16 anywhere; for the tests.
-int64_t CountInexact(int device);
+                         Stream stream);
 
 }  // namespace paged_optax

@@ -1,5 +1,4 @@
-// The XLA custom calls: decode what XLA hands over, pick the device's way, return errors. Used by
-// module.cc.
+// The XLA custom calls: decode what XLA hands over, pick the device's way, return errors.
 #pragma once
 
 #include <utility>
@@ -14,6 +13,9 @@ struct HandlerEntry {
 };
 
 std::vector<HandlerEntry> Handlers();
+
+// The names and types of the attributes of an update, sorted by name.
+std::vector<std::pair<const char*, const char*>> UpdateAttributes();
 
 // Of the headers that this was built with: major, minor.
 std::pair<int, int> FfiApiVersion();

@@ -1,0 +1,37 @@
+// See device_buffer.h.
+#include "base/device_buffer.h"
+
+#include <cuda_runtime_api.h>
+
+#include <cstring>
+
+#include "base/cuda_check.h"
+
+namespace paged_optax {
+
+DeviceBuffer::DeviceBuffer(int64_t nbytes) {
+  CUDA_CHECK(cudaMalloc(&data_, nbytes));
+  try {
+    CUDA_CHECK(cudaMemset(data_, 0, nbytes));
+  } catch (...) {
+    (void)cudaFree(data_);
+    throw;
+  }
+}
+
+DeviceBuffer::~DeviceBuffer() { (void)cudaFree(data_); }
+
+MappedBuffer::MappedBuffer(int64_t nbytes) {
+  CUDA_CHECK(cudaHostAlloc(&host_, nbytes, cudaHostAllocMapped | cudaHostAllocPortable));
+  std::memset(host_, 0, nbytes);
+  try {
+    CUDA_CHECK(cudaHostGetDevicePointer(&device_, host_, 0));
+  } catch (...) {
+    (void)cudaFreeHost(host_);
+    throw;
+  }
+}
+
+MappedBuffer::~MappedBuffer() { (void)cudaFreeHost(host_); }
+
+}  // namespace paged_optax

@@ -1,0 +1,35 @@
+// Small arrays next to the moments: owners of plain device memory and of pinned host memory that
+// the GPU maps. The device must be current when one is made.
+#pragma once
+
+#include <cstdint>
+
+namespace paged_optax {
+
+// Device memory, zeroed.
+class DeviceBuffer {
+ public:
+  explicit DeviceBuffer(int64_t nbytes);
+  DeviceBuffer(const DeviceBuffer&) = delete;
+  ~DeviceBuffer();
+  void* data() const { return data_; }
+
+ private:
+  void* data_ = nullptr;
+};
+
+// Host memory with an address on either side, zeroed.
+class MappedBuffer {
+ public:
+  explicit MappedBuffer(int64_t nbytes);
+  MappedBuffer(const MappedBuffer&) = delete;
+  ~MappedBuffer();
+  void* host() const { return host_; }
+  void* device() const { return device_; }
+
+ private:
+  void* host_ = nullptr;
+  void* device_ = nullptr;
+};
+
+}  // namespace paged_optax

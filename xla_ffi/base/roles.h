@@ -1,0 +1,68 @@
+// What optimizers say of themselves and formats need to know: kinds of states, and lists of types.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include "base/portable.h"
+
+namespace paged_optax {
+
+// What a format may rely on when it stores a state.
+enum class Role : int8_t {
+  kSigned,       // of either sign: a mean of gradients
+  kNonNegative,  // never negative: a mean of squares
+};
+
+struct StateInfo {
+  const char* name;
+  Role role;
+};
+
+template <class Rule>
+inline constexpr int kNumStates = static_cast<int>(sizeof(Rule::kStates) / sizeof(StateInfo));
+
+// The place of a rule's first state with a role; -1 if it has none.
+template <class Rule>
+constexpr int FindState(Role role) {
+  for (int s = 0; s < kNumStates<Rule>; ++s) {
+    if (Rule::kStates[s].role == role) return s;
+  }
+  return -1;
+}
+
+template <class Rule>
+inline constexpr int kFirstSigned = FindState<Rule>(Role::kSigned);
+
+// A rule has at most one state that is never negative.
+template <class Rule>
+inline constexpr int kNonNegativeState = FindState<Rule>(Role::kNonNegative);
+
+// The types of a list, in order. A number in a signature or a program is a place in such a list.
+template <class... T>
+struct List {
+  static constexpr int kSize = static_cast<int>(sizeof...(T));
+};
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// Calls function(Type<T>()) for the type at `place`; does nothing if there is none.
+template <class F, class... T>
+void Visit(List<T...>, int place, F&& function) {
+  int i = 0;
+  ((i++ == place ? function(Type<T>()) : void()), ...);
+}
+
+// The size of the largest type in a list of them.
+template <class... T>
+constexpr size_t LargestSize() {
+  size_t largest = 0;
+  ((largest = sizeof(T) > largest ? sizeof(T) : largest), ...);
+  return largest;
+}
+
+}  // namespace paged_optax

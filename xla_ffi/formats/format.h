@@ -1,0 +1,50 @@
+// What a format is: a way to store the states of a block. A format knows the roles of states
+// (base/roles.h) and nothing of optimizers or of where the bytes lie (layout/). formats.h lists the
+// formats; float32.h is the shortest.
+//
+// A format is a struct with
+//
+//   kName            what it is called
+//   Code             what it stores for an element of a state
+//   kWordsPerState   32-bit words that it stores for a block of a state: scales and the like
+//   kIsRandom        whether it draws random bits
+//   Tables<Level>, MakeTables   what encoding and decoding look up. `Level` is a byte where shared
+//                    memory is short, an int where vector units gather
+//   static Code Zero(Role)      the code of 0
+//   static void Decode<Rule>(tables, lane, states)
+//   static void Encode<Rule>(math, tables, range, random, states, lane, block)
+//
+// Decode fills `states`, in float32. Encode stores them, and may change them. `range` is that of
+// the lane's non-negative state. `random` is the word of the lane's first element (base/random.h).
+// `block` turns the extremes of a lane into those of its block; it compares bit patterns, which
+// order floats that are not negative as their values do, so the order of evaluation does not
+// matter.
+#pragma once
+
+#include "base/random.h"
+#include "base/roles.h"
+
+namespace paged_optax {
+
+// Elements of a block, whose states share their words.
+inline constexpr int64_t kBlockSize = 256;
+
+template <class Rule, class Format>
+inline constexpr int kNumWords = kNumStates<Rule> * Format::kWordsPerState;
+
+// K elements of a block as they are stored.
+template <class Rule, class Format, int K>
+struct Lane {
+  alignas(16) typename Format::Code codes[kNumStates<Rule>][K];
+  uint32_t words[kNumWords<Rule, Format> > 0 ? kNumWords<Rule, Format> : 1];
+};
+
+// A lane that is a whole block.
+struct WholeBlock {
+  PAGED_HD uint32_t Max(uint32_t lane_max) const { return lane_max; }
+  PAGED_HD uint32_t Min(uint32_t lane_min) const { return lane_min; }
+};
+
+struct NoTables {};
+
+}  // namespace paged_optax

@@ -1,0 +1,32 @@
+// The list of formats. A program names a format by its place here. The blocks of an arena lie in
+// this order, so that the states that are read most often for their size come first into a GPU's
+// memory.
+#pragma once
+
+#include <array>
+
+#include "formats/dynamic.h"
+#include "formats/float32.h"
+#include "formats/ratio.h"
+
+namespace paged_optax {
+
+using Formats = List<Ratio, Dynamic, Float32>;
+
+// What the rest of the library knows of a format.
+struct FormatInfo {
+  const char* name;
+  int32_t code_bytes;  // of an element of a state
+  int32_t words_per_state;
+  bool is_random;  // whether it draws random bits, and so needs the leaves' keys
+};
+
+template <class... Format>
+constexpr std::array<FormatInfo, sizeof...(Format)> DescribeFormats(List<Format...>) {
+  return {{{Format::kName, static_cast<int32_t>(sizeof(typename Format::Code)),
+            Format::kWordsPerState, Format::kIsRandom}...}};
+}
+
+inline constexpr auto kFormats = DescribeFormats(Formats());
+
+}  // namespace paged_optax

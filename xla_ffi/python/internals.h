@@ -1,0 +1,22 @@
+// The extension's own instances, for the tests. A test build has a second module, _testing, that
+// must not have a registry of its own; so _ext hands it these functions, as a capsule.
+#pragma once
+
+#include <cstdint>
+
+#include "base/notice.h"
+
+namespace paged_optax {
+
+struct Internals {
+  static constexpr char kName[] = "paged_optax._ext.Internals";  // of the capsule
+
+  int64_t (*num_arenas)();
+  int64_t (*num_unused)();
+  void (*throw_if_rejected)();
+  void (*post_notice)(Notice notice);
+  void (*deliver_notices)();
+  void (*pretend_not_managed)(bool pretend);
+};
+
+}  // namespace paged_optax

@@ -1,0 +1,68 @@
+// See notices.h.
+#include "python/notices.h"
+
+#include <deque>
+#include <mutex>
+#include <utility>
+
+#include "base/notice.h"
+
+namespace py = ::pybind11;
+
+namespace paged_optax {
+namespace {
+
+// Notices wait here until the interpreter's main thread passes by. Posting one takes no GIL, since
+// its holder may be waiting for the very lock that the poster has.
+struct Notices {
+  std::mutex mutex;
+  std::deque<Notice> queue;
+  PyObject* handler = nullptr;
+};
+
+Notices& AllNotices() {
+  static Notices* notices = new Notices();
+  return *notices;
+}
+
+int DeliverPending(void*) {
+  DeliverNotices();
+  return 0;
+}
+
+}  // namespace
+
+void PostNotice(Notice notice) {
+  Notices& notices = AllNotices();
+  {
+    std::lock_guard<std::mutex> lock(notices.mutex);
+    notices.queue.push_back(std::move(notice));
+  }
+  Py_AddPendingCall(&DeliverPending, nullptr);
+}
+
+void SetNoticeHandler(const py::object& handler) {
+  std::lock_guard<std::mutex> lock(AllNotices().mutex);
+  AllNotices().handler = py::object(handler).release().ptr();  // kept until the process ends
+}
+
+void DeliverNotices() {
+  Notices& notices = AllNotices();
+  for (;;) {
+    Notice notice;
+    {
+      std::lock_guard<std::mutex> lock(notices.mutex);
+      if (notices.queue.empty() || notices.handler == nullptr) return;
+      notice = std::move(notices.queue.front());
+      notices.queue.pop_front();
+    }
+    try {
+      py::handle(notices.handler)(notice.ordinal, notice.missing_bytes, notice.text);
+    } catch (py::error_already_set& error) {
+      // Where warnings are errors. This may be any place of the user's program: nothing to unwind.
+      error.discard_as_unraisable("a notice of paged_optax");
+    }
+  }
+}
+
+}  // namespace paged_optax

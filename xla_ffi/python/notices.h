@@ -1,0 +1,14 @@
+// Hands the notices of the C++ side to Python, in the interpreter's main thread.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace paged_optax {
+
+// `handler` is called with ordinal, missing_bytes and text.
+void SetNoticeHandler(const pybind11::object& handler);
+
+// Calls the handler with what waits, now. The GIL must be held.
+void DeliverNotices();
+
+}  // namespace paged_optax

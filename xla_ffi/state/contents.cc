@@ -1,0 +1,118 @@
+// See contents.h.
+#include "state/contents.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/status.h"
+
+namespace paged_optax {
+namespace {
+
+// Reads a slot a chunk at a time. Leaves lie in ascending order, so that each chunk is read once
+// for all of the leaves that it holds.
+class ChunkReader {
+ public:
+  ChunkReader(const Memory& memory, int32_t slot)
+      : memory_(memory), slot_(slot), chunk_bytes_(new uint8_t[kChunkBytes]) {}
+
+  // The bytes from `offset` to the end of its chunk, until the next call.
+  const uint8_t* At(int64_t offset) {
+    const int64_t chunk = offset / kChunkBytes;
+    if (chunk != chunk_) {
+      const int64_t begin = chunk * kChunkBytes;
+      const int64_t end = std::min(begin + kChunkBytes, memory_.geometry().slot_bytes);
+      memory_.Read(slot_, begin, end - begin, chunk_bytes_.get());
+      chunk_ = chunk;
+    }
+    return chunk_bytes_.get() + offset % kChunkBytes;
+  }
+
+ private:
+  const Memory& memory_;
+  const int32_t slot_;
+  std::unique_ptr<uint8_t[]> chunk_bytes_;
+  int64_t chunk_ = -1;
+};
+
+LeafPart MakePart(LeafPart::Type type, int64_t size) {
+  const int64_t item = type == LeafPart::Type::kFloat32 ? sizeof(float) : 1;
+  return {type, size, std::unique_ptr<uint8_t[]>(new uint8_t[size * item])};
+}
+
+// Calls body(place, done, run) for each run of a leaf's blocks that lie in one chunk; `done` blocks
+// came before.
+template <class F>
+void ForEachRun(const Region& region, const Signature::LeafInfo& leaf, const F& body) {
+  const int64_t blocks = NumBlocks(leaf.size);
+  for (int64_t done = 0, run; done < blocks; done += run) {
+    const int64_t block = leaf.first_block + done;
+    run = std::min(blocks - done, region.FirstInChunk(block, 1) - block);
+    body(region.Locate(block), done, run);
+  }
+}
+
+LeafParts ReadLeaf(const Region& region, const Signature::LeafInfo& leaf, ChunkReader& reader) {
+  const BlockShape& shape = region.shape;
+  const bool is_float = kFormats[leaf.format].code_bytes == sizeof(float);
+  const auto type = is_float ? LeafPart::Type::kFloat32 : LeafPart::Type::kUint8;
+  const int64_t blocks = NumBlocks(leaf.size);
+  LeafParts parts;
+  for (int32_t s = 0; s < shape.num_states; ++s) {
+    parts.push_back(MakePart(type, blocks * kBlockSize));
+  }
+  for (int32_t w = 0; w < shape.num_words; ++w) {
+    parts.push_back(MakePart(LeafPart::Type::kFloat32, blocks));
+  }
+  ForEachRun(region, leaf, [&](const BlockPlace& place, int64_t done, int64_t run) {
+    for (int32_t s = 0; s < shape.num_states; ++s) {
+      std::memcpy(parts[s].data.get() + done * shape.state_bytes,
+                  reader.At(place.codes + s * place.state_stride), run * shape.state_bytes);
+    }
+    if (shape.num_words == 0) return;
+    const uint8_t* words = reader.At(place.words);  // those of a block are neighbours
+    for (int64_t i = 0; i < run * shape.num_words; ++i) {
+      uint8_t* target = parts[shape.num_states + i % shape.num_words].data.get();
+      std::memcpy(target + (done + i / shape.num_words) * 4, words + i * 4, 4);
+    }
+  });
+  return parts;
+}
+
+}  // namespace
+
+std::vector<LeafParts> ReadLeaves(const LockedArena& locked, int32_t slot) {
+  const Arena& arena = *locked.arena;
+  const Extent extent = arena.signature.MakeExtent();
+  // One a region: within it leaves lie in ascending order.
+  std::vector<ChunkReader> readers;
+  for (size_t i = 0; i < kFormats.size(); ++i) readers.emplace_back(*arena.memory, slot);
+  std::vector<LeafParts> leaves;
+  for (const Signature::LeafInfo& leaf : arena.signature.Leaves()) {
+    leaves.push_back(ReadLeaf(extent.regions[leaf.format], leaf, readers[leaf.format]));
+  }
+  return leaves;
+}
+
+std::vector<LeafPart> ReadResiduals(const LockedArena& locked, int32_t slot) {
+  const Arena& arena = *locked.arena;
+  if (!arena.signature.has_residuals()) {
+    throw StatusError(StatusCode::kInvalidArgument, "this optimizer state keeps no residuals");
+  }
+  const Extent extent = arena.signature.MakeExtent();
+  std::vector<ChunkReader> readers;
+  for (size_t i = 0; i < kFormats.size(); ++i) readers.emplace_back(*arena.memory, slot);
+  std::vector<LeafPart> leaves;
+  for (const Signature::LeafInfo& leaf : arena.signature.Leaves()) {
+    LeafPart part = MakePart(LeafPart::Type::kUint8, NumBlocks(leaf.size) * kResidualBytes);
+    ForEachRun(extent.regions[leaf.format], leaf,
+               [&](const BlockPlace& place, int64_t done, int64_t run) {
+                 std::memcpy(part.data.get() + done * kResidualBytes,
+                             readers[leaf.format].At(place.residuals), run * kResidualBytes);
+               });
+    leaves.push_back(std::move(part));
+  }
+  return leaves;
+}
+
+}  // namespace paged_optax

@@ -1,0 +1,31 @@
+// What is stored of whole leaves, in one form whatever the layout: each leaf's blocks one after the
+// other, the padding of the last one included.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "state/arena.h"
+
+namespace paged_optax {
+
+// One array of a leaf: a code or a float32 an element, or a float32 a block.
+struct LeafPart {
+  enum class Type : int8_t { kUint8, kFloat32 };
+  Type type;
+  int64_t size;
+  std::unique_ptr<uint8_t[]> data;
+};
+
+using LeafParts = std::vector<LeafPart>;
+
+// The states of every leaf, in tree order, out of one slot. A float32 leaf has an array a state, an
+// 8-bit leaf the codes of every state and then the words of every state. Reads each chunk of the
+// arena once.
+std::vector<LeafParts> ReadLeaves(const LockedArena& locked, int32_t slot);
+
+// The residuals of every leaf's parameters, 256 a block; throws if the arena keeps none.
+std::vector<LeafPart> ReadResiduals(const LockedArena& locked, int32_t slot);
+
+}  // namespace paged_optax

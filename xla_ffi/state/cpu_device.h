@@ -1,0 +1,33 @@
+// The arenas of one of XLA's CPU devices.
+#pragma once
+
+#include <map>
+#include <mutex>
+
+#include "state/device.h"
+#include "state/handles.h"
+
+namespace paged_optax {
+
+class CpuDevice final : public Device {
+ public:
+  static constexpr Platform kPlatform = Platform::kCpu;
+  explicit CpuDevice(int ordinal) : Device({kPlatform, ordinal}) {}
+
+  // The arena of a token, made at the first use of its state; nothing if that was elsewhere.
+  std::optional<LockedArena> Open(Handles& handles, const Request& request, Token token);
+
+  std::vector<std::shared_ptr<Arena>> Arenas() override;
+  std::shared_ptr<Arena> Find(int32_t handle) override;
+  std::optional<LockedArena> LockContents(int32_t handle) override;
+  std::optional<int64_t> Limit(int32_t handle, int64_t device_bytes) override;
+  std::shared_ptr<Arena> Remove(int32_t handle) override;
+
+ private:
+  std::shared_ptr<Arena> FindOrMake(Handles& handles, const Request& request, Token token);
+
+  std::mutex mutex_;
+  std::map<int32_t, std::shared_ptr<Arena>> arenas_;  // by handle
+};
+
+}  // namespace paged_optax

@@ -1,0 +1,129 @@
+// See cuda_device.h.
+#include "state/cuda_device.h"
+
+#include <algorithm>
+
+#include "base/cuda_check.h"
+
+namespace paged_optax {
+
+CudaDevice::CudaDevice(int ordinal)
+    : Device({kPlatform, ordinal}), pager_(ordinal, mutex_, arenas_) {
+  const ScopedDevice scope(ordinal);
+  mailbox_ = std::make_unique<MappedBuffer>(sizeof(Rejection));
+}
+
+bool CudaDevice::MayBeFirstUse(const ContentsLock& lock, const Handles& handles,
+                               int64_t run) const {
+  if (handles.num_unused() > 0) return true;
+  const std::vector<int32_t> used = handles.FirstUsedIn(run);
+  return std::any_of(used.begin(), used.end(),
+                     [&](int32_t handle) { return IndexOf(lock, handle) < 0; });
+}
+
+void CudaDevice::BindOnFirstUse(const ContentsLock& lock, Handles& handles, const Request& request,
+                                Token token, Stream stream) {
+  if (token.version != 0 || IndexOf(lock, token.handle) >= 0) return;
+  if (!handles.IsFirstUse(handles.Acquire(), token.handle, request.run)) return;
+  const auto arena = MakeArena(request, token);
+  PrepareResidency(*arena);
+  PlaceOnDevice(*arena, pager_.FirstPlacement(lock, arena->residency), stream);
+  Append(lock, arena);
+  handles.NoteUsed(handles.Acquire(), token.handle, request.run);
+}
+
+int64_t CudaDevice::IndexOf(const ContentsLock&, int32_t handle) const {
+  for (size_t i = 0; i < arenas_.size(); ++i) {
+    if (arenas_[i]->header.handle == handle) return static_cast<int64_t>(i);
+  }
+  return -1;
+}
+
+void CudaDevice::Append(const ContentsLock&, std::shared_ptr<Arena> arena) {
+  const int64_t count = static_cast<int64_t>(arenas_.size());
+  if (count == capacity_) {
+    const int64_t grown = std::max<int64_t>(64, 2 * capacity_);
+    auto buffer = std::make_unique<DeviceBuffer>(grown * sizeof(Header));
+    if (count > 0) {
+      // Versions advance on the device, so the copy must come after every queued step.
+      CUDA_CHECK(cudaDeviceSynchronize());
+      CUDA_CHECK(cudaMemcpy(buffer->data(), headers_, count * sizeof(Header), cudaMemcpyDefault));
+    }
+    buffers_.push_back(std::move(buffer));
+    headers_ = static_cast<Header*>(buffers_.back()->data());
+    capacity_ = grown;
+  }
+  CUDA_CHECK(cudaMemcpy(headers_ + count, &arena->header, sizeof(Header), cudaMemcpyDefault));
+  // Such copies may return before they are done, and XLA's streams do not wait for this one.
+  CUDA_CHECK(cudaStreamSynchronize(cudaStreamLegacy));
+  arenas_.push_back(std::move(arena));
+}
+
+std::vector<std::shared_ptr<Arena>> CudaDevice::Arenas() {
+  const ContentsLock lock(mutex_);
+  return arenas_;
+}
+
+std::shared_ptr<Arena> CudaDevice::Find(int32_t handle) {
+  const ContentsLock lock(mutex_);
+  const int64_t index = IndexOf(lock, handle);
+  return index < 0 ? nullptr : arenas_[index];
+}
+
+std::optional<LockedArena> CudaDevice::LockContents(int32_t handle) {
+  ContentsLock lock(mutex_);
+  const int64_t index = IndexOf(lock, handle);
+  if (index < 0) return std::nullopt;
+  const ScopedDevice scope(id().ordinal);
+  CUDA_CHECK(cudaDeviceSynchronize());
+  Header header;
+  CUDA_CHECK(cudaMemcpy(&header, headers_ + index, sizeof(Header), cudaMemcpyDefault));
+  return LockedArena{arenas_[index], header, std::move(lock)};
+}
+
+std::optional<int64_t> CudaDevice::Limit(int32_t handle, int64_t device_bytes) {
+  std::shared_ptr<Arena> arena;  // outlives the lock, which the wait gives up
+  ContentsLock lock(mutex_);
+  const int64_t index = IndexOf(lock, handle);
+  if (index < 0) return std::nullopt;
+  arena = arenas_[index];
+  return pager_.MoveNow(lock, *arena, device_bytes);
+}
+
+// Waits for steps and moves under way.
+std::shared_ptr<Arena> CudaDevice::Remove(int32_t handle) {
+  std::shared_ptr<Arena> arena;  // outlives the lock
+  ContentsLock lock(mutex_);
+  int64_t index = IndexOf(lock, handle);
+  if (index < 0) return nullptr;
+  arena = arenas_[index];
+  pager_.AwaitIdle(lock, *arena);
+  index = IndexOf(lock, handle);  // others may have come and gone meanwhile
+  if (index < 0) return nullptr;
+  const ScopedDevice scope(id().ordinal);
+  CUDA_CHECK(cudaDeviceSynchronize());
+  const int64_t last = static_cast<int64_t>(arenas_.size()) - 1;
+  if (index < last) {
+    CUDA_CHECK(cudaMemcpy(headers_ + index, headers_ + last, sizeof(Header), cudaMemcpyDefault));
+    CUDA_CHECK(cudaStreamSynchronize(cudaStreamLegacy));
+    arenas_[index] = arenas_[last];
+  }
+  arenas_.pop_back();
+  return arena;
+}
+
+std::optional<Rejection> CudaDevice::TakeRejection() {
+  const ContentsLock lock(mutex_);
+  volatile Rejection* report = static_cast<Rejection*>(mailbox_->host());
+  if (report->verdict == Verdict::kAccept) return std::nullopt;
+  Rejection rejection{};
+  rejection.token.handle = report->token.handle;
+  rejection.token.version = report->token.version;
+  rejection.version = report->version;
+  rejection.fingerprint = report->fingerprint;
+  rejection.verdict = report->verdict;
+  report->verdict = Verdict::kAccept;
+  return rejection;
+}
+
+}  // namespace paged_optax

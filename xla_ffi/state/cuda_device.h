@@ -1,0 +1,62 @@
+// The arenas of one GPU: what the host knows of them, and what the GPU itself knows, in its own
+// memory, where kernels find it.
+#pragma once
+
+#include "base/device_buffer.h"
+#include "base/stream.h"
+#include "state/device.h"
+#include "state/handles.h"
+#include "state/pager.h"
+
+namespace paged_optax {
+
+// In device memory there are the headers of all arenas, and a mailbox for refused steps.
+class CudaDevice final : public Device {
+ public:
+  static constexpr Platform kPlatform = Platform::kCuda;
+  explicit CudaDevice(int ordinal);
+
+  // For the whole of a step's launch.
+  ContentsLock Acquire() { return ContentsLock(mutex_); }
+
+  // Whether a token may belong to a state that has no arena here yet, so that the host has to look
+  // at it: some state was made and never used, or another device was first in this same execution.
+  bool MayBeFirstUse(const ContentsLock&, const Handles& handles, int64_t run) const;
+  // Makes the arena of a fresh token if this is its first use.
+  void BindOnFirstUse(const ContentsLock&, Handles& handles, const Request& request, Token token,
+                      Stream stream);
+
+  // Around the launch of a step; see Pager.
+  void BeforeStep(const ContentsLock& lock, Stream stream) { pager_.BeforeStep(lock, stream); }
+  void AfterStep(const ContentsLock& lock, Stream stream) { pager_.AfterStep(lock, stream); }
+
+  // Device memory: the headers, null if there are none, and where a refused step reports.
+  Header* headers(const ContentsLock&) const { return headers_; }
+  int num_headers(const ContentsLock&) const { return static_cast<int>(arenas_.size()); }
+  Rejection* device_rejection() const { return static_cast<Rejection*>(mailbox_->device()); }
+
+  std::vector<std::shared_ptr<Arena>> Arenas() override;
+  std::shared_ptr<Arena> Find(int32_t handle) override;
+  std::optional<LockedArena> LockContents(int32_t handle) override;
+  std::optional<int64_t> Limit(int32_t handle, int64_t device_bytes) override;
+  std::shared_ptr<Arena> Remove(int32_t handle) override;
+  std::optional<Rejection> TakeRejection() override;
+  void StopMoving() override { pager_.Stop(); }
+
+ private:
+  // Number of a state's arena, or -1.
+  int64_t IndexOf(const ContentsLock&, int32_t handle) const;
+  void Append(const ContentsLock&, std::shared_ptr<Arena> arena);
+
+  ContentsMutex mutex_;
+  std::vector<std::shared_ptr<Arena>> arenas_;  // in the order of the headers
+  // The last one holds the headers. Outgrown ones stay until the process ends, because a queued
+  // kernel may still read one.
+  std::vector<std::unique_ptr<DeviceBuffer>> buffers_;
+  Header* headers_ = nullptr;
+  int64_t capacity_ = 0;
+  std::unique_ptr<MappedBuffer> mailbox_;
+  Pager pager_;
+};
+
+}  // namespace paged_optax

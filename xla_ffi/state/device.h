@@ -1,0 +1,44 @@
+// A device of this process and the arenas on it: what the registry asks of both kinds of device.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "layout/token.h"
+#include "state/arena.h"
+#include "state/device_id.h"
+
+namespace paged_optax {
+
+class Device {
+ public:
+  explicit Device(DeviceId id) : id_(id) {}
+  Device(const Device&) = delete;
+  virtual ~Device() = default;
+
+  DeviceId id() const { return id_; }
+
+  virtual std::vector<std::shared_ptr<Arena>> Arenas() = 0;
+
+  // The four that follow return nothing if the state has no arena here.
+  virtual std::shared_ptr<Arena> Find(int32_t handle) = 0;
+  // Keeps steps from starting and waits for those under way.
+  virtual std::optional<LockedArena> LockContents(int32_t handle) = 0;
+  // Limits the moments to so many bytes of the device's memory (negative: no limit), moves what has
+  // to move, and returns the bytes that moved.
+  virtual std::optional<int64_t> Limit(int32_t handle, int64_t device_bytes) = 0;
+  // Takes the arena off the device. Its memory goes with the last pointer to it.
+  virtual std::shared_ptr<Arena> Remove(int32_t handle) = 0;
+
+  // The report of a refused step that nobody has taken yet. A CPU refuses at once and has none.
+  virtual std::optional<Rejection> TakeRejection() { return std::nullopt; }
+  // Ends the thread that moves moments, for the end of the process.
+  virtual void StopMoving() {}
+
+ private:
+  const DeviceId id_;
+};
+
+}  // namespace paged_optax

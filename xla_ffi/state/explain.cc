@@ -1,0 +1,69 @@
+// See explain.h.
+#include "state/explain.h"
+
+namespace paged_optax {
+namespace {
+
+std::string NotTheNewest(const Refusal& refusal) {
+  std::string text = "this optimizer state is not the newest one: its moments were at version " +
+                     std::to_string(refusal.token.version) +
+                     ", and later steps have since moved them to version " +
+                     std::to_string(refusal.version) + ". Moments change in place. ";
+  if (refusal.here != nullptr && refusal.here->signature.num_slots() > 1) {
+    text +=
+        "With replay=True the last step can be run again, but no step before it, and a state cannot"
+        " go on in two branches. ";
+  } else {
+    text +=
+        "The state was used twice: rolled back, forked into two, kept by jnp.where or"
+        " optax.MultiSteps after its update had run, or a step was tried again. To run the last "
+        "step"
+        " again, build the optimizer with replay=True, which keeps two copies of the moments; to"
+        " accumulate gradients use paged_optax.MultiSteps; to skip steps put jax.lax.cond around"
+        " tx.update. ";
+  }
+  return text +
+         "Go on from the newest state or from a new init(params). The moments were left as they"
+         " were.";
+}
+
+std::string OfOtherLeaves(const Refusal& refusal) {
+  if (refusal.here != nullptr && refusal.request != nullptr) {
+    return Signature::Difference(refusal.here->signature, *refusal.request, refusal.here->names);
+  }
+  return "the gradients do not have the leaves that the moments were made for. Make a new state "
+         "with init(params).";
+}
+
+std::string WithoutMoments(const Refusal& refusal) {
+  if (refusal.anywhere != nullptr) {
+    return "the moments of this optimizer state are on " + Name(refusal.anywhere->device) +
+           " but the step ran on " + Name(refusal.device) +
+           ". Moments do not follow a token from device to device: run the step where the state "
+           "was first used, or make a new state with init(params).";
+  }
+  switch (refusal.origin) {
+    case Handles::Origin::kUnused:
+      return "this optimizer state claims version " + std::to_string(refusal.token.version) +
+             " but was never used. Use the state that init or update returned.";
+    case Handles::Origin::kUsed:
+      return "the moments of this optimizer state were released. Make a new state with "
+             "init(params).";
+    case Handles::Origin::kElsewhere:
+      break;
+  }
+  return "the moments of this optimizer state are not in this process: the state was restored "
+         "from a checkpoint, unpickled or sent here as a bare token, and a token carries no "
+         "moments. Make a new state with init(params); parameters can be restored as usual.";
+}
+
+}  // namespace
+
+std::string Explain(const Refusal& refusal) {
+  const std::string text = refusal.verdict == Verdict::kStale         ? NotTheNewest(refusal)
+                           : refusal.verdict == Verdict::kOtherLayout ? OfOtherLeaves(refusal)
+                                                                      : WithoutMoments(refusal);
+  return "paged_optax: " + text;
+}
+
+}  // namespace paged_optax

@@ -1,0 +1,71 @@
+// Which handles this process has given to states, and which of them have been used.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <set>
+#include <vector>
+
+#include "state/device_id.h"
+#include "state/lock.h"
+
+namespace paged_optax {
+
+class Handles {
+ public:
+  Handles();
+
+  // Handle of a new state. Devices that take part in one execution get the same handle.
+  // Within one, calls are told apart by `seed` and, for the same seed (a loop), by their order.
+  // `shared`: other processes take part as well, and all of them count from the shared base.
+  int32_t Issue(DeviceId device, int64_t run, int32_t seed, bool shared);
+  // A random number that the processes of this job have in common; later calls change nothing.
+  void SetSharedBase(int32_t random);
+
+  // A state is used for the first time if it never was, or if another device was first in this same
+  // execution. The caller makes an arena for it and then calls NoteUsed.
+  Lock<Handles> Acquire() { return Lock<Handles>(mutex_); }
+  bool IsFirstUse(const Lock<Handles>&, int32_t handle, int64_t run) const;
+  void NoteUsed(const Lock<Handles>&, int32_t handle, int64_t run);
+
+  // States that were made and never used. Takes no lock.
+  int64_t num_unused() const { return num_unused_; }
+  std::vector<int32_t> Unused() const;
+  // Of recent executions: the handles that were used for the first time in this one.
+  std::vector<int32_t> FirstUsedIn(int64_t run) const;
+
+  // The state was released.
+  void Forget(int32_t handle);
+
+  // Another process issued the handle; or this one did, and its state was or was not used.
+  enum class Origin { kElsewhere, kUnused, kUsed };
+  Origin OriginOf(int32_t handle) const;
+
+ private:
+  struct Issued {
+    int64_t run;
+    int32_t seed;
+    int32_t handle;
+    std::set<DeviceId> devices;
+  };
+  struct Used {
+    int32_t handle;
+    int64_t run;
+  };
+  struct Range {
+    int32_t first;
+    int32_t next;
+    bool Contains(int32_t handle) const { return first <= handle && handle < next; }
+  };
+
+  mutable Mutex<Handles> mutex_;
+  Range own_;
+  Range shared_{0, 0};         // {0, 0}: not set
+  std::deque<Issued> issued_;  // recent
+  std::deque<Used> used_;      // recent
+  std::set<int32_t> unused_;   // issued, no arena on any device yet
+  std::atomic<int64_t> num_unused_{0};
+};
+
+}  // namespace paged_optax

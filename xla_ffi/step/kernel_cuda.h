@@ -1,0 +1,234 @@
+// The step on the GPU: one warp a block of a region's states. Adds to block.h who takes which
+// blocks. Included by the .cu files, each of which compiles some of the kernels.
+#pragma once
+
+#include "base/fast_math.h"
+#include "step/lane_cuda.h"
+#include "step/step_cuda.h"
+
+namespace paged_optax {
+
+inline constexpr int kThreads = 256;
+inline constexpr int kWarps = kThreads / kWarpSize;
+
+// Blocks in host memory are left to a team of this many thread blocks: enough to keep the link
+// busy. More would only queue up at it while the others finish what is in device memory. One block
+// there takes the time of about kHostCost blocks in device memory.
+inline constexpr int64_t kHostTeam = 48;
+inline constexpr int64_t kHostCost = 10;
+
+// A warp takes a group of blocks in a row. Its threads hold the group's words, which they read and
+// write at once, as one line of up to 128 bytes: one by one, the words would use as much of the
+// link as half of the codes. Groups start at multiples of their size, so that none lies across the
+// border of two chunks.
+constexpr int LargestGroup(int num_words) {
+  int group = 1;
+  while (2 * group * (num_words == 0 ? 2 : num_words) <= kWarpSize) group *= 2;
+  return group;
+}
+
+template <class Rule, class Format>
+inline constexpr int kGroup = LargestGroup(kNumWords<Rule, Format>);
+
+// What one warp works on: of blocks [begin, end), the groups first, first + stride, ...
+struct Share {
+  int64_t begin, end, first, stride;
+  int group;
+};
+
+// Deals out the blocks of a region. Those before `resident_end` are in device memory.
+template <int kLargest>
+__device__ Share MyShare(int64_t resident_end, int64_t end) {
+  const int64_t num_hosted = end - resident_end, num_resident = resident_end;
+  int64_t team = gridDim.x, rank = blockIdx.x;
+  Share share{0, end, 0, 0, kLargest};
+  if (num_hosted > 0 && gridDim.x > 1) {
+    const int64_t fair =
+        gridDim.x * kHostCost * num_hosted / (kHostCost * num_hosted + num_resident);
+    const int64_t most = min(kHostTeam, int64_t{gridDim.x} - (num_resident == 0 ? 0 : 1));
+    const int64_t host_team = min(max(fair, int64_t{1}), most);
+    if (rank < host_team) {
+      share.begin = resident_end;
+      team = host_team;
+    } else {
+      share.end = resident_end;
+      team -= host_team;
+      rank -= host_team;
+    }
+  }
+  // Smaller groups where that many would leave warps without work.
+  const int64_t warps = team * kWarps;
+  while (share.group > 1 && share.end - share.begin < 4 * share.group * warps) share.group /= 2;
+  share.first = share.begin / share.group + rank * kWarps + threadIdx.x / kWarpSize;
+  share.stride = warps;
+  return share;
+}
+
+// Directions on entry, updates on return. `source` and `target`: the residuals of the lane. Null
+// where there are none; `source` also for a fresh state.
+__device__ inline void StepParams(const ParamStep& step, const Leaf& leaf, int64_t start, int count,
+                                  const uint8_t* source, uint8_t* target, float (&values)[kLane]) {
+  alignas(16) float params[kLane];
+  Load(leaf.params, leaf.param_dtype, start, count, params);
+  constexpr uint32_t kZeros = kZeroResidual * 0x01010101u;
+  uint2 residuals{kZeros, kZeros};
+  if (source != nullptr) residuals = *reinterpret_cast<const uint2*>(source);
+  UpdateParams<kLane>(step, leaf, start, params, reinterpret_cast<uint8_t (&)[kLane]>(residuals),
+                      values);
+  if (target != nullptr) *reinterpret_cast<uint2*>(target) = residuals;
+}
+
+// The tables of a format, for each thread block to copy into shared memory.
+template <class Format>
+__device__ constexpr auto kTables = Format::template MakeTables<uint8_t>();
+
+template <class Format, class Tables>
+__device__ void FillTables(Tables& tables) {
+  if constexpr (!std::is_empty_v<Tables>) {
+    static_assert(sizeof(Tables) % sizeof(float) == 0);
+    for (int i = threadIdx.x; i < static_cast<int>(sizeof(Tables) / sizeof(float)); i += kThreads) {
+      reinterpret_cast<float*>(&tables)[i] = reinterpret_cast<const float*>(&kTables<Format>)[i];
+    }
+  }
+}
+
+template <class Rule, class Format>
+__device__ void ZeroLane(Lane<Rule, Format, kLane>& lane) {
+  constexpr int kNu = kNonNegativeState<Rule>;
+#pragma unroll
+  for (int s = 0; s < kNumStates<Rule>; ++s) {
+#pragma unroll
+    for (int k = 0; k < kLane; ++k) {
+      lane.codes[s][k] = Format::Zero(s == kNu ? Role::kNonNegative : Role::kSigned);
+    }
+  }
+}
+
+template <class Rule, class Format, Output kOutput>
+__global__ void __launch_bounds__(kThreads, 3) StepKernel(const __grid_constant__ RegionStep args) {
+  using Tables = typename Format::template Tables<uint8_t>;
+  constexpr int kStates = kNumStates<Rule>, kWords = kNumWords<Rule, Format>;
+  constexpr int kCodeBytes = sizeof(typename Format::Code);
+  constexpr int kStateBytes = kCodeBytes * static_cast<int>(kBlockSize);
+  constexpr bool kTakesParams = kOutput == Output::kUpdate;
+  __shared__ Tables tables;
+  __shared__ StepOf<Rule> step;
+  __shared__ const uint8_t* sources[kMaxSegments];
+  __shared__ uint8_t* targets[kMaxSegments];
+  __shared__ Leaf leaves[kWarps];  // of each warp, the one it works on: registers are short
+  FillTables<Format>(tables);
+  const ResolvedStep& resolved = *args.resolved;
+  const bool accepted = resolved.accepted, is_fresh = resolved.source == nullptr;
+  if (threadIdx.x == 0) step = reinterpret_cast<const StepOf<Rule>&>(resolved.step);
+  for (int i = threadIdx.x; accepted && i < kMaxSegments; i += kThreads) {
+    if (!is_fresh) sources[i] = resolved.source[i];
+    targets[i] = resolved.target[i];
+  }
+  const int log2_chunks = resolved.log2_chunks;
+  Region region = args.region;
+  // Known to the compiler.
+  region.shape = {kStates, kStateBytes, kWords,
+                  kTakesParams ? args.region.shape.residual_bytes : 0};
+  const int64_t end = region.num_blocks;
+  const int64_t resident_end = accepted ? min(resolved.resident_blocks[args.format], end) : end;
+  __syncthreads();
+
+  const int thread = static_cast<int>(threadIdx.x) % kWarpSize;
+  const Share share = MyShare<kGroup<Rule, Format>>(resident_end, end);
+  for (int64_t first = share.first * share.group; first < share.end;
+       first += share.stride * share.group) {
+    int i = static_cast<int>(max(share.begin - first, int64_t{0}));
+    const int num = static_cast<int>(min(share.end - first, int64_t{share.group}));
+    // Where the lane's codes lie in the group's first block, and what lies how far from them: 32
+    // bits, since all is in one chunk. Block i is i blocks further on. Thread i * kWords + w holds
+    // word w of block i.
+    const BlockPlace place = region.Locate(first);
+    const int lane_codes = thread * (kLane * kCodeBytes);
+    const int stride = static_cast<int>(place.state_stride);
+    const int to_residuals =
+        static_cast<int>(place.residuals - place.codes) + thread * kLane - lane_codes;
+    const int to_words = static_cast<int>(place.words - place.codes) + thread * 4 - lane_codes;
+    const uint8_t* source = nullptr;
+    uint8_t* target = nullptr;
+    uint32_t word = 0;
+    bool has_word = false;
+    if (accepted) {
+      const int64_t segment = region.Chunk(first) >> log2_chunks;
+      target = targets[segment] + place.codes + lane_codes;
+      if (!is_fresh) source = sources[segment] + place.codes + lane_codes;
+      if constexpr (kWords > 0) {
+        has_word = thread >= i * kWords && thread < num * kWords;
+        if (has_word && !is_fresh) word = *reinterpret_cast<const uint32_t*>(source + to_words);
+      }
+    }
+    int64_t leaf_index = -1;
+    while (i < num) {
+      // A run of blocks of one leaf.
+      const int64_t block = first + i;
+      if (leaf_index < 0) leaf_index = FindLeaf(args.leaves, args.num_leaves, block);
+      while (leaf_index + 1 < args.num_leaves && args.leaves[leaf_index + 1].first_block <= block) {
+        ++leaf_index;
+      }
+      Leaf& leaf = leaves[threadIdx.x / kWarpSize];
+      __syncwarp();
+      if (thread < static_cast<int>(sizeof(Leaf) / sizeof(uint64_t))) {
+        reinterpret_cast<uint64_t*>(&leaf)[thread] =
+            reinterpret_cast<const uint64_t*>(&args.leaves[leaf_index])[thread];
+      }
+      __syncwarp();
+      const int64_t in_leaf = block - leaf.first_block;
+      const int64_t left_in_leaf = NumBlocks(leaf.size) - in_leaf;
+      const int run_end = left_in_leaf < num - i ? i + static_cast<int>(left_in_leaf) : num;
+      int64_t start = in_leaf * kBlockSize + thread * kLane;
+#pragma unroll 1
+      for (; i < run_end; ++i, start += kBlockSize) {
+        const int64_t left = leaf.size - start;
+        const int count = left < 0 ? 0 : (left < kLane ? static_cast<int>(left) : kLane);
+        alignas(16) float values[kLane];
+        if (!accepted) {
+          // A refused step changes nothing: its update is zero.
+#pragma unroll
+          for (int k = 0; k < kLane; ++k) values[k] = 0.0f;
+          Store(leaf, start, count, values);
+          continue;
+        }
+        Load(leaf.grads, leaf.dtype, start, count, values);
+        Lane<Rule, Format, kLane> lane;
+        const int codes = i * kStateBytes;
+        if (is_fresh) {
+          ZeroLane(lane);
+        } else {
+#pragma unroll
+          for (int s = 0; s < kStates; ++s) {
+            LoadCodes(source + codes + s * stride, lane.codes[s]);
+          }
+        }
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) {
+          lane.words[w] = __shfl_sync(0xffffffffu, word, i * kWords + w);
+        }
+        StepBlock(FastMath(), step, tables, leaf.key, start, values, lane, Warp());
+#pragma unroll
+        for (int s = 0; s < kStates; ++s) {
+          StoreCodes(lane.codes[s], target + codes + s * stride);
+        }
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) word = thread == i * kWords + w ? lane.words[w] : word;
+        if constexpr (kTakesParams) {
+          const uint8_t* residuals = nullptr;
+          uint8_t* new_residuals = nullptr;
+          if (region.shape.residual_bytes != 0) {
+            const int offset = to_residuals + i * static_cast<int>(kResidualBytes);
+            if (!is_fresh) residuals = source + offset;
+            new_residuals = target + offset;
+          }
+          StepParams(step.params, leaf, start, count, residuals, new_residuals, values);
+        }
+        Store(leaf, start, count, values);
+      }
+    }
+    if (has_word) *reinterpret_cast<uint32_t*>(target + to_words) = word;
+  }
+}
+
+}  // namespace paged_optax
