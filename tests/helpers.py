@@ -31,9 +31,10 @@ from paged_optax import (
     moments,
     release,
 )
-from paged_optax import _reference as reference
 
 # The names that only tests use, which F401 cannot know.
+from paged_optax import _ext as ext  # noqa: F401
+from paged_optax import _reference as reference
 from paged_optax import _testing as hooks  # noqa: F401  functions of C++ for tests alone
 from paged_optax._names import leaf_keys  # noqa: F401
 from paged_optax._non_finite import count_bad, count_elements  # noqa: F401

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from helpers import (
+    ext,
     layout_bytes,
     limit_trees,
     num_arenas,
@@ -238,9 +239,9 @@ def test_moments_are_read_once(monkeypatch):
     _, state = tx.update(params, tx.init(params))
     calls = []
     for name in ("describe", "read_leaves"):
-        function = getattr(_ext, name)
+        function = getattr(ext, name)
         monkeypatch.setattr(
-            _ext, name, lambda *args, f=function, n=name: calls.append(n) or f(*args)
+            ext, name, lambda *args, f=function, n=name: calls.append(n) or f(*args)
         )
     mu = moments(state).mu
     assert calls == ["describe", "read_leaves"]
