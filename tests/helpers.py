@@ -245,7 +245,7 @@ def layout_bytes(num_quantized, num_float32, has_residuals=False):
         room = room // 32 * 32
         if not room:
             start, room = _round_up(start, chunk), most
-        full, last = divmod(blocks - room - 1, most) if blocks > room else (-1, room - 1)
+        full, last = divmod(blocks - room - 1, most) if blocks > room else (-1, blocks - 1)
         first = start if full < 0 else (start // chunk + 1 + full) * chunk
         end = first + (last + 1) * nbytes
     return _round_up(end, 512)
