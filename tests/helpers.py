@@ -86,6 +86,36 @@ def _wide(array):
     return array if np.iscomplexobj(array) else array.astype(np.float64)
 
 
+def assert_close_ulps(actual, expected, ulps, at_least=0.0):
+    """Equal trees of arrays up to units in the last place of their dtypes.
+
+    For results of 16 bits that XLA computes. Two programs may fuse the same operations otherwise,
+    and round otherwise between them; where the CPU has AVX512-FP16, ``a * b + c`` is rounded once.
+    A rounding moves a value by half a unit at most, and further operations take that along as a
+    relative error, at most one unit of any result. So two programs with k roundings on the way to
+    a sum differ by at most 2 k units of its largest term, in each step that is applied.
+
+    Args:
+      actual, expected: trees of arrays of the same dtypes.
+      ulps: units that they may differ by.
+      at_least: largest magnitude of a term that may have cancelled; the units are those of this
+        or of the result, whatever is larger.
+    """
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+
+    def check(one, other):
+        one, other = np.asarray(one), np.asarray(other)
+        assert one.dtype == other.dtype and one.shape == other.shape
+        info = jnp.finfo(one.dtype)
+        one, other = one.astype(np.float64), other.astype(np.float64)
+        largest = np.maximum(np.abs(one), np.abs(other))
+        largest = np.maximum(largest, max(at_least, float(info.smallest_normal)))
+        unit = float(info.eps) * 2.0 ** np.floor(np.log2(largest))
+        np.testing.assert_array_less(np.abs(one - other), (ulps + 0.5) * unit)  # of whole units
+
+    jax.tree.map(check, actual, expected)
+
+
 def same_bits(actual, expected, what=""):
     """One dtype, one shape and the same bits; all NaNs count as one, as IEEE 754 has it."""
     actual, expected = np.asarray(actual), np.asarray(expected)
@@ -226,14 +256,14 @@ def _round_up(n, multiple):
     return -(-n // multiple) * multiple
 
 
-def layout_bytes(num_quantized, num_float32, has_residuals=False):
-    """Bytes of an arena of Adam's moments, by counting, from the description in layout.h.
+def layout_bytes(num_quantized, num_float32, has_residuals=False, num_states=2):
+    """Bytes of an arena by counting, from the description in layout.h; Adam has two states.
 
     A region starts at a multiple of 512 bytes. A chunk of 2 MiB holds as many multiples of 32 of
     its blocks as fit, and the first one, which the region before may have begun, fewer.
     """
     chunk, end = 2**21, 0
-    for blocks, nbytes in ((num_quantized, 520), (num_float32, 2048)):
+    for blocks, nbytes in ((num_quantized, 260 * num_states), (num_float32, 1024 * num_states)):
         nbytes += BLOCK * has_residuals
         if not blocks:
             continue
@@ -245,7 +275,7 @@ def layout_bytes(num_quantized, num_float32, has_residuals=False):
         room = room // 32 * 32
         if not room:
             start, room = _round_up(start, chunk), most
-        full, last = divmod(blocks - room - 1, most) if blocks > room else (-1, room - 1)
+        full, last = divmod(blocks - room - 1, most) if blocks > room else (-1, blocks - 1)
         first = start if full < 0 else (start // chunk + 1 + full) * chunk
         end = first + (last + 1) * nbytes
     return _round_up(end, 512)
@@ -354,6 +384,17 @@ def limit_trees(monkeypatch, count):
     monkeypatch.setattr(_names, "trees", OrderedDict())
     monkeypatch.setattr(_names, "MAX_TREES", count)
     return _names.trees
+
+
+def record_readings(monkeypatch):
+    """A list that gets the names of what is called to look at states, until the test ends."""
+    calls = []
+    for name in ("describe", "read_leaves"):
+        function = getattr(_ext, name)
+        monkeypatch.setattr(
+            _ext, name, lambda *args, f=function, n=name: calls.append(n) or f(*args)
+        )
+    return calls
 
 
 @functools.cache
