@@ -34,6 +34,7 @@ from ._adam import (
     scale_by_paged_adam8bit,
 )
 from ._check import check_last
+from ._lion import ScaleByPagedLion8bitState, paged_lion8bit, scale_by_paged_lion8bit
 from ._memory import evict, prefetch, release, release_all
 from ._moments import Moments, moments
 from ._options import Paging, Quantization
@@ -51,6 +52,7 @@ __all__ = [
     "Paging",
     "Quantization",
     "ScaleByPagedAdam8bitState",
+    "ScaleByPagedLion8bitState",
     "SkipNonFiniteState",
     "check_last",
     "evict",
@@ -58,9 +60,11 @@ __all__ = [
     "moments",
     "paged_adam8bit",
     "paged_adamw8bit",
+    "paged_lion8bit",
     "prefetch",
     "release",
     "release_all",
     "scale_by_paged_adam8bit",
+    "scale_by_paged_lion8bit",
     "skip_non_finite",
 ]

@@ -4,8 +4,8 @@ import dataclasses
 import operator
 import os
 
-from ._tables import FORMAT_NAMES, PARAM_ROUNDINGS
 from ._bytes import check_bytes
+from ._tables import FORMAT_NAMES, PARAM_ROUNDINGS
 from ._validate import check_choice, check_kind
 
 NON_FINITE = ("propagate", "skip_element", "skip_step")

@@ -88,7 +88,7 @@ def make_step(
       paths: names of the leaves.
       treedef: structure of the tree.
       decays: of each leaf, whether weight decay applies; None if the step returns the direction.
-      skip_elements: whether elements with an unusable gradient are skipped.
+      skip_elements: whether elements with a bad gradient are skipped, also without the option.
     """
     formats = _formats(options.quantization, grads)
     rounds_at_random = decays is not None or any(FORMATS[i]["is_random"] for i in formats)
@@ -105,7 +105,7 @@ def make_step(
         replay=options.replay,
         rule=rule.number,
         shards="",
-        skip_elements=skip_elements,
+        skip_elements=skip_elements or options.non_finite == "skip_element",
         tree=number_tree(paths, treedef),
         **_placement(options.paging),
     )

@@ -25,11 +25,11 @@ observers: list[Callable[[list[jax.Array]], None]] = []
 def transformation(
     rule: Rule, options: Options, state_type: type[Any]
 ) -> optax.GradientTransformationExtraArgs:
-    """The direction of a rule.
+    """Rescales updates to the direction of a rule.
 
     Args:
-      rule: the optimizer.
-      options: the user's.
+      rule: the optimizer, with its hyperparameters.
+      options: what all paged optimizers have.
       state_type: a NamedTuple of ``count`` and ``token``, registered by `paged_state`.
     """
     return _finish([_paged(rule, options, state_type)], options)
@@ -43,9 +43,11 @@ def descend(
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A step along the direction of a rule, with weight decay unless that is None.
+    """A step against the direction of a rule, with weight decay unless that is None.
 
-    A chain, as in optax; or, where parameters are rounded, one call that does the same.
+    It is a chain, as in optax; with a `param_rounding` other than ``"nearest"``, it is one
+    transformation that does the same in one call. Arguments are those of `transformation` and of
+    `paged_optax.paged_adamw8bit`.
     """
     check_rate("learning_rate", learning_rate)
     if options.param_rounding != "nearest":
@@ -63,7 +65,7 @@ def _paged(
     state_type: type[Any],
     descent: "_Descent | None" = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation that makes the custom call: a direction, or with `descent` an update."""
+    """The transformation that makes the custom call, for the direction or all of `descent`."""
 
     def init_fn(params):
         leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -74,19 +76,14 @@ def _paged(
     def update_fn(updates, state, params=None, *, skip: Skip | None = None, **extra_args):
         del extra_args
         check_state(state, state_type)
-        leaves, treedef = jax.tree_util.tree_flatten_with_path(updates)
-        check_dtypes("gradient", leaves)
-        check_shapes(leaves, params)
-        paths = tuple(jax.tree_util.keystr(path) for path, _ in leaves)
-        grads = [jnp.asarray(grad) for _, grad in leaves]
+        paths, grads, treedef = _flatten(updates, params)
         skip_step, grads, has_masks = follow(skip, paths, grads)
         count, next_count = _count(state.count, skip_step)
-        if not leaves:
+        if not grads:
             return updates, state_type(next_count, state.token)
         rates, decays = descent.resolve(state.count, updates, params) if descent else ((), None)
-        skip_elements = has_masks or options.non_finite == "skip_element"
         step = make_step(
-            rule, options, grads, paths, treedef, decays=decays, skip_elements=skip_elements
+            rule, options, grads, paths, treedef, decays=decays, skip_elements=has_masks
         )
         token, results = _calls.update(
             step,
@@ -103,6 +100,15 @@ def _paged(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _flatten(updates: Any, params: Any) -> tuple[tuple[str, ...], list[jax.Array], Any]:
+    """Paths and gradients of all leaves, checked, and the structure of their tree."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(updates)
+    check_dtypes("gradient", leaves)
+    check_shapes(leaves, params)
+    paths = tuple(jax.tree_util.keystr(path) for path, _ in leaves)
+    return paths, [jnp.asarray(grad) for _, grad in leaves], treedef
+
+
 def _count(count: jax.Array, skip: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """The count for the call, which skips a step at -1, and that of the next state."""
     next_count = jnp.asarray(optax.safe_increment(count))
@@ -113,7 +119,7 @@ def _count(count: jax.Array, skip: jax.Array | None) -> tuple[jax.Array, jax.Arr
 
 @dataclasses.dataclass(frozen=True)
 class _Descent:
-    """What is left to do with the direction, where the custom call does it."""
+    """What remains to be done with the direction, for a custom call that does it too."""
 
     learning_rate: optax.ScalarOrSchedule
     weight_decay: optax.ScalarOrSchedule

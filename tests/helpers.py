@@ -31,9 +31,10 @@ from paged_optax import (
     moments,
     release,
 )
-from paged_optax import _reference as reference
 
 # The names that only tests use, which F401 cannot know.
+from paged_optax import _ext as ext  # noqa: F401
+from paged_optax import _reference as reference
 from paged_optax import _testing as hooks  # noqa: F401  functions of C++ for tests alone
 from paged_optax._names import leaf_keys  # noqa: F401
 from paged_optax._non_finite import count_bad, count_elements  # noqa: F401
@@ -290,7 +291,7 @@ def layout_bytes(num_quantized, num_float32, has_residuals=False, num_states=2):
         room = room // 32 * 32
         if not room:
             start, room = _round_up(start, chunk), most
-        full, last = divmod(blocks - room - 1, most) if blocks > room else (-1, room - 1)
+        full, last = divmod(blocks - room - 1, most) if blocks > room else (-1, blocks - 1)
         first = start if full < 0 else (start // chunk + 1 + full) * chunk
         end = first + (last + 1) * nbytes
     return _round_up(end, 512)

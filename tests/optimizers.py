@@ -68,6 +68,16 @@ OPTIMIZERS = [
     Optimizer("adam", **ADAM),
     Optimizer("nadam", **ADAM | NESTEROV),
     Optimizer("adamw", **ADAM | ADAMW),
+    Optimizer(
+        "lion",
+        direction=paged_optax.scale_by_paged_lion8bit,
+        descent=paged_optax.paged_lion8bit,
+        optax=optax.lion,
+        rule="lion",
+        hyperparams=reference.LionHyperparams(),
+        states=("mu",),
+        weight_decay=1e-3,
+    ),
 ]
 
 
@@ -165,7 +175,7 @@ def moments_of(optimizer, state):
 
 def assert_stored(stored, expected, what=""):
     """The bytes stored of a leaf's states, against those of the reference; padding is zero."""
-    if isinstance(expected[0], reference.Quantized):
+    if isinstance(expected[0], reference.Quantized | reference.Squares):
         expected = [*(state.codes for state in expected), *(state.scales for state in expected)]
     for actual, part in zip(stored, expected, strict=True):
         same_bits(actual[: part.size], part, what)

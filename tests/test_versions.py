@@ -12,7 +12,7 @@ import jax
 import pytest
 
 import paged_optax
-from helpers import build_info
+from helpers import build_info, ext, hooks
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
@@ -32,6 +32,11 @@ def ffi_api_of_installed_jaxlib():
 def test_version_is_the_distributions():
     assert paged_optax.__version__ == importlib.metadata.version("paged-optax")
     assert build_info()["version"] == paged_optax.__version__
+
+
+def test_the_extension_has_nothing_of_the_tests():
+    names = [{name for name in dir(m) if not name.startswith("__")} for m in (ext, hooks)]
+    assert names[1] and not names[0] & names[1]
 
 
 def test_ffi_api_is_the_oldest_supported():

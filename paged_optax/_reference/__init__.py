@@ -8,6 +8,7 @@ from .formats import (
     BLOCK_SIZE,
     Quantized,
     RatioState,
+    Squares,
     decode,
     dequantize,
     dequantize_ratio,
@@ -16,6 +17,7 @@ from .formats import (
     from_arrays,
     quantize,
     quantize_ratio,
+    quantize_squares,
     ratio_random,
     ratio_unit,
 )
@@ -32,7 +34,7 @@ from .rounding import (
     split_master,
     update_params,
 )
-from .rules import RULES, Hyperparams, LeafState, Rule, adam
+from .rules import RULES, Hyperparams, LeafState, LionHyperparams, LionState, Rule, adam, lion
 from .step import directions, init_leaf, step_leaf
 
 __all__ = [
@@ -41,10 +43,13 @@ __all__ = [
     "ZERO_RESIDUAL",
     "Hyperparams",
     "LeafState",
+    "LionHyperparams",
+    "LionState",
     "ParamHyperparams",
     "Quantized",
     "RatioState",
     "Rule",
+    "Squares",
     "adam",
     "aligned_bits",
     "decode",
@@ -58,8 +63,10 @@ __all__ = [
     "from_arrays",
     "init_leaf",
     "join_master",
+    "lion",
     "quantize",
     "quantize_ratio",
+    "quantize_squares",
     "random_bits",
     "random_bits_from",
     "ratio_random",

@@ -143,29 +143,58 @@ def quantize_ratio(mu: np.ndarray, nu: np.ndarray, random: np.ndarray) -> RatioS
     divided = (above * reciprocal >> 32) + (random.astype(np.int64) >> 32 - shift)
     nu_codes = np.where(bits == 0, 0, divided >> shift).astype(np.uint8)
 
-    # First moments: squares of integers, in units of the stored second moments' square roots.
+    # First moments in units of the stored second moments' square roots.
     _, reciprocal = ratio_unit(_decode_ratio_nu(nu_codes, words))
     with np.errstate(over="ignore"):
         ratio = np.where(nu_codes == 0, np.float32(0), mu * reciprocal)
-    magnitude = np.minimum(np.abs(ratio), np.float32(2.0**32))
+    mu_codes, scales = _quantize_squares(ratio, random, least=2.0**-64, largest=2.0**32)
+    return RatioState(mu_codes.ravel(), nu_codes.ravel(), scales, words.view(np.float32))
+
+
+def _quantize_squares(x, random, least: float, largest: float):
+    """Rounds blocks to squares of integers of either sign, times the scale of the block."""
+    magnitude = np.minimum(np.abs(x), np.float32(largest))
     scales = magnitude.max(axis=1, initial=np.float32(0))
-    usable = scales >= np.float32(2.0**-64)
+    usable = scales >= np.float32(least)
     inverse = np.where(usable, _SQUARES * (1 / np.where(usable, scales, np.float32(1))), 0)
-    x = magnitude * inverse[:, None].astype(np.float32)
+    scaled = magnitude * inverse[:, None].astype(np.float32)
     # Up from k^2 if x - k^2 > f (2 k + 1), that is if sqrt(x - 1/4 + h^2) - h > k + 1/2.
     h = (random & np.uint32(0xFFFF)).astype(np.float32) / np.float32(65536) - np.float32(0.5)
-    y = (x - np.float32(0.25)) + h * h
+    y = (scaled - np.float32(0.25)) + h * h
     level = np.rint(np.sqrt(np.maximum(y, np.float32(2.0**-60))) - h)
-    mu_codes = np.where(np.signbit(ratio), -level, level).astype(np.int8).view(np.uint8)
-    return RatioState(mu_codes.ravel(), nu_codes.ravel(), scales, words.view(np.float32))
+    return np.where(np.signbit(x), -level, level).astype(np.int8).view(np.uint8), scales
+
+
+def _dequantize_squares(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    k = codes.view(np.int8).astype(np.float32).reshape(-1, BLOCK_SIZE)
+    return k * np.abs(k) * (scales * (np.float32(1) / _SQUARES))[:, None]
+
+
+class Squares(NamedTuple):
+    """A signed state in the ``ratio`` format, of a rule without second moments."""
+
+    codes: np.ndarray  # uint8 (num_blocks * 256,), two's complement: -127 .. 127
+    scales: np.ndarray  # float32 (num_blocks,)
+
+
+def quantize_squares(values: np.ndarray, random: np.ndarray) -> Squares:
+    """Quantizes a flat float32 array block by block, rounding at random without bias.
+
+    Args:
+      values: float32 (size,).
+      random: uint32 (size,), of which the lower 16 bits count.
+    """
+    blocks = _to_blocks(values)
+    random = np.pad(random, (0, blocks.size - random.size)).reshape(blocks.shape)
+    codes, scales = _quantize_squares(blocks, random, least=2.0**-112, largest=2.0**100)
+    return Squares(codes.ravel(), scales)
 
 
 def dequantize_ratio(state: RatioState) -> tuple[np.ndarray, np.ndarray]:
     """The float32 moments ``(mu, nu)`` that codes and words stand for, padding included."""
     nu = _decode_ratio_nu(state.nu_codes.reshape(-1, BLOCK_SIZE), state.nu_words.view(np.uint32))
-    k = state.mu_codes.view(np.int8).astype(np.float32).reshape(nu.shape)
-    step = state.mu_scales * (np.float32(1) / _SQUARES)
-    return (k * np.abs(k) * step[:, None] * ratio_unit(nu)[0]).ravel(), nu.ravel()
+    mu = _dequantize_squares(state.mu_codes, state.mu_scales) * ratio_unit(nu)[0]
+    return mu.ravel(), nu.ravel()
 
 
 def ratio_random(leaf_key: int, count: int, size: int) -> np.ndarray:
@@ -198,30 +227,35 @@ def encode(states: Sequence[np.ndarray], like: Any, signed: Sequence[bool], rand
 
     Args:
       states: flat float32 arrays.
-      like: what was stored so far: a `RatioState`, or a NamedTuple of a `Quantized` or an array
-        for each state.
+      like: what was stored so far: a `RatioState`, or a NamedTuple of a `Quantized`, a
+        `Squares` or an array for each state.
       signed: of each state, whether it can be negative.
       random: function that returns the random bits of the ``ratio`` code.
     """
     if isinstance(like, RatioState):
         mu, nu = states
         return quantize_ratio(mu, nu, random())
-    return type(like)(
-        *(
-            quantize(x, signed=sign) if isinstance(old, Quantized) else x
-            for x, old, sign in zip(states, like, signed, strict=True)
-        )
-    )
+    encoded = []
+    for x, old, sign in zip(states, like, signed, strict=True):
+        if isinstance(old, Squares):
+            encoded.append(quantize_squares(x, random()))
+        else:
+            encoded.append(quantize(x, signed=sign) if isinstance(old, Quantized) else x)
+    return type(like)(*encoded)
 
 
 def decode(stored: Any, signed: Sequence[bool], size: int) -> list[np.ndarray]:
     """The states of a leaf of `size` elements, flat float32 arrays; see `encode`."""
     if isinstance(stored, RatioState):
         return [x[:size] for x in dequantize_ratio(stored)]
-    return [
-        (dequantize(x, signed=sign) if isinstance(x, Quantized) else x)[:size]
-        for x, sign in zip(stored, signed, strict=True)
-    ]
+    decoded = []
+    for x, sign in zip(stored, signed, strict=True):
+        if isinstance(x, Squares):
+            x = _dequantize_squares(*x).ravel()
+        elif isinstance(x, Quantized):
+            x = dequantize(x, signed=sign)
+        decoded.append(x[:size])
+    return decoded
 
 
 def from_arrays(format: str, arrays: Sequence[np.ndarray]) -> Any:
@@ -231,9 +265,9 @@ def from_arrays(format: str, arrays: Sequence[np.ndarray]) -> Any:
       format: ``"float32"``, ``"dynamic"`` or ``"ratio"``.
       arrays: the codes of each state, then the words of each state; float32 has no words.
     """
-    num_states = len(arrays) // 2
+    num_states = len(arrays) // 2  # except for float32
     if format == "ratio":
-        return RatioState(*arrays)
+        return (Squares(*arrays),) if num_states == 1 else RatioState(*arrays)
     if format == "dynamic":
         pairs = zip(arrays[:num_states], arrays[num_states:], strict=True)
         return tuple(Quantized(codes, scales) for codes, scales in pairs)

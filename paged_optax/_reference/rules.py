@@ -2,7 +2,8 @@
 
 References:
   Kingma & Ba, `Adam: A Method for Stochastic Optimization <https://arxiv.org/abs/1412.6980>`_,
-  2014.
+  2014. Chen et al., `Symbolic Discovery of Optimization Algorithms
+  <https://arxiv.org/abs/2302.06675>`_, 2023.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .formats import Quantized
+from .formats import Quantized, Squares
 
 
 class Rule(NamedTuple):
@@ -81,6 +82,26 @@ def adam(
     return update, new_mu, new_nu
 
 
+class LionHyperparams(NamedTuple):
+    b1: float = 0.9
+    b2: float = 0.99
+
+
+def lion(grad, mu, count: int, hyperparams: LionHyperparams, skip_elements: bool = False):
+    """One Lion step on flat float32 arrays; arguments and results as those of `adam`."""
+    del count
+    f32 = np.float32
+    b1, b2 = (f32(x) for x in hyperparams)
+    if not (0 <= b1 < 1 and 0 <= b2 < 1):
+        return np.full_like(mu, np.nan), mu
+    with np.errstate(all="ignore"):
+        used = np.abs(grad) < f32(2.0**64)
+        sign = np.sign(b1 * mu + (f32(1) - b1) * grad) + f32(0)  # no -0.0
+        new_mu = b2 * mu + (f32(1) - b2) * grad
+    direction = np.where(used, sign, f32(0 if skip_elements else np.nan))
+    return direction, np.where(used, new_mu, mu)
+
+
 def _power(base: np.float32, exponent: int) -> float:
     """base ** exponent in float64, by squaring: the order of operations is part of the
     specification."""
@@ -100,4 +121,13 @@ class LeafState(NamedTuple):
     nu: Quantized | np.ndarray
 
 
-RULES = {"adam": Rule(adam, LeafState, signed=(True, False))}
+class LionState(NamedTuple):
+    """Lion's moment of one leaf: `Quantized`, `Squares`, or a flat float32 array."""
+
+    mu: Quantized | Squares | np.ndarray
+
+
+RULES = {
+    "adam": Rule(adam, LeafState, signed=(True, False)),
+    "lion": Rule(lion, LionState, signed=(True,)),
+}

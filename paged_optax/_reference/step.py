@@ -4,7 +4,15 @@ from typing import Any
 
 import numpy as np
 
-from .formats import BLOCK_SIZE, decode, encode, quantize, quantize_ratio, ratio_random
+from .formats import (
+    BLOCK_SIZE,
+    decode,
+    encode,
+    quantize,
+    quantize_ratio,
+    quantize_squares,
+    ratio_random,
+)
 from .rules import RULES, Hyperparams
 
 
@@ -14,6 +22,8 @@ def init_leaf(size: int, quantized: bool, codec: str = "dynamic", rule: str = "a
     _, state, signed = RULES[rule]
     if not quantized:
         return state(*[zeros] * len(signed))
+    if codec == "ratio" and len(signed) == 1:
+        return state(quantize_squares(zeros, np.zeros(size, np.uint32)))
     if codec == "ratio":
         return quantize_ratio(zeros, zeros, np.zeros(size, np.uint32))._replace(
             nu_words=np.zeros(-(-size // BLOCK_SIZE), np.float32)

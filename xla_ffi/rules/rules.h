@@ -5,10 +5,11 @@
 #include <vector>
 
 #include "rules/adam.h"
+#include "rules/lion.h"
 
 namespace paged_optax {
 
-using Rules = List<Adam>;
+using Rules = List<Adam, Lion>;
 
 // What the rest of the library knows of a rule.
 struct RuleInfo {

@@ -92,142 +92,187 @@ __device__ void FillTables(Tables& tables) {
   }
 }
 
+// What the threads of a block have in common.
 template <class Rule, class Format>
-__device__ void ZeroLane(Lane<Rule, Format, kLane>& lane) {
-  constexpr int kNu = kNonNegativeState<Rule>;
-#pragma unroll
-  for (int s = 0; s < kNumStates<Rule>; ++s) {
-#pragma unroll
-    for (int k = 0; k < kLane; ++k) {
-      lane.codes[s][k] = Format::Zero(s == kNu ? Role::kNonNegative : Role::kSigned);
+struct Shared {
+  typename Format::template Tables<uint8_t> tables;
+  StepOf<Rule> step;
+  const uint8_t* sources[kMaxSegments];  // bases of the segments
+  uint8_t* targets[kMaxSegments];
+  Leaf leaves[kWarps];  // of each warp, the one it works on: registers are short
+};
+
+template <class Rule, class Format>
+__device__ __forceinline__ void Fill(const ResolvedStep& resolved, Shared<Rule, Format>& shared) {
+  FillTables<Format>(shared.tables);
+  if (threadIdx.x == 0) shared.step = reinterpret_cast<const StepOf<Rule>&>(resolved.step);
+  for (int i = threadIdx.x; resolved.accepted && i < kMaxSegments; i += kThreads) {
+    if (resolved.source != nullptr) shared.sources[i] = resolved.source[i];
+    shared.targets[i] = resolved.target[i];
+  }
+  __syncthreads();
+}
+
+// A group of blocks, as one thread sees it. `source` (nullptr for a fresh state) and `target` are
+// where the lane's codes lie in the group's first block; block i is i blocks further on. Everything
+// else lies at a distance of 32 bits, since all is in one chunk. Thread i * kNumWords + w holds
+// word w of block i.
+struct Group {
+  const uint8_t* source = nullptr;
+  uint8_t* target = nullptr;
+  int stride;  // from a state to the next
+  int to_residuals, to_words;
+  uint32_t word = 0;
+  bool has_word = false;
+};
+
+// Blocks [begin, end) of the group that starts with block `first` of the region.
+template <class Rule, class Format>
+__device__ __forceinline__ Group OpenGroup(const Shared<Rule, Format>& shared, const Region& region,
+                                           const ResolvedStep& resolved, int64_t first, int begin,
+                                           int end, int thread) {
+  constexpr int kWords = kNumWords<Rule, Format>;
+  const BlockPlace place = region.Locate(first);
+  const int lane = thread * kLane * static_cast<int>(sizeof(typename Format::Code));
+  Group group;
+  group.stride = static_cast<int>(place.state_stride);
+  group.to_residuals = static_cast<int>(place.residuals - place.codes) + thread * kLane - lane;
+  group.to_words = static_cast<int>(place.words - place.codes) + thread * 4 - lane;
+  const int64_t segment = region.Chunk(first) >> resolved.log2_chunks;
+  const bool is_fresh = resolved.source == nullptr;
+  group.target = shared.targets[segment] + place.codes + lane;
+  if (!is_fresh) group.source = shared.sources[segment] + place.codes + lane;
+  if constexpr (kWords > 0) {
+    group.has_word = thread >= begin * kWords && thread < end * kWords;
+    if (group.has_word && !is_fresh) {
+      group.word = *reinterpret_cast<const uint32_t*>(group.source + group.to_words);
     }
   }
+  return group;
+}
+
+template <class Rule, class Format>
+__device__ __forceinline__ void LoadLane(const Group& group, int i,
+                                         Lane<Rule, Format, kLane>& lane) {
+  constexpr int kStateBytes = sizeof(typename Format::Code) * kBlockSize;
+#pragma unroll
+  for (int s = 0; s < kNumStates<Rule>; ++s) {
+    if (group.source == nullptr) {
+#pragma unroll
+      for (int k = 0; k < kLane; ++k) {
+        lane.codes[s][k] =
+            Format::Zero(s == kNonNegativeState<Rule> ? Role::kNonNegative : Role::kSigned);
+      }
+    } else {
+      LoadCodes(group.source + i * kStateBytes + s * group.stride, lane.codes[s]);
+    }
+  }
+  constexpr int kWords = kNumWords<Rule, Format>;
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    lane.words[w] = __shfl_sync(0xffffffffu, group.word, i * kWords + w);
+  }
+}
+
+template <class Rule, class Format>
+__device__ __forceinline__ void StoreLane(const Lane<Rule, Format, kLane>& lane, int i, int thread,
+                                          Group& group) {
+  constexpr int kStateBytes = sizeof(typename Format::Code) * kBlockSize;
+  constexpr int kWords = kNumWords<Rule, Format>;
+#pragma unroll
+  for (int s = 0; s < kNumStates<Rule>; ++s) {
+    StoreCodes(lane.codes[s], group.target + i * kStateBytes + s * group.stride);
+  }
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    group.word = thread == i * kWords + w ? lane.words[w] : group.word;
+  }
+}
+
+// Blocks [i, end) of a group, all of `leaf`, of which the thread has the elements from `start` on.
+template <class Rule, class Format, Output kOutput>
+__device__ __forceinline__ void StepRun(const Shared<Rule, Format>& shared, const Leaf& leaf,
+                                        bool has_residuals, int64_t start, int end, int thread,
+                                        int& i, Group& group) {
+#pragma unroll 1
+  for (; i < end; ++i, start += kBlockSize) {
+    const int64_t left = leaf.size - start;
+    const int count = left < 0 ? 0 : (left < kLane ? static_cast<int>(left) : kLane);
+    alignas(16) float values[kLane];
+    if (group.target == nullptr) {
+      // A refused step changes nothing: its update is zero.
+#pragma unroll
+      for (int k = 0; k < kLane; ++k) values[k] = 0.0f;
+      Store(leaf, start, count, values);
+      continue;
+    }
+    Load(leaf.grads, leaf.dtype, start, count, values);
+    Lane<Rule, Format, kLane> lane;
+    LoadLane(group, i, lane);
+    StepBlock(FastMath(), shared.step, shared.tables, leaf.key, start, values, lane, Warp());
+    StoreLane(lane, i, thread, group);
+    if constexpr (kOutput == Output::kUpdate) {
+      const uint8_t* residuals = nullptr;
+      uint8_t* new_residuals = nullptr;
+      if (has_residuals) {
+        const int offset = group.to_residuals + i * static_cast<int>(kResidualBytes);
+        if (group.source != nullptr) residuals = group.source + offset;
+        new_residuals = group.target + offset;
+      }
+      StepParams(shared.step.params, leaf, start, count, residuals, new_residuals, values);
+    }
+    Store(leaf, start, count, values);
+  }
+}
+
+// One warp copies a leaf to where its threads read it.
+__device__ __forceinline__ void CopyLeaf(const Leaf& source, int thread, Leaf& leaf) {
+  __syncwarp();
+  if (thread < static_cast<int>(sizeof(Leaf) / sizeof(uint64_t))) {
+    reinterpret_cast<uint64_t*>(&leaf)[thread] = reinterpret_cast<const uint64_t*>(&source)[thread];
+  }
+  __syncwarp();
 }
 
 template <class Rule, class Format, Output kOutput>
 __global__ void __launch_bounds__(kThreads, 3) StepKernel(const __grid_constant__ RegionStep args) {
-  using Tables = typename Format::template Tables<uint8_t>;
-  constexpr int kStates = kNumStates<Rule>, kWords = kNumWords<Rule, Format>;
-  constexpr int kCodeBytes = sizeof(typename Format::Code);
-  constexpr int kStateBytes = kCodeBytes * static_cast<int>(kBlockSize);
-  constexpr bool kTakesParams = kOutput == Output::kUpdate;
-  __shared__ Tables tables;
-  __shared__ StepOf<Rule> step;
-  __shared__ const uint8_t* sources[kMaxSegments];
-  __shared__ uint8_t* targets[kMaxSegments];
-  __shared__ Leaf leaves[kWarps];  // of each warp, the one it works on: registers are short
-  FillTables<Format>(tables);
+  __shared__ Shared<Rule, Format> shared;
   const ResolvedStep& resolved = *args.resolved;
-  const bool accepted = resolved.accepted, is_fresh = resolved.source == nullptr;
-  if (threadIdx.x == 0) step = reinterpret_cast<const StepOf<Rule>&>(resolved.step);
-  for (int i = threadIdx.x; accepted && i < kMaxSegments; i += kThreads) {
-    if (!is_fresh) sources[i] = resolved.source[i];
-    targets[i] = resolved.target[i];
-  }
-  const int log2_chunks = resolved.log2_chunks;
+  Fill(resolved, shared);
+  const bool accepted = resolved.accepted;
+  const bool has_residuals = args.region.shape.residual_bytes != 0;
   Region region = args.region;
   // Known to the compiler.
-  region.shape = {kStates, kStateBytes, kWords,
-                  kTakesParams ? args.region.shape.residual_bytes : 0};
+  region.shape = {kNumStates<Rule>, sizeof(typename Format::Code) * kBlockSize,
+                  kNumWords<Rule, Format>,
+                  kOutput == Output::kUpdate ? args.region.shape.residual_bytes : 0};
   const int64_t end = region.num_blocks;
   const int64_t resident_end = accepted ? min(resolved.resident_blocks[args.format], end) : end;
-  __syncthreads();
-
   const int thread = static_cast<int>(threadIdx.x) % kWarpSize;
+  Leaf& leaf = shared.leaves[threadIdx.x / kWarpSize];
   const Share share = MyShare<kGroup<Rule, Format>>(resident_end, end);
   for (int64_t first = share.first * share.group; first < share.end;
        first += share.stride * share.group) {
     int i = static_cast<int>(max(share.begin - first, int64_t{0}));
     const int num = static_cast<int>(min(share.end - first, int64_t{share.group}));
-    // Where the lane's codes lie in the group's first block, and what lies how far from them: 32
-    // bits, since all is in one chunk. Block i is i blocks further on. Thread i * kWords + w holds
-    // word w of block i.
-    const BlockPlace place = region.Locate(first);
-    const int lane_codes = thread * (kLane * kCodeBytes);
-    const int stride = static_cast<int>(place.state_stride);
-    const int to_residuals =
-        static_cast<int>(place.residuals - place.codes) + thread * kLane - lane_codes;
-    const int to_words = static_cast<int>(place.words - place.codes) + thread * 4 - lane_codes;
-    const uint8_t* source = nullptr;
-    uint8_t* target = nullptr;
-    uint32_t word = 0;
-    bool has_word = false;
-    if (accepted) {
-      const int64_t segment = region.Chunk(first) >> log2_chunks;
-      target = targets[segment] + place.codes + lane_codes;
-      if (!is_fresh) source = sources[segment] + place.codes + lane_codes;
-      if constexpr (kWords > 0) {
-        has_word = thread >= i * kWords && thread < num * kWords;
-        if (has_word && !is_fresh) word = *reinterpret_cast<const uint32_t*>(source + to_words);
-      }
-    }
-    int64_t leaf_index = -1;
+    Group group;
+    if (accepted) group = OpenGroup(shared, region, resolved, first, i, num, thread);
+    int64_t leaf_index = FindLeaf(args.leaves, args.num_leaves, first + i);
     while (i < num) {
-      // A run of blocks of one leaf.
+      // A run of blocks of one leaf. Empty leaves own no blocks: pass over them too.
       const int64_t block = first + i;
-      if (leaf_index < 0) leaf_index = FindLeaf(args.leaves, args.num_leaves, block);
       while (leaf_index + 1 < args.num_leaves && args.leaves[leaf_index + 1].first_block <= block) {
         ++leaf_index;
       }
-      Leaf& leaf = leaves[threadIdx.x / kWarpSize];
-      __syncwarp();
-      if (thread < static_cast<int>(sizeof(Leaf) / sizeof(uint64_t))) {
-        reinterpret_cast<uint64_t*>(&leaf)[thread] =
-            reinterpret_cast<const uint64_t*>(&args.leaves[leaf_index])[thread];
-      }
-      __syncwarp();
+      CopyLeaf(args.leaves[leaf_index], thread, leaf);
       const int64_t in_leaf = block - leaf.first_block;
       const int64_t left_in_leaf = NumBlocks(leaf.size) - in_leaf;
       const int run_end = left_in_leaf < num - i ? i + static_cast<int>(left_in_leaf) : num;
-      int64_t start = in_leaf * kBlockSize + thread * kLane;
-#pragma unroll 1
-      for (; i < run_end; ++i, start += kBlockSize) {
-        const int64_t left = leaf.size - start;
-        const int count = left < 0 ? 0 : (left < kLane ? static_cast<int>(left) : kLane);
-        alignas(16) float values[kLane];
-        if (!accepted) {
-          // A refused step changes nothing: its update is zero.
-#pragma unroll
-          for (int k = 0; k < kLane; ++k) values[k] = 0.0f;
-          Store(leaf, start, count, values);
-          continue;
-        }
-        Load(leaf.grads, leaf.dtype, start, count, values);
-        Lane<Rule, Format, kLane> lane;
-        const int codes = i * kStateBytes;
-        if (is_fresh) {
-          ZeroLane(lane);
-        } else {
-#pragma unroll
-          for (int s = 0; s < kStates; ++s) {
-            LoadCodes(source + codes + s * stride, lane.codes[s]);
-          }
-        }
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) {
-          lane.words[w] = __shfl_sync(0xffffffffu, word, i * kWords + w);
-        }
-        StepBlock(FastMath(), step, tables, leaf.key, start, values, lane, Warp());
-#pragma unroll
-        for (int s = 0; s < kStates; ++s) {
-          StoreCodes(lane.codes[s], target + codes + s * stride);
-        }
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) word = thread == i * kWords + w ? lane.words[w] : word;
-        if constexpr (kTakesParams) {
-          const uint8_t* residuals = nullptr;
-          uint8_t* new_residuals = nullptr;
-          if (region.shape.residual_bytes != 0) {
-            const int offset = to_residuals + i * static_cast<int>(kResidualBytes);
-            if (!is_fresh) residuals = source + offset;
-            new_residuals = target + offset;
-          }
-          StepParams(step.params, leaf, start, count, residuals, new_residuals, values);
-        }
-        Store(leaf, start, count, values);
-      }
+      StepRun<Rule, Format, kOutput>(shared, leaf, has_residuals,
+                                     in_leaf * kBlockSize + thread * kLane, run_end, thread, i,
+                                     group);
     }
-    if (has_word) *reinterpret_cast<uint32_t*>(target + to_words) = word;
+    if (group.has_word) *reinterpret_cast<uint32_t*>(group.target + group.to_words) = group.word;
   }
 }
 

@@ -63,7 +63,8 @@ int64_t InRange(const char* name, int64_t value, int64_t end) {
 StepKind KindOf(const UpdateAttrs& attrs) {
   const int64_t rule = InRange("rule", attrs.rule, Rules::kSize);
   const int64_t num_flags = static_cast<int64_t>(AllRules()[rule].flags.size());
-  return {static_cast<int8_t>(rule), static_cast<Output>(InRange("output", attrs.output, kOutputNames.size())),
+  return {static_cast<int8_t>(rule),
+          static_cast<Output>(InRange("output", attrs.output, kOutputNames.size())),
           static_cast<uint32_t>(InRange("flags", attrs.flags, int64_t{1} << num_flags)),
           attrs.skip_elements ? BadElement::kSkip : BadElement::kNan};
 }
@@ -137,8 +138,7 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
   for (const int8_t format : attrs.formats) {
     InRange("a format", format, static_cast<int64_t>(kFormats.size()));
   }
-  InRange("param_rounding", attrs.param_rounding,
-          static_cast<int64_t>(kParamRoundingNames.size()));
+  InRange("param_rounding", attrs.param_rounding, static_cast<int64_t>(kParamRoundingNames.size()));
   const StepKind kind = KindOf(attrs);
   const bool takes_params = kind.output == Output::kUpdate;
   CheckCounts(attrs, takes_params, args.size(), rets.size());
