@@ -17,7 +17,6 @@ from helpers import (
     num_unused,
     read_leaves,
     read_residuals,
-    record_readings,
     resident_set,
     stored_leaves,
 )

@@ -56,13 +56,14 @@ def assert_equal(actual, expected):
     jax.tree.map(equal, actual, expected)
 
 
-def assert_close(actual, expected, num_steps):
+def assert_close(actual, expected, num_steps, term):
     """XLA rounds what is of 16 bits as its fusions please: clipping, moments and updates.
 
-    A step rounds no number more often than ten times.
+    A step rounds no number more often than ten times; terms that may cancel are up to `term`.
     """
     to_arrays = functools.partial(jax.tree.map, np.asarray)
-    assert_trees_close(to_arrays(actual), to_arrays(expected), ulps=2 * 10 * num_steps)
+    ulps = 2 * 10 * num_steps
+    assert_trees_close(to_arrays(actual), to_arrays(expected), ulps=ulps, term=term, term_ulps=ulps)
 
 
 def without_tokens(state):
@@ -140,8 +141,9 @@ def test_as_apply_if_finite_without_a_paged_optimizer():
         updates, state = plain.update(grads, state, params)
         careful_updates, careful_state = careful.update(grads, careful_state, params)
         # XLA compiles one of the two, and rounds it as its fusions please.
-        assert_close(careful_updates, updates, count + 1)
-        assert_close(careful_state.inner_state, state.inner_state, count + 1)
+        assert_close(careful_updates, updates, count + 1, term=0.1)
+        # The norm of all gradients is clipped to 1, and a moment has a tenth of a gradient.
+        assert_close(careful_state.inner_state, state.inner_state, count + 1, term=0.004)
     assert careful_state.skipped == state.total_notfinite == 2
 
 
