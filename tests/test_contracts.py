@@ -36,7 +36,7 @@ from helpers import (
 from optimizers import OPTIMIZERS, Specification, assert_as_specified, moments_of
 from paged_optax import Quantization, memory_report, release
 
-pytestmark = pytest.mark.usefixtures("on_cpu")
+pytestmark = [pytest.mark.fast, pytest.mark.usefixtures("on_cpu")]
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda row: row.name)
 # Of optimizers with one direction the first; what it promises, all of them have.
 DIRECTIONS = list({row.direction: row for row in reversed(OPTIMIZERS)}.values())

@@ -209,6 +209,7 @@ def test_inner_update_runs_once_a_cycle(how):
     assert len(runs) == 3
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("use_grad_mean", [False, True], ids=["sum", "mean"])
 def test_paged_state_changes_once_a_cycle(use_grad_mean):
     """Bit for bit the bare optimizer, given the sums (or means) of the gradients."""
@@ -463,6 +464,7 @@ def test_vmap_of_another_optimizer():
 # --- Gradients that are not finite, and steps that are skipped -----------------------------------
 
 
+@pytest.mark.fast
 def test_nan_spoils_its_own_cycle_alone():
     tx = MultiSteps(optax.sgd(1.0), 2)
     state = tx.init(PARAMS)

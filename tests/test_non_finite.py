@@ -112,6 +112,7 @@ def test_skipped_elements_as_in_the_reference(device, value, nesterov, codec):
         same_bits(stored.nu[k].ravel(), expected[k].nu)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_a_skipped_element_only_decays(rounding):
     params, grads = make_tree(0), make_tree(1)
@@ -189,6 +190,7 @@ def test_skipped_steps_leave_no_trace(device, name, rounding, replay):
     assert_trees_equal(moments(other_state), moments(state))
 
 
+@pytest.mark.fast
 def test_every_step_skipped():
     """The first update that counts may come late; until then there are no moments to speak of."""
     tx = paged_adamw8bit(1e-3, non_finite="skip_step")
