@@ -69,14 +69,24 @@ def assert_trees_equal(actual, desired):
     )
 
 
-def assert_trees_close(actual, desired, *, rtol=1e-5, atol=1e-6):
-    """Equal trees of arrays that `np.testing.assert_allclose` calls close, random keys included."""
+def assert_trees_close(actual, desired, *, rtol=1e-5, atol=1e-6, **halves):
+    """Equal trees of arrays that are close, random keys included.
+
+    Args:
+      actual, desired: the trees.
+      rtol, atol: as in `np.testing.assert_allclose`.
+      **halves: arguments of `assert_close_ulps` for leaves of 16 bits; without, these have to be as
+        close as the others.
+    """
     assert jax.tree.structure(actual) == jax.tree.structure(desired)
 
     def check(one, other):
         if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
             one, other = jax.random.key_data(one), jax.random.key_data(other)
-        np.testing.assert_allclose(_wide(one), _wide(other), rtol=rtol, atol=atol)
+        if halves and one.dtype.itemsize == 2:
+            assert_close_ulps(one, other, **halves)
+        else:
+            np.testing.assert_allclose(_wide(one), _wide(other), rtol=rtol, atol=atol)
 
     jax.tree.map(check, actual, desired)
 
@@ -86,34 +96,40 @@ def _wide(array):
     return array if np.iscomplexobj(array) else array.astype(np.float64)
 
 
-def assert_close_ulps(actual, expected, ulps, at_least=0.0):
+def assert_close_ulps(actual, desired, ulps, term=0.0, term_ulps=0):
     """Equal trees of arrays up to units in the last place of their dtypes.
 
     For results of 16 bits that XLA computes. Two programs may fuse the same operations otherwise,
-    and round otherwise between them; where the CPU has AVX512-FP16, ``a * b + c`` is rounded once.
-    A rounding moves a value by half a unit at most, and further operations take that along as a
-    relative error, at most one unit of any result. So two programs with k roundings on the way to
-    a sum differ by at most 2 k units of its largest term, in each step that is applied.
+    and then round otherwise between them; on a CPU with AVX512-FP16, ``a * b + c`` is rounded once.
+    A rounding changes a result by half a unit at most. Products and quotients keep that as a
+    relative error, which is at most a unit of the last result. So what took k roundings differs by
+    at most 2 k units between two programs. A sum of two terms is rounded once: by at most half a
+    unit of its own in each program, and it takes over the differences of its terms. Parameters that
+    agreed before n steps thus differ by n of their own units, and n times as much as an update.
 
     Args:
-      actual, expected: trees of arrays of the same dtypes.
-      ulps: units that they may differ by.
-      at_least: largest magnitude of a term that may have cancelled; the units are those of this
-        or of the result, whatever is larger.
+      actual, desired: trees of arrays of the same dtypes.
+      ulps: how many of their own units they may differ by.
+      term: the largest magnitude of a term that was added.
+      term_ulps: how many units of that magnitude they may differ by, besides.
     """
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    assert jax.tree.structure(actual) == jax.tree.structure(desired)
 
     def check(one, other):
         one, other = np.asarray(one), np.asarray(other)
         assert one.dtype == other.dtype and one.shape == other.shape
         info = jnp.finfo(one.dtype)
-        one, other = one.astype(np.float64), other.astype(np.float64)
-        largest = np.maximum(np.abs(one), np.abs(other))
-        largest = np.maximum(largest, max(at_least, float(info.smallest_normal)))
-        unit = float(info.eps) * 2.0 ** np.floor(np.log2(largest))
-        np.testing.assert_array_less(np.abs(one - other), (ulps + 0.5) * unit)  # of whole units
 
-    jax.tree.map(check, actual, expected)
+        def unit(x):
+            x = np.maximum(np.abs(x), float(info.smallest_normal))
+            return float(info.eps) * 2.0 ** np.floor(np.log2(x))
+
+        one, other = one.astype(np.float64), other.astype(np.float64)
+        difference = np.abs(one - other)
+        bound = ulps * np.maximum(unit(one), unit(other)) + term_ulps * unit(term)
+        assert np.all(difference <= bound), f"by {np.nanmax(difference / bound):.3g} of the bound"
+
+    jax.tree.map(check, actual, desired)
 
 
 def same_bits(actual, expected, what=""):

@@ -12,6 +12,8 @@ from paged_optax._rule import Rule
 from paged_optax._step import Step, make_step
 from paged_optax._tables import FORMAT_NAMES, OUTPUTS, PARAM_ROUNDINGS, RULES
 
+pytestmark = pytest.mark.fast
+
 ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "eps_root": 0.0, "nesterov": False}
 
 

@@ -79,6 +79,7 @@ def test_check_last_passes_arguments_on():
         check_last(optax.chain(adamw, plateau), PARAMS, value=1.0)
 
 
+@pytest.mark.fast
 def test_check_last_takes_shapes():
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS)
     check_last(make(), shapes)
@@ -89,6 +90,7 @@ def test_check_last_where_nothing_is_rounded():
         check_last(paged_adamw8bit(1e-3), PARAMS, max_steps=2)
 
 
+@pytest.mark.fast
 def test_check_last_without_a_paged_optimizer():
     with pytest.raises(ValueError, match="there is no paged optimizer in tx"):
         check_last(optax.adam(1e-3), PARAMS)

@@ -117,6 +117,7 @@ def test_compiled_map(signed):
 # --------------------------------------------------------------------------------- the encoders
 
 
+@pytest.mark.fast
 @signedness
 def test_every_decision(signed):
     """All floats in [0, 1] and, for the first moment, [-1, 0], by monotonicity.
@@ -270,6 +271,7 @@ BLOCKS = {
 }
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("grads", BLOCKS.values(), ids=BLOCKS)
 def test_blocks(grads):
     values = np.pad(grads, (0, -grads.size % BLOCK)).reshape(-1, BLOCK)

@@ -367,6 +367,7 @@ def test_blocks_that_do_not_coincide(devices):
     assert 0 < difference.max() < bound, (difference.max(), bound)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_state_of_other_devices_is_refused_and_not_lost(devices, kind):
     """First used on half of the devices, then on all: every device refuses, and none moves on."""
@@ -474,6 +475,7 @@ def test_order_of_devices_with_the_same_parts_is_free(kind):
     assert_trees_equal(moments(state), moments(single))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("sizes", [(8,), (4, 2), (2, 2, 2), (3, 2, 5)], ids=str)
 def test_numbers_of_parts(sizes):
     """Two devices have one number exactly if the indices of all their shards are equal."""

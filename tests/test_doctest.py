@@ -94,6 +94,7 @@ def names_in(path):
     return functions, functions | attributes | strings
 
 
+@pytest.mark.fast
 @pytest.mark.skipif(not COMPATIBILITY.exists(), reason="tests without the source tree")
 def test_every_claim_of_compatibility_names_its_tests():
     tables = re.findall(

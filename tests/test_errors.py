@@ -85,6 +85,7 @@ NOT_THE_NEWEST = (
 )
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("version", [1, 2], ids=["retry of the last step", "rollback by two"])
 def test_old_state(tx, states, version, transform):
@@ -258,6 +259,7 @@ def test_moments_of_an_old_state(states, version):
 RELEASED = r"were released.*init\(params\)"
 
 
+@pytest.mark.fast
 def test_released_state(tx, states):
     before = num_arenas()
     assert release(states[1]) > 0  # any version will do
@@ -663,6 +665,7 @@ BAD_OPTIONS = {
 }
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("options, match", BAD_OPTIONS.values(), ids=BAD_OPTIONS)
 @pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
 def test_hyperparameter_out_of_range(factory, options, match):
@@ -700,6 +703,7 @@ def test_options_are_frozen_and_hashable(options):
 QUESTIONS = [moments, memory_report, release]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize(
     "thing",

@@ -21,6 +21,8 @@ from paged_optax import (
     scale_by_paged_adam8bit,
 )
 
+pytestmark = pytest.mark.fast
+
 SIZE = 9572
 STEPS = (0, 1, 4, 24)  # t in the files' keys: after step t + 1
 LEARNING_RATE = 1e-3

@@ -19,6 +19,7 @@ import helpers
 import paged_optax
 from helpers import (
     QUANTIZED,
+    assert_close_ulps,
     assert_trees_equal,
     count_bad,
     count_elements,
@@ -54,6 +55,19 @@ def make_tree(seed, num_bad=0, value=np.nan):
 
 def skipped(state):
     return int(optax.tree.get(state, "skipped"))
+
+
+def assert_parameters_equal(actual, expected, rounding, num_steps):
+    """To the bit, but for what XLA makes of a direction where it rounds parameters itself.
+
+    An update is then rounded thrice: the decay's product, its sum, the product with the rate. It is
+    smaller than 0.04.
+    """
+    if rounding == "nearest":
+        terms = {"term": 0.04, "term_ulps": 2 * 3 * num_steps}
+        assert_close_ulps(actual, expected, ulps=num_steps, **terms)
+    else:
+        assert_trees_equal(actual, expected)
 
 
 # ------------------------------------------------------------------------------ one element
@@ -98,6 +112,7 @@ def test_skipped_elements_as_in_the_reference(device, value, nesterov, codec):
         same_bits(stored.nu[k].ravel(), expected[k].nu)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_a_skipped_element_only_decays(rounding):
     params, grads = make_tree(0), make_tree(1)
@@ -168,13 +183,14 @@ def test_skipped_steps_leave_no_trace(device, name, rounding, replay):
         if bad:
             assert not any(np.any(u) for u in jax.device_get(jax.tree.leaves(updates)))
             assert_trees_equal(other_state.inner_state, before.inner_state)
-        assert_trees_equal(other, now)
+        assert_parameters_equal(other, now, rounding, num_steps=count + 1)
         assert optax.tree.get(other_state.inner_state[0], "count") == optax.tree.get(
             state[0] if isinstance(state[0], tuple) else state, "count"
         )
     assert_trees_equal(moments(other_state), moments(state))
 
 
+@pytest.mark.fast
 def test_every_step_skipped():
     """The first update that counts may come late; until then there are no moments to speak of."""
     tx = paged_adamw8bit(1e-3, non_finite="skip_step")
@@ -215,10 +231,7 @@ def test_in_a_scan_with_donation(rounding):
     for grads in steps[::2]:
         updates, plain_state = jax.jit(plain.update)(grads, plain_state, expected)
         expected = optax.apply_updates(expected, updates)
-    for k in params:  # XLA rounds the tail of "nearest" as its fusions please
-        tolerance = 1e-6 if rounding == "nearest" else 0
-        actual, wanted = np.asarray(params[k], f32), np.asarray(expected[k], f32)
-        np.testing.assert_allclose(actual, wanted, rtol=tolerance, atol=tolerance)
+    assert_parameters_equal(params, expected, rounding, num_steps=3)
     assert state.skipped == 3
 
 
@@ -270,10 +283,9 @@ def test_wrappers(policy):
     ):
         _, state = jax.jit(wrapped.update)(good, wrapped.init(params), params)
         updates, state = jax.jit(wrapped.update)(grads, state, params)
-        for k in params:  # injected hyperparameters make updates float32
-            np.testing.assert_allclose(
-                np.asarray(updates[k], f32), np.asarray(expected[k], f32), atol=2.0**-14
-            )
+        for k in params:  # injected hyperparameters make updates float32, with fewer roundings
+            same_type = np.asarray(updates[k]).astype(expected[k].dtype)
+            assert_close_ulps(same_type, np.asarray(expected[k]), ulps=2 * 3)
         assert skipped(state) == (4 if policy == "skip_element" else 1)
         assert memory_report(state).total > 0
         assert moments(state).mu["w"].shape == (64, 80)

@@ -32,7 +32,7 @@ import pytest
 import paged_optax
 from paged_optax import Quantization, ScaleByPagedAdam8bitState
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.optax_suite, pytest.mark.slow]
 
 OPTAX = importlib.metadata.version("optax")
 KNOWN_OPTAX = "0.2.8"  # what the tables below were written for

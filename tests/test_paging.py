@@ -144,6 +144,7 @@ def train(steps=4, seed=0, **options):
     return jax.block_until_ready((params, state))
 
 
+@pytest.mark.fast
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("replay", [False, True])
 def test_moments_in_a_file(tmp_path, replay):
@@ -243,6 +244,7 @@ def test_address_space_is_checked_first(tmp_path):
 # ----------------------------------------------------------------------------------------- notices
 
 
+@pytest.mark.fast
 def test_notices_become_warnings_once(monkeypatch):
     forget_notices(monkeypatch)
     with pytest.warns(RuntimeWarning, match="paged_optax: something happened"):

@@ -11,6 +11,8 @@ from hypothesis import given
 
 from helpers import hooks
 
+pytestmark = pytest.mark.fast
+
 MIB = 2**20
 SEGMENT = 2  # MiB, for states of up to 256
 

@@ -34,6 +34,7 @@ def test_same_bits_as_the_reference(leaf_key, count, start, size):
     np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.fast
 def test_known_values():
     """So that a change of the specification, which changes the results of old runs, is noticed."""
     bits = reference.random_bits(0x0123456789ABCDEF, 7, 2**32 - 2, 4)

@@ -138,6 +138,7 @@ def test_every_code_of_a_first_moment():
         np.testing.assert_array_equal(hooks.encode_ratio_mu(mu[:255], scale, random), codes)
 
 
+@pytest.mark.fast
 def test_first_moments_are_rounded_without_bias():
     """Over all values of the random bits, the mean is the value, up to 2^-16 of a step."""
     random = np.arange(2**16, dtype=u32)
@@ -260,6 +261,7 @@ SPECIAL = floats(
 )
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("seed", range(40))
 def test_any_gradients_and_hyperparameters(seed):
     """Bits of the reference, block by block; what is stored is finite and not negative."""

@@ -16,6 +16,8 @@ import pytest
 
 from helpers import f32, reference
 
+pytestmark = pytest.mark.fast
+
 BELOW_ONE = float(np.nextafter(f32(1), f32(0)))
 
 HYPERPARAMS = {

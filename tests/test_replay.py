@@ -33,6 +33,8 @@ from paged_optax import (
     scale_by_paged_adam8bit,
 )
 
+pytestmark = pytest.mark.fast
+
 SHAPES = {"b": (7,), "w": (64, 80)}  # float32 moments, 8-bit moments
 
 

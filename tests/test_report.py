@@ -63,6 +63,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
 def test_total_is_what_the_layout_needs(shapes):
     state = update_once([jnp.ones(shape) for shape in shapes])
@@ -147,6 +148,7 @@ def test_table_of_one_device():
     )
 
 
+@pytest.mark.fast
 def test_table_of_two_devices_has_a_total():
     report = MemoryReport(
         (DeviceMemory("cuda:0", 5 * 2**30, 3 * 2**30), DeviceMemory("cuda:1", 2**40, 512))

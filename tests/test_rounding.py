@@ -73,6 +73,7 @@ def every(bits):
 # ------------------------------------------------------------------------ the specification
 
 
+@pytest.mark.fast
 def test_stochastic_rounding_goes_to_a_neighbour_and_is_exact_on_average(half):
     numbers, bits = all_numbers(half), reference.dropped_bits(half)
     random = every(bits)
@@ -736,6 +737,7 @@ def test_train_state(task):
 # ---------------------------------------------------------------------------------- devices
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("kind", ["Auto", "Explicit", "Manual"])
 @pytest.mark.parametrize("mode", MODES)
 def test_shards(mode, kind):

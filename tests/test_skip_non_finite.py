@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import paged_optax
-from helpers import leaf_keys, reference, same_bits
+from helpers import assert_trees_close, leaf_keys, reference, same_bits
 from paged_optax import (
     Quantization,
     SkipNonFiniteState,
@@ -58,11 +58,14 @@ def assert_equal(actual, expected):
     jax.tree.map(equal, actual, expected)
 
 
-def assert_close(actual, expected):
-    def close(a, b):
-        np.testing.assert_allclose(np.asarray(a, f32), np.asarray(b, f32), rtol=1e-5, atol=2.0**-10)
+def assert_close(actual, expected, num_steps, term):
+    """XLA rounds what is of 16 bits as its fusions please: clipping, moments and updates.
 
-    jax.tree.map(close, actual, expected)
+    A step rounds no number more often than ten times; terms that may cancel are up to `term`.
+    """
+    to_arrays = functools.partial(jax.tree.map, np.asarray)
+    ulps = 2 * 10 * num_steps
+    assert_trees_close(to_arrays(actual), to_arrays(expected), ulps=ulps, term=term, term_ulps=ulps)
 
 
 def without_tokens(state):
@@ -144,8 +147,9 @@ def test_as_apply_if_finite_without_a_paged_optimizer():
         updates, state = plain.update(grads, state, params)
         careful_updates, careful_state = careful.update(grads, careful_state, params)
         # XLA compiles one of the two, and rounds it as its fusions please.
-        assert_close(careful_updates, updates)
-        assert_close(careful_state.inner_state, state.inner_state)
+        assert_close(careful_updates, updates, count + 1, term=0.1)
+        # The norm of all gradients is clipped to 1, and a moment has a tenth of a gradient.
+        assert_close(careful_state.inner_state, state.inner_state, count + 1, term=0.004)
     assert careful_state.skipped == state.total_notfinite == 2
 
 

@@ -130,6 +130,7 @@ INITS = {
 }
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("init", INITS.values(), ids=INITS)
 def test_init_allocates_nothing(tx, init):
     before = num_arenas()
@@ -188,6 +189,7 @@ def inits_in_a_scan(init):
     return [jax.tree.map(lambda leaf, i=i: leaf[i], states) for i in range(3)]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "inits",
     [
@@ -459,6 +461,7 @@ def test_way_to_run(way, replay, expected):
         assert_trees_equal(grads, [make_grads(i) for i in range(NUM_STEPS)])
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("convert", CONVERSIONS.values(), ids=CONVERSIONS)
 def test_state_survives_conversion(tx, convert, expected):
     updates, state = state_through(convert, tx, [make_grads(i) for i in range(NUM_STEPS)])
@@ -550,6 +553,7 @@ def make_step(tx):
     return step
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("donate", [(), (0, 1)], ids=["", "donated"])
 def test_nothing_is_compiled_after_the_first_step(donate, caplog):
     tx = optax.chain(optax.clip(1.0), paged_optax.paged_adamw8bit(1e-3))

@@ -389,6 +389,7 @@ def test_step_from_any_float32_moments(num_blocks):
     np.testing.assert_array_equal(arena, make_arena(*after))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("format", FORMATS)
 def test_order_of_blocks_does_not_matter(format):
     """One call, one call a block, backwards: what threads do in any number is one of these."""
@@ -454,6 +455,7 @@ def test_every_rounding_to_half(dtype):
 BAD = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf, "square overflows": 1e30}
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bad_gradient_in_float32_moments(device, dtype, bad):
@@ -537,6 +539,7 @@ def test_bad_gradient_in_quantized_moments(device, largest, bad):
 # ----------------------------------------------------------------------------- layout and sizes
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "num_dynamic, num_float32",
     [

@@ -29,6 +29,7 @@ def ffi_api_of_installed_jaxlib():
     )
 
 
+@pytest.mark.fast
 def test_version_is_the_distributions():
     assert paged_optax.__version__ == importlib.metadata.version("paged-optax")
     assert build_info()["version"] == paged_optax.__version__

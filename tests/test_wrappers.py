@@ -176,6 +176,7 @@ def test_learning_rate_of_any_kind(factory, transform):
         assert_trees_close(updates, expected)
 
 
+@pytest.mark.fast
 def test_schedule_counts_steps():
     rates = [0.3, 0.2, 0.1]
     tx = paged_adam8bit(lambda count: jnp.array(rates)[count])
@@ -298,6 +299,7 @@ def test_masked_leaves_have_no_moments():
         assert device.total < NUM_BYTES
 
 
+@pytest.mark.fast
 def test_partition_with_another_optimizer():
     tx = optax.partition(
         {"paged": paged_adamw8bit(1e-2), "plain": optax.sgd(1e-2)},
