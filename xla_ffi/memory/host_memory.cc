@@ -141,7 +141,7 @@ class HostMemory final : public Memory {
     return static_cast<uint8_t*>(data);
   }
 
-  void Copy(const uint8_t* source, int64_t nbytes, void* destination) const override {
+  void Copy(const void* source, int64_t nbytes, void* destination) const override {
     std::memcpy(destination, source, nbytes);
   }
 

@@ -57,7 +57,7 @@ PAGED_HD void StepBlock(Math math, const StepOf<Rule>& step, const Tables& table
   float states[kNumStates<Rule>][K];
   Format::template Decode<Rule>(tables, lane, states);
   const BitRange range = Rule::Advance(math, step.rule, values, states);
-  const uint32_t random = Format::kIsRandom ? DitherStart(leaf_key, start) + step.dither_phase : 0;
+  const Dither random{Format::kIsRandom ? DitherStart(leaf_key, start) + step.dither_phase : 0};
   Format::template Encode<Rule>(math, tables, range, random, states, lane, block);
 }
 
