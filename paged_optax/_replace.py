@@ -62,9 +62,11 @@ def _replace_one(node: Any, contents: Contents | None, convert: bool) -> Any:
     if count is not None:
         new_count = np.array(count, np.int32)
         fields["count"] = jax.tree.map(lambda leaf: _put(new_count, leaf), old["count"])
-    if is_mapping:
-        return copy.copy(node) | fields
-    return node._replace(**fields)
+    if not is_mapping:
+        return node._replace(**fields)
+    other: Any = copy.copy(node)
+    other.update(fields)
+    return other
 
 
 def _put(value: np.ndarray, like: Any) -> jax.Array:
@@ -75,11 +77,11 @@ def _put(value: np.ndarray, like: Any) -> jax.Array:
 
 
 def _is_fresh(token: Any) -> bool:
-    """Whether a token is of a state that was never updated, as init returned it."""
+    """Whether a token is of a state that init returned in this process."""
     if not isinstance(token, jax.Array) or isinstance(token, Tracer):
         return False
     handle, version = np.asarray(token.addressable_shards[0].data).tolist()
-    return version == 0 and handle != 0
+    return version == 0 and _ext.is_alive(handle)
 
 
 def _give_up(token: Any) -> None:

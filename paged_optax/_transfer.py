@@ -48,8 +48,8 @@ def opened(token: Any, count: int | None = None) -> Iterator[Contents | None]:
       NotImplementedError: if it is not known which part of the parameters each device has.
     """
     handle, version = read_handle(token)
-    reports = _ext.describe(handle, version)
-    staged = find_staged(handle) if version == 1 and not reports else None
+    staged = find_staged(handle, version)
+    reports = [] if staged else _ext.describe(handle, version)
     if staged is not None:
         yield staged if count is None else dataclasses.replace(staged, count=count)
     elif version == 0 or not any(report["version"] for report in reports):
@@ -203,6 +203,7 @@ def _remember(handle: int, contents: Contents, arrays: Mapping[tuple[int, int, s
     _staged[handle] = dataclasses.replace(contents, data=data)
 
 
-def find_staged(handle: int) -> Contents | None:
-    """What waits for the first update of a handle, if anything does."""
-    return _staged.get(handle) if _ext.staged(handle) is not None else None
+def find_staged(handle: int, version: int) -> Contents | None:
+    """What waits for the first update that takes a token, if anything does."""
+    waiting = _ext.staged(handle) if version == 1 else None
+    return None if waiting is None or waiting["filled"] else _staged.get(handle)

@@ -67,7 +67,7 @@ def make_grads(params, step):
     grads = {name: rng.standard_normal(p.shape) for name, p in params.items()}
     if step % 10 == 3:
         grads["c"][0, 0] = np.nan
-    return {k: jnp.asarray(grads[k], p.dtype, device=p.sharding) for k, p in params.items()}
+    return {k: jax.device_put(grads[k].astype(p.dtype), p.sharding) for k, p in params.items()}
 
 
 def make_step(tx):
