@@ -16,13 +16,14 @@ class Quantization:
     """How moments are stored.
 
     Attributes:
-      codec: the format of large leaves. ``"ratio"`` and ``"dynamic"`` take 2.03 bytes per parameter
-        for both moments, in blocks of 256 elements. ``"ratio"`` stores second moments as small
-        floats and first moments as multiples of their square roots, and rounds both at random with
-        mean zero. Updates follow those of float32 moments an order of magnitude closer than with
-        ``"dynamic"``, the code of bitsandbytes, to the bit. Its second moments underflow to zero
-        next to a large neighbour, which makes steps explode, and they fail to decay. ``"float32"``
-        takes 8 bytes per parameter and rounds nothing.
+      codec: the format of large leaves. ``"ratio"`` and ``"dynamic"`` take 1.02 bytes per parameter
+        and moment, in blocks of 256 elements. ``"ratio"`` stores second moments as small floats and
+        first moments as multiples of their square roots (or of the largest in the block, for
+        optimizers without second moments), and rounds both at random with mean zero. Updates follow
+        those of float32 moments an order of magnitude closer than with ``"dynamic"``, the code of
+        bitsandbytes, to the bit. Its second moments underflow to zero next to a large neighbour,
+        which makes steps explode, and they fail to decay. ``"float32"`` takes 4 bytes per parameter
+        and moment and rounds nothing.
       min_size: leaves with fewer elements than this have float32 moments whatever the codec. Small
         leaves are biases and norms: they save nothing and tolerate least. Inside `jax.shard_map`
         the device's part of a leaf counts.

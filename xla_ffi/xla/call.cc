@@ -153,15 +153,15 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
   call.part = Scalars<const int32_t*>(args, 3, ffi::DataType::S32, 1);
   call.new_token = static_cast<Token*>((*rets.get<ffi::AnyBuffer>(0))->untyped_data());
   const size_t num_leaves = attrs.formats.size();
-  call.leaves.reserve(num_leaves);
-  for (size_t i = 0; i < num_leaves; ++i) {
-    call.leaves.push_back(ParseLeaf(attrs, args, rets, i, takes_params, call.signature));
-    ++call.ranges[call.leaves.back().format].count;
-  }
-  std::stable_sort(call.leaves.begin(), call.leaves.end(),
-                   [](const Leaf& a, const Leaf& b) { return a.format < b.format; });
+  for (const int8_t format : attrs.formats) ++call.ranges[format].count;
+  std::array<int64_t, kFormats.size()> next = {};  // place of each format's next leaf
   for (size_t i = 1; i < call.ranges.size(); ++i) {
-    call.ranges[i].first = call.ranges[i - 1].first + call.ranges[i - 1].count;
+    next[i] = call.ranges[i].first = call.ranges[i - 1].first + call.ranges[i - 1].count;
+  }
+  call.leaves.resize(num_leaves);
+  for (size_t i = 0; i < num_leaves; ++i) {
+    call.leaves[next[attrs.formats[i]]++] =
+        ParseLeaf(attrs, args, rets, i, takes_params, call.signature);
   }
   call.extent = call.signature.MakeExtent();
   call.fingerprint = call.signature.Fingerprint();
