@@ -318,7 +318,7 @@ def test_refusals(optimizer, misuse):
 @every_direction
 def test_release(optimizer):
     tx, before = optimizer.direction(), num_arenas()
-    states = stepped(optimizer, tx)
+    states = jax.block_until_ready(stepped(optimizer, tx))
     assert num_arenas() == before + 1
     assert release(states[-1]) > 0 and num_arenas() == before
     for call in (
