@@ -142,6 +142,7 @@ struct Dynamic {
   using Code = uint8_t;
   static constexpr int kWordsPerState = 1;  // the scale
   static constexpr bool kIsRandom = false;
+  static constexpr bool kStoresRatios = false;
 
   template <class Level>
   using Tables = DynamicMaps<Level>;

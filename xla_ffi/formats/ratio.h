@@ -217,6 +217,7 @@ struct Ratio {
   using Code = uint8_t;
   static constexpr int kWordsPerState = 1;  // of a signed state its scale, of the other the window
   static constexpr bool kIsRandom = true;
+  static constexpr bool kStoresRatios = true;
 
   template <class Level>
   using Tables = NoTables;

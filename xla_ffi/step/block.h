@@ -57,6 +57,9 @@ PAGED_HD void StepBlock(Math math, const StepOf<Rule>& step, const Tables& table
   float states[kNumStates<Rule>][K];
   Format::template Decode<Rule>(tables, lane, states);
   const BitRange range = Rule::Advance(math, step.rule, values, states);
+  if constexpr (Format::kStoresRatios && kNonNegativeState<Rule> >= 0) {
+    Rule::BoundRatios(step.rule, states);
+  }
   const uint32_t random = Format::kIsRandom ? DitherStart(leaf_key, start) + step.dither_phase : 0;
   Format::template Encode<Rule>(math, tables, range, random, states, lane, block);
 }
