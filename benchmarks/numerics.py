@@ -2,6 +2,7 @@
 
     python benchmarks/numerics.py            # synthetic gradients, and the model of the examples
     python benchmarks/numerics.py --gpt      # a GPT of 33M parameters instead; wants a GPU
+    python benchmarks/numerics.py --only idle     # idle elements, at several decay rates
 
 Every format of `moment_formats.py` is carried along. Its moments take the gradients that the
 float32 moments take, and go through the format after each step. Its updates are compared with those
@@ -75,6 +76,70 @@ def carry(fmt: Format, m, v, grads, first_step):
 def nmse(updates, expected):
     """Returns the squared error divided by the squared update."""
     return jnp.sum((updates - expected) ** 2) / jnp.sum(expected**2)
+
+
+# -------------------------------------------------------------------------------- idle elements
+
+# The first is for comparison; from the fourth on, b1^2 > b2.
+DECAY_RATES = ((0.9, 0.999), (0.9, 0.95), (0.95, 0.98), (0.97, 0.9), (0.99, 0.97), (0.99, 0.95))
+IDLE_STEPS = 3_000
+
+
+def bound(m, v):
+    """Returns first moments as the rule leaves them to a format that stores ratios."""
+    return jnp.where((m * m > 2 * v) & (B1 * B1 > B2), 0, m)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def idle_errors(fmt, bounded):
+    """Returns the NMSE of the elements that are not idle, by kind of idle element (4,)."""
+    place = jnp.arange(BLOCK)
+    idle = jnp.stack([place < 0, place == 0, place % 16 == 0, place % 4 == 0])[:, None, :]
+
+    def one_step(moments, step):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(1), step))
+        grads = jax.random.normal(keys[0], (4, 8, BLOCK))
+        some = jax.random.uniform(keys[1], grads.shape[1:]) < 0.02
+        active = jnp.stack([step >= 0, step < 10, step < 500, step < 0])[:, None, None]
+        active = active | ~idle | (some & (jnp.arange(4) == 3)[:, None, None])
+        grads = jnp.where(active, grads, 0).reshape(-1, BLOCK)
+        (m, v), (exact_m, exact_v) = (advance(*pair, grads) for pair in moments)
+        expected = update_of(exact_m, exact_v, step)
+        error = update_of(m, v, step) - expected
+        stored = fmt.store(bound(m, v) if bounded else m, v, step)
+        sums = [
+            jnp.sum(jnp.where(idle, 0, (x**2).reshape(4, 8, BLOCK)), (1, 2))
+            for x in (error, expected)
+        ]
+        return (stored, (exact_m, exact_v)), jnp.stack(sums)
+
+    zeros = jnp.zeros((32, BLOCK))
+    start = ((zeros, zeros), (zeros, zeros))
+    error, energy = jnp.sum(jax.lax.scan(one_step, start, jnp.arange(IDLE_STEPS))[1], 0)
+    return error / energy
+
+
+def idle_study() -> list[dict]:
+    """Prints and returns the errors next to idle elements, at several decay rates."""
+    global B1, B2  # traced functions read them
+    before = B1, B2
+    kinds = ("none", "one", "sixteenth", "sparse")
+    print(f"{'b1':>5}{'b2':>7}  {'format':<24}" + "".join(f"{kind:>11}" for kind in kinds))
+    rows = []
+    for rates in DECAY_RATES:
+        B1, B2 = map(np.float32, rates)
+        jax.clear_caches()
+        cases = [(WINNER, True, WINNER.name), (BASELINE, False, BASELINE.name)]
+        if B1 * B1 > B2:
+            cases.insert(1, (WINNER, False, f"{WINNER.name}, not bounded"))
+        for fmt, bounded, name in cases:
+            row = dict(zip(kinds, idle_errors(fmt, bounded).tolist(), strict=True))
+            rows.append({"b1": rates[0], "b2": rates[1], "format": name, **row})
+            text = "".join(f"{row[kind]:>11.1e}" for kind in kinds)
+            print(f"{rates[0]:>5}{rates[1]:>7}  {name:<24}{text}", flush=True)
+    B1, B2 = before
+    jax.clear_caches()
+    return rows
 
 
 # ----------------------------------------------------------------------------- synthetic gradients
@@ -591,7 +656,7 @@ def main(argv=None) -> None:
     add("--steps", type=int, default=1000, help="steps of the model (default: 1000)")
     add("--blocks", type=int, help="blocks to carry along (default: 32,768; 1,024 on a CPU)")
     add("--seeds", type=int, help="trainings with each format (default: 3 with --gpt, else 0)")
-    add("--only", choices=["synthetic", "model"], help="one half of the study")
+    add("--only", choices=["synthetic", "model", "idle"], help="one part of the study")
     add("--formats", nargs="+", metavar="WORD", help="only formats whose name contains such a word")
     add("--b1", type=float, default=float(B1), help="decay rate of first moments (default: 0.9)")
     add("--json", type=Path, metavar="FILE", help="file for every number")
@@ -617,11 +682,14 @@ def main(argv=None) -> None:
         print(f"[{what}: {now - clock:.0f} s]", flush=True)
         clock = now
 
-    if args.only != "model" and not args.gpt:
+    if args.only == "idle":
+        results["idle"] = idle_study()
+        lap("idle elements")
+    elif args.only != "model" and not args.gpt:
         results["synthetic"] = synthetic_study(formats)
         print_synthetic(results["synthetic"])
         lap("synthetic")
-    if args.only != "synthetic":
+    if args.only not in ("synthetic", "idle"):
         training = Training(Gpt() if args.gpt else ExampleModel(), args.steps)
         layout = training.layout
         num_blocks = args.blocks or (1024 if device.platform == "cpu" else 32768)

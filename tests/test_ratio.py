@@ -308,12 +308,12 @@ def rms(x):
     return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
 
 
-def carry(grads, b1=0.9, nesterov=False):
+def carry(grads, b1=0.9, nesterov=False, b2=0.999):
     """Updates of the code and of float32 moments on the same gradients, (steps, size) each."""
     state = reference.init_leaf(grads[0].size, True, "ratio")
     exact = reference.init_leaf(grads[0].size, False)
     ours, theirs = [], []
-    hyperparams = reference.Hyperparams(b1)
+    hyperparams = reference.Hyperparams(b1, b2)
     for count, grad in enumerate(grads):
         update, state = reference.step_leaf(grad, state, count, hyperparams, nesterov)
         ours.append(update)
@@ -367,6 +367,36 @@ def test_neighbours_of_a_spike_go_on():
     for start in range(300, 800, 50):
         ratio = rms(ours[start : start + 50]) / rms(exact[start : start + 50])
         assert 1 / 3 < ratio < 1.5
+
+
+def carried_error(b1, b2, elements):
+    """Relative RMS error of `elements`; the first of a block has gradients in 10 steps only."""
+    rng = np.random.default_rng(5)
+    grads = rng.normal(size=(2500, 2 * BLOCK)).astype(f32)
+    grads[:10, ::BLOCK], grads[10:, ::BLOCK] = 1, 0
+    ours, exact = carry(grads, b1, b2=b2)
+    return rms((ours - exact)[:, elements]) / rms(exact[:, elements])
+
+
+@pytest.mark.parametrize(
+    "b1, b2", [(0.9, 0.95), (0.95, 0.98), (0.97, 0.9), (0.99, 0.97), (0.99, 0.95)]
+)
+def test_neighbours_of_an_idle_element_go_on(b1, b2):
+    """Also with b1^2 > b2, where its ratio would grow without end."""
+    others = np.arange(2 * BLOCK) % BLOCK != 0
+    assert carried_error(b1, b2, others) < 1.5 * carried_error(0.9, 0.999, others)
+
+
+def test_an_element_that_stands_still_comes_back():
+    """With b1^2 > b2 a first moment is dropped, and gradients make a new one."""
+    rng = np.random.default_rng(6)
+    grads = rng.normal(size=(1200, BLOCK)).astype(f32)
+    grads[:, 0] = 1
+    grads[200:700, 0] = 0
+    ours, exact = carry(grads, 0.99, b2=0.95)
+    assert np.abs(ours[:, 0]).max() < 1.6  # float32's goes up to thousands
+    assert ours[699, 0] == 0
+    np.testing.assert_allclose(ours[-1, 0], exact[-1, 0], rtol=0.05)
 
 
 @pytest.mark.parametrize("period", [55, 89])

@@ -75,9 +75,11 @@ def with_token(state, token):
     """The state with another token, in the same place."""
     old = find_state(state)
     new = jax.device_put(np.array(token, np.int32), old.token.sharding)
-    is_state = lambda node: isinstance(node, type(old))
-    replace = lambda node: node._replace(token=new) if is_state(node) else node
-    return jax.tree.map(replace, state, is_leaf=is_state)
+
+    def replace(node):
+        return node._replace(token=new) if isinstance(node, type(old)) else node
+
+    return jax.tree.map(replace, state, is_leaf=lambda node: isinstance(node, type(old)))
 
 
 def restore(state, spec):
@@ -156,7 +158,7 @@ def test_residuals_go_on(device, name, dtype):
 
 
 def test_a_skipped_first_step_fills_too(device):
-    tx = skip_non_finite(paged_adam8bit(1e-3))
+    tx = skip_non_finite(paged_adam8bit(1e-3), "step")
     params = to_jax(make_tree(0, SHAPES))
     params, state = run(tx, params, tx.init(params), range(1, 3))
     restored = restore(state, read_state(state))
@@ -199,7 +201,9 @@ def test_a_snapshot_describes_itself(device):
         assert (snapshot.num_slots, snapshot.num_devices, snapshot.part) == (1, 1, 0)
         assert snapshot.names == [f"['{name}']" for name in SHAPES]
         assert snapshot.shapes == list(SHAPES.values())
-        assert snapshot.formats == ["ratio" if np.prod(s) >= 4096 else "float32" for s in SHAPES.values()]
+        assert snapshot.formats == [
+            "ratio" if np.prod(s) >= 4096 else "float32" for s in SHAPES.values()
+        ]
         assert snapshot.boxes == [(s, (0,) * len(s)) for s in SHAPES.values()]
         assert not snapshot.has_residuals
     with pytest.raises(RuntimeError, match="closed"):
@@ -222,7 +226,12 @@ def test_parts_of_a_leaf(device):
                 ]
                 np.testing.assert_array_equal(np.concatenate(parts), array)
                 assert len(parts[0]) == n
-        for wrong in [(leaf, "codes", 2), (leaf, "codes", 0, 3, 2), (leaf, "residuals"), (1, "words")]:
+        for wrong in [
+            (leaf, "codes", 2),
+            (leaf, "codes", 0, 3, 2),
+            (leaf, "residuals"),
+            (1, "words"),
+        ]:
             with pytest.raises(ValueError, match="no such part"):
                 snapshot.read_part(*wrong)
         with pytest.raises(ValueError, match="kind must be"):
@@ -464,15 +473,15 @@ def cut_rows(spec, leaf, row):
     (piece,) = spec["leaves"][leaf]["pieces"]
     rows, *rest = spec["leaves"][leaf]["shape"]
     size = row * int(np.prod(rest))
-    blocks = -(-size // BLOCK)
-    total = rows * int(np.prod(rest)) - size
+    left_blocks = -(-size // BLOCK)
+    right_blocks = -(-(rows * int(np.prod(rest)) - size) // BLOCK)
     left, right = dict(piece), dict(piece)
     left |= {"start": (0, *[0] * len(rest)), "shape": (row, *rest)}
     right |= {"start": (row, *[0] * len(rest)), "shape": (rows - row, *rest)}
     left["codes"] = [x[:size] for x in piece["codes"]]
     right["codes"] = [x[size:] for x in piece["codes"]]
-    left["words"] = [x[-blocks:] for x in piece["words"]]
-    right["words"] = [x[-(-(-total // BLOCK)) :] for x in piece["words"]]
+    left["words"] = [x[-left_blocks:] for x in piece["words"]]
+    right["words"] = [x[-right_blocks:] for x in piece["words"]]
     if piece["residuals"] is not None:
         left["residuals"] = piece["residuals"][:size]
         right["residuals"] = piece["residuals"][size:]
@@ -649,12 +658,14 @@ MESHES = {8: (4, 2), 4: (2, 2), 2: (2, 1), 1: (1, 1)}
 def make_put(count, order=None):
     devices = jax.devices("cpu")[:count]
     devices = [devices[i] for i in order or range(count)]
-    mesh = jax.make_mesh(MESHES[count], ("x", "y"), axis_types=(AxisType.Auto,) * 2, devices=devices)
-    if count == 1:
-        return mesh, lambda tree: {k: jax.device_put(x, devices[0]) for k, x in tree.items()}
-    put = lambda tree: {
-        k: jax.device_put(x, NamedSharding(mesh, MESH_SPECS[k])) for k, x in tree.items()
-    }
+    mesh = jax.make_mesh(
+        MESHES[count], ("x", "y"), axis_types=(AxisType.Auto,) * 2, devices=devices
+    )
+    specs = MESH_SPECS if count > 1 else dict.fromkeys(MESH_SPECS, P())
+
+    def put(tree):
+        return {k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in tree.items()}
+
     return mesh, put
 
 
@@ -665,19 +676,12 @@ def start_on(count, tx, steps=range(1, 4)):
     return run(tx, params, state, steps, shapes=MESH_SHAPES, put=put)
 
 
-def move(tx, params, state, count, spec, order=None):
+def move(params, state, count, order=None):
     """Parameters and state on other devices, not yet stepped there."""
-    _, put = make_put(count, order)
-    params = put(jax.device_get(params))
-    return params, with_token(jax.jit(tx.init)(params), ext.stage(spec)), put
-
-
-def with_count(state, other):
-    return jax.tree.map(
-        lambda new, old: new if new.shape == (2,) else jax.device_put(np.asarray(old), new.sharding),
-        state,
-        other,
-    )
+    mesh, put = make_put(count, order)
+    spec = read_state(state)
+    state = jax.device_put(jax.device_get(state), NamedSharding(mesh, P()))
+    return put(jax.device_get(params)), restore(state, spec), put
 
 
 @pytest.mark.parametrize("name", ["ratio", "dynamic", "lion"])
@@ -698,10 +702,9 @@ def test_eight_devices_go_on(name):
 def test_eight_devices_in_another_order():
     tx = OPTIMIZERS["dynamic"]()
     params, state = start_on(8, tx)
-    spec = read_state(state)
+    others, moved, put = move(params, state, 8, order=[3, 1, 7, 0, 2, 5, 6, 4])
     expected, last = run(tx, params, state, range(4, 6), shapes=MESH_SHAPES, put=make_put(8)[1])
-    params, moved, put = move(tx, params, state, 8, spec, order=[3, 1, 7, 0, 2, 5, 6, 4])
-    actual, other = run(tx, params, with_count(moved, state), range(4, 6), shapes=MESH_SHAPES, put=put)
+    actual, other = run(tx, others, moved, range(4, 6), shapes=MESH_SHAPES, put=put)
     assert_trees_equal(jax.device_get(actual), jax.device_get(expected))
     assert_trees_equal(moments(other), moments(last))
 
@@ -715,11 +718,11 @@ def skip_one(tx, params, state, put):
 @pytest.mark.parametrize("name", ["ratio", "dynamic", "lion", "float32"])
 def test_from_mesh_to_mesh(name):
     """Cuts that leave blocks whole keep every bit; others move once through float32."""
-    tx = skip_non_finite(OPTIMIZERS[name]())
+    tx = skip_non_finite(OPTIMIZERS[name](), "step")
     params, state = start_on(8, tx)
     before = moments(state)
     for count in (4, 1, 2, 8):
-        params, moved, put = move(tx, params, state, count, read_state(state))
+        params, moved, put = move(params, state, count)
         state = skip_one(tx, params, moved, put)
         after = moments(state)
         for leaf in MESH_SHAPES:
@@ -782,3 +785,138 @@ def decode(format, piece, size):
     words = [np.asarray(w).view(f32) for w in piece["words"]]
     state = reference.RatioState(pad(mu), pad(nu), *words)
     return [x[:size] for x in reference.dequantize_ratio(state)]
+
+
+def make_spec(format, shape, piece, **options):
+    """A state of one leaf, in one piece."""
+    piece = {**piece, "start": (0,) * len(shape), "shape": shape}
+    leaf = {"name": "['w']", "shape": shape, "format": format, "pieces": [piece]}
+    has_residuals = piece["residuals"] is not None
+    return {"rule": "adam", "has_residuals": has_residuals, "leaves": [leaf], **options}
+
+
+def cut(spec, format, splits):
+    """The same in more pieces, each encoded by itself; and what all of these stand for.
+
+    Args:
+      spec: of `make_spec`.
+      format: of the pieces.
+      splits: of each dimension, where it is cut.
+    """
+    (leaf,) = spec["leaves"]
+    (piece,) = leaf["pieces"]
+    shape, size = leaf["shape"], int(np.prod(leaf["shape"]))
+    arrays = [x.reshape(shape) for x in decode(leaf["format"], piece, size)]
+    wholes = [np.empty(shape, f32) for _ in arrays]
+    pieces = []
+    edges = [[0, *split, n] for split, n in zip(splits, shape, strict=True)]
+    for box in itertools.product(*[list(itertools.pairwise(e)) for e in edges]):
+        index = tuple(slice(*ends) for ends in box)
+        new = encode(format, *[np.ascontiguousarray(x[index]).ravel() for x in arrays])
+        if piece["residuals"] is not None:
+            new["residuals"] = np.ascontiguousarray(piece["residuals"].reshape(shape)[index])
+        starts, ends = zip(*box, strict=True)
+        new |= {"start": starts, "shape": tuple(e - s for s, e in box)}
+        for whole, x in zip(wholes, decode(format, new, int(np.prod(new["shape"]))), strict=True):
+            whole[index] = x.reshape(new["shape"])
+        pieces.append(new)
+    np.random.default_rng(0).shuffle(pieces)
+    return spec | {"leaves": [leaf | {"format": format, "pieces": pieces}]}, wholes
+
+
+def fill(spec, format, has_residuals=False):
+    """What an arena holds after it was filled: the parts of its only leaf, without padding."""
+    (leaf,) = spec["leaves"]
+    quantization = Quantization(format, 0) if format != "float32" else FLOAT32_MOMENTS
+    rounding = {"param_rounding": "compensated"} if has_residuals else {}
+    tx = skip_non_finite(paged_adam8bit(1e-3, quantization=quantization, **rounding), "step")
+    params = {"w": jnp.zeros(leaf["shape"], jnp.bfloat16 if has_residuals else f32)}
+    state = with_token(tx.init(params), ext.stage(spec))
+    bad = {"w": jnp.full(leaf["shape"], jnp.nan, params["w"].dtype)}
+    _, state = make_step(tx)(params, state, bad)
+    with open_state(state) as snapshot:
+        parts = snapshot.read(0)
+    release(state)
+    return parts
+
+
+SPLITS = [  # shapes, and where their dimensions are cut
+    ((1000, 37), ((), ())),
+    ((1000, 37), ((256, 512), ())),
+    ((1000, 37), ((), (5, 36))),
+    ((3, 50, 41), ((1,), (7, 49), (40,))),
+    ((64, 512), ((), (128, 384))),
+    ((700,), ((256, 300),)),
+    ((20, 3, 5, 7), ((), (1,), (), (2, 5))),
+]
+
+
+@pytest.mark.parametrize("source", ["ratio", "dynamic", "float32"])
+@pytest.mark.parametrize("target", ["ratio", "dynamic", "float32"])
+@pytest.mark.parametrize("shape, splits", SPLITS)
+def test_other_boxes_and_formats(source, target, shape, splits):
+    """Blocks as they were where they coincide; else the specification's, of what was stored."""
+    piece, _ = random_leaf(source, shape, 0)
+    spec, wholes = cut(make_spec(source, shape, piece, convert=True), source, splits)
+    codes, words, _ = fill(spec, target)
+    flat = [x.ravel() for x in wholes]
+    expected = encode(target, *flat)
+    if source == target:  # blocks that coincide
+        size = len(flat[0])
+        keep_stored_blocks(expected, spec, shape, size)
+    for actual, desired in ((codes, expected["codes"]), (words, expected["words"])):
+        for one, other in zip(actual, desired, strict=True):
+            np.testing.assert_array_equal(one.view(np.uint8), np.asarray(other).view(np.uint8))
+
+
+def keep_stored_blocks(expected, spec, shape, size):
+    """Puts stored blocks in the place of those that have the same elements in the same order."""
+    number = np.arange(size).reshape(shape)
+    for piece in spec["leaves"][0]["pieces"]:
+        index = tuple(slice(s, s + n) for s, n in zip(piece["start"], piece["shape"], strict=True))
+        elements = number[index].ravel()
+        for b in range(-(-len(elements) // BLOCK)):
+            here = elements[b * BLOCK : (b + 1) * BLOCK]
+            there = np.arange(here[0] // BLOCK * BLOCK, size)[:BLOCK]
+            if len(here) == len(there) and (here == there).all():
+                for s in range(2):
+                    expected["codes"][s] = np.array(expected["codes"][s])
+                    expected["codes"][s][here] = piece["codes"][s][b * BLOCK : (b + 1) * BLOCK]
+                    if expected["words"]:
+                        expected["words"][s] = np.array(expected["words"][s])
+                        expected["words"][s][here[0] // BLOCK] = piece["words"][s][b]
+
+
+@pytest.mark.parametrize("shape, splits", SPLITS)
+def test_residuals_move_exactly(shape, splits):
+    piece, _ = random_leaf("dynamic", shape, 0, has_residuals=True)
+    spec, _ = cut(make_spec("dynamic", shape, piece), "dynamic", splits)
+    _, _, residuals = fill(spec, "dynamic", has_residuals=True)
+    np.testing.assert_array_equal(residuals, piece["residuals"])
+    # Those of a step that starts to keep some are zero.
+    plain = make_spec("dynamic", shape, piece | {"residuals": None}, convert=True)
+    _, _, residuals = fill(plain, "dynamic", has_residuals=True)
+    assert (residuals == reference.ZERO_RESIDUAL).all()
+
+
+def test_boxes_that_do_not_tile():
+    piece, _ = random_leaf("dynamic", (10, 6), 0)
+    spec, _ = cut(make_spec("dynamic", (10, 6), piece), "dynamic", ((4,), (3,)))
+    (leaf,) = spec["leaves"]
+    pieces = leaf["pieces"]
+    moved = {**pieces[0], "start": tuple(1 + s for s in pieces[0]["start"])}
+    for wrong in [
+        pieces[:-1],
+        pieces[1:],
+        [*pieces, pieces[0]],
+        [moved, *pieces[1:]],
+        [pieces[0]] * 4,
+    ]:
+        with pytest.raises(ValueError, match=r"moments of \['w'\] are not complete"):
+            ext.stage(spec | {"leaves": [leaf | {"pieces": wrong}]})
+
+
+def test_pieces_in_files(tmp_path):
+    piece, _ = random_leaf("ratio", (300, 41), 0)
+    spec, _ = cut(make_spec("ratio", (300, 41), piece), "ratio", ((100,), (7,)))
+    assert_trees_equal(fill(to_file(spec, tmp_path / "moments"), "ratio"), fill(spec, "ratio"))

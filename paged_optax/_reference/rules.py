@@ -82,6 +82,21 @@ def adam(
     return update, new_mu, new_nu
 
 
+def bound_ratios(mu, nu, hyperparams: Hyperparams):
+    """First moments as a format stores them that stores ratios to the root of the second ones.
+
+    With ``b1^2 > b2`` that ratio grows while an element has no gradients, and would leave the other
+    elements of its block no precision. A first moment above ``sqrt(2 nu)`` becomes 0. No gradients
+    but shrinking ones lead there.
+    """
+    f32 = np.float32
+    b1, b2 = f32(hyperparams.b1), f32(hyperparams.b2)
+    if not (0 <= b1 < 1 and 0 <= b2 < 1 and b1 * b1 > b2):
+        return mu
+    with np.errstate(all="ignore"):
+        return np.where(mu * mu > f32(2) * nu, f32(0), mu)
+
+
 class LionHyperparams(NamedTuple):
     b1: float = 0.9
     b2: float = 0.99

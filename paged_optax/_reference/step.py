@@ -6,6 +6,7 @@ import numpy as np
 
 from .formats import (
     BLOCK_SIZE,
+    RatioState,
     decode,
     encode,
     quantize,
@@ -13,7 +14,7 @@ from .formats import (
     quantize_squares,
     ratio_random,
 )
-from .rules import RULES, Hyperparams
+from .rules import RULES, Hyperparams, bound_ratios
 
 
 def init_leaf(size: int, quantized: bool, codec: str = "dynamic", rule: str = "adam") -> Any:
@@ -94,5 +95,8 @@ def directions(
         skip_elements=skip_elements,
         **flags,
     )
+    if isinstance(state, RatioState):
+        mu, nu = states
+        states = [bound_ratios(mu, nu, hyperparams), nu]
     state = encode(states, state, signed, lambda: ratio_random(leaf_key, count, flat.size))
     return direction, state

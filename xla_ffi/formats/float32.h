@@ -10,6 +10,7 @@ struct Float32 {
   using Code = float;
   static constexpr int kWordsPerState = 0;
   static constexpr bool kIsRandom = false;
+  static constexpr bool kStoresRatios = false;
 
   template <class Level>
   using Tables = NoTables;

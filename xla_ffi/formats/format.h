@@ -8,6 +8,7 @@
 //   Code             what it stores for an element of a state
 //   kWordsPerState   32-bit words that it stores for a block of a state: scales and the like
 //   kIsRandom        whether it draws random bits
+//   kStoresRatios    whether it stores signed states relative to the root of the other one
 //   Tables<Level>, MakeTables   what encoding and decoding look up. `Level` is a byte where shared
 //                    memory is short, an int where vector units gather
 //   static Code Zero(Role)      the code of 0

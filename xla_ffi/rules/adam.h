@@ -33,7 +33,8 @@ struct Adam {
     // Takes the place of the first moment of an element whose gradient is unusable: NaN, or 0 to
     // skip the element.
     float bad_mu_hat;
-    uint32_t safe_nu;  // bits: if no new second moment is above it, every gradient was usable
+    uint32_t safe_nu;    // bits: if no new second moment is above it, every gradient was usable
+    bool bounds_ratios;  // b1^2 > b2
   };
 
   PAGED_HD static Coefficients Prepare(const float* hyperparams, int32_t count, uint32_t flags,
@@ -65,6 +66,7 @@ struct Adam {
     c.bad_mu_hat = is_valid && bad == BadElement::kSkip ? 0.0f : FloatOf(kNanBits);
     const float safe_nu = c.one_minus_b2 * 1.8446744e19f * 9.2233720e18f;  // half of 2^128
     c.safe_nu = safe_nu <= 3.40282347e38f ? BitsOf(safe_nu) : kLargestFinite;
+    c.bounds_ratios = is_valid && c.b1 * c.b1 > c.b2;
     return c;
   }
 
@@ -74,6 +76,20 @@ struct Adam {
     const BitRange range = AdvanceMoments(c, values, states[0], states[1]);
     Direct(math, c, range, states[1], values);
     return range;
+  }
+
+  // With b1^2 > b2 the ratio of an idle element's mu to sqrt(nu) grows from step to step, and takes
+  // the precision of its block with it. As long as gradients do not shrink, mu^2 is at most nu. So
+  // mu^2 above 2 nu belongs to an element whose gradients have stopped, or shrunk a lot: it stands
+  // still from here on, until gradients come back.
+  template <int K>
+  PAGED_HD static void BoundRatios(const Coefficients& c, float (&states)[2][K]) {
+    if (!c.bounds_ratios) return;
+    PAGED_UNROLL
+    for (int k = 0; k < K; ++k) {
+      const float mu = states[0][k];
+      states[0][k] = Select(mu * mu > 2.0f * states[1][k], 0.0f, mu);
+    }
   }
 
  private:
@@ -93,7 +109,7 @@ struct Adam {
   }
 
   // `values` become the bias-corrected first moments. Whether a gradient is unusable is asked once
-  // for a lane, of the largest new second moment, and then answered beside the common path.
+  // for a lane, of the largest new second moment, and then answered apart from the common path.
   template <int K>
   PAGED_HD static BitRange AdvanceMoments(const Coefficients& c, float (&values)[K], float (&mu)[K],
                                           float (&nu)[K]) {

@@ -15,6 +15,13 @@
 // elements: `values` are gradients on entry and directions on return (before the learning rate),
 // `states` become the next ones. It returns the range of the state that is never negative, if there
 // is one. An element whose gradient is unusable keeps its states.
+//
+// A rule with a state that is never negative also has
+//
+//   static void BoundRatios<K>(coefficients, states)
+//
+// for formats that store other states relative to its root: it takes back what would leave the
+// others of a block no precision.
 #pragma once
 
 #include <array>

@@ -4,6 +4,7 @@
 #include <cstdlib>
 
 #include "state/fill.h"
+#include "state/fits.h"
 
 namespace paged_optax {
 namespace {

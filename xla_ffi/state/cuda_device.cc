@@ -5,6 +5,7 @@
 
 #include "base/cuda_check.h"
 #include "state/fill.h"
+#include "state/fits.h"
 
 namespace paged_optax {
 

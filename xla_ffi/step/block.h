@@ -27,7 +27,7 @@ struct AnyStepOf<List<Rule...>> {
 };
 using AnyStep = AnyStepOf<Rules>;
 
-// What a program says of a step besides its leaves.
+// What a program says of a step, apart from its leaves.
 struct StepKind {
   int8_t rule;  // a place in Rules
   Output output;
@@ -57,6 +57,9 @@ PAGED_HD void StepBlock(Math math, const StepOf<Rule>& step, const Tables& table
   float states[kNumStates<Rule>][K];
   Format::template Decode<Rule>(tables, lane, states);
   const BitRange range = Rule::Advance(math, step.rule, values, states);
+  if constexpr (Format::kStoresRatios && kNonNegativeState<Rule> >= 0) {
+    Rule::BoundRatios(step.rule, states);
+  }
   const Dither random{Format::kIsRandom ? DitherStart(leaf_key, start) + step.dither_phase : 0};
   Format::template Encode<Rule>(math, tables, range, random, states, lane, block);
 }
