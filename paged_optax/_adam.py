@@ -53,7 +53,7 @@ def scale_by_paged_adam8bit(
     leaves its moments alone.
 
     Moments change in place, so only the newest state can be updated. A state that was rolled back,
-    forked or restored from a checkpoint is refused with an error, and nothing is overwritten. On a
+    forked, or saved without its moments is refused with an error, and nothing is overwritten. On a
     GPU a step never waits for the device: the refused step returns an update of zero, and the next
     call raises the error.
 

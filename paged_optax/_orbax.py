@@ -16,7 +16,7 @@ file of that name.
 How to do without. The environment variable ``PAGED_OPTAX_ORBAX=0``, or `use_orbax_hook`. Orbax then
 saves bare tokens.
 
-What fails when Orbax changes: ``tests/test_checkpoint_orbax.py::test_orbax_has_what_we_wrap``.
+What fails when Orbax changes: ``tests/test_checkpoint.py::test_orbax_has_what_we_wrap``.
 """
 
 import functools

@@ -1,6 +1,7 @@
 """Moments are saved and come back: a run that is resumed ends where an uninterrupted one ends."""
 
 import copy
+import inspect
 import json
 import os
 import pickle
@@ -84,6 +85,63 @@ def test_orbax_with_a_state_that_was_never_updated(tmp_path):
     assert_resumes(tmp_path, "ratio", checkpoints.ORBAX_WAYS, saved_at=0)
 
 
+def test_orbax_has_what_we_wrap():
+    """Fails when Orbax changes what `paged_optax._orbax` stands on."""
+    ocp = pytest.importorskip("orbax.checkpoint")
+    for cls in (ocp.type_handlers.ArrayHandler, ocp.type_handlers.NumpyHandler):
+        for name in ("serialize", "deserialize"):
+            method = vars(cls)[name]
+            assert method._is_of_paged_optax
+            parameters = list(inspect.signature(method.__wrapped__).parameters)
+            middle = ["values"] if name == "serialize" else []
+            assert parameters == ["self", *middle, "infos", "args"]
+    assert issubclass(ocp.type_handlers.SingleReplicaArrayHandler, ocp.type_handlers.ArrayHandler)
+    assert callable(ocp.future.CommitFutureAwaitingContractedSignals)
+    assert {"name", "parent_dir"} <= set(inspect.signature(ocp.type_handlers.ParamInfo).parameters)
+
+
+def test_orbax_without_the_hook(tmp_path):
+    ocp = pytest.importorskip("orbax.checkpoint")
+    tx = paged_optax.scale_by_paged_adam8bit()
+    params = {"w": jnp.ones(300)}
+    _, state = tx.update(params, tx.init(params))
+    paged_optax.use_orbax_hook(False)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "c", {"opt": state})
+    finally:
+        paged_optax.use_orbax_hook(True)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_orbax_refuses_to_save_a_state_that_is_not_the_newest(tmp_path):
+    ocp = pytest.importorskip("orbax.checkpoint")
+    tx = paged_optax.scale_by_paged_adam8bit()
+    params = {"w": jnp.ones(300)}
+    states = [tx.update(params, tx.init(params))[1]]
+    for _ in range(2):
+        states.append(jax.block_until_ready(tx.update(params, states[-1])[1]))
+    with (
+        ocp.StandardCheckpointer() as checkpointer,
+        pytest.raises(RuntimeError, match="not the newest"),
+    ):
+        checkpointer.save(tmp_path / "c", {"opt": states[0]})
+
+
+@pytest.mark.parametrize("first", ["paged_optax", "orbax.checkpoint, flax.serialization"])
+def test_import_order(first, tmp_path):
+    code = f"""
+        import sys
+        import {first}
+        assert "paged_optax" not in "{first}" or "orbax.checkpoint" not in sys.modules
+        import paged_optax, orbax.checkpoint, flax.serialization
+        from orbax.checkpoint.type_handlers import ArrayHandler
+        assert ArrayHandler.serialize._is_of_paged_optax
+        assert any(t.__name__ == "Token" for t in flax.serialization._STATE_DICT_REGISTRY)
+    """
+    run_python(code, tmp_path)
+
+
 # --- In one process -----------------------------------------------------------------------------
 
 SHAPES = {"b": (7,), "w": (64, 80)}
@@ -163,7 +221,7 @@ def test_file_is_safetensors(trained, tmp_path):
 
 def test_state_that_is_not_the_newest_is_not_saved(tx, params, tmp_path):
     first = run(tx, params, tx.init(params), 0, 1)[1]
-    second = run(tx, params, first, 1, 1)[1]
+    second = jax.block_until_ready(run(tx, params, first, 1, 1)[1])
     with pytest.raises(RuntimeError, match="not the newest"):
         save_moments(first, tmp_path / "m.safetensors")
     paged_optax.release(second)

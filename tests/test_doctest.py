@@ -17,6 +17,7 @@ import paged_optax
 
 README = Path(__file__).parent.parent / "README.md"
 COMPATIBILITY = README.parent / "docs" / "compatibility.md"
+CHECKPOINTS = README.parent / "docs" / "checkpoints.md"
 
 MODULES = ["paged_optax"] + [
     f"paged_optax.{module.name}"
@@ -39,6 +40,10 @@ FUNCTIONS = [
     paged_optax.MultiSteps,
     paged_optax.moments,
     paged_optax.memory_report,
+    paged_optax.save_moments,
+    paged_optax.export_moments,
+    paged_optax.to_optax,
+    paged_optax.from_optax,
     paged_optax.release,
     paged_optax.skip_non_finite,
 ]
@@ -63,12 +68,17 @@ def python_blocks(text):
 
 
 @pytest.mark.skipif(not README.exists(), reason="tests without the source tree")
-def test_readme(tmp_path):
+@pytest.mark.parametrize(
+    ("document", "options"),
+    [(README, ["-W", "error"]), (CHECKPOINTS, [])],  # Orbax warns of its own code
+    ids=["readme", "checkpoints"],
+)
+def test_documents_run(document, options, tmp_path):
     """All Python blocks, one after the other, in a process and a folder of their own."""
-    blocks = python_blocks(README.read_text(encoding="utf-8"))
+    blocks = python_blocks(document.read_text(encoding="utf-8"))
     assert blocks
     process = subprocess.run(
-        [sys.executable, "-W", "error", "-c", "\n".join(blocks)],
+        [sys.executable, *options, "-c", "\n".join(blocks)],
         cwd=tmp_path,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
