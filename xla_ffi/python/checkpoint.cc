@@ -28,6 +28,10 @@ class PySnapshot {
  public:
   explicit PySnapshot(Snapshot snapshot)
       : snapshot_(std::make_shared<const Snapshot>(std::move(snapshot))) {}
+  PySnapshot(PySnapshot&&) = default;
+  ~PySnapshot() {
+    if (snapshot_ != nullptr) Close();
+  }
 
   std::shared_ptr<const Snapshot> get() const {
     if (snapshot_ == nullptr) {
@@ -35,7 +39,13 @@ class PySnapshot {
     }
     return snapshot_;
   }
-  void Close() { snapshot_.reset(); }
+  // It may have to wait for the contents' lock, which nobody should wait for with the GIL.
+  void Close() {
+    std::shared_ptr<const Snapshot> last;
+    std::swap(last, snapshot_);
+    const py::gil_scoped_release unlocked;
+    last.reset();
+  }
 
  private:
   std::shared_ptr<const Snapshot> snapshot_;
@@ -95,7 +105,7 @@ py::list ReadLeaves(const std::string& platform, int ordinal, int32_t handle, in
   std::optional<PySnapshot> snapshot;
   {
     const py::gil_scoped_release unlocked;
-    snapshot = OpenSnapshot(platform, ordinal, handle, version);
+    snapshot.emplace(OpenSnapshot(platform, ordinal, handle, version));
   }
   py::list leaves;
   for (const size_t leaf : indices) leaves.append(ReadLeafParts(*snapshot, leaf));
@@ -157,12 +167,9 @@ void DefineSnapshot(py::module_& module) {
       .def("read", &ReadLeafParts, py::arg("leaf"))
       .def("read_part", &ReadPart, py::arg("leaf"), py::arg("kind"), py::arg("state") = 0,
            py::arg("begin") = 0, py::arg("end") = -1)
-      .def("close", &PySnapshot::Close, Unlocked())
+      .def("close", &PySnapshot::Close)
       .def("__enter__", [](py::object self) { return self; })
-      .def("__exit__", [](PySnapshot& self, const py::args&) {
-        const py::gil_scoped_release unlocked;
-        self.Close();
-      });
+      .def("__exit__", [](PySnapshot& self, const py::args&) { self.Close(); });
   module.def("snapshot", &OpenSnapshot, py::arg("platform"), py::arg("ordinal"), py::arg("handle"),
              py::arg("version"), Unlocked());
   module.def("read_leaf_parts", &ReadLeaves, py::arg("platform"), py::arg("ordinal"),

@@ -6,6 +6,8 @@
 //      its arenas and for its pager. A thread never holds two.
 //   2. the list of a CPU device's arenas. It is never taken together with a Lock<Contents>.
 //   3. Lock<Handles>: which handles are out, and which of them were used.
+// A Hold (state/hold.h) is no lock: it makes steps wait for as long as it lives, and needs the lock
+// of its contents only to begin and to end.
 // Every other mutex is private to one class, which calls nothing that locks while it holds it.
 #pragma once
 

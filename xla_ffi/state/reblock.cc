@@ -69,6 +69,7 @@ class Decoder {
         code_bytes_(kFormats[work.from().format].code_bytes),
         transcoder_(FindTranscoder(work.source.rule, work.from().format)),
         codes_(num_states * kBlockSize * sizeof(float)),
+        rows_(num_states),
         words_(num_states) {
     entries_.resize(std::min<size_t>(pieces.size(), kEntries));
     for (Entry& entry : entries_) entry.values.reset(new float[num_states * kBlockSize]);
@@ -82,14 +83,13 @@ class Decoder {
     entry.block = block;
     const LoadedPiece& from = pieces_[piece];
     const int64_t count = from.CountOf(block);
-    std::vector<const uint8_t*> codes;
     for (size_t s = 0; s < num_states_; ++s) {
       uint8_t* row = codes_.data() + s * kBlockSize * code_bytes_;
       const int64_t nbytes = count * code_bytes_;
       std::memcpy(row, from.codes[s].bytes() + block * kBlockSize * code_bytes_, nbytes);
       std::memset(row + nbytes, transcoder_.zero(static_cast<int32_t>(s)),
                   kBlockSize * code_bytes_ - nbytes);
-      codes.push_back(row);
+      rows_[s] = row;
     }
     for (size_t s = 0; s < from.words.size(); ++s) {
       words_[s] = from.WordOf(s, block);
@@ -97,7 +97,7 @@ class Decoder {
         work_.RefuseValues();
       }
     }
-    transcoder_.decode(codes.data(), words_.data(),
+    transcoder_.decode(rows_.data(), words_.data(),
                        reinterpret_cast<BlockValues>(entry.values.get()));
     for (size_t s = 0; s < num_states_; ++s) {
       if (!transcoder_.may_store_values(static_cast<int32_t>(s),
@@ -121,7 +121,8 @@ class Decoder {
   const size_t num_states_;
   const int64_t code_bytes_;
   const Transcoder transcoder_;
-  std::vector<uint8_t> codes_;
+  std::vector<uint8_t> codes_;  // of one block
+  std::vector<const uint8_t*> rows_;
   std::vector<uint32_t> words_;
   std::vector<Entry> entries_;
 };
@@ -135,6 +136,7 @@ class Reblocker {
         walk_(walk),
         num_states_(work.shape.num_states),
         decoder_(work, pieces, num_states_),
+        rows_(num_states_),
         values_(new float[num_states_ * kBlockSize]) {}
 
   // Block `b` of the window, which is `block` of the target.
@@ -193,11 +195,10 @@ class Reblocker {
         }
       }
     }
-    std::vector<uint8_t*> codes;
     for (int32_t s = 0; s < num_states_; ++s) {
-      codes.push_back(window.codes(s) + b * kBlockSize * work_.shape.code_bytes);
+      rows_[s] = window.codes(s) + b * kBlockSize * work_.shape.code_bytes;
     }
-    work_.transcoder.encode(reinterpret_cast<BlockValues>(values_.get()), codes.data(),
+    work_.transcoder.encode(reinterpret_cast<BlockValues>(values_.get()), rows_.data(),
                             window.words() + b * work_.shape.num_words);
   }
 
@@ -206,6 +207,7 @@ class Reblocker {
   const Tiling::Walk& walk_;
   const int32_t num_states_;
   Decoder decoder_;
+  std::vector<uint8_t*> rows_;  // of the block, in the window
   std::unique_ptr<float[]> values_;
   std::vector<Run> runs_;
 };
