@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from . import _ext
 from ._contents import Contents
-from ._state import is_state, new_token, no_states
+from ._state import is_state, new_token, no_states, without_moments
 from ._transfer import stage
 
 
@@ -48,7 +48,8 @@ def _replace_one(node: Any, contents: Contents | None, convert: bool) -> Any:
     """A paged state, or the mapping that stands for it, with other moments."""
     is_mapping = isinstance(node, Mapping)
     old = node if is_mapping else node._asdict()
-    (token,) = jax.tree.leaves(old["token"])
+    old_token = without_moments(old["token"])
+    (token,) = jax.tree.leaves(old_token)
     if contents is None and _is_fresh(token):
         return node
     if contents is None:
@@ -57,7 +58,7 @@ def _replace_one(node: Any, contents: Contents | None, convert: bool) -> Any:
         shared = isinstance(token, jax.Array) and not token.is_fully_addressable
         value = stage(contents, convert=convert, shared=shared)
     _give_up(token)
-    fields = {"token": jax.tree.map(lambda leaf: _put(value, leaf), old["token"])}
+    fields = {"token": jax.tree.map(lambda leaf: _put(value, leaf), old_token)}
     count = 0 if contents is None else contents.count
     if count is not None:
         new_count = np.array(count, np.int32)

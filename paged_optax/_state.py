@@ -129,12 +129,17 @@ def _as_state(node: Any) -> PagedState | None:
         state = node
     else:
         return None
-    leaves = jax.tree.leaves(state.token)  # opens a Token, and an nnx.Variable
+    leaves = jax.tree.leaves(without_moments(state.token))  # opens a Token, and an nnx.Variable
     if len(leaves) == 1 and getattr(leaves[0], "dtype", None) == jnp.int32:
         return state._replace(token=leaves[0])
     if isinstance(node, Mapping):
         return None  # parameters of these names
     return state._replace(token=getattr(state.token, "value", state.token))
+
+
+def without_moments(token: Any) -> Any:
+    """The token of a state; in a state dict of flax, the moments are next to it."""
+    return {"value": token["value"]} if isinstance(token, Mapping) and "value" in token else token
 
 
 def _check_token(token: Any) -> None:
