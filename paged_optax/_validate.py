@@ -39,7 +39,7 @@ def check_decay(value: Any) -> None:
     """Accepts a weight decay, and no dtype, which `optax.adamw` takes in its place."""
     if isinstance(value, type | np.dtype) or hasattr(value, "dtype") and callable(value):
         raise TypeError(
-            f"weight_decay is {value}, a dtype: optax.adamw has mu_dtype in this place, which paged"
+            f"weight_decay is {value}, a dtype: optax has mu_dtype in this place, which paged"
             " optimizers do not take (moments have 8 bits). Pass weight_decay and mask by keyword."
         )
     check_rate("weight_decay", value)
