@@ -10,6 +10,7 @@ import optax
 from jax.core import Tracer
 
 from . import _calls
+from ._ffi import SKIP_STEP
 from ._options import Options
 from ._refusals import guard
 from ._rule import Rule, stack
@@ -110,11 +111,11 @@ def _flatten(updates: Any, params: Any) -> tuple[tuple[str, ...], list[jax.Array
 
 
 def _count(count: jax.Array, skip: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """The count for the call, which skips a step at -1, and that of the next state."""
+    """The count for the call, which skips a step at SKIP_STEP, and that of the next state."""
     next_count = jnp.asarray(optax.safe_increment(count))
     if skip is None:
         return count, next_count
-    return jnp.where(skip, -1, count), jnp.where(skip, count, next_count)
+    return jnp.where(skip, SKIP_STEP, count), jnp.where(skip, count, next_count)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -133,6 +133,14 @@ def test_copy_is_a_fork(tx, states):
     assert_refused(lambda: tx.update(make_grads(), states[-1]), newest, NOT_THE_NEWEST)
 
 
+@pytest.mark.parametrize("count", [-1, -7, -(2**31) + 1])
+def test_negative_count(tx, states, count):
+    """It is refused, and not taken for a step to be skipped."""
+    damaged = states[-1]._replace(count=jnp.int32(count))
+    match = "count of this optimizer state is negative"
+    assert_refused(lambda: tx.update(make_grads(), damaged), states[-1], match)
+
+
 def test_where_keeps_the_old_state(tx, states):
     """As Flax's examples skip a step that is not finite."""
 

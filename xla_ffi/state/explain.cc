@@ -27,6 +27,13 @@ std::string NotTheNewest(const Refusal& refusal) {
          " were.";
 }
 
+std::string NegativeCount() {
+  return "the count of this optimizer state is negative. It is the number of updates so far, as "
+         "init "
+         "and update return it; was the state changed by hand, or cast? The moments were left as "
+         "they were.";
+}
+
 std::string OfOtherLeaves(const Refusal& refusal) {
   if (refusal.here != nullptr && refusal.request != nullptr) {
     return Signature::Difference(refusal.here->signature, *refusal.request, refusal.here->names);
@@ -62,6 +69,7 @@ std::string WithoutMoments(const Refusal& refusal) {
 std::string Explain(const Refusal& refusal) {
   const std::string text = refusal.verdict == Verdict::kStale         ? NotTheNewest(refusal)
                            : refusal.verdict == Verdict::kOtherLayout ? OfOtherLeaves(refusal)
+                           : refusal.verdict == Verdict::kBadCount    ? NegativeCount()
                                                                       : WithoutMoments(refusal);
   return "paged_optax: " + text;
 }
