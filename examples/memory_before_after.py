@@ -134,7 +134,7 @@ def outcome_of(status: int, output: str, most_used: int) -> Outcome:
     return Outcome(status, text, most_used, **json.loads(last))
 
 
-def parts_of(outcome: Outcome, parameters: int) -> dict[str, float]:
+def parts_of(outcome: Outcome, parameters: int) -> dict[str, int]:
     """What a training needs in XLA's pool, in bytes by kind."""
     parts = {
         "parameters": 4 * parameters,

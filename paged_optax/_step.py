@@ -45,10 +45,10 @@ class Step:
     param_rounding: int  # an index into PARAM_ROUNDINGS
     paths: int  # a number for the names
     pinned: bool  # pinned instead of managed memory
-    replay: bool  # whether the last step can be run again
+    replay: bool  # two slots of moments, so that the last step can be run again
     rule: int  # a number in `_tables.RULES`
     shards: str  # which part of each leaf a device has, see `Shards`; "": not known
-    skip_elements: bool  # skip those whose gradient is not usable, instead of returning NaN
+    skip_elements: bool  # the direction where a gradient is not usable is 0 instead of NaN
     tree: int  # a number for the tree structure
 
     @property

@@ -22,18 +22,20 @@ except ImportError as error:
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_num_cpu_devices", 8)  # most tests use the first; those of meshes use all
 
-hypothesis.settings.register_profile(
-    "repeatable",
-    derandomize=True,
-    database=None,
-    deadline=None,
-    # The fixtures below are values: nothing needs a reset between two examples.
-    suppress_health_check=[
-        hypothesis.HealthCheck.function_scoped_fixture,
-        hypothesis.HealthCheck.too_slow,
-    ],
-)
-hypothesis.settings.load_profile("repeatable")
+for profile, max_examples in {"repeatable": 20, "thorough": 100}.items():
+    hypothesis.settings.register_profile(
+        profile,
+        max_examples=max_examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        # The fixtures below are values: nothing needs a reset between two examples.
+        suppress_health_check=[
+            hypothesis.HealthCheck.function_scoped_fixture,
+            hypothesis.HealthCheck.too_slow,
+        ],
+    )
+hypothesis.settings.load_profile("repeatable")  # --hypothesis-profile chooses the other
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -79,6 +79,7 @@ OPTIMIZERS = [
         weight_decay=1e-3,
     ),
 ]
+BY_NAME = {row.name: row for row in OPTIMIZERS}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,7 +79,7 @@ def run(folder, name):
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
     )
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout), np.load(folder / name)

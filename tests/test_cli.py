@@ -24,7 +24,7 @@ def run(tmp_path, *command, **environment):
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
     )
 
 

@@ -36,7 +36,9 @@ from helpers import (
 from optimizers import OPTIMIZERS, Specification, assert_as_specified, moments_of
 from paged_optax import Quantization, memory_report, release
 
-pytestmark = [pytest.mark.fast, pytest.mark.usefixtures("on_cpu")]
+pytestmark = pytest.mark.fast
+on_every_device = pytest.mark.usefixtures("device")
+on_cpu = pytest.mark.usefixtures("on_cpu")
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda row: row.name)
 # Of optimizers with one direction the first; what it promises, all of them have.
 DIRECTIONS = list({row.direction: row for row in reversed(OPTIMIZERS)}.values())
@@ -80,6 +82,7 @@ def assert_close_after(num_steps, params, expected):
 # --- The numbers --------------------------------------------------------------------------------
 
 
+@on_every_device
 @every_direction
 @pytest.mark.parametrize("format", ["ratio", "dynamic", "float32"])
 def test_bits_of_the_reference(optimizer, format):
@@ -124,6 +127,7 @@ def scanned(tx, params, grads):
 WAYS = {"eager": eager, "jit": train, "donated": donated, "scanned": scanned}
 
 
+@on_every_device
 @every_optimizer
 @pytest.mark.parametrize("way", **ids(WAYS))
 @pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
@@ -146,6 +150,7 @@ def test_rounded_parameters(optimizer, rounding, way):
                 np.testing.assert_array_equal(residuals_of(state, index)[: kept.size], kept)
 
 
+@on_every_device
 @every_optimizer
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("way", **ids(WAYS))
@@ -159,6 +164,7 @@ def test_nearest(optimizer, way):
     assert_trees_equal(moments_of(optimizer, state), moments_of(optimizer, expected_state))
 
 
+@on_cpu
 @every_optimizer
 @pytest.mark.usefixtures("standard_promotion")
 def test_follows_optax(optimizer):
@@ -175,6 +181,7 @@ def test_follows_optax(optimizer):
 # --- Many devices -------------------------------------------------------------------------------
 
 
+@on_cpu
 @every_direction
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_shards(optimizer, kind):
@@ -205,6 +212,7 @@ def test_shards(optimizer, kind):
 # --- The life of a state ------------------------------------------------------------------------
 
 
+@on_cpu
 @every_direction
 def test_replay(optimizer):
     """The last step may be dropped and taken again, and no step before it."""
@@ -288,6 +296,7 @@ MISUSES = {
 }
 
 
+@on_cpu
 @every_direction
 @pytest.mark.parametrize("misuse", MISUSES, ids=lambda misuse: misuse.__name__)
 def test_refusals(optimizer, misuse):
@@ -305,10 +314,11 @@ def test_refusals(optimizer, misuse):
     assert_trees_equal(jax.tree.map(np.asarray, updates), specification.update(GRADS[3])[0])
 
 
+@on_cpu
 @every_direction
 def test_release(optimizer):
     tx, before = optimizer.direction(), num_arenas()
-    states = stepped(optimizer, tx)
+    states = jax.block_until_ready(stepped(optimizer, tx))
     assert num_arenas() == before + 1
     assert release(states[-1]) > 0 and num_arenas() == before
     for call in (
@@ -322,6 +332,7 @@ def test_release(optimizer):
 # --- Gradients that are not finite --------------------------------------------------------------
 
 
+@on_every_device
 @every_optimizer
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
 @pytest.mark.usefixtures("standard_promotion")
@@ -341,6 +352,7 @@ def test_skipped_steps_leave_no_trace(optimizer, rounding):
     assert state.skipped == 3
 
 
+@on_every_device
 @every_direction
 @pytest.mark.parametrize("format", ["ratio", "dynamic", "float32"])
 def test_skipped_elements(optimizer, format):
@@ -362,6 +374,7 @@ def test_skipped_elements(optimizer, format):
     assert_as_specified(state.inner_state[0], specification)
 
 
+@on_every_device
 @every_direction
 def test_bad_elements_spoil_themselves_alone(optimizer):
     """Without a policy: NaN there, and nowhere else."""
@@ -382,6 +395,7 @@ def test_bad_elements_spoil_themselves_alone(optimizer):
 # --- Trees and reports --------------------------------------------------------------------------
 
 
+@on_every_device
 @every_optimizer
 @pytest.mark.parametrize("tree", [{}, {"a": None, "b": [()]}, {"a": np.ones((0, 3), f32)}], ids=str)
 @pytest.mark.parametrize("rounding", ["nearest", "compensated"])
@@ -395,6 +409,7 @@ def test_nothing_to_update(optimizer, tree, rounding):
     assert optax.tree.get(state, "count") == 2
 
 
+@on_every_device
 @every_direction
 def test_moments_are_those_of_the_reference(optimizer):
     """Read as float32 arrays in the tree of the parameters."""
@@ -409,6 +424,7 @@ def test_moments_are_those_of_the_reference(optimizer):
         assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(found))
 
 
+@on_cpu
 @every_direction
 @pytest.mark.parametrize("min_size", [0, 4096, 2**62])
 def test_memory(optimizer, min_size):
@@ -424,6 +440,7 @@ def test_memory(optimizer, min_size):
     assert report.total == report.resident == expected == release(state)
 
 
+@on_cpu
 @pytest.mark.parametrize(
     "one, other", list(itertools.permutations(OPTIMIZERS, 2)), ids=lambda row: row.name
 )

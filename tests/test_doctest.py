@@ -73,7 +73,7 @@ def test_readme(tmp_path):
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
     )
     assert process.returncode == 0, process.stderr
 

@@ -51,7 +51,7 @@ def test_fsdp_keeps_gradients_in_shards(tmp_path):
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     assert process.returncode == 0, process.stderr
     assert "1/8 of them" in process.stdout
@@ -67,7 +67,7 @@ def run_before_and_after(tmp_path, *arguments):
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
 
 

@@ -107,9 +107,16 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_numbers(config, transform):
+EAGER = ["3", "schedule", "skip_not_finite"]  # each compiles a program at every operation
+
+
+@pytest.mark.parametrize(
+    "name, transform",
+    [(name, jax.jit) for name in CONFIGS] + [(name, lambda f: f) for name in EAGER],
+    ids=[*CONFIGS, *(f"{name}, eager" for name in EAGER)],
+)
+def test_numbers(name, transform):
+    config = CONFIGS[name]
     ours, theirs = (
         factory(optax.adamw(1e-2, weight_decay=0.1), **config)
         for factory in (MultiSteps, optax.MultiSteps)
@@ -326,7 +333,8 @@ def test_line_search_inside():
 
     results = []
     for factory in (MultiSteps, optax.MultiSteps):
-        tx = factory(optax.lbfgs(), 2)
+        search = optax.scale_by_backtracking_linesearch(max_backtracking_steps=5)
+        tx = factory(optax.chain(optax.sgd(1.0), search), 2)
 
         @jax.jit
         def step(params, state, tx=tx):
@@ -340,7 +348,7 @@ def test_line_search_inside():
             params, state = step(params, state)
         results.append(params)
     assert_trees_close(*results)
-    assert loss(results[0]) < 1e-6
+    assert loss(results[0]) < loss(make_params()) / 2
 
 
 def test_chain_of_clipping_and_paged_adamw():
@@ -394,14 +402,13 @@ def loss_of(apply):
     return jnp.mean((apply(x) - jnp.sin(x)) ** 2)
 
 
-@pytest.mark.parametrize("transform", [lambda f: f, nnx.jit], ids=["eager", "nnx.jit"])
-def test_nnx_optimizer(transform):
-    def train(factory, inner, transform=transform):
+def test_nnx_optimizer():
+    def train(factory, inner):
         model = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
         tx = factory(inner(1e-2), 3)
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
-        @transform
+        @nnx.jit
         def step(model, optimizer):
             loss, grads = nnx.value_and_grad(loss_of)(model)
             optimizer.update(model, grads)
@@ -409,7 +416,7 @@ def test_nnx_optimizer(transform):
 
         return [step(model, optimizer) for _ in range(9)], optimizer
 
-    expected, _ = train(optax.MultiSteps, optax.adamw, nnx.jit)
+    expected, _ = train(optax.MultiSteps, optax.adamw)
     losses, _ = train(MultiSteps, optax.adamw)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     losses, optimizer = train(MultiSteps, paged_adamw8bit)

@@ -742,7 +742,7 @@ def test_sharding(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     if process.returncode == DRIFTED:
         pytest.skip(process.stdout.splitlines()[-1])

@@ -31,7 +31,7 @@ PROGRAM = """
         if platform == "cpu":
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(
-            f"localhost:{port}", count, index, local_device_ids=mine, initialization_timeout=60
+            f"localhost:{port}", count, index, local_device_ids=mine, initialization_timeout=600
         )
 
     import jax.numpy as jnp
@@ -150,7 +150,7 @@ def run(folder, platform, count):
     assert [process.returncode for process in processes] == [0] * count, "\n".join(texts)
 
 
-def wait(processes, timeout=240, grace=10):
+def wait(processes, timeout=900, grace=30):
     """Until all have ended; once one has failed, the others have seconds: they may wait for it."""
     deadline = time.monotonic() + timeout
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:

@@ -16,15 +16,13 @@ import paged_optax
 from helpers import (
     RAISES,
     assert_trees_equal,
-    leaf_key,
     make_tree,
     raise_if_rejected,
-    reference,
     to_jax,
 )
+from optimizers import BY_NAME, Specification
 from paged_optax import (
     Paging,
-    Quantization,
     memory_report,
     moments,
     paged_adam8bit,
@@ -48,31 +46,6 @@ def tx(device):
     return scale_by_paged_adam8bit(replay=True)
 
 
-class Specification:
-    """One state as the NumPy reference has it: a value."""
-
-    def __init__(self, leaves=None, count=0):
-        sizes = {k: int(np.prod(s)) for k, s in SHAPES.items()}
-        self.leaves = leaves or {
-            k: reference.init_leaf(n, n >= 4096, Quantization().codec) for k, n in sizes.items()
-        }
-        self.count = count
-
-    def update(self, grads):
-        steps = {
-            k: reference.step_leaf(
-                np.asarray(g),
-                self.leaves[k],
-                self.count,
-                reference.Hyperparams(),
-                leaf_key=leaf_key(k),
-            )
-            for k, g in grads.items()
-        }
-        leaves = {k: leaf for k, (_, leaf) in steps.items()}
-        return {k: u for k, (u, _) in steps.items()}, Specification(leaves, self.count + 1)
-
-
 def assert_refused(call):
     """On the CPU at once; on a GPU the update is zero and the next call of the library raises."""
     if jax.config.jax_default_device.platform == "cpu":
@@ -90,7 +63,7 @@ def test_random_walk(tx, seed):
     """Steps from any state ever seen: from the last two it runs, from others it is refused."""
     chance = random.Random(seed)
     update = jax.jit(tx.update)
-    states = [(tx.init(make_grads(0)), Specification())]
+    states = [(tx.init(make_grads(0)), Specification.fresh(BY_NAME["adam"], make_grads(0)))]
     source, newest, refusals = 0, 0, 0  # the state that the last step started from, and its result
     for _ in range(40):
         near = chance.random() < 0.7

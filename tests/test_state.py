@@ -13,8 +13,9 @@ import optax
 import pytest
 
 import paged_optax
-from helpers import assert_trees_equal, leaf_key, num_arenas, reference, stack
-from paged_optax import Quantization, moments, release, scale_by_paged_adam8bit
+from helpers import assert_trees_equal, num_arenas, stack
+from optimizers import BY_NAME, Specification
+from paged_optax import moments, release, scale_by_paged_adam8bit
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -44,21 +45,11 @@ class Result(NamedTuple):
 @pytest.fixture(scope="module")
 def expected():
     """The last updates and the moments after `NUM_STEPS`, from the NumPy specification."""
-    result = Result({}, {}, {})
-    for name, (shape, _) in LEAVES.items():
-        size = int(np.prod(shape))
-        options = Quantization()
-        state = reference.init_leaf(size, size >= options.min_size, options.codec)
-        for i in range(NUM_STEPS):
-            grad = np.asarray(make_grads(i)[name])
-            result.updates[name], state = reference.step_leaf(
-                grad, state, i, reference.Hyperparams(), leaf_key=leaf_key(name)
-            )
-        if isinstance(state, reference.RatioState):
-            state = reference.dequantize_ratio(state)
-        for values, moment in zip((result.mu, result.nu), state, strict=True):
-            values[name] = moment[:size].reshape(shape)
-    return result
+    grads = [jax.device_get(make_grads(i)) for i in range(NUM_STEPS)]
+    specification = Specification.fresh(BY_NAME["adam"], grads[0])
+    for grad in grads:
+        updates, specification = specification.update(grad)
+    return Result(updates, **specification.moments({k: g.shape for k, g in grads[0].items()}))
 
 
 def assert_as_expected(updates, state, expected):

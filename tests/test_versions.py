@@ -86,6 +86,6 @@ assert state[0].count == 1
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
     )
     assert process.returncode == 0, process.stderr

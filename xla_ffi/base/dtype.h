@@ -1,5 +1,5 @@
 // The element types that gradients and updates may have, and their conversion to and from float32
-// (round to nearest even). Used by both step implementations.
+// (round to nearest even).
 #pragma once
 
 #include "base/portable.h"

@@ -18,7 +18,7 @@ struct FastMath {
   static constexpr uint32_t kLeastRadicand = 0x0d800000;
 
   __device__ __forceinline__ float Sqrt(float x) const { return Sqrt(x, x); }
-  // 0 too: what is added is lost but there, where the hardware's approximation would be infinite.
+  // Also exact for 0: the tiny addend vanishes in every other case and keeps rsqrt finite here.
   __device__ __forceinline__ float SqrtOrZero(float x) const {
     return Sqrt(x, x + FloatOf(0x00800000));
   }

@@ -1,6 +1,5 @@
-// What the arithmetic needs of the compiler: functions for host and device, bit casts, and a few
-// operations that the two sides spell differently to be fast. Included by every header whose
-// arithmetic is used by the CPU loop and by the CUDA kernel.
+// What arithmetic for host and device needs of the compiler: a macro for such functions, bit casts,
+// and a few operations that the two sides spell differently to be fast.
 #pragma once
 
 #include <cstdint>

@@ -62,7 +62,7 @@ constexpr float Below(float x) {
   return x - spacing;
 }
 
-// The float with these leading 16 bits and zeros behind them, for prefixes of [2^-23, 1].
+// The float with these leading 16 bits and zeros after them, for prefixes of [2^-23, 1].
 constexpr float WithPrefix(uint32_t prefix) {
   float power = 1.0f;
   for (uint32_t e = prefix >> 7; e < 127; ++e) power *= 0.5f;

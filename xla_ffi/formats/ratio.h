@@ -22,7 +22,7 @@
 //
 // A GPU runs integer instructions and comparisons at half the rate of float arithmetic and has
 // time for about a hundred instructions an element. So what is rare in a block (zeros, wide ranges,
-// huge numbers) is looked for once a block and handled beside the common path.
+// huge numbers) is looked for once a block and handled apart from the common path.
 #pragma once
 
 #include "formats/format.h"
@@ -34,15 +34,16 @@ inline constexpr uint32_t kStepShift = 14, kCoarsestStep = 128;
 // Of the 256 codes one is for 0, one for rounding up at the top, and one each for the ends of the
 // range, which are cut off; a 64th and a 256th of the range make that 251.
 inline constexpr uint32_t kTopCode = 253;  // of the largest value, before rounding
-// Elements without gradient decay for ever; they widen a block's range no further than this.
+// The second moment of an element without gradients decays forever. Such elements widen a block's
+// range no further than this.
 inline constexpr uint32_t kIdleRange = 15u << 23;
 // Greater second moments are stored as this one, 2^127, which rounding up leaves finite.
 inline constexpr uint32_t kLargestNu = 0x7f000000;
-inline constexpr uint32_t kHasZeros = 256;  // in a block's word, beside the step
+inline constexpr uint32_t kHasZeros = 256;  // in a block's word, next to the step
 
 // ------------------------------------------------------------------------------- second moments
 
-// The values of a block's codes: base + code * step, and whether code 0 stands for 0 instead.
+// A block's codes stand for base + code * step. If the block has zeros, code 0 stands for 0.
 struct RatioGrid {
   uint32_t step;
   uint32_t base;
@@ -54,8 +55,8 @@ PAGED_HD RatioGrid GridOf(uint32_t word) {
   return {step, (word >> 16) * step, (word & kHasZeros) != 0};
 }
 
-// A grid, and how to divide by its step: by the upper half of a product with the reciprocal, which
-// is 2^(32 + shift) / step, rounded up.
+// A grid, and how to divide by its step: take the upper half of a product with the reciprocal,
+// 2^(32 + shift) / step rounded up, and shift it.
 struct RatioWindow {
   RatioGrid grid;
   uint32_t word;
@@ -96,8 +97,8 @@ PAGED_HD void DecodeRatioNus(const uint8_t (&codes)[K], const RatioGrid& grid, f
   }
 }
 
-// Rounds second moments, from 0 to 2^127. The upper bits of `random` decide. On return, nu holds
-// what the codes stand for. First moments whose second ones are 0 become 0.
+// Rounds second moments between 0 and 2^127. The upper bits of `random` decide. On return, nu holds
+// what the codes stand for. A first moment whose second moment is 0 becomes 0.
 template <int K>
 PAGED_HD void EncodeRatioNus(const RatioWindow& window, const uint32_t (&random)[K], float (&mu)[K],
                              float (&nu)[K], uint8_t (&codes)[K]) {
@@ -126,7 +127,7 @@ PAGED_HD void EncodeRatioNus(const RatioWindow& window, const uint32_t (&random)
 
 // -------------------------------------------------------------------------------- first moments
 
-// With e the exponent field of nu: half of it makes the exponent of the unit, its last bit a factor
+// Half of nu's exponent field makes the exponent of the unit. The field's last bit makes a factor
 // of 1.5. The reciprocal is rounded.
 PAGED_HD float UnitOf(float nu) {
   return FloatOf(MultiplyAdd(BitsOf(nu) >> 23, 1u << 22, 127u << 22));
@@ -175,9 +176,9 @@ PAGED_HD float DecodeRatioMu(uint8_t code, float mu_step, float unit) {
 
 // Of a ratio no greater than the block's scale. The lower 16 bits of `random` decide.
 //
-// With f in [0, 1), x >= 0 is rounded up from k^2 to (k + 1)^2 if x - k^2 > f (2 k + 1), of which
-// the probability is as it has to be. That is: sqrt(x - f (1 - f)) > k + f. So one square root
-// gives both neighbours and the choice between them.
+// Let f be uniform in [0, 1). Rounding x >= 0 up from k^2 to (k + 1)^2 if x - k^2 > f (2 k + 1) has
+// no bias. The condition means sqrt(x - f (1 - f)) > k + f, so one square root gives both
+// neighbours and the choice between them.
 template <class Math>
 PAGED_HD uint8_t EncodeRatioMu(Math math, float ratio, float inverse_mu_step, uint32_t random) {
   const float x = Abs(ratio) * inverse_mu_step;

@@ -1,6 +1,5 @@
 // How the slots of an arena are cut into segments, the units in which moments move between the
-// memory of a GPU and that of the host. Used by the memory classes, the pager and, through
-// SegmentTable, by kernels.
+// memory of a GPU and that of the host.
 //
 // A slot is cut into at most kMaxSegments segments of a power of two of 2 MiB chunks; the last one
 // is as long as the slot needs. Segment k of all slots moves together, and the resident segments
@@ -14,7 +13,7 @@ namespace paged_optax {
 inline constexpr int32_t kMaxSlots = 2;
 inline constexpr int32_t kMaxSegments = 128;
 
-// Where the slots of an arena lie, for whoever steps: on a GPU in its memory, for kernels.
+// Where the slots of an arena lie, for the step. On a GPU kernels read it in device memory.
 struct SegmentTable {
   int32_t log2_chunks;   // of a segment
   int32_t num_resident;  // leading segments in device memory

@@ -109,7 +109,7 @@ struct Adam {
   }
 
   // `values` become the bias-corrected first moments. Whether a gradient is unusable is asked once
-  // for a lane, of the largest new second moment, and then answered beside the common path.
+  // for a lane, of the largest new second moment, and then answered apart from the common path.
   template <int K>
   PAGED_HD static BitRange AdvanceMoments(const Coefficients& c, float (&values)[K], float (&mu)[K],
                                           float (&nu)[K]) {

@@ -27,7 +27,7 @@ struct AnyStepOf<List<Rule...>> {
 };
 using AnyStep = AnyStepOf<Rules>;
 
-// What a program says of a step besides its leaves.
+// What a program says of a step, apart from its leaves.
 struct StepKind {
   int8_t rule;  // a place in Rules
   Output output;

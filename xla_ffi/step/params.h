@@ -2,14 +2,14 @@
 // rounding, or with a master weight of which 8 further bits are kept with the states. Specified in
 // NumPy by paged_optax/_reference.
 //
-// What is returned is an update u in the gradient's type, for `p + u` in the parameter's: the sum
-// should be the rounded parameter p' without being rounded again. u = p' - p is such a number
-// whenever p' lies between p / 2 and 2 p (P. Sterbenz, 1974) or p is 0. Elsewhere, where a step is
-// about as large as its parameter, u is p' - p rounded to nearest.
+// The step returns an update u in the gradient's type. The caller adds p + u in the parameter's
+// type, and the sum should be the rounded parameter p' without a second rounding. u = p' - p is
+// such a number whenever p' lies between p / 2 and 2 p (P. Sterbenz, 1974) or p is 0. Elsewhere,
+// where a step is about as large as its parameter, u is p' - p rounded to nearest.
 //
-// Everything happens on the bits of float32, in which a bfloat16 is a number whose last 16 bits are
-// 0. A float16 times 2^-112 is one whose last 13 bits are 0, subnormal halves included. Adding to
-// the bits moves a number by as many units of its own last place, across binades too.
+// Everything happens on the bits of float32. There a bfloat16 is a number whose last 16 bits are 0.
+// A float16 times 2^-112 is one whose last 13 bits are 0, subnormal halves included. Adding to the
+// bits moves a number by as many units of its own last place, across binades too.
 //
 //   stochastic   add a random number below one unit of the last place, then truncate: the expected
 //                value is the exact one
@@ -30,7 +30,7 @@ inline constexpr std::array kParamRoundingNames = {"nearest", "stochastic", "com
 
 inline constexpr uint8_t kZeroResidual = 128;
 
-// Bits that a float32 has behind those of a 16-bit type.
+// Bits of a float32 after those of a 16-bit type.
 template <DType kParam>
 inline constexpr int kDroppedBits = kParam == DType::kBFloat16 ? 16 : 13;
 

@@ -1,4 +1,4 @@
-// The kernels that every step needs besides its own, and the launch.
+// The kernel that resolves a token, small kernels for tokens and segments, and the launch.
 #include <algorithm>
 
 #include "base/cuda_check.h"
