@@ -56,6 +56,11 @@ std::string WithoutMoments(const Refusal& refusal) {
     case Handles::Origin::kUsed:
       return "the moments of this optimizer state were released. Make a new state with "
              "init(params).";
+    case Handles::Origin::kParent:
+      return "the moments of this optimizer state are in the process that this one was forked "
+             "from, "
+             "and a forked process gets no moments. Use the state there, or make a new state here "
+             "with init(params).";
     case Handles::Origin::kElsewhere:
       break;
   }
