@@ -128,13 +128,14 @@ def test_every_call_fails_once(tmp_path, file):
     """Each in turn: an error, and then the same bits as without it."""
     tx = optimizer(tmp_path if file else None)
     expected = run(tx)
-    for after in range(200):
-        hooks.fail_call("", errno.ENOMEM, after)
+    for num_calls in range(200):
+        hooks.fail_call("", errno.ENOMEM, after=num_calls)
         actual = run(tx, is_patient=True)
-        if hooks.withdraw_failure():
-            break
+        if hooks.withdraw_failure():  # there are no more calls
+            assert num_calls >= (20 if file else 2)
+            return
         assert_trees_equal(actual, expected)
-    assert after >= (20 if file else 2)
+    raise AssertionError("more calls than expected")
 
 
 @pytest.mark.parametrize(
