@@ -72,6 +72,11 @@ def check_dtypes(kind: str, leaves: list[tuple[Any, Any]]) -> None:
         dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.asarray(leaf).dtype
         if isinstance(leaf, np.ndarray | np.generic):
             dtype = jax.dtypes.canonicalize_dtype(dtype)  # as jax will take it
+        if isinstance(dtype, np.dtype) and not dtype.isnative:
+            raise TypeError(
+                f"{kind} {leaf_name(path)} has dtype {dtype}, in the byte order of another machine,"
+                " which JAX does not take. Convert it: leaf.astype(leaf.dtype.newbyteorder('='))"
+            )
         if dtype not in FLOATS:
             raise TypeError(
                 f"{kind} {leaf_name(path)} has dtype {dtype}; paged optimizers take float32,"

@@ -9,6 +9,7 @@ namespace {
 std::optional<LockedArena> LockArena(std::shared_ptr<Arena> arena) {
   if (arena == nullptr) return std::nullopt;
   ContentsLock lock(arena->mutex);
+  arena->memory->CheckContents();
   const Header header = arena->header;
   return LockedArena{std::move(arena), header, std::move(lock)};
 }
