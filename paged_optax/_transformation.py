@@ -16,7 +16,7 @@ from ._options import Options
 from ._refusals import guard
 from ._rule import Rule, stack
 from ._skip import Skip, follow, skipping
-from ._state import check_state, new_token
+from ._state import Token, check_state, new_token
 from ._step import make_step
 from ._validate import check_dtypes, check_flag, check_rate, check_shapes
 
@@ -79,27 +79,27 @@ def _paged(
 
     def update_fn(updates, state, params=None, *, skip: Skip | None = None, **extra_args):
         del extra_args
-        check_state(state, state_type)
+        token = check_state(state, state_type)
         paths, grads, treedef = _flatten(updates, params)
         skip_step, grads, has_masks = follow(skip, paths, grads)
         count, next_count = _count(state.count, skip_step)
         if not grads:
-            return updates, state_type(next_count, state.token)
+            return updates, state_type(next_count, Token(token))
         rates, decays = descent.resolve(state.count, updates, params) if descent else ((), None)
         step = make_step(
             rule, options, grads, paths, treedef, decays=decays, skip_elements=has_masks
         )
         token, results = _calls.update(
             step,
-            state.token,
+            token,
             count,
             stack((*rule.hyperparams, *rates)),
             grads,
             [jnp.asarray(param) for param in jax.tree.leaves(params)],
         )
         if descent and (observe := observer.get()):
-            observe(state.token, results)
-        return jax.tree.unflatten(treedef, results), state_type(next_count, token)
+            observe(token, results)
+        return jax.tree.unflatten(treedef, results), state_type(next_count, Token(token))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

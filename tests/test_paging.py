@@ -213,7 +213,7 @@ def test_nothing_is_left_behind(tmp_path, end):
     tx = paged_optax.scale_by_paged_adam8bit(paging=paged_optax.Paging(directory="."))
     params = jnp.ones(3_000_000)
     _, state = tx.update(params, tx.init(params))
-    state.token.block_until_ready()
+    state.token.value.block_until_ready()
     assert paged_optax.memory_report(state).devices[0].memory == "file"
     {end}
     """

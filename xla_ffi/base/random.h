@@ -66,4 +66,17 @@ PAGED_HD uint32_t DitherStart(uint64_t leaf, int64_t element) {
          static_cast<uint32_t>(element) * kDitherStride;
 }
 
+// The words of a lane's elements, of which the first has `start`.
+struct Dither {
+  uint32_t start;
+  PAGED_HD uint32_t operator()(int k) const {
+    return start + static_cast<uint32_t>(k) * kDitherStride;
+  }
+};
+
+// A half in the upper and in the lower 16 bits: what takes such a word rounds to nearest.
+struct ToNearest {
+  PAGED_HD uint32_t operator()(int) const { return 0x80008000u; }
+};
+
 }  // namespace paged_optax

@@ -153,6 +153,8 @@ struct Dynamic {
 
   PAGED_HD static constexpr Code Zero(Role role) { return role == Role::kSigned ? 127 : 0; }
 
+  static bool MayStore(Role, bool, uint32_t word, bool) { return word < kInfinity; }
+
   template <class Rule, int K, class Level>
   PAGED_HD static void Decode(const DynamicMaps<Level>& maps, const Lane<Rule, Dynamic, K>& lane,
                               float (&states)[kNumStates<Rule>][K]) {
@@ -166,8 +168,8 @@ struct Dynamic {
     }
   }
 
-  template <class Rule, int K, class Math, class Level, class Block>
-  PAGED_HD static void Encode(Math, const DynamicMaps<Level>& maps, BitRange range, uint32_t,
+  template <class Rule, int K, class Math, class Level, class Random, class Block>
+  PAGED_HD static void Encode(Math, const DynamicMaps<Level>& maps, BitRange range, Random,
                               float (&states)[kNumStates<Rule>][K], Lane<Rule, Dynamic, K>& lane,
                               Block block) {
     constexpr int kNu = kNonNegativeState<Rule>;

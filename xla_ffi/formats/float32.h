@@ -21,6 +21,8 @@ struct Float32 {
 
   PAGED_HD static constexpr Code Zero(Role) { return 0.0f; }
 
+  static bool MayStore(Role, bool, uint32_t, bool) { return true; }  // there are no words
+
   template <class Rule, int K>
   PAGED_HD static void Decode(NoTables, const Lane<Rule, Float32, K>& lane,
                               float (&states)[kNumStates<Rule>][K]) {
@@ -31,8 +33,8 @@ struct Float32 {
     }
   }
 
-  template <class Rule, int K, class Math, class Block>
-  PAGED_HD static void Encode(Math, NoTables, BitRange, uint32_t,
+  template <class Rule, int K, class Math, class Random, class Block>
+  PAGED_HD static void Encode(Math, NoTables, BitRange, Random,
                               float (&states)[kNumStates<Rule>][K], Lane<Rule, Float32, K>& lane,
                               Block) {
     PAGED_UNROLL

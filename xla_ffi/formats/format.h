@@ -12,11 +12,15 @@
 //   Tables<Level>, MakeTables   what encoding and decoding look up. `Level` is a byte where shared
 //                    memory is short, an int where vector units gather
 //   static Code Zero(Role)      the code of 0
+//   static bool MayStore(role, has_non_negative, word, is_padded)
+//                    for words from outside: whether a block's word of a state decodes to finite
+//                    values. `has_non_negative`: whether the rule has a state that is never
+//                    negative. `is_padded`: the block ends with zeros
 //   static void Decode<Rule>(tables, lane, states)
 //   static void Encode<Rule>(math, tables, range, random, states, lane, block)
 //
 // Decode fills `states`, in float32. Encode stores them, and may change them. `range` is that of
-// the lane's non-negative state. `random` is the word of the lane's first element (base/random.h).
+// the lane's non-negative state. random(k) is the word of the lane's element k (base/random.h).
 // `block` turns the extremes of a lane into those of its block; it compares bit patterns, which
 // order floats that are not negative as their values do, so the order of evaluation does not
 // matter.
@@ -47,5 +51,7 @@ struct WholeBlock {
 };
 
 struct NoTables {};
+
+inline constexpr uint32_t kInfinity = 0x7f800000;  // bits; those of negative floats are greater
 
 }  // namespace paged_optax

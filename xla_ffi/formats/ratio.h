@@ -228,6 +228,17 @@ struct Ratio {
 
   PAGED_HD static constexpr Code Zero(Role) { return 0; }
 
+  static bool MayStore(Role role, bool has_non_negative, uint32_t word, bool is_padded) {
+    if (role == Role::kSigned) {
+      return word <= BitsOf(has_non_negative ? Limits<true>::kLargest : Limits<false>::kLargest);
+    }
+    const uint64_t units = word & 255, last = (word >> 16) + 255;  // the largest code's multiple
+    if (units == 0) return word == 0;                              // all codes stand for 0
+    const bool is_known = units <= kCoarsestStep && (word & 0xfe00) == 0;
+    return is_known && (last * units) << kStepShift < kInfinity &&
+           (!is_padded || (word & kHasZeros) != 0);
+  }
+
   template <class Rule, int K>
   PAGED_HD static void Decode(NoTables, const Lane<Rule, Ratio, K>& lane,
                               float (&states)[kNumStates<Rule>][K]) {
@@ -248,17 +259,15 @@ struct Ratio {
     }
   }
 
-  template <class Rule, int K, class Math, class Block>
-  PAGED_HD static void Encode(Math math, NoTables, BitRange range, uint32_t random_start,
+  template <class Rule, int K, class Math, class Random, class Block>
+  PAGED_HD static void Encode(Math math, NoTables, BitRange range, Random word,
                               float (&states)[kNumStates<Rule>][K], Lane<Rule, Ratio, K>& lane,
                               Block block) {
     constexpr int kNu = kNonNegativeState<Rule>;
     static_assert(kFirstSigned<Rule> == 0, "the first state tells which are idle");
     uint32_t random[K];
     PAGED_UNROLL
-    for (int k = 0; k < K; ++k) {
-      random[k] = random_start + static_cast<uint32_t>(k) * kDitherStride;
-    }
+    for (int k = 0; k < K; ++k) random[k] = word(k);
     if constexpr (kNu >= 0) {
       lane.words[kNu] = EncodeNus(range, random, states[0], states[kNu], lane.codes[kNu], block);
     }

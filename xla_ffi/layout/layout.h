@@ -96,6 +96,18 @@ struct Region {
   }
 };
 
+// Calls body(place, done, run) for each run of `count` blocks from `first` on that lie in one
+// chunk; `done` blocks came before.
+template <class F>
+void ForEachRun(const Region& region, int64_t first, int64_t count, const F& body) {
+  for (int64_t done = 0, run; done < count; done += run) {
+    const int64_t block = first + done;
+    run = region.FirstInChunk(block, 1) - block;
+    if (run > count - done) run = count - done;
+    body(region.Locate(block), done, run);
+  }
+}
+
 // A region after the one that ends at `end_of_last`.
 inline Region MakeRegion(const BlockShape& shape, int64_t num_blocks, int64_t end_of_last) {
   Region region{shape, num_blocks, end_of_last, end_of_last};

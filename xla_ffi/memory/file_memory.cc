@@ -183,7 +183,7 @@ class FileMemory final : public Memory {
   void PageIn() override { PAGED_CALL(madvise, -1, data_, geometry().NumBytes(), MADV_WILLNEED); }
 
  private:
-  void Copy(const uint8_t* source, int64_t nbytes, void* destination) const override {
+  void Copy(const void* source, int64_t nbytes, void* destination) const override {
     std::memcpy(destination, source, nbytes);
   }
 

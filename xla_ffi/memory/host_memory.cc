@@ -50,7 +50,7 @@ class AnonymousMemory final : public Memory {
   }
 
  private:
-  void Copy(const uint8_t* source, int64_t nbytes, void* destination) const override {
+  void Copy(const void* source, int64_t nbytes, void* destination) const override {
     std::memcpy(destination, source, nbytes);
   }
 

@@ -99,9 +99,9 @@ class ManagedMemory final : public Memory {
     }
   }
 
-  // A copy by the driver leaves resident pages where they are; a plain read by the CPU would fault
-  // them over to the host one by one.
-  void Copy(const uint8_t* source, int64_t nbytes, void* destination) const override {
+  // A copy by the driver leaves resident pages where they are; a plain read or store by the CPU
+  // would fault them over to the host one by one.
+  void Copy(const void* source, int64_t nbytes, void* destination) const override {
     ScopedDevice scope(device_);
     CUDA_CHECK(cudaMemcpy(destination, source, nbytes, cudaMemcpyDefault));
   }

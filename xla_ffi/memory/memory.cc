@@ -29,14 +29,26 @@ SegmentTable Memory::Table(int32_t num_resident) const {
   return table;
 }
 
-void Memory::Read(int32_t slot, int64_t offset, int64_t nbytes, void* destination) const {
+template <class F>
+void Memory::ForEachPart(int32_t slot, int64_t offset, int64_t nbytes, const F& body) const {
   for (int64_t done = 0, part; done < nbytes; done += part) {
     const int64_t at = offset + done;
     const int32_t segment = static_cast<int32_t>(at / geometry_.SegmentBytes());
     part = std::min(nbytes - done, geometry_.Offset(segment + 1) - at);
-    Copy(Address(slot, segment) + (at - geometry_.Offset(segment)), part,
-         static_cast<uint8_t*>(destination) + done);
+    body(Address(slot, segment) + (at - geometry_.Offset(segment)), done, part);
   }
+}
+
+void Memory::Read(int32_t slot, int64_t offset, int64_t nbytes, void* destination) const {
+  ForEachPart(slot, offset, nbytes, [&](const uint8_t* address, int64_t done, int64_t part) {
+    Copy(address, part, static_cast<uint8_t*>(destination) + done);
+  });
+}
+
+void Memory::Write(int32_t slot, int64_t offset, int64_t nbytes, const void* source) {
+  ForEachPart(slot, offset, nbytes, [&](uint8_t* address, int64_t done, int64_t part) {
+    Copy(static_cast<const uint8_t*>(source) + done, part, address);
+  });
 }
 
 }  // namespace paged_optax

@@ -39,6 +39,8 @@ class Memory {
   SegmentTable Table(int32_t num_resident) const;
   // Copies out of a slot without moving a page. Waits for the copy, not for steps.
   void Read(int32_t slot, int64_t offset, int64_t nbytes, void* destination) const;
+  // The same into a slot. No step may run.
+  void Write(int32_t slot, int64_t offset, int64_t nbytes, const void* source);
 
   // A move, in three calls by one thread, `stream` being the same. Prepare may take long; of a kind
   // that changes no address it does everything. Enqueue comes while no step is running, or with the
@@ -58,7 +60,12 @@ class Memory {
   virtual void PageIn() {}
 
  private:
-  virtual void Copy(const uint8_t* source, int64_t nbytes, void* destination) const = 0;
+  // Calls body(address, done, part) for the parts of a range that lie in one segment each.
+  template <class F>
+  void ForEachPart(int32_t slot, int64_t offset, int64_t nbytes, const F& body) const;
+
+  // Between a slot and other memory of the host, in either direction.
+  virtual void Copy(const void* source, int64_t nbytes, void* destination) const = 0;
 
   Geometry geometry_;
 };

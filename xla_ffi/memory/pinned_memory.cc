@@ -137,7 +137,7 @@ class PinnedMemory final : public Memory {
     copies_[segment] = nullptr;
   }
 
-  void Copy(const uint8_t* source, int64_t nbytes, void* destination) const override {
+  void Copy(const void* source, int64_t nbytes, void* destination) const override {
     ScopedDevice scope(device_);
     CUDA_CHECK(cudaMemcpy(destination, source, nbytes, cudaMemcpyDefault));
   }

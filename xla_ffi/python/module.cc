@@ -14,6 +14,7 @@
 #include "memory/gpus.h"
 #include "memory/memory.h"
 #include "memory/preflight.h"
+#include "python/checkpoint.h"
 #include "python/errors.h"
 #include "python/internals.h"
 #include "python/notices.h"
@@ -172,15 +173,6 @@ py::list Describe(int32_t handle, int32_t version) {
   return result;
 }
 
-// Takes the bytes over.
-py::array ToPython(LeafPart part) {
-  uint8_t* data = part.data.release();
-  const py::capsule owner(data, [](void* bytes) { delete[] static_cast<uint8_t*>(bytes); });
-  const auto size = static_cast<py::ssize_t>(part.size);
-  if (part.type == LeafPart::Type::kUint8) return py::array_t<uint8_t>(size, data, owner);
-  return py::array_t<float>(size, reinterpret_cast<const float*>(data), owner);
-}
-
 // Calls read(locked arena, slot) for the contents that a token stands for, without the GIL.
 template <class F>
 auto ReadContents(const std::string& platform, int ordinal, Token token, const F& read) {
@@ -263,6 +255,7 @@ PYBIND11_MODULE(_ext, module) {
         return Registry::Get().Limit({handle, version}, device_bytes);
       },
       py::arg("handle"), py::arg("version"), py::arg("device_bytes"), Unlocked());
+  DefineCheckpoints(module);
   module.def("stop_pagers", [] { Registry::Get().StopPagers(); }, Unlocked());
   module.def("set_notice_handler", &SetNoticeHandler);
   module.def("forget_parent", &ForgetNoticesOfParent);

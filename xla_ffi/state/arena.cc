@@ -18,7 +18,8 @@ std::shared_ptr<Arena> MakeArena(const Request& request, Token token) {
                                        request.tree,
                                        std::string(request.shards),
                                        LeafNames(request.names, signature.Leaves().size()),
-                                       request.policy});
+                                       request.policy,
+                                       request.part});
   arena->header = {token.handle,          0,
                    signature.num_slots(), {0, 0},
                    &arena->segments,      LayoutOf(request.fingerprint, request.part)};

@@ -13,6 +13,7 @@
 #include "memory/memory.h"
 #include "memory/planner.h"
 #include "state/device_id.h"
+#include "state/hold.h"
 #include "state/leaf_names.h"
 #include "state/lock.h"
 #include "state/signature.h"
@@ -20,6 +21,7 @@
 namespace paged_optax {
 
 class DeviceBuffer;
+struct Source;
 
 // Where moments may live.
 struct PlacementPolicy {
@@ -38,10 +40,12 @@ struct Arena {
   std::string shards;  // tells the Python side which parts of the leaves are on which device
   LeafNames names;
   PlacementPolicy policy;
+  int32_t part;  // which parts of the leaves the device has
   std::unique_ptr<Memory> memory = nullptr;
   SegmentTable segments = {};  // on the GPU only a copy: the device has its own
   ContentsMutex mutex = {};    // CPU: guards the contents. A GPU has one for all its arenas
-  Residency residency = {};    // GPU
+  Holds holds{mutex};
+  Residency residency = {};                                 // GPU
   std::shared_ptr<DeviceBuffer> device_segments = nullptr;  // GPU: the device's own table
 };
 
@@ -51,6 +55,13 @@ struct LockedArena {
   std::shared_ptr<Arena> arena;
   Header header;      // the newest
   ContentsLock lock;  // the last member, because it is given up before the arena may go
+};
+
+// An arena whose contents nobody changes or moves for as long as this lives: no step starts.
+struct HeldArena {
+  std::shared_ptr<Arena> arena;
+  Header header;  // the newest
+  Hold hold;      // the last member, because it is given up before the arena may go
 };
 
 // What one call brings along to find or make its arena.
@@ -64,6 +75,8 @@ struct Request {
   uint64_t fingerprint;
   int32_t part;                 // which parts of the leaves the device has
   std::string_view names = {};  // paths of the leaves, as LeafNames takes them; empty if unknown
+  // Of a state that was restored, what its arenas are filled with.
+  std::shared_ptr<const Source> source = nullptr;
 };
 
 struct ArenaReport {

@@ -40,18 +40,6 @@ LeafPart MakePart(LeafPart::Type type, int64_t size) {
   return {type, size, std::unique_ptr<uint8_t[]>(new uint8_t[size * item])};
 }
 
-// Calls body(place, done, run) for each run of a leaf's blocks that lie in one chunk; `done` blocks
-// came before.
-template <class F>
-void ForEachRun(const Region& region, const Signature::LeafInfo& leaf, const F& body) {
-  const int64_t blocks = NumBlocks(leaf.size);
-  for (int64_t done = 0, run; done < blocks; done += run) {
-    const int64_t block = leaf.first_block + done;
-    run = std::min(blocks - done, region.FirstInChunk(block, 1) - block);
-    body(region.Locate(block), done, run);
-  }
-}
-
 LeafParts ReadLeaf(const Region& region, const Signature::LeafInfo& leaf, ChunkReader& reader) {
   const BlockShape& shape = region.shape;
   const bool is_float = kFormats[leaf.format].code_bytes == sizeof(float);
@@ -64,18 +52,19 @@ LeafParts ReadLeaf(const Region& region, const Signature::LeafInfo& leaf, ChunkR
   for (int32_t w = 0; w < shape.num_words; ++w) {
     parts.push_back(MakePart(LeafPart::Type::kFloat32, blocks));
   }
-  ForEachRun(region, leaf, [&](const BlockPlace& place, int64_t done, int64_t run) {
-    for (int32_t s = 0; s < shape.num_states; ++s) {
-      std::memcpy(parts[s].data.get() + done * shape.state_bytes,
-                  reader.At(place.codes + s * place.state_stride), run * shape.state_bytes);
-    }
-    if (shape.num_words == 0) return;
-    const uint8_t* words = reader.At(place.words);  // those of a block are neighbours
-    for (int64_t i = 0; i < run * shape.num_words; ++i) {
-      uint8_t* target = parts[shape.num_states + i % shape.num_words].data.get();
-      std::memcpy(target + (done + i / shape.num_words) * 4, words + i * 4, 4);
-    }
-  });
+  ForEachRun(
+      region, leaf.first_block, blocks, [&](const BlockPlace& place, int64_t done, int64_t run) {
+        for (int32_t s = 0; s < shape.num_states; ++s) {
+          std::memcpy(parts[s].data.get() + done * shape.state_bytes,
+                      reader.At(place.codes + s * place.state_stride), run * shape.state_bytes);
+        }
+        if (shape.num_words == 0) return;
+        const uint8_t* words = reader.At(place.words);  // those of a block are neighbours
+        for (int64_t i = 0; i < run * shape.num_words; ++i) {
+          uint8_t* target = parts[shape.num_states + i % shape.num_words].data.get();
+          std::memcpy(target + (done + i / shape.num_words) * 4, words + i * 4, 4);
+        }
+      });
   return parts;
 }
 
@@ -104,8 +93,9 @@ std::vector<LeafPart> ReadResiduals(const LockedArena& locked, int32_t slot) {
   for (size_t i = 0; i < kFormats.size(); ++i) readers.emplace_back(*arena.memory, slot);
   std::vector<LeafPart> leaves;
   for (const Signature::LeafInfo& leaf : arena.signature.Leaves()) {
-    LeafPart part = MakePart(LeafPart::Type::kUint8, NumBlocks(leaf.size) * kResidualBytes);
-    ForEachRun(extent.regions[leaf.format], leaf,
+    const int64_t blocks = NumBlocks(leaf.size);
+    LeafPart part = MakePart(LeafPart::Type::kUint8, blocks * kResidualBytes);
+    ForEachRun(extent.regions[leaf.format], leaf.first_block, blocks,
                [&](const BlockPlace& place, int64_t done, int64_t run) {
                  std::memcpy(part.data.get() + done * kResidualBytes,
                              readers[leaf.format].At(place.residuals), run * kResidualBytes);

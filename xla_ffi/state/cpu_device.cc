@@ -3,13 +3,17 @@
 
 #include <cstdlib>
 
+#include "state/fill.h"
+#include "state/fits.h"
+
 namespace paged_optax {
 namespace {
 
-std::optional<LockedArena> LockArena(std::shared_ptr<Arena> arena) {
+std::optional<LockedArena> LockArena(std::shared_ptr<Arena> arena, bool for_step = false) {
   if (arena == nullptr) return std::nullopt;
   ContentsLock lock(arena->mutex);
   arena->memory->CheckContents();
+  if (for_step) arena->holds.AwaitNone(lock);
   const Header header = arena->header;
   return LockedArena{std::move(arena), header, std::move(lock)};
 }
@@ -17,7 +21,7 @@ std::optional<LockedArena> LockArena(std::shared_ptr<Arena> arena) {
 }  // namespace
 
 std::optional<LockedArena> CpuDevice::Open(Handles& handles, const Request& request, Token token) {
-  return LockArena(FindOrMake(handles, request, token));
+  return LockArena(FindOrMake(handles, request, token), /*for_step=*/true);
 }
 
 std::shared_ptr<Arena> CpuDevice::FindOrMake(Handles& handles, const Request& request,
@@ -25,6 +29,7 @@ std::shared_ptr<Arena> CpuDevice::FindOrMake(Handles& handles, const Request& re
   std::lock_guard<std::mutex> lock(mutex_);
   const auto found = arenas_.find(token.handle);
   if (found != arenas_.end()) return found->second;
+  if (request.source != nullptr) return MakeFilled(handles, request, token);
   if (token.version != 0) return nullptr;
   // Held until the arena is there: nobody else makes one for the same state meanwhile.
   const auto used = handles.Acquire();
@@ -33,6 +38,22 @@ std::shared_ptr<Arena> CpuDevice::FindOrMake(Handles& handles, const Request& re
   PlaceOnHost(*arena);
   arenas_.emplace(token.handle, arena);
   handles.NoteUsed(used, token.handle, request.run);
+  return arena;
+}
+
+// Filling takes long, so handles are not locked meanwhile. Nobody else makes the arena: the caller
+// has the list of arenas locked.
+std::shared_ptr<Arena> CpuDevice::MakeFilled(Handles& handles, const Request& request,
+                                             Token token) {
+  if (!handles.IsFirstUse(handles.Acquire(), token.handle, request.run)) return nullptr;
+  CheckFits(*request.source, request);
+  auto arena = MakeArena(request, token);
+  PlaceOnHost(*arena);
+  Fill(*request.source, request, *arena);
+  arenas_.emplace(token.handle, arena);
+  const auto used = handles.Acquire();
+  handles.NoteUsed(used, token.handle, request.run);
+  handles.NoteFilled(used, token.handle, request.signature->num_devices());
   return arena;
 }
 
@@ -51,6 +72,13 @@ std::shared_ptr<Arena> CpuDevice::Find(int32_t handle) {
 
 std::optional<LockedArena> CpuDevice::LockContents(int32_t handle) {
   return LockArena(Find(handle));
+}
+
+std::optional<HeldArena> CpuDevice::HoldContents(int32_t handle) {
+  std::optional<LockedArena> locked = LockContents(handle);
+  if (!locked) return std::nullopt;
+  Hold hold(locked->lock, locked->arena->holds);
+  return HeldArena{locked->arena, locked->header, std::move(hold)};
 }
 
 std::optional<int64_t> CpuDevice::Limit(int32_t handle, int64_t device_bytes) {

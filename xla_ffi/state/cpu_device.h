@@ -20,11 +20,13 @@ class CpuDevice final : public Device {
   std::vector<std::shared_ptr<Arena>> Arenas() override;
   std::shared_ptr<Arena> Find(int32_t handle) override;
   std::optional<LockedArena> LockContents(int32_t handle) override;
+  std::optional<HeldArena> HoldContents(int32_t handle) override;
   std::optional<int64_t> Limit(int32_t handle, int64_t device_bytes) override;
   std::shared_ptr<Arena> Remove(int32_t handle) override;
 
  private:
   std::shared_ptr<Arena> FindOrMake(Handles& handles, const Request& request, Token token);
+  std::shared_ptr<Arena> MakeFilled(Handles& handles, const Request& request, Token token);
 
   std::mutex mutex_;
   std::map<int32_t, std::shared_ptr<Arena>> arenas_;  // by handle

@@ -4,11 +4,13 @@
 #include <algorithm>
 
 #include "base/cuda_check.h"
+#include "state/fill.h"
+#include "state/fits.h"
 
 namespace paged_optax {
 
 CudaDevice::CudaDevice(int ordinal)
-    : Device({kPlatform, ordinal}), pager_(ordinal, mutex_, arenas_) {
+    : Device({kPlatform, ordinal}), pager_(ordinal, mutex_, holds_, arenas_) {
   const ScopedDevice scope(ordinal);
   mailbox_ = std::make_unique<MappedBuffer>(sizeof(Rejection));
 }
@@ -23,13 +25,23 @@ bool CudaDevice::MayBeFirstUse(const ContentsLock& lock, const Handles& handles,
 
 void CudaDevice::BindOnFirstUse(const ContentsLock& lock, Handles& handles, const Request& request,
                                 Token token, Stream stream) {
-  if (token.version != 0 || IndexOf(lock, token.handle) >= 0) return;
+  const Source* source = request.source.get();
+  if ((token.version != 0 && source == nullptr) || IndexOf(lock, token.handle) >= 0) return;
   if (!handles.IsFirstUse(handles.Acquire(), token.handle, request.run)) return;
+  if (source != nullptr) CheckFits(*source, request);
   const auto arena = MakeArena(request, token);
   PrepareResidency(*arena);
   PlaceOnDevice(*arena, pager_.FirstPlacement(lock, arena->residency), stream);
-  Append(lock, arena);
-  handles.NoteUsed(handles.Acquire(), token.handle, request.run);
+  if (source != nullptr) {
+    CUDA_CHECK(cudaStreamSynchronize(stream));  // the memory may come in the order of the stream
+    Fill(*source, request, *arena);
+  }
+  Append(lock, arena);  // waits for the copies of Fill too
+  const auto used = handles.Acquire();
+  handles.NoteUsed(used, token.handle, request.run);
+  if (source != nullptr) {
+    handles.NoteFilled(used, token.handle, request.signature->num_devices());
+  }
 }
 
 int64_t CudaDevice::IndexOf(const ContentsLock&, int32_t handle) const {
@@ -70,15 +82,36 @@ std::shared_ptr<Arena> CudaDevice::Find(int32_t handle) {
   return index < 0 ? nullptr : arenas_[index];
 }
 
-std::optional<LockedArena> CudaDevice::LockContents(int32_t handle) {
-  ContentsLock lock(mutex_);
-  const int64_t index = IndexOf(lock, handle);
-  if (index < 0) return std::nullopt;
+// Once no step is under way.
+Header CudaDevice::ReadHeader(const ContentsLock&, int64_t index) const {
   const ScopedDevice scope(id().ordinal);
   CUDA_CHECK(cudaDeviceSynchronize());
   Header header;
   CUDA_CHECK(cudaMemcpy(&header, headers_ + index, sizeof(Header), cudaMemcpyDefault));
+  return header;
+}
+
+std::optional<LockedArena> CudaDevice::LockContents(int32_t handle) {
+  ContentsLock lock(mutex_);
+  const int64_t index = IndexOf(lock, handle);
+  if (index < 0) return std::nullopt;
+  const Header header = ReadHeader(lock, index);
   return LockedArena{arenas_[index], header, std::move(lock)};
+}
+
+std::optional<HeldArena> CudaDevice::HoldContents(int32_t handle) {
+  std::shared_ptr<Arena> arena;  // outlives the lock, which the wait gives up
+  std::optional<Hold> hold;      // so does this, which takes the lock when it ends
+  ContentsLock lock(mutex_);
+  int64_t index = IndexOf(lock, handle);
+  if (index < 0) return std::nullopt;
+  arena = arenas_[index];
+  hold.emplace(lock, holds_);  // no move starts from here on
+  pager_.AwaitIdle(lock, *arena);
+  index = IndexOf(lock, handle);  // others may have come and gone meanwhile
+  if (index < 0) return std::nullopt;
+  const Header header = ReadHeader(lock, index);
+  return HeldArena{std::move(arena), header, std::move(*hold)};
 }
 
 std::optional<int64_t> CudaDevice::Limit(int32_t handle, int64_t device_bytes) {

@@ -16,13 +16,17 @@ class CudaDevice final : public Device {
   static constexpr Platform kPlatform = Platform::kCuda;
   explicit CudaDevice(int ordinal);
 
-  // For the whole of a step's launch.
-  ContentsLock Acquire() { return ContentsLock(mutex_); }
+  // For the whole of a step's launch. Waits until nobody holds the contents.
+  ContentsLock Acquire() {
+    ContentsLock lock(mutex_);
+    holds_.AwaitNone(lock);
+    return lock;
+  }
 
   // Whether a token may belong to a state that has no arena here yet, so that the host has to look
   // at it: some state was made and never used, or another device was first in this same execution.
   bool MayBeFirstUse(const ContentsLock&, const Handles& handles, int64_t run) const;
-  // Makes the arena of a fresh token if this is its first use.
+  // Makes the arena of a fresh token, or of one that was restored, if this is its first use.
   void BindOnFirstUse(const ContentsLock&, Handles& handles, const Request& request, Token token,
                       Stream stream);
 
@@ -38,6 +42,7 @@ class CudaDevice final : public Device {
   std::vector<std::shared_ptr<Arena>> Arenas() override;
   std::shared_ptr<Arena> Find(int32_t handle) override;
   std::optional<LockedArena> LockContents(int32_t handle) override;
+  std::optional<HeldArena> HoldContents(int32_t handle) override;
   std::optional<int64_t> Limit(int32_t handle, int64_t device_bytes) override;
   std::shared_ptr<Arena> Remove(int32_t handle) override;
   std::optional<Rejection> TakeRejection() override;
@@ -47,8 +52,10 @@ class CudaDevice final : public Device {
   // Number of a state's arena, or -1.
   int64_t IndexOf(const ContentsLock&, int32_t handle) const;
   void Append(const ContentsLock&, std::shared_ptr<Arena> arena);
+  Header ReadHeader(const ContentsLock&, int64_t index) const;
 
   ContentsMutex mutex_;
+  Holds holds_{mutex_};                         // of any arena
   std::vector<std::shared_ptr<Arena>> arenas_;  // in the order of the headers
   // The last one holds the headers. Outgrown ones stay until the process ends, because a queued
   // kernel may still read one.

@@ -22,10 +22,12 @@ class Device {
 
   virtual std::vector<std::shared_ptr<Arena>> Arenas() = 0;
 
-  // The four that follow return nothing if the state has no arena here.
+  // The five that follow return nothing if the state has no arena here.
   virtual std::shared_ptr<Arena> Find(int32_t handle) = 0;
   // Keeps steps from starting and waits for those under way.
   virtual std::optional<LockedArena> LockContents(int32_t handle) = 0;
+  // The same for longer: no step starts, and nothing moves.
+  virtual std::optional<HeldArena> HoldContents(int32_t handle) = 0;
   // Limits the moments to so many bytes of the device's memory (negative: no limit), moves what has
   // to move, and returns the bytes that moved.
   virtual std::optional<int64_t> Limit(int32_t handle, int64_t device_bytes) = 0;

@@ -124,7 +124,7 @@ void Pager::AwaitIdle(ContentsLock& lock, const Arena& arena) {
 }
 
 bool Pager::Pick(const ContentsLock& lock, Step* step) {
-  if (urgent_ == 0 && allowance_ <= 0) return false;
+  if (holds_.any(lock) || (urgent_ == 0 && allowance_ <= 0)) return false;
   return planner_.Next(States(lock), FreeDeviceBytes(ordinal_), kBytesPerMove, step);
 }
 

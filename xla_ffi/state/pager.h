@@ -19,9 +19,11 @@ namespace paged_optax {
 
 class Pager {
  public:
-  // Of the GPU's arenas, which `mutex` guards. Both must outlive the pager.
-  Pager(int ordinal, ContentsMutex& mutex, const std::vector<std::shared_ptr<Arena>>& arenas)
-      : ordinal_(ordinal), mutex_(mutex), arenas_(arenas) {}
+  // Of the GPU's arenas, which `mutex` guards. While somebody holds them, nothing starts to move.
+  // All three must outlive the pager.
+  Pager(int ordinal, ContentsMutex& mutex, const Holds& holds,
+        const std::vector<std::shared_ptr<Arena>>& arenas)
+      : ordinal_(ordinal), mutex_(mutex), holds_(holds), arenas_(arenas) {}
   Pager(const Pager&) = delete;
 
   // For a state that is about to be made.
@@ -52,6 +54,7 @@ class Pager {
 
   const int ordinal_;
   ContentsMutex& mutex_;
+  const Holds& holds_;
   const std::vector<std::shared_ptr<Arena>>& arenas_;
   Planner planner_;
   int64_t allowance_ = 0;  // bytes that may still move in the background

@@ -3,6 +3,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <exception>
 #include <set>
@@ -51,7 +52,10 @@ Device* Registry::FindDevice(DeviceId id) {
 }
 
 LockedArena Registry::Open(const Request& request, Token token) {
-  auto locked = At<CpuDevice>(request.device.ordinal).Open(handles_, request, token);
+  handles_.NoteCall();
+  Request with_source = request;  // keeps the source until no lock is held
+  if (token.version == 1) with_source.source = handles_.SourceOf(token.handle);
+  auto locked = At<CpuDevice>(request.device.ordinal).Open(handles_, with_source, token);
   if (!locked) Refuse(request.device, {Verdict::kUnknown, token, 0, request.fingerprint});
   return std::move(*locked);
 }
@@ -132,6 +136,37 @@ Registry::OpenSlot Registry::Read(DeviceId id, Token token) {
   Refuse(id, {Verdict::kStale, token, version, 0});
 }
 
+Snapshot Registry::Hold(DeviceId id, Token token) {
+  ThrowIfRejected();
+  int32_t version = 0;
+  {
+    Device* device = FindDevice(id);
+    auto held = device == nullptr ? std::nullopt : device->HoldContents(token.handle);
+    if (!held) Refuse(id, {Verdict::kUnknown, token, 0, 0});
+    const int32_t slot = token.version == 0 ? -1 : FindSlot(held->header, token.version);
+    if (slot >= 0) return Snapshot(std::move(*held), slot, token.version);
+    version = held->header.version;
+  }
+  Refuse(id, {Verdict::kStale, token, version, 0});
+}
+
+std::optional<int32_t> Registry::NewestVersion(int32_t handle) {
+  std::optional<int32_t> newest;
+  for (Device* device : Devices()) {
+    const auto locked = device->LockContents(handle);
+    if (locked) newest = std::max(newest.value_or(0), locked->header.version);
+  }
+  if (newest || handles_.OriginOf(handle) != Handles::Origin::kUnused) return newest;
+  return handles_.SourceOf(handle) == nullptr ? 0 : 1;
+}
+
+bool Registry::IsAlive(int32_t handle) {
+  if (handles_.OriginOf(handle) == Handles::Origin::kUnused) return true;
+  const std::vector<Device*> devices = Devices();
+  return std::any_of(devices.begin(), devices.end(),
+                     [&](Device* device) { return device->Find(handle) != nullptr; });
+}
+
 int64_t Registry::Limit(Token token, int64_t device_bytes) {
   ThrowIfRejected();
   int64_t moved = 0;
@@ -150,7 +185,7 @@ int64_t Registry::Release(int32_t handle) {
   for (Device* device : Devices()) {
     if (auto arena = device->Remove(handle)) freed.push_back(std::move(arena));
   }
-  handles_.Forget(handle);
+  handles_.Release(handle);
   int64_t nbytes = 0;
   for (const auto& arena : freed) {
     nbytes += arena->memory->geometry().NumBytes();

@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -12,6 +13,7 @@
 #include "state/arena.h"
 #include "state/device.h"
 #include "state/handles.h"
+#include "state/snapshot.h"
 
 namespace paged_optax {
 
@@ -56,6 +58,14 @@ class Registry {
     int32_t slot;
   };
   OpenSlot Read(DeviceId device, Token token);
+  // The same for longer, and without a lock that a thread would have to give up itself.
+  Snapshot Hold(DeviceId device, Token token);
+
+  // The newest version of a state's moments: 0 if it is fresh, 1 if it was restored and not used.
+  // Nothing if it was released or is not of this process. Waits for the device.
+  std::optional<int32_t> NewestVersion(int32_t handle);
+  // Whether NewestVersion would say something. Does not wait.
+  bool IsAlive(int32_t handle);
 
   // Limits the moments of a state to so many bytes of each device's memory (negative: no limit) and
   // moves what has to move. Returns the bytes that were moved.

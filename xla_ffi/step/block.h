@@ -60,7 +60,7 @@ PAGED_HD void StepBlock(Math math, const StepOf<Rule>& step, const Tables& table
   if constexpr (Format::kStoresRatios && kNonNegativeState<Rule> >= 0) {
     Rule::BoundRatios(step.rule, states);
   }
-  const uint32_t random = Format::kIsRandom ? DitherStart(leaf_key, start) + step.dither_phase : 0;
+  const Dither random{Format::kIsRandom ? DitherStart(leaf_key, start) + step.dither_phase : 0};
   Format::template Encode<Rule>(math, tables, range, random, states, lane, block);
 }
 

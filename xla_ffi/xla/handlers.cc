@@ -179,6 +179,8 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
     Registry& registry = Registry::Get();
     CudaDevice& gpu = registry.At<CudaDevice>(device);
     registry.ThrowIfRejected(gpu);
+    registry.handles().NoteCall();
+    std::shared_ptr<const Source> source;  // outlives the lock
     const ContentsLock lock = gpu.Acquire();
     if (gpu.MayBeFirstUse(lock, registry.handles(), run.run_id)) {
       // Only now does the host wait for the device.
@@ -188,8 +190,9 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
           cudaMemcpyAsync(&token, call.token, sizeof(token), cudaMemcpyDeviceToHost, stream));
       CUDA_CHECK(cudaMemcpyAsync(&part, call.part, sizeof(part), cudaMemcpyDeviceToHost, stream));
       CUDA_CHECK(cudaStreamSynchronize(stream));
-      gpu.BindOnFirstUse(lock, registry.handles(),
-                         MakeRequest(gpu.id(), run.run_id, attrs, call, part), token, stream);
+      Request request = MakeRequest(gpu.id(), run.run_id, attrs, call, part);
+      if (token.version == 1) request.source = source = registry.handles().SourceOf(token.handle);
+      gpu.BindOnFirstUse(lock, registry.handles(), request, token, stream);
     }
     const auto buffer = scratch.Allocate(ScratchBytes(call.leaves.size()), kScratchAlignment);
     if (!buffer.has_value()) {

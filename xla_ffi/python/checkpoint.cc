@@ -1,0 +1,328 @@
+// See checkpoint.h.
+#include "python/checkpoint.h"
+
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "base/status.h"
+#include "rules/rules.h"
+#include "state/registry.h"
+#include "state/source.h"
+
+namespace py = ::pybind11;
+
+namespace paged_optax {
+namespace {
+
+// ---------------------------------------------------------------------------------------------------
+// Reading
+// ---------------------------------------------------------------------------------------------------
+
+// A Snapshot that Python closes, maybe while another thread still reads.
+class PySnapshot {
+ public:
+  explicit PySnapshot(Snapshot snapshot)
+      : snapshot_(std::make_shared<const Snapshot>(std::move(snapshot))) {}
+
+  std::shared_ptr<const Snapshot> get() const {
+    if (snapshot_ == nullptr) {
+      throw StatusError(StatusCode::kFailedPrecondition, "this snapshot of moments is closed");
+    }
+    return snapshot_;
+  }
+  void Close() { snapshot_.reset(); }
+
+ private:
+  std::shared_ptr<const Snapshot> snapshot_;
+};
+
+PySnapshot OpenSnapshot(const std::string& platform, int ordinal, int32_t handle, int32_t version) {
+  const DeviceId device{platform == "cpu" ? Platform::kCpu : Platform::kCuda, ordinal};
+  return PySnapshot(Registry::Get().Hold(device, {handle, version}));
+}
+
+const Signature::LeafInfo& LeafOf(const Snapshot& snapshot, size_t leaf) {
+  if (leaf >= snapshot.leaves().size()) throw py::index_error("there is no such leaf");
+  return snapshot.leaves()[leaf];
+}
+
+py::array ReadPart(const PySnapshot& self, size_t leaf, const std::string& kind, int32_t state,
+                   int64_t begin, int64_t end) {
+  const auto snapshot = self.get();
+  LeafOf(*snapshot, leaf);
+  if (kind != "codes" && kind != "words" && kind != "residuals") {
+    throw py::value_error("kind must be 'codes', 'words' or 'residuals', and is '" + kind + "'");
+  }
+  const Snapshot::Kind number = kind == "codes"   ? Snapshot::Kind::kCodes
+                                : kind == "words" ? Snapshot::Kind::kWords
+                                                  : Snapshot::Kind::kResiduals;
+  std::optional<LeafPart> part;
+  {
+    const py::gil_scoped_release unlocked;
+    part = snapshot->Read(leaf, number, state, begin, end);
+  }
+  return ToPython(std::move(*part));
+}
+
+// (codes of every state, words of every state, residuals or None)
+py::tuple ReadLeafParts(const PySnapshot& self, size_t leaf) {
+  const auto snapshot = self.get();
+  const FormatInfo& format = kFormats[LeafOf(*snapshot, leaf).format];
+  const size_t num_states = AllRules()[snapshot->arena().signature.rule()].states.size();
+  const auto read = [&](const char* kind, size_t count) {
+    py::tuple parts(count);
+    for (size_t s = 0; s < count; ++s) {
+      parts[s] = ReadPart(self, leaf, kind, static_cast<int32_t>(s), 0, -1);
+    }
+    return parts;
+  };
+  const py::tuple codes = read("codes", num_states);
+  const py::tuple words = read("words", num_states * format.words_per_state);
+  py::object residuals = py::none();
+  if (snapshot->arena().signature.has_residuals()) {
+    residuals = ReadPart(self, leaf, "residuals", 0, 0, -1);
+  }
+  return py::make_tuple(codes, words, residuals);
+}
+
+py::list ReadLeaves(const std::string& platform, int ordinal, int32_t handle, int32_t version,
+                    const std::vector<size_t>& indices) {
+  std::optional<PySnapshot> snapshot;
+  {
+    const py::gil_scoped_release unlocked;
+    snapshot = OpenSnapshot(platform, ordinal, handle, version);
+  }
+  py::list leaves;
+  for (const size_t leaf : indices) leaves.append(ReadLeafParts(*snapshot, leaf));
+  return leaves;
+}
+
+py::object BoxesOf(const Snapshot& snapshot) {
+  if (!snapshot.boxes()) return py::none();
+  py::list boxes;
+  for (const LeafBox& leaf : *snapshot.boxes()) {
+    boxes.append(
+        py::make_tuple(py::tuple(py::cast(leaf.whole)), py::tuple(py::cast(leaf.box.start))));
+  }
+  return boxes;
+}
+
+py::list FormatsOf(const Snapshot& snapshot) {
+  py::list formats;
+  for (const auto& leaf : snapshot.leaves()) formats.append(kFormats[leaf.format].name);
+  return formats;
+}
+
+py::list ShapesOf(const Snapshot& snapshot) {
+  py::list shapes;
+  for (const auto& leaf : snapshot.leaves()) shapes.append(py::tuple(py::cast(leaf.dims)));
+  return shapes;
+}
+
+void DefineSnapshot(py::module_& module) {
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  const auto property = [](auto value) {
+    return [value](const PySnapshot& self) { return value(*self.get()); };
+  };
+  py::class_<PySnapshot>(module, "Snapshot")
+      .def_property_readonly("handle",
+                             property([](const Snapshot& s) { return s.arena().header.handle; }))
+      .def_property_readonly("version", property([](const Snapshot& s) { return s.version(); }))
+      .def_property_readonly("rule", property([](const Snapshot& s) {
+                               return AllRules()[s.arena().signature.rule()].name;
+                             }))
+      .def_property_readonly(
+          "num_slots", property([](const Snapshot& s) { return s.arena().signature.num_slots(); }))
+      .def_property_readonly("num_devices", property([](const Snapshot& s) {
+                               return s.arena().signature.num_devices();
+                             }))
+      .def_property_readonly("has_residuals", property([](const Snapshot& s) {
+                               return s.arena().signature.has_residuals();
+                             }))
+      .def_property_readonly("shards", property([](const Snapshot& s) { return s.arena().shards; }))
+      .def_property_readonly("part", property([](const Snapshot& s) { return s.arena().part; }))
+      .def_property_readonly("tree", property([](const Snapshot& s) { return s.arena().tree; }))
+      .def_property_readonly("names",
+                             property([](const Snapshot& s) { return s.arena().names.paths(); }))
+      .def_property_readonly("num_leaves",
+                             property([](const Snapshot& s) { return s.leaves().size(); }))
+      .def_property_readonly("formats", property(FormatsOf))
+      .def_property_readonly("shapes", property(ShapesOf))
+      .def_property_readonly("boxes", property(BoxesOf))
+      .def("read", &ReadLeafParts, py::arg("leaf"))
+      .def("read_part", &ReadPart, py::arg("leaf"), py::arg("kind"), py::arg("state") = 0,
+           py::arg("begin") = 0, py::arg("end") = -1)
+      .def("close", &PySnapshot::Close, Unlocked())
+      .def("__enter__", [](py::object self) { return self; })
+      .def("__exit__", [](PySnapshot& self, const py::args&) {
+        const py::gil_scoped_release unlocked;
+        self.Close();
+      });
+  module.def("snapshot", &OpenSnapshot, py::arg("platform"), py::arg("ordinal"), py::arg("handle"),
+             py::arg("version"), Unlocked());
+  module.def("read_leaf_parts", &ReadLeaves, py::arg("platform"), py::arg("ordinal"),
+             py::arg("handle"), py::arg("version"), py::arg("leaf_indices"));
+}
+
+// ---------------------------------------------------------------------------------------------------
+// Staging
+// ---------------------------------------------------------------------------------------------------
+
+// A buffer of Python, kept alive until no thread of the library needs it.
+std::shared_ptr<const void> KeepAlive(Py_buffer* view) {
+  return std::shared_ptr<const void>(view, [view](const void*) {
+    if (Py_IsInitialized() == 0) return;  // the process ends
+    const py::gil_scoped_acquire locked;
+    PyBuffer_Release(view);
+    delete view;
+  });
+}
+
+Data DataOf(const py::handle& item) {
+  Data data;
+  if (py::isinstance<py::tuple>(item)) {
+    const auto [path, offset, nbytes, crc] =
+        item.cast<std::tuple<std::string, int64_t, int64_t, std::optional<uint32_t>>>();
+    if (offset < 0 || nbytes < 0) throw py::value_error("a negative offset or size");
+    data.path = path;
+    data.offset = offset;
+    data.nbytes = nbytes;
+    data.crc = crc;
+    return data;
+  }
+  auto view = std::make_unique<Py_buffer>();
+  if (PyObject_GetBuffer(item.ptr(), view.get(), PyBUF_C_CONTIGUOUS) != 0) {
+    throw py::error_already_set();
+  }
+  static const uint8_t nothing = 0;
+  data.nbytes = view->len;
+  data.bytes = view->len == 0 ? &nothing : static_cast<const uint8_t*>(view->buf);
+  data.owner = KeepAlive(view.release());
+  return data;
+}
+
+std::vector<Data> ArraysOf(const py::handle& items) {
+  std::vector<Data> arrays;
+  for (const py::handle& item : items) arrays.push_back(DataOf(item));
+  return arrays;
+}
+
+template <class T>
+T Get(const py::dict& dict, const char* key) {
+  if (!dict.contains(key)) throw py::value_error(std::string("the moments have no '") + key + "'");
+  return dict[key].cast<T>();
+}
+
+template <class T>
+T Get(const py::dict& dict, const char* key, T otherwise) {
+  return dict.contains(key) ? dict[key].cast<T>() : otherwise;
+}
+
+Piece PieceOf(const py::dict& dict) {
+  Piece piece{{Get<std::vector<int64_t>>(dict, "start"), Get<std::vector<int64_t>>(dict, "shape")},
+              ArraysOf(Get<py::sequence>(dict, "codes")),
+              ArraysOf(Get<py::sequence>(dict, "words"))};
+  const auto residuals = Get<py::object>(dict, "residuals", py::none());
+  if (!residuals.is_none()) piece.residuals = DataOf(residuals);
+  return piece;
+}
+
+// The place of a name; -1 if it is not there.
+template <class List>
+int8_t FindName(const List& list, const std::string& name) {
+  for (size_t i = 0; i < list.size(); ++i) {
+    if (list[i].name == name) return static_cast<int8_t>(i);
+  }
+  return -1;
+}
+
+Source SourceOf(const py::dict& spec) {
+  Source source{FindName(AllRules(), Get<std::string>(spec, "rule")),
+                Get<bool>(spec, "has_residuals"),
+                Get<bool>(spec, "convert", false),
+                Get<int64_t>(spec, "local_devices", 0),
+                {}};
+  for (const py::handle& item : Get<py::sequence>(spec, "leaves")) {
+    const auto dict = item.cast<py::dict>();
+    SourceLeaf leaf{Get<std::string>(dict, "name"),
+                    Get<std::vector<int64_t>>(dict, "shape"),
+                    FindName(kFormats, Get<std::string>(dict, "format")),
+                    {}};
+    for (const py::handle& piece : Get<py::sequence>(dict, "pieces")) {
+      leaf.pieces.push_back(PieceOf(piece.cast<py::dict>()));
+    }
+    source.leaves.push_back(std::move(leaf));
+  }
+  return source;
+}
+
+std::pair<int32_t, int32_t> Stage(const py::dict& spec) {
+  std::shared_ptr<const Source> source;
+  try {
+    source = std::make_shared<const Source>(SourceOf(spec));
+  } catch (const py::cast_error&) {
+    throw py::value_error("the moments' description has a value of a wrong type or size");
+  }
+  const bool shared = Get<bool>(spec, "shared", false);
+  const py::gil_scoped_release unlocked;
+  CheckSource(*source);
+  return {Registry::Get().handles().Stage(std::move(source), shared), 1};
+}
+
+py::object DescribeStaged(int32_t handle) {
+  const auto source = Registry::Get().handles().SourceOf(handle);
+  if (source == nullptr) return py::none();
+  py::list leaves;
+  for (const SourceLeaf& leaf : source->leaves) {
+    leaves.append(
+        py::make_tuple(leaf.name, kFormats[leaf.format].name, py::tuple(py::cast(leaf.shape))));
+  }
+  py::dict description;
+  description["rule"] = AllRules()[source->rule].name;
+  description["has_residuals"] = source->has_residuals;
+  description["convert"] = source->convert;
+  description["leaves"] = leaves;
+  description["filled"] = Registry::Get().handles().NumFilled(handle);
+  return description;
+}
+
+void DefineStaging(py::module_& module) {
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  module.def("stage", &Stage, py::arg("spec"));
+  module.def("staged", &DescribeStaged, py::arg("handle"));
+  module.def(
+      "is_issued",
+      [](int32_t handle) {
+        return Registry::Get().handles().OriginOf(handle) != Handles::Origin::kElsewhere;
+      },
+      py::arg("handle"), Unlocked());
+  module.def(
+      "is_alive", [](int32_t handle) { return Registry::Get().IsAlive(handle); }, py::arg("handle"),
+      Unlocked());
+  module.def(
+      "version_of", [](int32_t handle) { return Registry::Get().NewestVersion(handle); },
+      py::arg("handle"), Unlocked());
+  module.def(
+      "forget",
+      [](int32_t handle, bool now) {
+        Handles& handles = Registry::Get().handles();
+        const bool is_unused = handles.Forget(handle);
+        if (is_unused && now) handles.Release(handle);
+        return is_unused;
+      },
+      py::arg("handle"), py::arg("now") = false, Unlocked());
+}
+
+}  // namespace
+
+void DefineCheckpoints(py::module_& module) {
+  DefineSnapshot(module);
+  DefineStaging(module);
+}
+
+}  // namespace paged_optax

@@ -1,0 +1,40 @@
+// The contents of one arena, which stay as they are while somebody reads them piece by piece.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "state/arena.h"
+#include "state/contents.h"
+#include "state/shards.h"
+
+namespace paged_optax {
+
+class Snapshot {
+ public:
+  // What is stored of a leaf: codes and words, for each state, and residuals.
+  enum class Kind : int8_t { kCodes, kWords, kResiduals };
+
+  // `slot` holds the contents of this version.
+  Snapshot(HeldArena held, int32_t slot, int32_t version);
+
+  const Arena& arena() const { return *held_.arena; }
+  int32_t version() const { return version_; }
+  const std::vector<Signature::LeafInfo>& leaves() const { return leaves_; }
+  // Where the leaves' parts on this device lie; nothing if that is not known.
+  const std::optional<std::vector<LeafBox>>& boxes() const { return boxes_; }
+
+  // Of blocks [begin, end) of a leaf, without the padding of its last block. `end` < 0: to the end.
+  LeafPart Read(size_t leaf, Kind kind, int32_t state, int64_t begin, int64_t end) const;
+
+ private:
+  HeldArena held_;
+  int32_t slot_;
+  int32_t version_;
+  std::vector<Signature::LeafInfo> leaves_;
+  Extent extent_;
+  std::optional<std::vector<LeafBox>> boxes_;
+};
+
+}  // namespace paged_optax

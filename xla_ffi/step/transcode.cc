@@ -1,0 +1,101 @@
+// See transcode.h.
+#include "step/transcode.h"
+
+#include <cstring>
+
+#include "base/cpu.h"
+#include "rules/rules.h"
+
+namespace paged_optax {
+namespace {
+
+constexpr int kLane = static_cast<int>(kBlockSize);
+
+template <class Format>
+constexpr auto kTables = Format::template MakeTables<int32_t>();
+
+template <class Rule>
+constexpr Role RoleOf(int32_t state) {
+  return state == kNonNegativeState<Rule> ? Role::kNonNegative : Role::kSigned;
+}
+
+template <class Rule, class Format>
+uint8_t Zero(int32_t state) {
+  return static_cast<uint8_t>(Format::Zero(RoleOf<Rule>(state)));
+}
+
+template <class Rule, class Format>
+bool MayStore(int32_t state, uint32_t word, bool is_padded) {
+  return Format::MayStore(RoleOf<Rule>(state), kNonNegativeState<Rule> >= 0, word, is_padded);
+}
+
+template <class Rule>
+PAGED_CLONES bool MayStoreValues(int32_t state, float* values, int64_t count) {
+  const bool is_signed = RoleOf<Rule>(state) == Role::kSigned;
+  const uint32_t sign = is_signed ? 0x80000000u : 0;
+  uint32_t bad = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits = BitsOf(values[i]);
+    if (!is_signed) bits = bits == 0x80000000u ? 0 : bits;
+    bad |= (bits & ~sign) > kLargestFinite ? 1 : 0;
+    values[i] = FloatOf(bits);
+  }
+  return bad == 0;
+}
+
+template <class Rule, class Format>
+PAGED_CLONES void DecodeBlock(const uint8_t* const* codes, const uint32_t* words,
+                              BlockValues values) {
+  Lane<Rule, Format, kLane> lane;
+  for (int s = 0; s < kNumStates<Rule>; ++s) {
+    std::memcpy(lane.codes[s], codes[s], sizeof(lane.codes[s]));
+  }
+  for (int w = 0; w < kNumWords<Rule, Format>; ++w) lane.words[w] = words[w];
+  float states[kNumStates<Rule>][kLane];
+  Format::template Decode<Rule>(kTables<Format>, lane, states);
+  std::memcpy(values, states, sizeof(states));
+}
+
+template <class Rule, class Format>
+PAGED_CLONES void EncodeBlock(BlockValues values, uint8_t* const* codes, uint32_t* words) {
+  float states[kNumStates<Rule>][kLane];
+  std::memcpy(states, values, sizeof(states));
+  BitRange range{0, 0};
+  if constexpr (kNonNegativeState<Rule> >= 0) range = RangeOf(states[kNonNegativeState<Rule>]);
+  Lane<Rule, Format, kLane> lane;
+  Format::template Encode<Rule>(IeeeMath(), kTables<Format>, range, ToNearest(), states, lane,
+                                WholeBlock());
+  for (int s = 0; s < kNumStates<Rule>; ++s) {
+    std::memcpy(codes[s], lane.codes[s], sizeof(lane.codes[s]));
+  }
+  for (int w = 0; w < kNumWords<Rule, Format>; ++w) words[w] = lane.words[w];
+}
+
+template <class Rule, class Format>
+void Decode(const uint8_t* const* codes, const uint32_t* words, BlockValues values) {
+  const ScopedIeeeMode mode;
+  DecodeBlock<Rule, Format>(codes, words, values);
+}
+
+template <class Rule, class Format>
+void Encode(BlockValues values, uint8_t* const* codes, uint32_t* words) {
+  const ScopedIeeeMode mode;
+  EncodeBlock<Rule, Format>(values, codes, words);
+}
+
+}  // namespace
+
+Transcoder FindTranscoder(int8_t rule, int8_t format) {
+  Transcoder found{};
+  Visit(Rules(), rule, [&](auto rule_type) {
+    using Rule = typename decltype(rule_type)::type;
+    Visit(Formats(), format, [&](auto format_type) {
+      using Format = typename decltype(format_type)::type;
+      found = {&Zero<Rule, Format>, &MayStore<Rule, Format>, &MayStoreValues<Rule>,
+               &Decode<Rule, Format>, &Encode<Rule, Format>};
+    });
+  });
+  return found;
+}
+
+}  // namespace paged_optax
