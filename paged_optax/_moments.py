@@ -26,7 +26,8 @@ Values = dict[str, Any]
 class Moments(NamedTuple):
     """Dequantized moments, in the tree of the parameters: float32 NumPy arrays.
 
-    A moment that no optimizer of the state has is None.
+    A moment that no optimizer of the state has is None. If some of several optimizers have it, the
+    leaves of the others are `optax.MaskedNode`.
     """
 
     mu: Any = None
@@ -148,7 +149,7 @@ def _decode(contents: Contents) -> list[Values]:
         fields = [field for field in contents.fields(leaf) if field.name != "residual"]
         for b, start in enumerate(leaf.starts):
             parts = [_pad(contents.read(i, b, field), field) for field in fields]
-            stored = reference.from_arrays(leaf.format, parts)
+            stored = reference.from_arrays(leaf.format, parts, signed)
             index = tuple(slice(at, at + n) for at, n in zip(start, leaf.box, strict=True))
             decoded = reference.decode(stored, signed, math.prod(leaf.box))
             for (name, _), flat in zip(states, decoded, strict=True):
@@ -229,7 +230,7 @@ def _read_device(report: dict[str, Any], handle: int, version: int) -> list[Valu
     leaves = []
     arrays = _ext.read_leaves(report["platform"], report["ordinal"], handle, version)
     for (format, shape), parts in zip(report["leaves"], arrays, strict=True):
-        stored = reference.from_arrays(format, parts)
+        stored = reference.from_arrays(format, parts, signed)
         values = reference.decode(stored, signed, math.prod(shape))
         leaves.append(
             {name: flat.reshape(shape) for (name, _), flat in zip(states, values, strict=True)}

@@ -79,12 +79,28 @@ def check_state(state: Any, kind: type) -> jax.Array:
         ("token", token, "int32[2]", TOKEN_SHAPE),
         ("count", state.count, "int32[]", ()),
     ):
+        _check_array(name, wanted, value)
         if value.dtype != jnp.int32 or value.shape != shape:
             raise ValueError(
                 f"the optimizer state's {name} is {value.dtype}{list(value.shape)}, and must be"
                 f" {wanted} as init returned it; was the whole state cast, stacked or mapped over?"
             )
     return token
+
+
+def _check_array(name: str, wanted: str, value: Any) -> None:
+    """Refuses what is no array of this machine, which came from a file or from another one."""
+    text = f"the optimizer state's {name} is {value!r}, and must be {wanted} as init returned it"
+    if not hasattr(value, "dtype"):
+        raise TypeError(
+            f"{text}: an array. Was the state read from JSON or the like? Its token names moments"
+            " of the process that made it: start with init(params)."
+        )
+    if not np.dtype(value.dtype).isnative:
+        raise ValueError(
+            f"{text}: in the byte order of this machine. Convert the state:"
+            " jax.tree.map(lambda leaf: leaf.astype(leaf.dtype.newbyteorder('=')), opt_state)"
+        )
 
 
 def find_states(opt_state: Any) -> list[PagedState]:
@@ -148,7 +164,8 @@ def _check_token(token: Any) -> None:
             "the optimizer state has shapes and no values (from jax.eval_shape?); pass one that"
             " init or update returned"
         )
-    dtype, shape = getattr(token, "dtype", type(token).__name__), np.shape(token)
+    _check_array("token", "int32[2]", token)
+    dtype, shape = token.dtype, np.shape(token)
     if dtype != jnp.int32 or shape != TOKEN_SHAPE:
         raise ValueError(
             f"the optimizer state's token is {dtype}{list(shape)}, and must be int32[2] as init"

@@ -101,6 +101,9 @@ def test_capacity_shrinks_at_once_and_grows_when_it_lasts():
         ({"memory": "device"}, ValueError, "unknown memory 'device'"),
         ({"directory": 3}, TypeError, "directory is 3"),
         ({"directory": ""}, ValueError, "directory is empty"),
+        ({"directory": b"/tmp"}, TypeError, "directory is b'/tmp'"),
+        ({"directory": os.fsdecode(b"/tmp/\xff")}, ValueError, "UTF-8.*symbolic link"),
+        ({"directory": "/tmp/\0"}, ValueError, "UTF-8"),
     ],
 )
 def test_bad_options(options, error, message):
