@@ -103,7 +103,7 @@ def idle_errors(fmt, bounded):
         active = jnp.stack([step >= 0, step < 10, step < 500, step < 0])[:, None, None]
         active = active | ~idle | (some & (jnp.arange(4) == 3)[:, None, None])
         grads = jnp.where(active, grads, 0).reshape(-1, BLOCK)
-        (m, v), (exact_m, exact_v) = (advance(*pair, grads) for pair in moments)
+        (m, v), (exact_m, exact_v) = (advance(m, v, grads) for m, v in moments)
         expected = update_of(exact_m, exact_v, step)
         error = update_of(m, v, step) - expected
         stored = fmt.store(bound(m, v) if bounded else m, v, step)

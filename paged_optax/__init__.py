@@ -25,6 +25,7 @@ except ImportError as error:
         " install with: pip install -e ."
     ) from error
 
+from . import _carriers as _carriers  # pickle, deepcopy and flax carry moments
 from . import _process as _process  # sets the hooks
 from ._accumulate import MultiSteps
 from ._adam import (
@@ -34,10 +35,13 @@ from ._adam import (
     scale_by_paged_adam8bit,
 )
 from ._check import check_last
+from ._checkpoint import export_moments, import_moments, load_moments, save_moments
+from ._convert import from_optax, to_optax
 from ._lion import ScaleByPagedLion8bitState, paged_lion8bit, scale_by_paged_lion8bit
 from ._memory import evict, prefetch, release, release_all
 from ._moments import Moments, moments
 from ._options import Paging, Quantization
+from ._orbax import use_orbax_hook
 from ._report import DeviceMemory, LeafGroup, MemoryReport, memory_report
 from ._skip import SkipNonFiniteState, skip_non_finite
 
@@ -56,6 +60,10 @@ __all__ = [
     "SkipNonFiniteState",
     "check_last",
     "evict",
+    "export_moments",
+    "from_optax",
+    "import_moments",
+    "load_moments",
     "memory_report",
     "moments",
     "paged_adam8bit",
@@ -64,7 +72,10 @@ __all__ = [
     "prefetch",
     "release",
     "release_all",
+    "save_moments",
     "scale_by_paged_adam8bit",
     "scale_by_paged_lion8bit",
     "skip_non_finite",
+    "to_optax",
+    "use_orbax_hook",
 ]

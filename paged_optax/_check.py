@@ -10,28 +10,38 @@ import numpy as np
 import optax
 
 from ._memory import release
-from ._state import has_states
-from ._transformation import observers
+from ._state import find_states, has_states, read_token
+from ._transformation import observer
+
+
+class _Record:
+    """The updates that the paged optimizers of one state return, in this thread."""
+
+    def __init__(self):
+        self.updates: list[np.ndarray] = []
+        self._handles: set[int] = set()
+
+    def start_step(self, state: Any) -> None:
+        """Begins anew, for the optimizers whose states are inside of `state`."""
+        self.updates.clear()
+        self._handles = {read_token(paged)[0] for paged in find_states(state)}
+
+    def observe(self, token: jax.Array, updates: list[jax.Array]) -> None:
+        jax.debug.callback(self._append, token, *updates)
+
+    def _append(self, token: Any, *updates: Any) -> None:
+        if int(token[0]) in self._handles:
+            self.updates.extend(np.asarray(update).ravel() for update in updates)
 
 
 @contextlib.contextmanager
-def _recording() -> Iterator[list[np.ndarray]]:
-    """The updates that paged optimizers return meanwhile."""
-    records: list[np.ndarray] = []
-
-    def append(*updates: Any) -> None:
-        records.extend(np.asarray(update).ravel() for update in updates)
-
-    def observe(updates: list[jax.Array]) -> None:
-        jax.debug.callback(append, *updates)
-
-    if observers:
-        raise RuntimeError("another check_last is running; one at a time, please")
-    observers.append(observe)
+def _recording() -> Iterator[_Record]:
+    record = _Record()
+    before = observer.set(record.observe)
     try:
-        yield records
+        yield record
     finally:
-        observers.remove(observe)
+        observer.reset(before)
 
 
 def check_last(
@@ -84,13 +94,13 @@ def check_last(
     try:
         # Without jit: a step that was traced before would have nothing to record, and one that is
         # traced here would go on recording.
-        with jax.disable_jit(), _recording() as records:
+        with jax.disable_jit(), _recording() as record:
             for _ in range(max_steps):
-                records.clear()
+                record.start_step(state)
                 grads = jax.tree.map(lambda p: _random_like(p, rng), params)
                 updates, state = update(grads, state, params, **extra_args)
                 jax.effects_barrier()
-                num_compared += _compare(records, updates)
+                num_compared += _compare(record.updates, updates)
                 if num_compared == 3:  # the first may be special: optax.ema passes it on
                     return
     finally:

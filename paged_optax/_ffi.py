@@ -22,6 +22,7 @@ from . import _ext
 from ._step import Step
 
 TOKEN_SHAPE = (2,)  # handle, version
+SKIP_STEP = -(2**31)  # the count of a step that is to be skipped
 NUM_SCALARS = 4  # operands of an update before the leaves: token, count, hyperparams, part
 
 _ISSUE_TARGET = "paged_optax_issue"

@@ -8,7 +8,7 @@ import optax
 
 from ._options import Paging, Quantization, make_options
 from ._rule import Rule
-from ._state import paged_state
+from ._state import Token, paged_state
 from ._transformation import descend, transformation
 from ._validate import check_decay
 
@@ -19,7 +19,7 @@ class ScaleByPagedLion8bitState(NamedTuple):
 
     # `count` hides tuple.count, as in optax's own states.
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  int32 (): updates so far
-    token: jax.Array  # int32 (2,): handle of the moments, version of their contents
+    token: Token  # its `value`, int32 (2,): handle of the moments, version of their contents
 
 
 def scale_by_paged_lion8bit(

@@ -38,8 +38,7 @@ def evict(opt_state: Any, device_bytes: int = 0) -> int:
       >>> moved = paged_optax.evict(state)  # 2.03 MiB on a GPU
       >>> moved = paged_optax.prefetch(state)
     """
-    check_bytes("device_bytes", device_bytes)
-    return _limit(opt_state, min(device_bytes, 2**63 - 1))
+    return _limit(opt_state, min(check_bytes("device_bytes", device_bytes), 2**63 - 1))
 
 
 def prefetch(opt_state: Any) -> int:

@@ -13,9 +13,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from . import _ext, _names
 from . import _reference as reference
+from ._contents import BLOCK, Contents, Field
 from ._shards import Shards
 from ._state import PagedState, find_states, read_token
-from ._tables import RULES
+from ._tables import RULES, rule_number
+from ._transfer import find_staged
 
 # The values of one leaf's states, or those of all leaves as trees, by the names of the states.
 Values = dict[str, Any]
@@ -24,7 +26,8 @@ Values = dict[str, Any]
 class Moments(NamedTuple):
     """Dequantized moments, in the tree of the parameters: float32 NumPy arrays.
 
-    A moment that no optimizer of the state has is None.
+    A moment that no optimizer of the state has is None. If some of several optimizers have it, the
+    leaves of the others are `optax.MaskedNode`.
     """
 
     mu: Any = None
@@ -99,6 +102,9 @@ def _merge(one: Any, other: Any) -> Any:
 def _read_state(state: PagedState, gather: bool) -> Values:
     """The moments of one state: a tree for each that its rule has."""
     handle, version = read_token(state)
+    staged = find_staged(handle, version)
+    if staged is not None:
+        return _to_trees(staged.tree, _decode(staged))
     reports = _ext.describe(handle, version)
     # With replay=True its first step may have run and been dropped.
     if version == 0 or not any(report["version"] for report in reports):
@@ -106,12 +112,6 @@ def _read_state(state: PagedState, gather: bool) -> Values:
             "this optimizer state was never updated: its moments are zero, and not stored"
         )
     first = reports[0]
-    if first["tree"] not in _names.trees:
-        raise RuntimeError(
-            "the tree of the parameters is unknown: the update was not traced in this process, or"
-            f" before those of {_names.MAX_TREES} other models. Trace it again (an eager update"
-            " does)."
-        )
     if first["num_devices"] == 1:
         leaves = _read_device(first, handle, version)
     else:
@@ -123,9 +123,46 @@ def _read_state(state: PagedState, gather: bool) -> Values:
                 " moments(opt_state, gather=True) in every process"
             )
         leaves = _assemble(mesh, shards, reports, handle, version)
-    treedef = _names.trees[first["tree"]]
-    names = [name for name, _ in _states_of(first)]
+    return _to_trees(first["tree"], leaves)
+
+
+def _to_trees(tree: int, leaves: list[Values]) -> Values:
+    """The values of all leaves as trees."""
+    if tree not in _names.trees:
+        raise RuntimeError(
+            "the tree of the parameters is unknown: the update was not traced in this process, or"
+            f" before those of {_names.MAX_TREES} other models. Trace it again (an eager update"
+            " does)."
+        )
+    treedef = _names.trees[tree]
+    names = leaves[0]  # a state without leaves was never updated
     return {name: jax.tree.unflatten(treedef, [leaf[name] for leaf in leaves]) for name in names}
+
+
+def _decode(contents: Contents) -> list[Values]:
+    """The values of every leaf of a state that was restored and not updated yet."""
+    states = RULES[rule_number(contents.rule)]["states"]
+    signed = [role == "signed" for _, role in states]
+    leaves = []
+    for i, leaf in enumerate(contents.leaves):
+        values = {name: np.zeros(leaf.shape, np.float32) for name, _ in states}
+        fields = [field for field in contents.fields(leaf) if field.name != "residual"]
+        for b, start in enumerate(leaf.starts):
+            parts = [_pad(contents.read(i, b, field), field) for field in fields]
+            stored = reference.from_arrays(leaf.format, parts)
+            index = tuple(slice(at, at + n) for at, n in zip(start, leaf.box, strict=True))
+            decoded = reference.decode(stored, signed, math.prod(leaf.box))
+            for (name, _), flat in zip(states, decoded, strict=True):
+                values[name][index] = flat.reshape(leaf.box)
+        leaves.append(values)
+    return leaves
+
+
+def _pad(array: np.ndarray, field: Field) -> np.ndarray:
+    """An array as the extension returns it: flat, of whole blocks, words as float32."""
+    if field.is_per_block:
+        return array.view(np.float32)
+    return np.pad(array.ravel(), (0, -array.size % BLOCK))
 
 
 def _mesh(state: PagedState, reports: list[dict[str, Any]]) -> tuple[Mesh, Shards]:
@@ -193,7 +230,7 @@ def _read_device(report: dict[str, Any], handle: int, version: int) -> list[Valu
     leaves = []
     arrays = _ext.read_leaves(report["platform"], report["ordinal"], handle, version)
     for (format, shape), parts in zip(report["leaves"], arrays, strict=True):
-        stored = reference.from_arrays(format, parts)
+        stored = reference.from_arrays(format, parts, signed)
         values = reference.decode(stored, signed, math.prod(shape))
         leaves.append(
             {name: flat.reshape(shape) for (name, _), flat in zip(states, values, strict=True)}

@@ -84,7 +84,8 @@ class Paging:
         a GPU refuses a directory.
 
     Raises:
-      ValueError: for negative numbers of bytes, another kind of memory, or an empty directory.
+      ValueError: for negative numbers of bytes, another kind of memory, or a directory whose name
+        is empty or not UTF-8.
       TypeError: for numbers of bytes that are not ints, or a directory that is not a path.
     """
 
@@ -98,17 +99,26 @@ class Paging:
             value = getattr(self, name)
             if value is None and name == "device_bytes":
                 continue
-            check_bytes(name, value)
+            value = check_bytes(name, value)
             if value >= 2**63:
                 raise ValueError(f"{name} is {value}; no machine has 2**63 bytes")
+            object.__setattr__(self, name, value)
         if self.memory not in ("managed", "pinned"):
             raise ValueError(f"unknown memory {self.memory!r}; it is 'managed' or 'pinned'")
         if self.directory is None:
             return
         if not isinstance(self.directory, str | os.PathLike):
             raise TypeError(f"directory is {self.directory!r}; it must be the path of a folder")
-        if not os.fspath(self.directory):
+        path = os.fspath(self.directory)
+        if not isinstance(path, str):
+            raise TypeError(f"directory is {path!r}; it must be text: os.fsdecode(directory)")
+        if not path:
             raise ValueError("directory is empty; name a folder, or leave it out")
+        if "\0" in path or any("\ud800" <= letter <= "\udfff" for letter in path):
+            raise ValueError(
+                f"directory is {path!r}; a compiled program can only hold names of UTF-8. Name"
+                " another folder, or a symbolic link to this one."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

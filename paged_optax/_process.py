@@ -23,6 +23,14 @@ def _on_notice(ordinal: int, missing_bytes: int, text: str) -> None:
 
 
 _ext.set_notice_handler(_on_notice)
-# Pagers must stop before Python, and then CUDA, shut down. A forked process has none to stop.
+# Pagers must stop before Python, and then CUDA, shut down.
 atexit.register(_ext.stop_pagers)
-os.register_at_fork(after_in_child=lambda: atexit.unregister(_ext.stop_pagers))
+
+
+def _forget_parent() -> None:
+    """In a forked process: it has no pager to stop, and no thread that could give up a lock."""
+    atexit.unregister(_ext.stop_pagers)
+    _ext.forget_parent()
+
+
+os.register_at_fork(after_in_child=_forget_parent)

@@ -11,6 +11,7 @@ from . import _ext, _names
 from ._bytes import format_bytes
 from ._pool import advise, xla_pool
 from ._state import find_states, read_token
+from ._transfer import find_staged
 
 MAX_ROWS = 12  # groups of leaves that a printed report lists
 
@@ -193,6 +194,8 @@ def memory_report(opt_state: Any) -> MemoryReport:
     newest = {handle: (version, state) for (handle, version), state in states.items()}
     reports, elsewhere = [], 0
     for handle, (version, state) in newest.items():  # several versions of one state count once
+        if find_staged(handle, version):
+            continue  # like a state that init returned
         here = [report | {"handle": handle} for report in _ext.describe(handle, version)]
         reports += here
         if here:  # shards are equally large on all devices

@@ -125,7 +125,7 @@ def skipping(
                 f"the optimizer state is a {type(state).__name__}, not the SkipNonFiniteState that"
                 f" init returns for {name}. Make a new one with init(params)."
             )
-        step, elements = skip or Skip()
+        step, elements = check_skip(skip) or Skip()
         grads = [jnp.asarray(grad) for grad in jax.tree.leaves(updates)]
         if mode == "step":
             bad = count_bad(grads, jnp.any) > 0
@@ -157,13 +157,15 @@ def follow(
       A bool of shape () or None for a step that is not skipped; the gradients, with NaN where an
       element is to be skipped; and whether any may be.
     """
+    skip = check_skip(skip)
     if skip is None:
         if _is_inside.get():
             raise TypeError(
                 "skip_non_finite cannot tell this paged optimizer what to skip: a transformation"
-                " between the two does not pass extra arguments on. Make that one an"
-                " optax.GradientTransformationExtraArgs, whose update takes **extra_args and hands"
-                " them to the update inside."
+                " between the two does not pass extra arguments on. Put skip_non_finite inside of"
+                " that one; in place of optax.MultiSteps use paged_optax.MultiSteps. If it is your"
+                " own, make it an optax.GradientTransformationExtraArgs, whose update takes"
+                " **extra_args and hands them to the update inside."
             )
         return None, list(grads), False
     if skip.elements is None:
@@ -179,6 +181,16 @@ def follow(
             )
         results.append(jnp.where(mask, jnp.asarray(jnp.nan, grad.dtype), grad))
     return skip.step, results, True
+
+
+def check_skip(skip: Any) -> Skip | None:
+    """The extra argument ``skip``, if it is one of ours."""
+    if skip is None or isinstance(skip, Skip):
+        return skip
+    raise TypeError(
+        f"update got skip={skip!r}, which paged optimizers take from paged_optax.skip_non_finite"
+        " alone. To skip steps by a rule of your own put jax.lax.cond around tx.update."
+    )
 
 
 @contextlib.contextmanager

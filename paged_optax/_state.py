@@ -6,6 +6,8 @@ executed update makes a new version. A token that is not the newest is recognise
 the moments stay as they were. `xla_ffi/README.md` gives the full contract.
 """
 
+import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeGuard, TypeVar
@@ -21,12 +23,23 @@ from ._ffi import TOKEN_SHAPE
 T = TypeVar("T")
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """The token of a state: a node of its own in the tree, so that what copies it can tell."""
+
+    value: Any  # int32 (2,): handle of the moments, version of their contents
+
+    def __copy__(self) -> "Token":
+        return self  # a deep copy is a second state: see `_carriers`
+
+
 class PagedState(NamedTuple):
     """What all paged states hold: a few integers, whatever the size of the model."""
 
     # `count` hides tuple.count, as in optax's own states.
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  int32 (): updates so far
-    token: jax.Array  # int32 (2,): handle of the moments, version of their contents
+    token: Any  # a `Token`; its array in what `find_states` returns
 
 
 _state_types: list[type] = []
@@ -46,28 +59,48 @@ def is_paged(node: Any) -> TypeGuard[PagedState]:
 _seeds = itertools.count()
 
 
-def new_token(num_leaves: int) -> jax.Array:
+def new_token(num_leaves: int) -> Token:
     """Token of a new state. Without leaves there is nothing to store, so no handle is issued."""
     if num_leaves == 0:
-        return jnp.zeros(TOKEN_SHAPE, jnp.int32)
-    return _calls.issue(np.array([next(_seeds) % 2**31, 0], np.int32))
+        return Token(jnp.zeros(TOKEN_SHAPE, jnp.int32))
+    return Token(_calls.issue(np.array([next(_seeds) % 2**31, 0], np.int32)))
 
 
-def check_state(state: Any, kind: type) -> None:
-    """Refuses what is not a state of this kind, as init or update returned it."""
+def check_state(state: Any, kind: type) -> jax.Array:
+    """The token of a state; refuses what is not one of this kind, as init or update returned it."""
     if not isinstance(state, kind):
         raise TypeError(
             f"the optimizer state is a {type(state).__name__}, not one that this optimizer's init"
             " returned. Moments of another optimizer, or of one with another param_rounding or"
             " non_finite, cannot be taken over: start with init(params)."
         )
-    for name, wanted, shape in (("token", "int32[2]", TOKEN_SHAPE), ("count", "int32[]", ())):
-        value = getattr(state, name)
+    token = getattr(state.token, "value", state.token)
+    for name, value, wanted, shape in (
+        ("token", token, "int32[2]", TOKEN_SHAPE),
+        ("count", state.count, "int32[]", ()),
+    ):
+        _check_array(name, wanted, value)
         if value.dtype != jnp.int32 or value.shape != shape:
             raise ValueError(
                 f"the optimizer state's {name} is {value.dtype}{list(value.shape)}, and must be"
                 f" {wanted} as init returned it; was the whole state cast, stacked or mapped over?"
             )
+    return token
+
+
+def _check_array(name: str, wanted: str, value: Any) -> None:
+    """Refuses what is no array of this machine, which came from a file or from another one."""
+    text = f"the optimizer state's {name} is {value!r}, and must be {wanted} as init returned it"
+    if not hasattr(value, "dtype"):
+        raise TypeError(
+            f"{text}: an array. Was the state read from JSON or the like? Its token names moments"
+            " of the process that made it: start with init(params)."
+        )
+    if not np.dtype(value.dtype).isnative:
+        raise ValueError(
+            f"{text}: in the byte order of this machine. Convert the state:"
+            " jax.tree.map(lambda leaf: leaf.astype(leaf.dtype.newbyteorder('=')), opt_state)"
+        )
 
 
 def find_states(opt_state: Any) -> list[PagedState]:
@@ -75,13 +108,18 @@ def find_states(opt_state: Any) -> list[PagedState]:
     opt_state = getattr(opt_state, "opt_state", opt_state)  # nnx.Optimizer, TrainState
     states = _states_in(opt_state)
     if not states:
-        raise ValueError(
-            f"there is no paged optimizer state in this {type(opt_state).__name__}; pass what the"
-            " optimizer's init or update returned (not the parameters)"
-        )
+        raise no_states(opt_state)
     for state in states:
         _check_token(state.token)
     return states
+
+
+def no_states(opt_state: Any) -> ValueError:
+    """What to raise where there is no paged state."""
+    return ValueError(
+        f"there is no paged optimizer state in this {type(opt_state).__name__}; pass what the"
+        " optimizer's init or update returned (not the parameters)"
+    )
 
 
 def has_states(opt_state: Any) -> bool:
@@ -89,8 +127,13 @@ def has_states(opt_state: Any) -> bool:
     return bool(_states_in(opt_state))
 
 
+def is_state(node: Any) -> bool:
+    """Whether a node is a paged state, or the mapping that nnx.split or a state dict made of it."""
+    return _as_state(node) is not None
+
+
 def _states_in(opt_state: Any) -> list[PagedState]:
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: _as_state(node) is not None)
+    nodes = jax.tree.leaves(opt_state, is_leaf=is_state)
     return [state for state in map(_as_state, nodes) if state is not None]
 
 
@@ -102,10 +145,12 @@ def _as_state(node: Any) -> PagedState | None:
         state = node
     else:
         return None
-    leaves = jax.tree.leaves(state.token)  # opens an nnx.Variable
+    leaves = jax.tree.leaves(state.token)  # opens a Token, and an nnx.Variable
     if len(leaves) == 1 and getattr(leaves[0], "dtype", None) == jnp.int32:
         return state._replace(token=leaves[0])
-    return None if isinstance(node, Mapping) else state  # None: parameters of these names
+    if isinstance(node, Mapping):
+        return None  # parameters of these names
+    return state._replace(token=getattr(state.token, "value", state.token))
 
 
 def _check_token(token: Any) -> None:
@@ -114,7 +159,8 @@ def _check_token(token: Any) -> None:
             "the optimizer state has shapes and no values (from jax.eval_shape?); pass one that"
             " init or update returned"
         )
-    dtype, shape = getattr(token, "dtype", type(token).__name__), np.shape(token)
+    _check_array("token", "int32[2]", token)
+    dtype, shape = token.dtype, np.shape(token)
     if dtype != jnp.int32 or shape != TOKEN_SHAPE:
         raise ValueError(
             f"the optimizer state's token is {dtype}{list(shape)}, and must be int32[2] as init"
@@ -125,7 +171,12 @@ def _check_token(token: Any) -> None:
 
 def read_token(state: PagedState) -> tuple[int, int]:
     """Handle and version of a state, once the update that made it is done."""
-    token = jnp.asarray(state.token)
+    return read_handle(state.token)
+
+
+def read_handle(token: Any) -> tuple[int, int]:
+    """`read_token`, of the array of a token."""
+    token = jnp.asarray(token)
     if isinstance(token, Tracer):
         raise TypeError(
             "the optimizer state is being traced (inside jax.jit or another transformation); call"

@@ -1,5 +1,6 @@
 """The update of a paged optimizer: what `optax.scale_by_adam` does, with the moments elsewhere."""
 
+import contextvars
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -10,16 +11,19 @@ import optax
 from jax.core import Tracer
 
 from . import _calls
+from ._ffi import SKIP_STEP
 from ._options import Options
 from ._refusals import guard
 from ._rule import Rule, stack
 from ._skip import Skip, follow, skipping
-from ._state import check_state, new_token
+from ._state import Token, check_state, new_token
 from ._step import make_step
 from ._validate import check_dtypes, check_flag, check_rate, check_shapes
 
-# Called with the updates of each step that rounds parameters.
-observers: list[Callable[[list[jax.Array]], None]] = []
+# Called with the token and the updates of each step that rounds parameters, in the thread that
+# set it.
+Observer = Callable[[jax.Array, list[jax.Array]], None]
+observer: contextvars.ContextVar[Observer | None] = contextvars.ContextVar("observer", default=None)
 
 
 def transformation(
@@ -75,27 +79,27 @@ def _paged(
 
     def update_fn(updates, state, params=None, *, skip: Skip | None = None, **extra_args):
         del extra_args
-        check_state(state, state_type)
+        token = check_state(state, state_type)
         paths, grads, treedef = _flatten(updates, params)
         skip_step, grads, has_masks = follow(skip, paths, grads)
         count, next_count = _count(state.count, skip_step)
         if not grads:
-            return updates, state_type(next_count, state.token)
+            return updates, state_type(next_count, Token(token))
         rates, decays = descent.resolve(state.count, updates, params) if descent else ((), None)
         step = make_step(
             rule, options, grads, paths, treedef, decays=decays, skip_elements=has_masks
         )
         token, results = _calls.update(
             step,
-            state.token,
+            token,
             count,
             stack((*rule.hyperparams, *rates)),
             grads,
             [jnp.asarray(param) for param in jax.tree.leaves(params)],
         )
-        for observe in observers if descent else ():
-            observe(results)
-        return jax.tree.unflatten(treedef, results), state_type(next_count, token)
+        if descent and (observe := observer.get()):
+            observe(token, results)
+        return jax.tree.unflatten(treedef, results), state_type(next_count, Token(token))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -110,11 +114,11 @@ def _flatten(updates: Any, params: Any) -> tuple[tuple[str, ...], list[jax.Array
 
 
 def _count(count: jax.Array, skip: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """The count for the call, which skips a step at -1, and that of the next state."""
+    """The count for the call, which skips a step at SKIP_STEP, and that of the next state."""
     next_count = jnp.asarray(optax.safe_increment(count))
     if skip is None:
         return count, next_count
-    return jnp.where(skip, -1, count), jnp.where(skip, count, next_count)
+    return jnp.where(skip, SKIP_STEP, count), jnp.where(skip, count, next_count)
 
 
 @dataclasses.dataclass(frozen=True)

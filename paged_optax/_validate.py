@@ -39,7 +39,7 @@ def check_decay(value: Any) -> None:
     """Accepts a weight decay, and no dtype, which `optax.adamw` takes in its place."""
     if isinstance(value, type | np.dtype) or hasattr(value, "dtype") and callable(value):
         raise TypeError(
-            f"weight_decay is {value}, a dtype: optax.adamw has mu_dtype in this place, which paged"
+            f"weight_decay is {value}, a dtype: optax has mu_dtype in this place, which paged"
             " optimizers do not take (moments have 8 bits). Pass weight_decay and mask by keyword."
         )
     check_rate("weight_decay", value)
@@ -72,6 +72,11 @@ def check_dtypes(kind: str, leaves: list[tuple[Any, Any]]) -> None:
         dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.asarray(leaf).dtype
         if isinstance(leaf, np.ndarray | np.generic):
             dtype = jax.dtypes.canonicalize_dtype(dtype)  # as jax will take it
+        if isinstance(dtype, np.dtype) and not dtype.isnative:
+            raise TypeError(
+                f"{kind} {leaf_name(path)} has dtype {dtype}, in the byte order of another machine,"
+                " which JAX does not take. Convert it: leaf.astype(leaf.dtype.newbyteorder('='))"
+            )
         if dtype not in FLOATS:
             raise TypeError(
                 f"{kind} {leaf_name(path)} has dtype {dtype}; paged optimizers take float32,"

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from paged_optax import Paging, Quantization, _ext, _step
+from paged_optax import Moments, Paging, Quantization, _ext, _step
 from paged_optax._options import make_options
 from paged_optax._rule import Rule
 from paged_optax._step import Step, make_step
@@ -90,3 +90,8 @@ def test_a_rule_has_its_hyperparameters(change):
 def test_hyperparameters_are_in_the_order_of_the_operand():
     shuffled = dict(reversed(ADAM.items()))
     assert Rule("adam", **shuffled).hyperparams == (0.9, 0.999, 1e-8, 0.0)
+
+
+def test_moments_have_a_field_for_each_state():
+    """`moments` would leave out a state of another name."""
+    assert {name for rule in RULES for name, _ in rule["states"]} == set(Moments._fields)

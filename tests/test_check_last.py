@@ -1,5 +1,8 @@
 """`check_last`: it accepts what leaves updates alone, refuses what changes them, and says why."""
 
+import concurrent.futures
+import threading
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -118,3 +121,42 @@ def test_check_last_names_nan_as_what_it_is():
     tx = optax.inject_hyperparams(paged_adamw8bit)(learning_rate=1e-3, param_rounding="compensated")
     with pytest.raises(ValueError, match="are NaN.*hyperparam_dtype"):
         check_last(tx, {"w": jnp.ones((64, 64), jnp.bfloat16)})
+
+
+def test_checks_of_two_threads():
+    """Neither sees the other's updates, nor gets into what it traces meanwhile."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait(updates, state, params=None):
+        begun.set()
+        assert go_on.wait(60)
+        return updates, state
+
+    pause = optax.GradientTransformation(lambda params: optax.EmptyState(), wait)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        check = pool.submit(check_last, optax.chain(pause, make()), PARAMS)
+        assert begun.wait(60)
+        check_last(make(), PARAMS)
+        with pytest.raises(ValueError, match="after the paged optimizer"):
+            check_last(optax.chain(make(), optax.scale(0.5)), PARAMS)
+        tx = make()
+        grads = jax.tree.map(jnp.asarray, PARAMS)
+        program = jax.jit(tx.update).lower(grads, tx.init(grads), grads)
+        assert "callback" not in program.as_text()
+        go_on.set()
+        check.result()
+
+
+def test_check_inside_of_another():
+    """And a step of an optimizer that has nothing to do with the one that is checked."""
+    other = make()
+
+    def meanwhile(updates, state, params=None):
+        check_last(make(), PARAMS)
+        other.update(updates, other.init(params), params)
+        return updates, state
+
+    tx = optax.GradientTransformation(lambda params: optax.EmptyState(), meanwhile)
+    check_last(optax.chain(tx, make()), PARAMS)
+    with pytest.raises(ValueError, match="after the paged optimizer"):
+        check_last(optax.chain(tx, make(), optax.scale(0.5)), PARAMS)

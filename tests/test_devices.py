@@ -279,7 +279,7 @@ def test_parameters_keep_their_sharding(devices, specs, batch, replay):
     x = make_tree(9, {"x": (16, 64)})["x"]
     np.testing.assert_allclose(loss(params, x), loss(expected, x), rtol=1e-3)
     assert loss(params, x) < 0.96 * loss(make_tree(0, shapes), x)
-    assert int(state[1][0].token[1]) == 3
+    assert int(state[1][0].token.value[1]) == 3
     release(state)
     release(single)
 
@@ -387,7 +387,7 @@ def test_state_of_other_devices_is_refused_and_not_lost(devices, kind):
         jax.block_until_ready(update(make_tree(1, shapes), jax.device_get(state)))
     assert_trees_equal(moments(state), before)
     _, state = update(place(make_tree(1, shapes), few, specs), state)
-    assert int(state.token[1]) == 2
+    assert int(state.token.value[1]) == 2
     release(state)
 
 
@@ -420,7 +420,7 @@ def test_other_parts_of_the_same_size_are_refused(cuts, kind):
         jax.block_until_ready(update(put(1, cuts[1]), jax.device_get(state)))
     assert_trees_equal(moments(state), before)
     _, state = update(put(1, cuts[0]), state)
-    assert int(state.token[1]) == 2
+    assert int(state.token.value[1]) == 2
 
 
 ORDERS = {"swapped": (1, 0, 2, 3, 4, 5, 6, 7), "turned": (7, 6, 5, 4, 3, 2, 1, 0)}
@@ -453,7 +453,7 @@ def test_devices_in_another_order_are_refused(devices, kinds, order):
     if order == sorted(order, reverse=True):  # no device kept its place, and so none stepped
         with jax.set_mesh(mesh):
             _, state = update(place(make_tree(2, shapes), mesh, specs), state)
-        assert int(state.token[1]) == 2
+        assert int(state.token.value[1]) == 2
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
@@ -583,7 +583,7 @@ def test_loops_and_branches_over_shards(devices, kind, replay):
         if replay:
             tx.update(put(make_tree(2, shapes)), state)
             updates, state = tx.update(put(make_tree(3, shapes)), state)
-        result = jax.tree.map(np.asarray, updates), int(state.token[1]), moments(state)
+        result = jax.tree.map(np.asarray, updates), int(state.token.value[1]), moments(state)
         release(state)
         return result
 
@@ -620,7 +620,8 @@ def test_states_made_in_one_program_have_one_handle_on_all_devices(devices):
     for _ in range(20):
         states = jax.jit(lambda p: [tx.init(p @ p * i) for i in range(8)])(params)
         tokens = [
-            [tuple(np.asarray(s.data)) for s in state.token.addressable_shards] for state in states
+            [tuple(np.asarray(s.data)) for s in state.token.value.addressable_shards]
+            for state in states
         ]
         assert all(len(set(token)) == 1 for token in tokens), tokens
         assert len({token[0] for token in tokens}) == 8

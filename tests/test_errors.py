@@ -133,6 +133,14 @@ def test_copy_is_a_fork(tx, states):
     assert_refused(lambda: tx.update(make_grads(), states[-1]), newest, NOT_THE_NEWEST)
 
 
+@pytest.mark.parametrize("count", [-1, -7, -(2**31) + 1])
+def test_negative_count(tx, states, count):
+    """It is refused, and not taken for a step to be skipped."""
+    damaged = states[-1]._replace(count=jnp.int32(count))
+    match = "count of this optimizer state is negative"
+    assert_refused(lambda: tx.update(make_grads(), damaged), states[-1], match)
+
+
 def test_where_keeps_the_old_state(tx, states):
     """As Flax's examples skip a step that is not finite."""
 
@@ -395,7 +403,8 @@ def test_reports_of_a_state_of_another_process(foreign_states):
 
 
 def test_version_that_was_never_made(tx, states):
-    invented = states[-1]._replace(token=states[-1].token + jnp.array([0, 5], jnp.int32))
+    token = states[-1].token.value + jnp.array([0, 5], jnp.int32)
+    invented = states[-1]._replace(token=token)
     assert_refused(lambda: tx.update(make_grads(), invented), states[-1], "not the newest")
 
 
@@ -847,7 +856,7 @@ def test_state_of_another_optimizer(tx):
 def test_state_that_was_mapped_over(tx, field, how):
     grads = {"w": jnp.ones(3)}
     state = tx.init(grads)
-    leaf = getattr(state, field)
+    (leaf,) = jax.tree.leaves(getattr(state, field))
     wrong = leaf.astype(jnp.float32) if how == "cast" else jnp.stack([leaf, leaf])
     with pytest.raises(ValueError, match=f"{field} is .* must be int32"):
         tx.update(grads, state._replace(**{field: wrong}))
@@ -871,10 +880,32 @@ def test_bad_options_are_named(options, error, text):
         scale_by_paged_adam8bit(**options)
 
 
+def test_state_from_json(tx, states):
+    read = type(states[-1])(3, [1, 2])
+    for question in (lambda: tx.update(make_grads(), read), lambda: memory_report(read)):
+        with pytest.raises(TypeError, match=r"token is \[1, 2\].*must be int32.*JSON.*init"):
+            question()
+
+
+def test_other_byte_order(tx, states):
+    """Of arrays that were read from a file of another machine."""
+    swapped = jax.tree.map(lambda leaf: np.asarray(leaf).astype(">i4"), states[-1])
+    for question in (lambda: tx.update(make_grads(), swapped), lambda: memory_report(swapped)):
+        with pytest.raises(ValueError, match=r"token is .*byte order.*newbyteorder"):
+            question()
+    right = jax.tree.map(lambda leaf: leaf.astype(leaf.dtype.newbyteorder("=")), swapped)
+    tx.update(make_grads(), right)
+    with pytest.raises(TypeError, match=r"gradient \['w'\] has dtype >f4, in the byte order.*newb"):
+        tx.update({"w": np.ones(3, ">f4")}, states[-1])
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [
         ({"device_bytes": "1GB"}, TypeError),
+        ({"device_bytes": True}, TypeError),
+        ({"headroom_bytes": np.bool_(True)}, TypeError),
+        ({"device_bytes": np.ones(3)}, TypeError),
         ({"headroom_bytes": None}, TypeError),
         ({"device_bytes": 2**70}, ValueError),
     ],
@@ -883,6 +914,14 @@ def test_bad_options_are_named(options, error, text):
 def test_bad_bytes_are_named(options, error):
     with pytest.raises(error, match=f"{next(iter(options))} is"):
         paged_optax.Paging(**options)
+
+
+def test_bytes_may_be_an_int_of_numpy(tx, states):
+    paging = Paging(device_bytes=np.int64(2**20), headroom_bytes=np.uint8(7))
+    assert (type(paging.device_bytes), paging.headroom_bytes) == (int, 7)
+    paged_optax.evict(states[-1], np.int32(0))
+    tx = scale_by_paged_adam8bit(paging=paging)
+    jax.block_until_ready(tx.update(make_grads(), tx.init(make_grads())))
 
 
 def test_nesterov_may_be_any_truth_value():

@@ -226,11 +226,11 @@ def test_paged_state_changes_once_a_cycle(use_grad_mean):
     update, bare_update = jax.jit(tx.update, donate_argnums=1), jax.jit(bare.update)
     params = make_params()
     state, bare_state = tx.init(params), bare.init(params)
-    handle = state.inner_opt_state.token[0]
+    handle = state.inner_opt_state.token.value[0]
     for cycle in range(num_cycles):
         grads = [make_integers(cycle * k + i) for i in range(k)]
         for i in range(k):
-            assert state.inner_opt_state.token.tolist() == [handle, cycle]
+            assert state.inner_opt_state.token.value.tolist() == [handle, cycle]
             updates, state = update(grads[i], state)
             assert is_zero(updates) == (i < k - 1)
         total = jax.tree.map(lambda *leaves: sum(leaves) / (k if use_grad_mean else 1), *grads)
@@ -239,7 +239,7 @@ def test_paged_state_changes_once_a_cycle(use_grad_mean):
         assert_trees_equal(stored_leaves(state.inner_opt_state), stored_leaves(bare_state))
         assert tx.has_updated(state)
     assert state.inner_opt_state.count == state.gradient_step == num_cycles
-    assert state.inner_opt_state.token.tolist() == [handle, num_cycles]
+    assert state.inner_opt_state.token.value.tolist() == [handle, num_cycles]
 
 
 def test_paged_state_in_a_scan_that_stacks_updates():
@@ -253,7 +253,7 @@ def test_paged_state_in_a_scan_that_stacks_updates():
         return jax.lax.scan(lambda s, g: tx.update(g, s, params)[::-1], state, grads)
 
     state, stacked = loop(tx.init(params), grads)
-    assert state.inner_opt_state[0].token[1] == 3
+    assert state.inner_opt_state[0].token.value[1] == 3
     one_by_one = tx.init(params)
     for i in range(6):
         updates, one_by_one = tx.update(make_integers(i), one_by_one, params)
@@ -422,7 +422,7 @@ def test_nnx_optimizer():
     losses, optimizer = train(MultiSteps, paged_adamw8bit)
     np.testing.assert_allclose(losses, expected, rtol=1e-2)
     assert losses[0] == losses[2] > losses[3] == losses[5] > losses[6]
-    assert optimizer.opt_state.inner_opt_state[0].token[1] == 3
+    assert optimizer.opt_state.inner_opt_state[0].token.value[1] == 3
     assert bool(optimizer.tx.has_updated(optimizer.opt_state))
     assert release(optimizer) > 2 * 64 * 64
 
@@ -451,7 +451,7 @@ def test_linen_train_state():
     _, expected = train(optax.MultiSteps(optax.adamw(1e-2), 3))
     state, losses = train(MultiSteps(paged_adamw8bit(1e-2), 3))
     np.testing.assert_allclose(losses, expected, rtol=1e-2)
-    assert state.opt_state.inner_opt_state[0].token[1] == 3
+    assert state.opt_state.inner_opt_state[0].token.value[1] == 3
     assert release(state) > 2 * 64 * 64
 
 
@@ -691,7 +691,7 @@ def test_on_eight_devices(inner, kind, eight):
     assert not [name for name in COLLECTIVES if name in program]
     assert "conditional" in program
     if inner is paged_dynamic:
-        assert state.inner_opt_state[0].token[1] == 2
+        assert state.inner_opt_state[0].token.value[1] == 2
         assert len(memory_report(state).devices) == 8
 
 
@@ -710,4 +710,4 @@ def test_inside_shard_map(eight):
         updates, state = update(params, state, params)
         wanted = -1e-2 * (1 + 1e-4) if i % 2 else 0.0
         np.testing.assert_allclose(updates["w"], wanted, rtol=1e-4)
-    assert state.inner_opt_state[0].token[1] == 2
+    assert state.inner_opt_state[0].token.value[1] == 2

@@ -344,7 +344,7 @@ def test_all_devices_decide_alike(policy, kind, rounding):
                 assert all(np.isfinite(u).all() and u.any() for u in updates.values())
         counter = state.skipped
         assert {int(np.ravel(shard.data)[0]) for shard in counter.addressable_shards} == {1}
-        token = state.inner_state[0].token
+        token = state.inner_state[0].token.value
         copies = {tuple(np.ravel(shard.data).tolist()) for shard in token.addressable_shards}
         assert len(copies) == 1
         counts = np.ravel(np.asarray(state.inner_state[0].count))

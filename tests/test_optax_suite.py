@@ -599,7 +599,7 @@ def show_moments(tree: Any) -> Any:
         return isinstance(node, ScaleByPagedAdam8bitState)
 
     def show(node):
-        if not is_state(node) or not isinstance(node.token, jax.Array):
+        if not is_state(node) or not isinstance(node.token.value, jax.Array):
             return node
         return node.count, paged_optax.moments(node) if node.count else None
 

@@ -101,6 +101,9 @@ def test_capacity_shrinks_at_once_and_grows_when_it_lasts():
         ({"memory": "device"}, ValueError, "unknown memory 'device'"),
         ({"directory": 3}, TypeError, "directory is 3"),
         ({"directory": ""}, ValueError, "directory is empty"),
+        ({"directory": b"/tmp"}, TypeError, "directory is b'/tmp'"),
+        ({"directory": os.fsdecode(b"/tmp/\xff")}, ValueError, "UTF-8.*symbolic link"),
+        ({"directory": "/tmp/\0"}, ValueError, "UTF-8"),
     ],
 )
 def test_bad_options(options, error, message):
@@ -210,7 +213,7 @@ def test_nothing_is_left_behind(tmp_path, end):
     tx = paged_optax.scale_by_paged_adam8bit(paging=paged_optax.Paging(directory="."))
     params = jnp.ones(3_000_000)
     _, state = tx.update(params, tx.init(params))
-    state.token.block_until_ready()
+    state.token.value.block_until_ready()
     assert paged_optax.memory_report(state).devices[0].memory == "file"
     {end}
     """

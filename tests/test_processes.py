@@ -80,7 +80,8 @@ PROGRAM = """
         return params, state
 
     def check(params, state):
-        tokens = np.concatenate([np.asarray(s.data) for s in state[0].token.addressable_shards])
+        shards = state[0].token.value.addressable_shards
+        tokens = np.concatenate([np.asarray(shard.data) for shard in shards])
         report = paged_optax.memory_report(state)
         assert len(report.devices) == num_devices // count
         assert report.elsewhere == (count - 1) * report.total, report

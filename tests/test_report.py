@@ -277,7 +277,7 @@ def test_only_stored_contents_can_be_read():
     tx = scale_by_paged_adam8bit()
     params = jnp.ones(5120)
     _, state = tx.update(params, tx.init(params))
-    handle, version = jax.device_get(state.token).tolist()
+    handle, version = jax.device_get(state.token.value).tolist()
     assert len(read_leaves("cpu", 0, handle, version)) == 1
     with pytest.raises(RuntimeError, match="not the newest"):
         read_leaves("cpu", 0, handle, version + 1)

@@ -429,6 +429,26 @@ def test_extra_arguments_that_do_not_arrive(mode):
     silent.update(params, silent.init(params), params)  # alone it works
 
 
+WRAPPERS = {
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+    "split_real_and_imaginary": lambda tx: optax.contrib.split_real_and_imaginary(tx),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_wrappers_of_optax_that_pass_nothing_on(wrap):
+    tx, params = skip_non_finite(wrap(paged_adam8bit(0.1, replay=True)), "step"), make_tree(0)
+    with pytest.raises(TypeError, match="Put skip_non_finite inside.*paged_optax.MultiSteps"):
+        tx.update(params, tx.init(params), params)
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: skip_non_finite(tx, "step")])
+def test_another_argument_called_skip(wrap):
+    tx, params = wrap(paged_adam8bit(0.1)), make_tree(0)
+    with pytest.raises(TypeError, match=r"skip=True.*skip_non_finite alone"):
+        tx.update(params, tx.init(params), params, skip=True)
+
+
 def test_gradients_of_other_names():
     params = make_tree(0)
     tx = optax.flatten(scale_by_paged_adam8bit())

@@ -72,7 +72,10 @@ def test_state_is_a_named_tuple_of_int32(tx):
     state = tx.init(make_grads(0))
     assert isinstance(state, tuple) and state._fields == ("count", "token")
     for _ in range(2):
-        assert [(leaf.shape, leaf.dtype) for leaf in state] == [((), jnp.int32), ((2,), jnp.int32)]
+        assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)] == [
+            ((), jnp.int32),
+            ((2,), jnp.int32),
+        ]
         _, state = tx.update(make_grads(0), state)
 
 
@@ -194,7 +197,7 @@ def inits_in_a_scan(init):
 )
 def test_every_init_makes_a_state_of_its_own(tx, inits):
     states = inits(tx.init)
-    assert len({int(state.token[0]) for state in states}) == 3
+    assert len({int(state.token.value[0]) for state in states}) == 3
     for i, state in enumerate(states):  # and so does its first update
         updates, states[i] = tx.update(make_grads(i), state)
         assert_trees_equal(updates, tx.update(make_grads(i), tx.init(make_grads(i)))[0])

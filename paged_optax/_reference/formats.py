@@ -258,20 +258,28 @@ def decode(stored: Any, signed: Sequence[bool], size: int) -> list[np.ndarray]:
     return decoded
 
 
-def from_arrays(format: str, arrays: Sequence[np.ndarray]) -> Any:
+def from_arrays(format: str, arrays: Sequence[np.ndarray], signed: Sequence[bool]) -> Any:
     """What `decode` takes, out of the arrays that an arena has of a leaf.
 
     Args:
       format: ``"float32"``, ``"dynamic"`` or ``"ratio"``.
       arrays: the codes of each state, then the words of each state; float32 has no words.
+      signed: of each state, whether it can be negative.
     """
-    num_states = len(arrays) // 2  # except for float32
-    if format == "ratio":
-        return (Squares(*arrays),) if num_states == 1 else RatioState(*arrays)
-    if format == "dynamic":
-        pairs = zip(arrays[:num_states], arrays[num_states:], strict=True)
-        return tuple(Quantized(codes, scales) for codes, scales in pairs)
-    return tuple(arrays)
+    if format == "float32":
+        return tuple(arrays)
+    if format == "ratio" and not all(signed):
+        check_ratio(signed)
+        return RatioState(*arrays)
+    kind = Squares if format == "ratio" else Quantized
+    pairs = zip(arrays[: len(signed)], arrays[len(signed) :], strict=True)
+    return tuple(kind(codes, words) for codes, words in pairs)
+
+
+def check_ratio(signed: Sequence[bool]) -> None:
+    """Refuses states for which nobody has specified the ``ratio`` format yet."""
+    if not all(signed) and tuple(signed) != (True, False):
+        raise NotImplementedError(f"no ratio format for states with signed={tuple(signed)}")
 
 
 def _to_blocks(values: np.ndarray) -> np.ndarray:

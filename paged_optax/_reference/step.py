@@ -7,6 +7,7 @@ import numpy as np
 from .formats import (
     BLOCK_SIZE,
     RatioState,
+    check_ratio,
     decode,
     encode,
     quantize,
@@ -23,9 +24,10 @@ def init_leaf(size: int, quantized: bool, codec: str = "dynamic", rule: str = "a
     _, state, signed = RULES[rule]
     if not quantized:
         return state(*[zeros] * len(signed))
-    if codec == "ratio" and len(signed) == 1:
-        return state(quantize_squares(zeros, np.zeros(size, np.uint32)))
+    if codec == "ratio" and all(signed):
+        return state(*[quantize_squares(zeros, np.zeros(size, np.uint32))] * len(signed))
     if codec == "ratio":
+        check_ratio(signed)
         return quantize_ratio(zeros, zeros, np.zeros(size, np.uint32))._replace(
             nu_words=np.zeros(-(-size // BLOCK_SIZE), np.float32)
         )

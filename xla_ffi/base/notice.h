@@ -1,4 +1,4 @@
-// Word to the user from where no Python runs. The Python module makes warnings of it.
+// Messages for the user from threads that run no Python. The Python module makes warnings of it.
 #pragma once
 
 #include <cstdint>

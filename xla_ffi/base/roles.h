@@ -1,4 +1,4 @@
-// What optimizers say of themselves and formats need to know: kinds of states, and lists of types.
+// What a rule declares about its states, for formats; and lists of types.
 #pragma once
 
 #include <cstddef>

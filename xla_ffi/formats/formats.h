@@ -1,6 +1,6 @@
 // The list of formats. A program names a format by its place here. The blocks of an arena lie in
-// this order, so that the states that are read most often for their size come first into a GPU's
-// memory.
+// this order. Formats with few bytes an element come first, because leading regions stay in a GPU's
+// memory longest.
 #pragma once
 
 #include <array>

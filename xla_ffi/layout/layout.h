@@ -45,8 +45,8 @@ struct BlockShape {
   }
 };
 
-// Offsets in a slot of the arena. Those of the blocks that follow in the same chunk are multiples
-// of the parts' sizes further on.
+// Offsets in a slot of the arena. Of the blocks that follow in the same chunk, the parts lie one
+// part size after the other.
 struct BlockPlace {
   int64_t codes;         // of state 0
   int64_t state_stride;  // from the codes of one state to those of the next

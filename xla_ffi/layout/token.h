@@ -33,7 +33,10 @@ PAGED_HD uint64_t LayoutOf(uint64_t fingerprint, int32_t part) {
   return fingerprint ^ (static_cast<uint64_t>(static_cast<uint32_t>(part)) * 0x9e3779b97f4a7c15u);
 }
 
-enum class Verdict : int32_t { kAccept, kFresh, kUnknown, kOtherLayout, kStale };
+// The count of a step that is to be skipped. No other number below 0 is a count.
+inline constexpr int32_t kSkipStep = -0x7fffffff - 1;
+
+enum class Verdict : int32_t { kAccept, kFresh, kUnknown, kOtherLayout, kStale, kBadCount };
 
 PAGED_HD bool IsAccepted(Verdict verdict) {
   return verdict == Verdict::kAccept || verdict == Verdict::kFresh;
@@ -62,6 +65,11 @@ PAGED_HD Judgement Judge(const Header* header, Token token, uint64_t layout) {
   const int32_t slot = FindSlot(*header, token.version);
   if (slot >= 0) return {Verdict::kAccept, slot, header->num_slots - 1 - slot};
   return {Verdict::kStale, 0, 0};
+}
+
+// An accepted step needs a count, or is to be skipped.
+PAGED_HD Verdict JudgeCount(Verdict verdict, int32_t count) {
+  return IsAccepted(verdict) && count < 0 && count != kSkipStep ? Verdict::kBadCount : verdict;
 }
 
 // Never 0, never a version that a state still around can hold: 2^31 - 1 steps pass before one

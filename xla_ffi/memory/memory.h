@@ -50,8 +50,11 @@ class Memory {
   virtual void Enqueue(const Move&, Stream) {}
   virtual void Finish(const Move&, Stream) {}
 
+  // Throws if contents may have been lost without a step's doing. Every use asks first.
+  virtual void CheckContents() {}
+
   // Memory in a file only: how many bytes are in RAM; writes out everything after the first
-  // `nbytes` and drops it from RAM; reads everything ahead.
+  // `nbytes` and drops it from RAM, or throws and keeps it; reads everything ahead.
   virtual int64_t ResidentBytes() const { return geometry_.NumBytes(); }
   virtual void PageOut(int64_t /*nbytes*/) {}
   virtual void PageIn() {}

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "base/notice.h"
 
@@ -17,6 +18,10 @@ struct Internals {
   void (*post_notice)(Notice notice);
   void (*deliver_notices)();
   void (*pretend_not_managed)(bool pretend);
+  // base/faults.h; nothing in a build without tests.
+  void (*ask_for_failure)(const std::string& call, int after, int error);
+  bool (*withdraw_failure)();
+  std::string (*danger_of)(long file_system);
 };
 
 }  // namespace paged_optax

@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "base/faults.h"
+#include "memory/file_system.h"
 #include "memory/gpus.h"
 #include "memory/memory.h"
 #include "memory/preflight.h"
@@ -200,12 +202,25 @@ py::list ReadResidualsToPython(const std::string& platform, int ordinal, int32_t
   return leaves;
 }
 
+#if PAGED_OPTAX_TESTING
+void AskForFailure(const std::string& call, int after, int error) {
+  Faults::Get().Ask(call, after, error);
+}
+bool WithdrawFailure() { return Faults::Get().Withdraw(); }
+#else
+void AskForFailure(const std::string&, int, int) {}
+bool WithdrawFailure() { return false; }
+#endif
+
 constexpr Internals kInternals{[] { return Registry::Get().NumArenas(); },
                                [] { return Registry::Get().handles().num_unused(); },
                                [] { Registry::Get().ThrowIfRejected(); },
                                PostNotice,
                                DeliverNotices,
-                               PretendNotManaged};
+                               PretendNotManaged,
+                               AskForFailure,
+                               WithdrawFailure,
+                               [](long type) { return Classify(type).danger; }};
 
 }  // namespace
 }  // namespace paged_optax
@@ -243,6 +258,7 @@ PYBIND11_MODULE(_ext, module) {
   DefineCheckpoints(module);
   module.def("stop_pagers", [] { Registry::Get().StopPagers(); }, Unlocked());
   module.def("set_notice_handler", &SetNoticeHandler);
+  module.def("forget_parent", &ForgetNoticesOfParent);
   module.def("set_shared_base",
              [](int32_t random) { Registry::Get().handles().SetSharedBase(random); });
 #if PAGED_OPTAX_CUDA

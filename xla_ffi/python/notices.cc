@@ -20,10 +20,9 @@ struct Notices {
   PyObject* handler = nullptr;
 };
 
-Notices& AllNotices() {
-  static Notices* notices = new Notices();
-  return *notices;
-}
+Notices* all_notices = new Notices();
+
+Notices& AllNotices() { return *all_notices; }
 
 int DeliverPending(void*) {
   DeliverNotices();
@@ -44,6 +43,13 @@ void PostNotice(Notice notice) {
 void SetNoticeHandler(const py::object& handler) {
   std::lock_guard<std::mutex> lock(AllNotices().mutex);
   AllNotices().handler = py::object(handler).release().ptr();  // kept until the process ends
+}
+
+// The parent's threads may have held the lock.
+void ForgetNoticesOfParent() {
+  PyObject* const handler = all_notices->handler;
+  all_notices = new Notices();
+  all_notices->handler = handler;
 }
 
 void DeliverNotices() {

@@ -11,4 +11,7 @@ void SetNoticeHandler(const pybind11::object& handler);
 // Calls the handler with what waits, now. The GIL must be held.
 void DeliverNotices();
 
+// In a forked process, before anything else.
+void ForgetNoticesOfParent();
+
 }  // namespace paged_optax

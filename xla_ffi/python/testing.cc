@@ -138,6 +138,14 @@ void AddInternals(py::module_& module) {
   });
   module.def("deliver_notices", [] { Ext().deliver_notices(); });
   module.def(
+      "fail_call",
+      [](const std::string& call, int error, int after) {
+        Ext().ask_for_failure(call, after, error);
+      },
+      py::arg("call"), py::arg("error"), py::arg("after") = 0);
+  module.def("withdraw_failure", [] { return Ext().withdraw_failure(); });
+  module.def("danger_of", [](long type) { return Ext().danger_of(type); }, py::arg("type"));
+  module.def(
       "pretend_not_managed", [](bool pretend) { Ext().pretend_not_managed(pretend); },
       py::arg("pretend"));
 }

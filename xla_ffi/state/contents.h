@@ -21,8 +21,8 @@ struct LeafPart {
 using LeafParts = std::vector<LeafPart>;
 
 // The states of every leaf, in tree order, out of one slot. A float32 leaf has an array a state, an
-// 8-bit leaf the codes of every state and then the words of every state. Reads each chunk of the
-// arena once.
+// 8-bit leaf the codes of every state and then the words of every state. Reads each chunk of a
+// region once.
 std::vector<LeafParts> ReadLeaves(const LockedArena& locked, int32_t slot);
 
 // The residuals of every leaf's parameters, 256 a block; throws if the arena keeps none.

@@ -12,6 +12,7 @@ namespace {
 std::optional<LockedArena> LockArena(std::shared_ptr<Arena> arena, bool for_step = false) {
   if (arena == nullptr) return std::nullopt;
   ContentsLock lock(arena->mutex);
+  arena->memory->CheckContents();
   if (for_step) arena->holds.AwaitNone(lock);
   const Header header = arena->header;
   return LockedArena{std::move(arena), header, std::move(lock)};

@@ -27,6 +27,13 @@ std::string NotTheNewest(const Refusal& refusal) {
          " were.";
 }
 
+std::string NegativeCount() {
+  return "the count of this optimizer state is negative. It is the number of updates so far, as "
+         "init "
+         "and update return it; was the state changed by hand, or cast? The moments were left as "
+         "they were.";
+}
+
 std::string OfOtherLeaves(const Refusal& refusal) {
   if (refusal.here != nullptr && refusal.request != nullptr) {
     return Signature::Difference(refusal.here->signature, *refusal.request, refusal.here->names);
@@ -49,6 +56,11 @@ std::string WithoutMoments(const Refusal& refusal) {
     case Handles::Origin::kUsed:
       return "the moments of this optimizer state were released. Make a new state with "
              "init(params).";
+    case Handles::Origin::kParent:
+      return "the moments of this optimizer state are in the process that this one was forked "
+             "from, "
+             "and a forked process gets no moments. Use the state there, or make a new state here "
+             "with init(params).";
     case Handles::Origin::kElsewhere:
       break;
   }
@@ -62,6 +74,7 @@ std::string WithoutMoments(const Refusal& refusal) {
 std::string Explain(const Refusal& refusal) {
   const std::string text = refusal.verdict == Verdict::kStale         ? NotTheNewest(refusal)
                            : refusal.verdict == Verdict::kOtherLayout ? OfOtherLeaves(refusal)
+                           : refusal.verdict == Verdict::kBadCount    ? NegativeCount()
                                                                       : WithoutMoments(refusal);
   return "paged_optax: " + text;
 }

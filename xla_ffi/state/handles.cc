@@ -20,9 +20,13 @@ constexpr size_t kMaxForgotten = 256, kMaxForgottenSources = 32;
 
 // Handles start at a random number, so that a token from another process, restored without its
 // moments, is recognised instead of finding somebody else's.
-Handles::Handles()
+Handles::Handles(const Handles* parent)
     : own_{static_cast<int32_t>(std::random_device{}() % (1u << 29) + (1u << 20)), 0} {
   own_.next = own_.first;
+  if (parent == nullptr) return;
+  parents_ = parent->parents_;
+  parents_.push_back(parent->own_);
+  parents_.push_back(parent->shared_);
 }
 
 // Above all handles that a process issues on its own.
@@ -170,7 +174,11 @@ Handles::Sources Handles::Sweep(const Lock<Handles>& lock) {
 
 Handles::Origin Handles::OriginOf(int32_t handle) const {
   const Lock<Handles> lock(mutex_);
-  if (!own_.Contains(handle) && !shared_.Contains(handle)) return Origin::kElsewhere;
+  if (!own_.Contains(handle) && !shared_.Contains(handle)) {
+    const bool is_parents = std::any_of(parents_.begin(), parents_.end(),
+                                        [&](const Range& range) { return range.Contains(handle); });
+    return is_parents ? Origin::kParent : Origin::kElsewhere;
+  }
   return unused_.count(handle) ? Origin::kUnused : Origin::kUsed;
 }
 

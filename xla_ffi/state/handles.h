@@ -19,7 +19,9 @@ struct Source;
 
 class Handles {
  public:
-  Handles();
+  // `parent`: those of the process that this one was forked from, if it was. They are only read,
+  // and need no lock: nobody changes them in this process.
+  explicit Handles(const Handles* parent = nullptr);
 
   // Handle of a new state. Devices that take part in one execution get the same handle.
   // Within one, calls are told apart by `seed` and, for the same seed (a loop), by their order.
@@ -59,8 +61,9 @@ class Handles {
   // A handler was called.
   void NoteCall();
 
-  // Another process issued the handle; or this one did, and its state was or was not used.
-  enum class Origin { kElsewhere, kUnused, kUsed };
+  // Another process issued the handle; or one did that this one was forked from; or this one did,
+  // and its state was or was not used.
+  enum class Origin { kElsewhere, kParent, kUnused, kUsed };
   Origin OriginOf(int32_t handle) const;
 
  private:
@@ -98,7 +101,8 @@ class Handles {
 
   mutable Mutex<Handles> mutex_;
   Range own_;
-  Range shared_{0, 0};         // {0, 0}: not set
+  Range shared_{0, 0};  // {0, 0}: not set
+  std::vector<Range> parents_;
   std::deque<Issued> issued_;  // recent
   std::deque<Used> used_;      // recent
   std::set<int32_t> unused_;   // issued, no arena on any device yet

@@ -1,7 +1,10 @@
 // See registry.h.
 #include "state/registry.h"
 
+#include <pthread.h>
+
 #include <algorithm>
+#include <atomic>
 #include <exception>
 #include <set>
 
@@ -11,10 +14,29 @@
 
 namespace paged_optax {
 
-Registry& Registry::Get() {
-  static Registry* registry = new Registry();
-  return *registry;
+namespace {
+
+std::atomic<Registry*> current{nullptr};
+std::atomic<Registry*> parents{nullptr};  // of the process that this one was forked from
+
+// In a forked process, before anything else runs.
+void ForgetParent() {
+  if (Registry* registry = current.exchange(nullptr)) parents = registry;
 }
+
+}  // namespace
+
+Registry& Registry::Get() {
+  if (Registry* registry = current) return *registry;
+  [[maybe_unused]] static const int is_watching = pthread_atfork(nullptr, nullptr, &ForgetParent);
+  Registry* made = new Registry(parents);
+  Registry* other = nullptr;
+  if (current.compare_exchange_strong(other, made)) return *made;
+  delete made;
+  return *other;
+}
+
+Registry::Registry(const Registry* parent) : handles_(parent ? &parent->handles_ : nullptr) {}
 
 std::vector<Device*> Registry::Devices() {
   std::lock_guard<std::mutex> lock(mutex_);

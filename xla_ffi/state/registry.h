@@ -17,7 +17,9 @@
 
 namespace paged_optax {
 
-// Process-wide, thread-safe, never destroyed: nothing calls CUDA while the process exits.
+// Process-wide, thread-safe, never destroyed: nothing calls CUDA while the process exits. A forked
+// process starts with an empty one: it has none of the threads that may hold a lock of its
+// parent's, and none of the memory.
 class Registry {
  public:
   static Registry& Get();
@@ -79,7 +81,7 @@ class Registry {
   int64_t NumArenas();
 
  private:
-  Registry() = default;
+  explicit Registry(const Registry* parent);
   std::vector<Device*> Devices();
   Device* FindDevice(DeviceId id);
   [[noreturn]] void Refuse(DeviceId device, const Rejection& rejection);

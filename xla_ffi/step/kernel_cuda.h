@@ -1,5 +1,5 @@
-// The step on the GPU: one warp a block of a region's states. Adds to block.h who takes which
-// blocks. Included by the .cu files, each of which compiles some of the kernels.
+// The step on the GPU: one warp steps a block of a region. Says which warp takes which blocks.
+// Included by the .cu files, each of which compiles some of the kernels.
 #pragma once
 
 #include "base/fast_math.h"
@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, 3) StepKernel(const __grid_constant_
   const bool accepted = resolved.accepted;
   const bool has_residuals = args.region.shape.residual_bytes != 0;
   Region region = args.region;
-  // Known to the compiler.
+  // Constants, so that the compiler can fold them.
   region.shape = {kNumStates<Rule>, sizeof(typename Format::Code) * kBlockSize,
                   kNumWords<Rule, Format>,
                   kOutput == Output::kUpdate ? args.region.shape.residual_bytes : 0};

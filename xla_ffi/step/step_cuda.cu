@@ -66,10 +66,11 @@ __device__ void Prepare(List<Rule...>, const ResolveArgs& args, int32_t count, A
 // One thread: judges the token and advances the version. Everything after it on the stream sees the
 // outcome.
 __device__ void Resolve(const ResolveArgs& args, Token token, Header* header) {
-  const Judgement judgement = Judge(header, token, LayoutOf(args.fingerprint, *args.part));
+  Judgement judgement = Judge(header, token, LayoutOf(args.fingerprint, *args.part));
   ResolvedStep& resolved = *args.resolved;
   const int32_t count = *args.count;
-  const bool skipped = IsAccepted(judgement.verdict) && count < 0;
+  judgement.verdict = JudgeCount(judgement.verdict, count);
+  const bool skipped = IsAccepted(judgement.verdict) && count == kSkipStep;
   resolved.accepted = IsAccepted(judgement.verdict) && !skipped;
   if (resolved.accepted) {
     Prepare(Rules(), args, count, resolved.step);

@@ -84,13 +84,17 @@ void CheckCounts(const UpdateAttrs& attrs, bool takes_params, size_t num_args, s
   }
 }
 
+void* Check(ffi::AnyBuffer buffer, ffi::DataType dtype, size_t count, const std::string& what) {
+  if (buffer.element_type() != dtype || buffer.element_count() != count) {
+    Refuse(what + " has another size or type");
+  }
+  return buffer.untyped_data();
+}
+
 template <class T>
 T Scalars(const ffi::RemainingArgs& args, size_t index, ffi::DataType dtype, size_t count) {
-  const auto buffer = args.get<ffi::AnyBuffer>(index);
-  if (!buffer.has_value() || buffer->element_type() != dtype || buffer->element_count() != count) {
-    Refuse("operand " + std::to_string(index));
-  }
-  return static_cast<T>(buffer->untyped_data());
+  return static_cast<T>(
+      Check(*args.get<ffi::AnyBuffer>(index), dtype, count, "operand " + std::to_string(index)));
 }
 
 Leaf ParseLeaf(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
@@ -151,7 +155,8 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
       args, 2, ffi::DataType::F32,
       AllRules()[kind.rule].hyperparams.size() + (takes_params ? kNumParamHyperparams : 0));
   call.part = Scalars<const int32_t*>(args, 3, ffi::DataType::S32, 1);
-  call.new_token = static_cast<Token*>((*rets.get<ffi::AnyBuffer>(0))->untyped_data());
+  call.new_token = static_cast<Token*>(
+      Check(**rets.get<ffi::AnyBuffer>(0), ffi::DataType::S32, 2, "the new token"));
   const size_t num_leaves = attrs.formats.size();
   for (const int8_t format : attrs.formats) ++call.ranges[format].count;
   std::array<int64_t, kFormats.size()> next = {};  // place of each format's next leaf

@@ -118,15 +118,15 @@ ffi::Error UpdateCpu(ffi::ThreadPool pool, ffi::RunId run, int32_t device, Updat
     std::optional<LockedArena> locked =
         registry.Open(MakeRequest(id, run.run_id, attrs, call, *call.part), token);
     Arena* const arena = locked->arena.get();
-    const Judgement judgement =
-        Judge(&arena->header, token, LayoutOf(call.fingerprint, *call.part));
+    const int32_t count = *call.count;
+    Judgement judgement = Judge(&arena->header, token, LayoutOf(call.fingerprint, *call.part));
+    judgement.verdict = JudgeCount(judgement.verdict, count);
     if (!IsAccepted(judgement.verdict)) {
       const Rejection rejection{judgement.verdict, token, arena->header.version, call.fingerprint};
       locked.reset();  // Explain looks at arenas too
       throw StatusError(StatusCode::kFailedPrecondition, registry.Explain(id, rejection));
     }
-    const int32_t count = *call.count;
-    if (count < 0) {
+    if (count == kSkipStep) {
       for (const Leaf& leaf : call.leaves) {
         std::memset(leaf.updates, 0, leaf.size * SizeOf(leaf.dtype));
       }

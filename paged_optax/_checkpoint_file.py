@@ -1,0 +1,174 @@
+"""Files of moments, in the safetensors format: 8 bytes of length, a JSON header, and then arrays.
+
+Anything that reads safetensors reads them. The metadata describe the states, and everything else in
+the header follows from them, so a reader works out the header that a file must have and compares.
+The last tensor has a CRC-32 of the header and of each tensor before it.
+
+A file is input from outside. Nothing in it is used before it is checked, and no number in it
+decides how much memory is asked for before the size of the file confirms it.
+
+References:
+  Hugging Face, `safetensors <https://huggingface.co/docs/safetensors>`_
+"""
+
+import contextlib
+import json
+import math
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from . import _metadata
+from ._contents import Contents, Damaged, FilePart
+
+_SUMS = "crc32"
+_DTYPES = {"uint8": "U8", "uint32": "U32", "float32": "F32"}
+_MAX_HEADER = 100 * 2**20  # bytes, as in safetensors itself
+
+# --- Writing -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` when it is complete and on the disk.
+
+    Whatever happens before, a file that was there stays as it was.
+    """
+    folder, name = os.path.split(path)
+    part = os.path.join(folder, f".{name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        raise
+    opened = os.open(folder or ".", os.O_RDONLY)  # the new name has to be on the disk too
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def write(file: BinaryIO, states: Sequence[Contents | None], **extra: Any) -> int:
+    """Writes states, one array after the other.
+
+    Args:
+      file: opened for writing bytes.
+      states: what to write; None for a state that was never updated.
+      **extra: what else the metadata say, for `read` to return.
+
+    Returns:
+      The number of bytes written.
+    """
+    text = _encode_header(states, extra)
+    file.write(struct.pack("<Q", len(text)))
+    file.write(text)
+    sums, written = [zlib.crc32(text)], 8 + len(text)
+    for entry in _metadata.entries_of(states):
+        array = entry.read()
+        assert array.dtype == entry.field.dtype and array.shape == entry.shape, entry.key
+        data = memoryview(np.ascontiguousarray(array).reshape(-1)).cast("B")
+        sums.append(zlib.crc32(data))
+        written += file.write(data)
+    return written + file.write(np.array(sums, "<u4").tobytes())
+
+
+def _encode_header(states: Sequence[Contents | None], extra: dict[str, Any]) -> bytes:
+    header, _ = _layout(states)
+    about = {"__metadata__": {"paged_optax": _metadata.encode(states, **extra)}}
+    text = json.dumps(about | header).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def _layout(states: Sequence[Contents | None]) -> tuple[dict[str, Any], int]:
+    """The entries of all tensors in the header, and the bytes of their data."""
+    header: dict[str, Any] = {}
+    end = 0
+
+    def add(key: str, dtype: np.dtype, shape: Sequence[int]) -> None:
+        nonlocal end
+        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        header[key] = {
+            "dtype": _DTYPES[dtype.name],
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
+
+    for entry in _metadata.entries_of(states):
+        add(entry.key, entry.field.dtype, entry.shape)
+    add(_SUMS, np.dtype(np.uint32), [1 + len(header)])
+    return header, end
+
+
+# --- Reading -------------------------------------------------------------------------------------
+
+
+def read(path: str) -> tuple[list[Contents | None], dict[str, Any]]:
+    """The states in a file, and what else its metadata say.
+
+    Reads the header alone. An array is read, and its checksum compared, when it is asked for.
+
+    Raises:
+      Damaged: if the file is not complete and as it was written.
+      ValueError: if a newer version of the library wrote it.
+      OSError: if it cannot be read.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            text = _read_header(file, size)
+            found = json.loads(text)
+            states, about = _metadata.decode(found.pop("__metadata__")["paged_optax"])
+            header, data = _layout(states)
+            _check(found, header, 8 + len(text) + data, size)
+            begin = header.pop(_SUMS)["data_offsets"][0]
+            file.seek(8 + len(text) + begin)
+            sums = np.frombuffer(_read_exactly(file, data - begin), "<u4").tolist()
+            if sums[0] != zlib.crc32(text):
+                raise Damaged("the checksum of the header is wrong")
+        except _metadata.Newer as error:
+            raise ValueError(f"{path}: {error}") from None
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise Damaged(f"{path} is damaged: {error}") from None
+    entries = zip(header.items(), sums[1:], strict=True)
+    parts = {key: _part(path, 8 + len(text), entry, crc) for (key, entry), crc in entries}
+    return _metadata.with_data(states, parts), about
+
+
+def _part(path: str, start: int, entry: dict[str, Any], crc: int) -> FilePart:
+    begin, end = entry["data_offsets"]
+    return FilePart(path, start + begin, end - begin, crc)
+
+
+def _read_header(file: BinaryIO, size: int) -> bytes:
+    start = file.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+    if length > min(size - 8, _MAX_HEADER):
+        raise Damaged("it is cut off in its header")
+    return _read_exactly(file, length)
+
+
+def _read_exactly(file: BinaryIO, nbytes: int) -> bytes:
+    data = file.read(nbytes)
+    if len(data) != nbytes:
+        raise Damaged("it is cut off")
+    return data
+
+
+def _check(tensors: dict[str, Any], header: dict[str, Any], needed: int, size: int) -> None:
+    """Compares the header with the one that follows from the metadata, and the size of the file."""
+    if list(tensors) != list(header):
+        raise Damaged("its tensors are not those that its metadata describe")
+    for key, entry in header.items():
+        if tensors[key] != entry:
+            raise Damaged(f"{key} is not as its metadata describe it")
+    if size != needed:
+        raise Damaged(f"it has {size} bytes, and its header describes {needed}")

@@ -1,0 +1,91 @@
+"""An optimizer state with other moments in the place of its own."""
+
+import copy
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from . import _ext
+from ._contents import Contents
+from ._state import is_state, new_token, no_states
+from ._transfer import stage
+
+
+def replace_moments(
+    opt_state: Any, contents: Sequence[Contents | None], *, convert: bool = False
+) -> Any:
+    """An optimizer state with contents for each of its paged states, in tree order.
+
+    Args:
+      opt_state: any pytree with paged states in it. Only its structure matters, and where count
+        and token are; shapes without values will do.
+      contents: None for a state that was never updated.
+      convert: see `stage`.
+
+    Raises:
+      ValueError: for another number of states.
+    """
+    nodes, treedef = jax.tree.flatten(opt_state, is_leaf=is_state)
+    places = [i for i, node in enumerate(nodes) if is_state(node)]
+    if not places:
+        raise no_states(opt_state)
+    if len(places) != len(contents):
+        raise ValueError(
+            f"there are moments of {len(contents)} paged states, and the optimizer state has"
+            f" {len(places)}; was the optimizer changed?"
+        )
+    for i, found in zip(places, contents, strict=True):
+        nodes[i] = _replace_one(nodes[i], found, convert)
+    return jax.tree.unflatten(treedef, nodes)
+
+
+def _replace_one(node: Any, contents: Contents | None, convert: bool) -> Any:
+    """A paged state, or the mapping that stands for it, with other moments."""
+    is_mapping = isinstance(node, Mapping)
+    old = node if is_mapping else node._asdict()
+    (token,) = jax.tree.leaves(old["token"])
+    if contents is None and _is_fresh(token):
+        return node
+    if contents is None:
+        value: Any = np.asarray(new_token(num_leaves=1).value)
+    else:
+        shared = isinstance(token, jax.Array) and not token.is_fully_addressable
+        value = stage(contents, convert=convert, shared=shared)
+    _give_up(token)
+    fields = {"token": jax.tree.map(lambda leaf: _put(value, leaf), old["token"])}
+    count = 0 if contents is None else contents.count
+    if count is not None:
+        new_count = np.array(count, np.int32)
+        fields["count"] = jax.tree.map(lambda leaf: _put(new_count, leaf), old["count"])
+    if not is_mapping:
+        return node._replace(**fields)
+    other: Any = copy.copy(node)
+    other.update(fields)
+    return other
+
+
+def _put(value: np.ndarray, like: Any) -> jax.Array:
+    """The value on the devices on which `like` is, if it was put there."""
+    if isinstance(like, jax.Array) and like.committed:
+        return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index])
+    return jnp.asarray(value)
+
+
+def _is_fresh(token: Any) -> bool:
+    """Whether a token is of a state that init returned in this process."""
+    if not isinstance(token, jax.Array) or isinstance(token, Tracer):
+        return False
+    handle, version = np.asarray(token.addressable_shards[0].data).tolist()
+    return version == 0 and _ext.is_alive(handle)
+
+
+def _give_up(token: Any) -> None:
+    """Lets go of the handle of a fresh state, once nobody has its token any more."""
+    if _is_fresh(token):
+        handle = int(np.asarray(token.addressable_shards[0].data)[0])
+        weakref.finalize(token, _ext.forget, handle).atexit = False

@@ -1,0 +1,209 @@
+"""Contents of states out of memory, and back into memory under a new token.
+
+Restoring is lazy: a new token stands for contents that the extension has not looked at yet. The
+first update that takes it makes the moments' memory, compares names, shapes and formats with the
+gradients', and fills it.
+"""
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from . import _ext
+from ._contents import Contents, Field, FilePart, Leaf, Shape, fields_of
+from ._job import share_base
+from ._shards import Shards
+from ._state import read_handle
+
+# Of each handle that was staged: its contents, without keeping arrays alive. The extension has a
+# reference until the first update.
+_staged: dict[int, Contents] = {}
+
+
+@contextlib.contextmanager
+def opened(token: Any, count: int | None = None) -> Iterator[Contents | None]:
+    """The moments of a state on the devices of this process, each box once.
+
+    Meanwhile no step of the state can start, so do not wait for one.
+
+    Of a box that several devices have, it is the first copy along the mesh. If another process has
+    that one, the box is left to it.
+
+    Args:
+      token: the array of the newest state's token.
+      count: what `Contents.count` is to be.
+
+    Yields:
+      The contents, whose arrays can be read until the context ends; None for a state that was never
+      updated.
+
+    Raises:
+      RuntimeError: if the state is not the newest one, or was released, or is not in this process.
+      NotImplementedError: if it is not known which part of the parameters each device has.
+    """
+    handle, version = read_handle(token)
+    staged = find_staged(handle, version)
+    reports = [] if staged else _ext.describe(handle, version)
+    if staged is not None:
+        yield staged if count is None else dataclasses.replace(staged, count=count)
+    elif version == 0 or not any(report["version"] for report in reports):
+        yield None  # with replay=True its first step may have run and been dropped
+    else:
+        with contextlib.ExitStack() as stack:
+            snapshots = [
+                stack.enter_context(
+                    _ext.snapshot(report["platform"], report["ordinal"], handle, version)
+                )
+                for report in reports
+            ]
+            yield _read(snapshots, _mesh(token, snapshots[0].num_devices), count)
+
+
+def _mesh(token: Any, num_devices: int) -> Any:
+    """The mesh that a token is on; None where nothing tells."""
+    sharding = getattr(token, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.size != num_devices:
+        return None
+    return sharding.mesh
+
+
+def _read(snapshots: Sequence[Any], mesh: Any, count: int | None) -> Contents:
+    """The contents that snapshots of all devices of this process have."""
+    first = snapshots[0]
+    if first.boxes is None:
+        raise NotImplementedError(
+            "it is not known which part of the parameters each device has: the state was updated"
+            " inside jax.shard_map or jax.pmap, or on a mesh with axes of several types. Update it"
+            " under jax.jit with sharded arrays on a mesh of one type instead."
+        )
+    leaves, places = [], []
+    for i, (format, box) in enumerate(zip(first.formats, first.shapes, strict=True)):
+        owners: dict[Shape, Any] = {}
+        for snapshot in snapshots:
+            owners.setdefault(tuple(snapshot.boxes[i][1]), snapshot)
+        starts = sorted(start for start in owners if _is_here(first, mesh, i, start))
+        name = first.names[i] if first.names else ""
+        whole = tuple(first.boxes[i][0])
+        leaves.append(Leaf(name, whole, format, tuple(box), tuple(starts)))
+        places.append([owners[start] for start in starts])
+
+    def data(i: int, b: int, name: str) -> np.ndarray:
+        fields = fields_of(first.rule, leaves[i].format, first.has_residuals)
+        return _read_field(places[i][b], i, fields, name, leaves[i].box)
+
+    return Contents(first.rule, first.has_residuals, first.tree, tuple(leaves), data, count)
+
+
+def _is_here(snapshot: Any, mesh: Any, leaf: int, start: Shape) -> bool:
+    """Whether the first device along the mesh that has a box belongs to this process."""
+    if mesh is None or not snapshot.shards:
+        return True
+    shards, shape = Shards.decode(snapshot.shards), snapshot.shapes[leaf]
+    for position, device in enumerate(mesh.devices.flat):
+        index = shards.index(leaf, position, shape)
+        if tuple(part.start for part in index) == start:
+            return device.process_index == jax.process_index()
+    raise AssertionError(start)
+
+
+def _read_field(
+    snapshot: Any, leaf: int, fields: Sequence[Field], name: str, box: Shape
+) -> np.ndarray:
+    """One array of a leaf on one device."""
+    codes = [field.name for field in fields if not field.is_per_block and field.name != "residual"]
+    words = [field.name for field in fields if field.is_per_block]
+    (field,) = (field for field in fields if field.name == name)
+    if name == "residual":
+        array = snapshot.read_part(leaf, "residuals")
+    elif field.is_per_block:
+        array = snapshot.read_part(leaf, "words", words.index(name))
+    else:
+        array = snapshot.read_part(leaf, "codes", codes.index(name))
+    return array.view(field.dtype).reshape(field.shape(box))
+
+
+def stage(contents: Contents, *, convert: bool = False, shared: bool = False) -> np.ndarray:
+    """A new token for contents, which all have to be there.
+
+    Args:
+      contents: from anywhere.
+      convert: whether a step may store them in another format.
+      shared: whether other processes do the same, for a state on devices of all of them.
+
+    Returns:
+      int32 (2,): handle and version.
+
+    Raises:
+      ValueError: if the contents contradict themselves.
+    """
+    if shared:
+        share_base()
+    arrays = {
+        (i, b, field.name): contents.data(i, b, field.name) for i, b, field in contents.keys()
+    }
+    token = _ext.stage(
+        {
+            "rule": contents.rule,
+            "has_residuals": contents.has_residuals,
+            "convert": convert,
+            "shared": shared,
+            "local_devices": jax.local_device_count(),
+            "leaves": [_spec(contents, i, leaf, arrays) for i, leaf in enumerate(contents.leaves)],
+        }
+    )
+    _remember(token[0], contents, arrays)
+    return np.array(token, np.int32)
+
+
+def _spec(
+    contents: Contents, i: int, leaf: Leaf, arrays: Mapping[tuple[int, int, str], Any]
+) -> dict[str, Any]:
+    """A leaf as the extension takes it."""
+    fields = contents.fields(leaf)
+    codes = [f.name for f in fields if not f.is_per_block and f.name != "residual"]
+    words = [f.name for f in fields if f.is_per_block]
+    return {
+        "name": leaf.name,
+        "shape": leaf.shape,
+        "format": leaf.format,
+        "pieces": [
+            {
+                "start": start,
+                "shape": leaf.box,
+                "codes": [arrays[i, b, name] for name in codes],
+                "words": [arrays[i, b, name] for name in words],
+                "residuals": arrays[i, b, "residual"] if contents.has_residuals else None,
+            }
+            for b, start in enumerate(leaf.starts)
+        ],
+    }
+
+
+def _remember(handle: int, contents: Contents, arrays: Mapping[tuple[int, int, str], Any]) -> None:
+    for old in [old for old in _staged if _ext.staged(old) is None]:
+        del _staged[old]
+    places = {
+        key: data if isinstance(data, FilePart) else weakref.ref(data)
+        for key, data in arrays.items()
+    }
+
+    def data(*key: Any) -> np.ndarray | FilePart:
+        place = places[key]
+        array = place if isinstance(place, FilePart) else place()
+        if array is None:
+            raise RuntimeError("this optimizer state was updated meanwhile; pass the newest one")
+        return array
+
+    _staged[handle] = dataclasses.replace(contents, data=data)
+
+
+def find_staged(handle: int, version: int) -> Contents | None:
+    """What waits for the first update that takes a token, if anything does."""
+    waiting = _ext.staged(handle) if version == 1 else None
+    return None if waiting is None or waiting["filled"] else _staged.get(handle)

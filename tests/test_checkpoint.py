@@ -1,0 +1,392 @@
+"""Moments are saved and come back: a run that is resumed ends where an uninterrupted one ends."""
+
+import copy
+import json
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import checkpoints
+import paged_optax
+from helpers import RAISES, assert_trees_equal, make_tree, run_python, to_jax
+from paged_optax import Quantization, load_moments, moments, save_moments
+
+# --- Resuming in another process ----------------------------------------------------------------
+
+HALF_IN_A_PROCESS = """
+    import sys
+    import jax
+    import checkpoints
+    folder, half, name, ways, shape, saved_at = sys.argv[1:]
+    mesh = None
+    if shape:
+        x, y = map(int, shape.split("x"))
+        jax.config.update("jax_num_cpu_devices", x * y)
+        kinds = (jax.sharding.AxisType.Auto,) * 2
+        mesh = jax.make_mesh((x, y), ("x", "y"), axis_types=kinds)
+    ways = {way: checkpoints.ALL_WAYS[way] for way in ways.split()}
+    print("wrong", getattr(checkpoints, half)(folder, name, ways, mesh, int(saved_at)))
+"""
+
+
+def run_half(folder, half, name, ways=checkpoints.WAYS, mesh="", saved_at=checkpoints.HALF):
+    """Runs a half of a run in a process of its own; what resumed there and ended elsewhere."""
+    process = run_python(
+        HALF_IN_A_PROCESS, folder, folder, half, name, " ".join(ways), mesh, saved_at
+    )
+    (line,) = [x for x in process.stdout.splitlines() if x.startswith("wrong")]
+    return line
+
+
+def assert_resumes(folder, name, ways=checkpoints.WAYS, mesh="", saved_at=checkpoints.HALF):
+    for half in ("first_half", "second_half"):
+        line = run_half(folder, half, name, ways, mesh, saved_at)
+    assert line == "wrong []"
+
+
+@pytest.mark.parametrize("name", checkpoints.RUNS)
+def test_resume_in_a_new_process(name, tmp_path):
+    assert_resumes(tmp_path, name)
+
+
+@pytest.mark.parametrize("name", ["ratio", "compensated"])
+def test_resume_on_a_mesh(name, tmp_path):
+    assert_resumes(tmp_path, name, mesh="4x2")
+
+
+def test_state_that_was_never_updated(tmp_path):
+    ways = {k: v for k, v in checkpoints.WAYS.items() if k != "file_abstract"}
+    assert_resumes(tmp_path, "ratio", ways, saved_at=0)
+
+
+def test_orbax(tmp_path):
+    assert_resumes(tmp_path, "partition", checkpoints.ORBAX_WAYS)
+
+
+def test_orbax_on_a_mesh(tmp_path):
+    ways = {k: v for k, v in checkpoints.ORBAX_WAYS.items() if "linen" not in k}
+    assert_resumes(tmp_path, "ratio", ways, mesh="4x2")
+
+
+def test_orbax_with_a_state_that_was_never_updated(tmp_path):
+    assert_resumes(tmp_path, "ratio", checkpoints.ORBAX_WAYS, saved_at=0)
+
+
+# --- In one process -----------------------------------------------------------------------------
+
+SHAPES = {"b": (7,), "w": (64, 80)}
+
+
+@pytest.fixture
+def params():
+    return to_jax(make_tree(0, SHAPES))
+
+
+@pytest.fixture
+def tx():
+    return paged_optax.paged_adamw8bit(1e-2)
+
+
+def run(tx, params, state, first, count):
+    update = jax.jit(tx.update)
+    for i in range(first, first + count):
+        grads = to_jax(make_tree(100 + i, {k: p.shape for k, p in params.items()}))
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+@pytest.fixture
+def trained(tx, params):
+    return run(tx, params, tx.init(params), 0, 3)
+
+
+def test_deepcopy_is_a_second_state(tx, trained):
+    params, state = trained
+    other = copy.deepcopy(state)
+    one, two = run(tx, params, state, 3, 2), run(tx, params, other, 3, 2)
+    assert_trees_equal(one[0], two[0])
+    assert_trees_equal(moments(one[1]), moments(two[1]))
+
+
+def test_restored_state_is_saved_again_before_its_first_step(tx, trained, tmp_path):
+    params, state = trained
+    for i in range(3):
+        save_moments(state, tmp_path / f"{i}.safetensors")
+        state = load_moments(tx.init(params), tmp_path / f"{i}.safetensors")
+    state = pickle.loads(pickle.dumps(state))
+    state = paged_optax.import_moments(tx.init(params), paged_optax.export_moments(state))
+    expected, actual = run(tx, params, trained[1], 3, 2), run(tx, params, state, 3, 2)
+    assert_trees_equal(actual[0], expected[0])
+
+
+def test_saving_takes_the_place_of_the_file_at_once(tx, trained, tmp_path, monkeypatch):
+    params, state = trained
+    path = tmp_path / "m.safetensors"
+    save_moments(state, path)
+    before = path.read_bytes()
+    _, state = run(tx, params, state, 3, 1)
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_moments(state, path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_file_is_safetensors(trained, tmp_path):
+    safetensors = pytest.importorskip("safetensors")
+    path = tmp_path / "m.safetensors"
+    assert save_moments(trained[1], path) == path.stat().st_size
+    arrays = paged_optax.export_moments(trained[1])
+    del arrays["paged_optax"]
+    with safetensors.safe_open(path, "np") as file:
+        assert set(file.keys()) == {*arrays, "crc32"}
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(file.get_tensor(name), array)
+
+
+def test_state_that_is_not_the_newest_is_not_saved(tx, params, tmp_path):
+    first = run(tx, params, tx.init(params), 0, 1)[1]
+    second = run(tx, params, first, 1, 1)[1]
+    with pytest.raises(RuntimeError, match="not the newest"):
+        save_moments(first, tmp_path / "m.safetensors")
+    paged_optax.release(second)
+    with pytest.raises(RuntimeError, match="released"):
+        save_moments(second, tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_number_of_states(tx, trained, tmp_path):
+    params, state = trained
+    save_moments(state, tmp_path / "m.safetensors")
+    two = optax.chain(tx, paged_optax.scale_by_paged_adam8bit())
+    with pytest.raises(
+        ValueError, match="moments of 1 paged states, and the optimizer state has 2"
+    ):
+        load_moments(two.init(params), tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="no paged optimizer state"):
+        load_moments(optax.adam(0.1).init(params), tmp_path / "m.safetensors")
+
+
+OTHERS = {
+    "shape": ({"b": (7,), "w": (64, 81)}, {}),
+    "name": ({"b": (7,), "v": (64, 80)}, {}),
+    "fewer": ({"b": (7,)}, {}),
+    "format": (SHAPES, {"quantization": Quantization("dynamic")}),
+    "rounding": (SHAPES, {"param_rounding": "compensated"}),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_first_step_compares(case, trained, tmp_path):
+    save_moments(trained[1], tmp_path / "m.safetensors")
+    shapes, options = OTHERS[case]
+    params = to_jax(make_tree(0, shapes))
+    if case == "rounding":
+        params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    tx = paged_optax.paged_adamw8bit(1e-2, **options)
+    state = load_moments(tx.init(params), tmp_path / "m.safetensors")
+    with pytest.raises(RAISES, match="restored from a checkpoint"):
+        jax.block_until_ready(tx.update(params, state, params))
+
+
+def test_other_rule_is_refused(trained, params, tmp_path):
+    save_moments(trained[1], tmp_path / "m.safetensors")
+    tx = paged_optax.paged_lion8bit(1e-2)
+    state = load_moments(tx.init(params), tmp_path / "m.safetensors")
+    with pytest.raises(RAISES, match="restored from a checkpoint"):
+        jax.block_until_ready(tx.update(params, state, params))
+
+
+def test_convert_between_formats(trained, tmp_path):
+    params, state = trained
+    save_moments(state, tmp_path / "m.safetensors")
+    tx = paged_optax.paged_adamw8bit(1e-2, quantization=Quantization(min_size=2**62))
+    exact = moments(state)
+    other = load_moments(tx.init(params), tmp_path / "m.safetensors", convert=True)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    _, other = tx.update(zeros, other, params)  # a gradient of zero leaves 0.9 and 0.999 of them
+    np.testing.assert_allclose(moments(other).mu["w"], 0.9 * exact.mu["w"], rtol=1e-6)
+    np.testing.assert_allclose(moments(other).nu["w"], 0.999 * exact.nu["w"], rtol=1e-6)
+
+
+def test_optax_and_back(tx, trained):
+    params, state = trained
+    as_optax = paged_optax.to_optax(state)
+    adamw = optax.adamw(1e-2)
+    assert jax.tree.structure(as_optax) == jax.tree.structure(adamw.init(params))
+    assert_trees_equal(as_optax[0].mu, moments(state).mu)
+    back = paged_optax.from_optax(tx.init(params), as_optax)
+    grads = to_jax(make_tree(7, SHAPES))
+    with jax.numpy_dtype_promotion("standard"):
+        expected, _ = adamw.update(grads, as_optax, params)
+    actual, after = tx.update(grads, back, params)
+    assert int(after[0].count) == 4
+    for name in SHAPES:
+        np.testing.assert_allclose(actual[name], expected[name], rtol=0.1, atol=2e-4)
+
+
+# --- Files that are not what was written --------------------------------------------------------
+
+
+def mutate(data, rng):
+    """Another file: bits flipped, noise, or another length."""
+    data = bytearray(data)
+    kind = rng.integers(5)
+    at = int(rng.integers(len(data)) if rng.integers(2) else rng.integers(2000)) % len(data)
+    if kind == 0:
+        data[at] ^= 1 << int(rng.integers(8))
+    elif kind == 1:
+        data[at : at + 16] = rng.bytes(16)
+    elif kind == 2:
+        del data[at:]
+    elif kind == 3:
+        data += rng.bytes(int(rng.integers(1, 100)))
+    else:
+        del data[at : at + int(rng.integers(1, 50))]
+    return bytes(data)
+
+
+def test_mutated_files(tx, trained, tmp_path):
+    """An error, or identical contents; never a wrong state."""
+    params, state = trained
+    path = tmp_path / "m.safetensors"
+    save_moments(state, path)
+    good = path.read_bytes()
+    update = jax.jit(tx.update)
+    expected = update(params, load_moments(tx.init(params), path), params)[0]
+    rng = np.random.default_rng(5)
+    refused = 0
+    for _ in range(300):
+        path.write_bytes(mutate(good, rng))
+        restored = None
+        try:
+            restored = load_moments(tx.init(params), path)
+            assert_trees_equal(update(params, restored, params)[0], expected)
+        except RAISES:
+            refused += 1
+        finally:
+            if restored is not None:
+                paged_optax.release(restored)
+    assert refused > 250
+
+
+def with_metadata(data, change):
+    """The file with other metadata, and a header without a checksum that fits."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    about = json.loads(header["__metadata__"]["paged_optax"])
+    change(about)
+    header["__metadata__"]["paged_optax"] = json.dumps(about)
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
+
+
+def _set(**values):
+    return lambda about: about["states"][0].update(values)
+
+
+def _leaf(**values):
+    return lambda about: about["states"][0]["leaves"][1].update(values)
+
+
+BAD = {
+    "newer": (lambda about: about.update(format=2), "newer"),
+    "count": (_set(count=-1), "not a size"),
+    "large count": (_set(count=2**31), "count"),
+    "rule": (_set(rule="x"), "unknown optimizer"),
+    "residuals": (_set(has_residuals=1), "not a bool"),
+    "format": (_leaf(format="x"), "format"),
+    "huge": (_leaf(shape=[2**62, 2**62], box=[2**62, 2**62]), "not as its metadata|tensors"),
+    "negative": (_leaf(shape=[-64, 80]), "not a size"),
+    "float": (_leaf(shape=[64.0, 80]), "not a size"),
+    "uneven": (_leaf(box=[48, 80]), "boxes"),
+    "no start": (_leaf(starts=[[1, 0]]), "no box begins"),
+    "twice": (_leaf(starts=[[0, 0], [0, 0]]), "twice"),
+    "states": (lambda about: about.update(states=None), "damaged"),
+    "leaves": (_set(leaves=None), "damaged"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_metadata(case, tx, params, trained, tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_moments(trained[1], path)
+    change, message = BAD[case]
+    path.write_bytes(with_metadata(path.read_bytes(), change))
+    with pytest.raises(ValueError, match=message):
+        load_moments(tx.init(params), path)
+
+
+def test_bad_arrays(tx, params, trained):
+    arrays = paged_optax.export_moments(trained[1])
+    for name in arrays:
+        if name == "paged_optax":
+            continue
+        for bad in (arrays[name].astype(np.float64), arrays[name].ravel()[1:]):
+            with pytest.raises(ValueError, match="and must be"):
+                paged_optax.import_moments(tx.init(params), arrays | {name: bad})
+        with pytest.raises(ValueError, match="missing"):
+            rest = {key: array for key, array in arrays.items() if key != name}
+            paged_optax.import_moments(tx.init(params), rest)
+    with pytest.raises(ValueError, match="not moments from export_moments"):
+        paged_optax.import_moments(tx.init(params), {})
+
+
+# --- A process that is killed -------------------------------------------------------------------
+
+SAVE_FOR_EVER = """
+    import sys
+    import jax, jax.numpy as jnp
+    import checkpoints, paged_optax
+    make, dtype = checkpoints.RUNS["ratio"]
+    tx = make()
+    step, params = checkpoints.make_step(tx), checkpoints.make_params(dtype)
+    state = tx.init(params)
+    for i in range(10_000):
+        params, state = checkpoints.advance(step, params, state, i, 1)
+        paged_optax.save_moments(state, sys.argv[1])
+        print(i + 1, flush=True)
+"""
+
+
+def test_process_that_is_killed_while_it_saves(tmp_path):
+    rng = np.random.default_rng(0)
+    make, dtype = checkpoints.RUNS["ratio"]
+    tx = make()
+    step = checkpoints.make_step(tx)
+    path = tmp_path / "m.safetensors"
+    for _ in range(3):
+        with subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(SAVE_FOR_EVER), str(path)],
+            cwd=tmp_path,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parent)},
+            stdout=subprocess.PIPE,
+        ) as process:
+            process.stdout.readline()  # it has saved once
+            time.sleep(float(rng.uniform(0, 0.5)))
+            process.send_signal(signal.SIGKILL)
+        params = checkpoints.make_params(dtype)
+        state = load_moments(tx.init(params), path)
+        count = int(state[0].count)
+        whole = checkpoints.advance(step, params, tx.init(params), 0, count)[1]
+        exported = [paged_optax.export_moments(x) for x in (state, whole)]
+        for array in exported:
+            del array["paged_optax"]
+        assert_trees_equal(*exported)

@@ -1,0 +1,65 @@
+// Failures on demand. In a test build a call that is written as PAGED_CALL can be made to fail, as
+// the system would make it fail; in the product PAGED_CALL is the call and nothing else.
+#pragma once
+
+#if PAGED_OPTAX_TESTING
+
+#include <cerrno>
+#include <mutex>
+#include <string>
+
+namespace paged_optax {
+
+// The one failure that is asked for.
+class Faults {
+ public:
+  static Faults& Get() {
+    static Faults* faults = new Faults();
+    return *faults;
+  }
+
+  // Lets `after` calls of this name pass, or of any name if it is empty, and fails the next one.
+  void Ask(const std::string& name, int after, int error) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    name_ = name;
+    after_ = after;
+    error_ = error;
+    is_asked_ = true;
+  }
+
+  // Withdraws what was asked for; returns whether no call has failed for it yet.
+  bool Withdraw() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const bool was_asked = is_asked_;
+    is_asked_ = false;
+    return was_asked;
+  }
+
+  // Whether the call at hand has to fail. If so, errno is set.
+  bool Take(const char* name) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!is_asked_ || (!name_.empty() && name_ != name) || after_-- > 0) return false;
+    is_asked_ = false;
+    errno = error_;
+    return true;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::string name_;
+  int after_ = 0;
+  int error_ = 0;
+  bool is_asked_ = false;
+};
+
+}  // namespace paged_optax
+
+// `failed` is what the call returns when it fails; it may use errno.
+#define PAGED_CALL(name, failed, ...) \
+  (::paged_optax::Faults::Get().Take(#name) ? (failed) : name(__VA_ARGS__))
+
+#else
+
+#define PAGED_CALL(name, failed, ...) name(__VA_ARGS__)
+
+#endif  // PAGED_OPTAX_TESTING
