@@ -80,7 +80,7 @@ tx = paged_optax.scale_by_paged_adam8bit()
 def first_handle():
     state = tx.init(params)
     _, state = tx.update(params, state)
-    return int(state.token[0])
+    return int(jax.tree.leaves(state.token)[0][0])
 
 handles = {first_handle(), *(int(in_child(first_handle)) for _ in range(3))}
 assert len(handles) == 4, handles
