@@ -41,8 +41,8 @@ def to_optax(opt_state: Any) -> Any:
       >>> tx = paged_optax.paged_adamw8bit(1e-3)
       >>> _, state = tx.update(params, tx.init(params), params)
       >>> state = paged_optax.to_optax(state)  # for optax.adamw(1e-3).update
-      >>> print(type(state[0]).__name__, state[0].count, state[0].mu["w"][0, 0].round(4))
-      ScaleByAdamState 1 0.1
+      >>> print(type(state[0]).__name__, state[0].count, f"{state[0].mu['w'][0, 0]:.3f}")
+      ScaleByAdamState 1 0.100
     """
     return jax.tree.map(
         lambda node: _to_optax(node) if is_state(node) else node, opt_state, is_leaf=is_state
