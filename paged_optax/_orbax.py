@@ -68,19 +68,37 @@ def use_orbax_hook(enabled: bool) -> None:
 def _wrap_serialize(plain: Any) -> Any:
     @functools.wraps(plain)
     async def serialize(self: Any, values: Any, infos: Any, args: Any = None) -> Any:
+        values = list(values)
+        # A state that cannot be saved is refused before Orbax has begun anything.
+        copies = _copies(values) if _is_on else []
         futures = list(await plain(self, values, infos, args))
-        if not _is_on:
-            return futures
-        seen = set()
-        for value, info in zip(values, infos, strict=True):
-            token = _token_of(value)
-            if token is None or token in seen:
-                continue
-            seen.add(token)
-            futures.extend(await _save(value, token, info))
+        for i, token, copied in copies:
+            futures.extend(await _save(values[i], token, copied, infos[i]))
         return futures
 
     return serialize
+
+
+class _TooLarge:
+    """Instead of a copy: moments that are to be written at once."""
+
+
+def _copies(values: Sequence[Any]) -> list[tuple[int, tuple[int, int], Any]]:
+    """Place, token and copied contents of each state among the leaves."""
+    copies: dict[tuple[int, int], tuple[int, tuple[int, int], Any]] = {}
+    for i, value in enumerate(values):
+        token = _token_of(value)
+        if token is None or token in copies:
+            continue
+        with opened(value) as contents:
+            if contents is None:
+                copied = None
+            elif nbytes_of(contents) > _ext.available_host_bytes() // 2:
+                copied = _TooLarge()
+            else:
+                copied = copy(contents)
+        copies[token] = (i, token, copied)
+    return list(copies.values())
 
 
 def _token_of(value: Any) -> tuple[int, int] | None:
@@ -94,15 +112,14 @@ def _token_of(value: Any) -> tuple[int, int] | None:
     return (handle, version) if _ext.is_issued(handle) else None
 
 
-async def _save(value: Any, token: tuple[int, int], info: Any) -> list[Any]:
-    """Copies the moments, and returns what writes them in the background; or writes them now."""
+async def _save(value: Any, token: tuple[int, int], copied: Any, info: Any) -> list[Any]:
+    """Writes moments that were too large for a copy; of others, returns what writes them."""
     from orbax.checkpoint import future
 
-    with opened(value) as contents:
-        if contents is not None and nbytes_of(contents) > _ext.available_host_bytes() // 2:
+    if isinstance(copied, _TooLarge):
+        with opened(value) as contents:
             await _write(contents, token, info)
-            return []
-        copied = None if contents is None else copy(contents)
+        return []
     # TypeHandler's contract: nothing may be written before Orbax has made its folders.
     write = _write(copied, token, info)
     return [future.CommitFutureAwaitingContractedSignals(write, name="paged_optax")]

@@ -23,6 +23,8 @@ def _on_notice(ordinal: int, missing_bytes: int, text: str) -> None:
 
 
 _ext.set_notice_handler(_on_notice)
+# No thread of ours or of XLA may wait for the GIL of an interpreter that ends.
+atexit.register(_ext.close_interpreter)
 # Pagers must stop before Python, and then CUDA, shut down.
 atexit.register(_ext.stop_pagers)
 

@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import textwrap
 import time
 from pathlib import Path
@@ -85,6 +86,23 @@ def test_orbax_with_a_state_that_was_never_updated(tmp_path):
     assert_resumes(tmp_path, "ratio", checkpoints.ORBAX_WAYS, saved_at=0)
 
 
+def test_process_that_ends_during_the_first_step(tmp_path):
+    """XLA's thread, which gives arrays of Python back, must not wait for its interpreter."""
+    code = """
+        import jax, jax.numpy as jnp, paged_optax
+        tx = paged_optax.scale_by_paged_adam8bit()
+        params = {str(i): jnp.ones((64, 64)) for i in range(200)}
+        _, state = tx.update(params, tx.init(params))
+        arrays = paged_optax.export_moments(state)
+        state = paged_optax.import_moments(tx.init(params), arrays)
+        del arrays
+        step = jax.jit(tx.update).lower(params, state).compile()
+        step(params, state)
+    """
+    for _ in range(2):
+        run_python(code, tmp_path)
+
+
 def test_orbax_has_what_we_wrap():
     """Fails when Orbax changes what `paged_optax._orbax` stands on."""
     ocp = pytest.importorskip("orbax.checkpoint")
@@ -126,6 +144,9 @@ def test_orbax_refuses_to_save_a_state_that_is_not_the_newest(tmp_path):
         pytest.raises(RuntimeError, match="not the newest"),
     ):
         checkpointer.save(tmp_path / "c", {"opt": states[0]})
+    # Orbax has begun nothing: no thread waits for folders that nobody makes.
+    names = {thread.name for thread in threading.enumerate()}
+    assert not names & {"serialize_shardings", "array_type_handler"}
 
 
 @pytest.mark.parametrize("first", ["paged_optax", "orbax.checkpoint, flax.serialization"])

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "python/interpreter.h"
 #include "rules/rules.h"
 #include "state/registry.h"
 #include "state/source.h"
@@ -183,7 +184,8 @@ void DefineSnapshot(py::module_& module) {
 // A buffer of Python, kept alive until no thread of the library needs it.
 std::shared_ptr<const void> KeepAlive(Py_buffer* view) {
   return std::shared_ptr<const void>(view, [view](const void*) {
-    if (Py_IsInitialized() == 0) return;  // the process ends
+    const InterpreterStays stays;
+    if (!stays) return;  // the process ends
     const py::gil_scoped_acquire locked;
     PyBuffer_Release(view);
     delete view;

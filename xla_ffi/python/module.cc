@@ -17,6 +17,7 @@
 #include "python/checkpoint.h"
 #include "python/errors.h"
 #include "python/internals.h"
+#include "python/interpreter.h"
 #include "python/notices.h"
 #include "rules/rules.h"
 #include "state/contents.h"
@@ -258,7 +259,11 @@ PYBIND11_MODULE(_ext, module) {
   DefineCheckpoints(module);
   module.def("stop_pagers", [] { Registry::Get().StopPagers(); }, Unlocked());
   module.def("set_notice_handler", &SetNoticeHandler);
-  module.def("forget_parent", &ForgetNoticesOfParent);
+  module.def("close_interpreter", &CloseInterpreter, Unlocked());
+  module.def("forget_parent", [] {
+    ForgetThreadsInInterpreter();
+    ForgetNoticesOfParent();
+  });
   module.def("set_shared_base",
              [](int32_t random) { Registry::Get().handles().SetSharedBase(random); });
 #if PAGED_OPTAX_CUDA

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "base/notice.h"
+#include "python/interpreter.h"
 
 namespace py = ::pybind11;
 
@@ -32,6 +33,8 @@ int DeliverPending(void*) {
 }  // namespace
 
 void PostNotice(Notice notice) {
+  const InterpreterStays stays;
+  if (!stays) return;
   Notices& notices = AllNotices();
   {
     std::lock_guard<std::mutex> lock(notices.mutex);
