@@ -9,8 +9,8 @@ import signal
 import struct
 import subprocess
 import sys
-import threading
 import textwrap
+import threading
 import time
 from pathlib import Path
 
