@@ -45,11 +45,17 @@ def replacing(path: str) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        move(part, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(part)
         raise
+
+
+def move(old: str, path: str) -> None:
+    """Gives a complete file of the same file system the name `path`, on the disk too."""
+    os.replace(old, path)
+    folder = os.path.dirname(path)
     opened = os.open(folder or ".", os.O_RDONLY)  # the new name has to be on the disk too
     try:
         os.fsync(opened)

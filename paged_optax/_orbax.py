@@ -19,13 +19,15 @@ saves bare tokens.
 What fails when Orbax changes: ``tests/test_checkpoint.py::test_orbax_has_what_we_wrap``.
 """
 
+import contextlib
 import functools
 import os
 import shutil
 import tempfile
 import warnings
+import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,36 +71,36 @@ def _wrap_serialize(plain: Any) -> Any:
     @functools.wraps(plain)
     async def serialize(self: Any, values: Any, infos: Any, args: Any = None) -> Any:
         values = list(values)
-        # A state that cannot be saved is refused before Orbax has begun anything.
-        copies = _copies(values) if _is_on else []
+        # What cannot be saved is refused before Orbax has begun anything.
+        copies = _copy_all(values, infos) if _is_on else {}
         futures = list(await plain(self, values, infos, args))
-        for i, token, copied in copies:
-            futures.extend(await _save(values[i], token, copied, infos[i]))
-        return futures
+        return futures + [_future(*copy) for copy in copies.items()]
 
     return serialize
 
 
-class _TooLarge:
-    """Instead of a copy: moments that are to be written at once."""
+class _Copy(NamedTuple):
+    """The moments of one state as they are now."""
+
+    moments: "Contents | _Spill | None"  # None for a state that was never updated
+    info: Any  # Orbax's, of the token's leaf
 
 
-def _copies(values: Sequence[Any]) -> list[tuple[int, tuple[int, int], Any]]:
-    """Place, token and copied contents of each state among the leaves."""
-    copies: dict[tuple[int, int], tuple[int, tuple[int, int], Any]] = {}
-    for i, value in enumerate(values):
+def _copy_all(values: Sequence[Any], infos: Sequence[Any]) -> dict[tuple[int, int], _Copy]:
+    """Copies the moments of every state among the leaves, by token."""
+    copies: dict[tuple[int, int], _Copy] = {}  # the same token may be there twice
+    for value, info in zip(values, infos, strict=True):
         token = _token_of(value)
         if token is None or token in copies:
             continue
         with opened(value) as contents:
             if contents is None:
-                copied = None
+                copies[token] = _Copy(None, info)
             elif nbytes_of(contents) > _ext.available_host_bytes() // 2:
-                copied = _TooLarge()
+                copies[token] = _Copy(_Spill(contents, token, info), info)
             else:
-                copied = copy(contents)
-        copies[token] = (i, token, copied)
-    return list(copies.values())
+                copies[token] = _Copy(copy(contents), info)
+    return copies
 
 
 def _token_of(value: Any) -> tuple[int, int] | None:
@@ -112,28 +114,73 @@ def _token_of(value: Any) -> tuple[int, int] | None:
     return (handle, version) if _ext.is_issued(handle) else None
 
 
-async def _save(value: Any, token: tuple[int, int], copied: Any, info: Any) -> list[Any]:
-    """Writes moments that were too large for a copy; of others, returns what writes them."""
+class _Spill:
+    """Moments that host memory has no room for, in a file next to the checkpoint.
+
+    It is there until Orbax has made the folder where they belong, and goes with this object.
+    """
+
+    def __init__(self, contents: Contents, token: tuple[int, int], info: Any):
+        name = f".paged_optax-{_name(token)}.{jax.process_index()}.{os.getpid()}.part"
+        self.path = os.path.join(_existing_folder(info), name)
+        weakref.finalize(self, _remove, self.path, os.getpid())
+        with _checkpoint_file.replacing(self.path) as file:
+            _write(file, contents, token)
+
+    def move(self, path: Any) -> None:
+        """Puts the file where it belongs."""
+        if _is_local(path) and os.stat(path.parent).st_dev == os.stat(self.path).st_dev:
+            _checkpoint_file.move(self.path, os.fspath(path))
+            return
+        with open(self.path, "rb") as source, _writing(path) as target:
+            shutil.copyfileobj(source, target)
+
+
+def _remove(path: str, pid: int) -> None:
+    if os.getpid() == pid:  # not in a forked process
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def _future(token: tuple[int, int], copied: _Copy) -> Any:
+    """What Orbax has to wait for before it commits the checkpoint."""
     from orbax.checkpoint import future
 
-    if isinstance(copied, _TooLarge):
-        with opened(value) as contents:
-            await _write(contents, token, info)
-        return []
-    # TypeHandler's contract: nothing may be written before Orbax has made its folders.
-    write = _write(copied, token, info)
-    return [future.CommitFutureAwaitingContractedSignals(write, name="paged_optax")]
+    # TypeHandler's contract: nothing may be in Orbax's folders before it has made them, and it may
+    # wait with that until all leaves are on their way.
+    commit = _commit(token, copied)
+    return future.CommitFutureAwaitingContractedSignals(commit, name="paged_optax")
 
 
-async def _write(contents: Contents | None, token: tuple[int, int], info: Any) -> None:
-    if hasattr(info, "await_path_creation"):  # since 0.11.40
-        await info.await_path_creation()
-    folder = info.parent_dir / FOLDER
+async def _commit(token: tuple[int, int], copied: _Copy) -> None:
+    if hasattr(copied.info, "await_path_creation"):  # since 0.11.40
+        await copied.info.await_path_creation()
+    folder = copied.info.parent_dir / FOLDER
     folder.mkdir(exist_ok=True)
     path = folder / f"{_name(token)}.{jax.process_index()}.safetensors"
-    about = {"processes": jax.process_count(), "tokens": [token]}
-    with _writing(path) as file:
-        _checkpoint_file.write(file, [contents], **about)
+    if isinstance(copied.moments, _Spill):
+        copied.moments.move(path)
+    else:
+        with _writing(path) as file:
+            _write(file, copied.moments, token)
+
+
+def _write(file: BinaryIO, contents: Contents | None, token: tuple[int, int]) -> None:
+    _checkpoint_file.write(file, [contents], processes=jax.process_count(), tokens=[token])
+
+
+def _existing_folder(info: Any) -> str:
+    """A folder on the file system of the checkpoint; a local one where that is not known yet."""
+    try:
+        folder = info.parent_dir
+    except ValueError:  # of Orbax: it waits for the storage to choose a path
+        return _folder()
+    if not _is_local(folder):
+        return _folder()
+    # Orbax may delete a temporary folder that an earlier process left, to make it anew.
+    while not folder.is_dir() or "orbax-checkpoint-tmp" in os.fspath(folder):
+        folder = folder.parent
+    return os.fspath(folder)
 
 
 def _name(token: tuple[int, int]) -> str:

@@ -385,6 +385,11 @@ free_device_bytes = _ext.free_device_bytes
 available_host_bytes = _ext.available_host_bytes
 
 
+def set_available_host_bytes(monkeypatch, nbytes):
+    """So much is what Python finds available, until the test ends."""
+    monkeypatch.setattr(_ext, "available_host_bytes", lambda: nbytes)
+
+
 def raise_if_rejected():
     """Raises if a GPU refused a step since the last call of the library."""
     _testing.raise_if_rejected()

@@ -22,7 +22,14 @@ import pytest
 
 import checkpoints
 import paged_optax
-from helpers import RAISES, assert_trees_equal, make_tree, run_python, to_jax
+from helpers import (
+    RAISES,
+    assert_trees_equal,
+    make_tree,
+    run_python,
+    set_available_host_bytes,
+    to_jax,
+)
 from paged_optax import Quantization, load_moments, moments, save_moments
 
 # --- Resuming in another process ----------------------------------------------------------------
@@ -84,6 +91,15 @@ def test_orbax_on_a_mesh(tmp_path):
 
 def test_orbax_with_a_state_that_was_never_updated(tmp_path):
     assert_resumes(tmp_path, "ratio", checkpoints.ORBAX_WAYS, saved_at=0)
+
+
+def test_orbax_without_room_for_a_copy(tmp_path, monkeypatch):
+    """The moments are written before Orbax's `save` returns, whichever of its APIs is called."""
+    pytest.importorskip("orbax.checkpoint")
+    set_available_host_bytes(monkeypatch, 0)
+    checkpoints.first_half(tmp_path, "ratio", checkpoints.ORBAX_WAYS)
+    assert not list(tmp_path.rglob(".paged_optax-*"))
+    assert run_half(tmp_path, "second_half", "ratio", checkpoints.ORBAX_WAYS) == "wrong []"
 
 
 def test_process_that_ends_during_the_first_step(tmp_path):
