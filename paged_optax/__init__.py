@@ -40,10 +40,13 @@ from ._convert import from_optax, to_optax
 from ._lion import ScaleByPagedLion8bitState, paged_lion8bit, scale_by_paged_lion8bit
 from ._memory import evict, prefetch, release, release_all
 from ._moments import Moments, moments
+from ._newest import newest
 from ._options import Paging, Quantization
 from ._orbax import use_orbax_hook
+from ._refused import StateRefused
 from ._report import DeviceMemory, LeafGroup, MemoryReport, memory_report
 from ._skip import SkipNonFiniteState, skip_non_finite
+from ._states import StateInfo, states
 
 __version__ = "0.1.0"
 
@@ -58,6 +61,8 @@ __all__ = [
     "ScaleByPagedAdam8bitState",
     "ScaleByPagedLion8bitState",
     "SkipNonFiniteState",
+    "StateInfo",
+    "StateRefused",
     "check_last",
     "evict",
     "export_moments",
@@ -66,6 +71,7 @@ __all__ = [
     "load_moments",
     "memory_report",
     "moments",
+    "newest",
     "paged_adam8bit",
     "paged_adamw8bit",
     "paged_lion8bit",
@@ -76,6 +82,7 @@ __all__ = [
     "scale_by_paged_adam8bit",
     "scale_by_paged_lion8bit",
     "skip_non_finite",
+    "states",
     "to_optax",
     "use_orbax_hook",
 ]

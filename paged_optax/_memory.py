@@ -4,7 +4,8 @@ from typing import Any
 
 from . import _ext
 from ._bytes import check_bytes
-from ._state import find_states, read_token
+from ._state import find_states, read_anyway, read_token
+from ._states import StateInfo
 
 
 def evict(opt_state: Any, device_bytes: int = 0) -> int:
@@ -69,7 +70,7 @@ def release(opt_state: Any) -> int:
 
     Args:
       opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it, of any
-        version.
+        version; or an entry of `states`, or a list of such entries.
 
     Returns:
       The number of bytes freed.
@@ -85,7 +86,13 @@ def release(opt_state: Any) -> int:
       >>> paged_optax.release(state) >= 2 * 1024**2
       True
     """
-    handles = {read_token(state)[0] for state in find_states(opt_state)}
+    entries = opt_state if isinstance(opt_state, list) else [opt_state]
+    if all(isinstance(entry, StateInfo) for entry in entries):
+        handles = {entry.handle for entry in entries}
+    else:
+        handles = {read_anyway(state)[0] for state in find_states(opt_state)}
+    for handle in handles:
+        _ext.forget_refused(handle)
     return sum(_ext.release(handle) for handle in handles)
 
 

@@ -5,13 +5,19 @@ import os
 import warnings
 
 from . import _ext
+from ._bytes import format_bytes
 from ._pool import advise, xla_pool
+from ._refused import warn_of_refusal
+from ._states import lost_bytes
 
 _said: set[int] = set()  # GPUs whose memory was said to be short
 
 
-def _on_notice(ordinal: int, missing_bytes: int, text: str) -> None:
+def _on_notice(ordinal: int, missing_bytes: int, text: str, is_refusal: bool) -> None:
     """Passes a notice of the C++ code on as a warning; of short memory, once per GPU."""
+    if is_refusal:
+        warn_of_refusal(text)
+        return
     if missing_bytes:
         if ordinal in _said:
             return
@@ -19,7 +25,19 @@ def _on_notice(ordinal: int, missing_bytes: int, text: str) -> None:
         pool, in_use = xla_pool(ordinal)
         if pool is not None and in_use is not None:
             text = f"{text} {advise(missing_bytes, pool, in_use)}".rstrip()
+        text += _about_lost(ordinal)
     warnings.warn(f"paged_optax: {text}", RuntimeWarning, stacklevel=2)
+
+
+def _about_lost(ordinal: int) -> str:
+    """What states that nobody holds keep from the others."""
+    count, nbytes = lost_bytes("cuda", ordinal)
+    if not count:
+        return ""
+    return (
+        f" {count} states that no array of this process names have {format_bytes(nbytes)} of moments"
+        " there: paged_optax.release([s for s in paged_optax.states() if not s.is_held]) frees them."
+    )
 
 
 _ext.set_notice_handler(_on_notice)

@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from . import _ext
 from ._contents import Contents
-from ._state import is_state, new_token, no_states, without_moments
+from ._state import Token, is_state, new_token, no_states, without_moments
 from ._transfer import stage
 
 
@@ -46,8 +46,7 @@ def replace_moments(
 
 def _replace_one(node: Any, contents: Contents | None, convert: bool) -> Any:
     """A paged state, or the mapping that stands for it, with other moments."""
-    is_mapping = isinstance(node, Mapping)
-    old = node if is_mapping else node._asdict()
+    old = node if isinstance(node, Mapping) else node._asdict()
     old_token = without_moments(old["token"])
     (token,) = jax.tree.leaves(old_token)
     if contents is None and _is_fresh(token):
@@ -58,19 +57,34 @@ def _replace_one(node: Any, contents: Contents | None, convert: bool) -> Any:
         shared = isinstance(token, jax.Array) and not token.is_fully_addressable
         value = stage(contents, convert=convert, shared=shared)
     _give_up(token)
-    fields = {"token": jax.tree.map(lambda leaf: _put(value, leaf), old_token)}
-    count = 0 if contents is None else contents.count
+    return put_in(node, value, 0 if contents is None else contents.count)
+
+
+def put_in(node: Any, value: np.ndarray, count: int | None) -> Any:
+    """A paged state, or the mapping that stands for it, with another token and count.
+
+    Args:
+      node: only its structure matters, and where count and token are.
+      value: int32 (2,).
+      count: None to leave it as it is.
+    """
+    old = node if isinstance(node, Mapping) else node._asdict()
+    token = without_moments(old["token"])
+    if isinstance(token, Token):
+        fields: dict[str, Any] = {"token": Token(jax.tree.map(lambda x: put(value, x), token.value))}
+    else:
+        fields = {"token": jax.tree.map(lambda x: put(value, x), token)}
     if count is not None:
         new_count = np.array(count, np.int32)
-        fields["count"] = jax.tree.map(lambda leaf: _put(new_count, leaf), old["count"])
-    if not is_mapping:
+        fields["count"] = jax.tree.map(lambda x: put(new_count, x), old["count"])
+    if not isinstance(node, Mapping):
         return node._replace(**fields)
     other: Any = copy.copy(node)
     other.update(fields)
     return other
 
 
-def _put(value: np.ndarray, like: Any) -> jax.Array:
+def put(value: np.ndarray, like: Any) -> jax.Array:
     """The value on the devices on which `like` is, if it was put there."""
     if isinstance(like, jax.Array) and like.committed:
         return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index])

@@ -7,7 +7,6 @@ the moments stay as they were. `xla_ffi/README.md` gives the full contract.
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeGuard, TypeVar
@@ -19,19 +18,39 @@ from jax.core import Tracer
 
 from . import _calls
 from ._ffi import TOKEN_SHAPE
+from ._fresh import note_use, watch
+from ._refused import stop_if_refused
 
 T = TypeVar("T")
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """The token of a state: a node of its own in the tree, so that what copies it can tell."""
+    """The token of a state: a node of its own in the tree, so that what uses it can tell."""
 
     value: Any  # int32 (2,): handle of the moments, version of their contents
 
+    def __post_init__(self) -> None:
+        watch(self.value)
+
     def __copy__(self) -> "Token":
         return self  # a deep copy is a second state: see `_carriers`
+
+
+def _flatten(token: Token) -> tuple[tuple[Any], None]:
+    stop_if_refused(token.value)
+    note_use(token.value)
+    return (token.value,), None
+
+
+def _flatten_with_key(token: Token) -> tuple[tuple[tuple[Any, Any]], None]:
+    (value,), _ = _flatten(token)
+    return ((jax.tree_util.GetAttrKey("value"), value),), None
+
+
+jax.tree_util.register_pytree_with_keys(
+    Token, _flatten_with_key, lambda _, values: Token(*values), _flatten
+)
 
 
 class PagedState(NamedTuple):
@@ -129,15 +148,15 @@ def has_states(opt_state: Any) -> bool:
 
 def is_state(node: Any) -> bool:
     """Whether a node is a paged state, or the mapping that nnx.split or a state dict made of it."""
-    return _as_state(node) is not None
+    return as_state(node) is not None
 
 
 def _states_in(opt_state: Any) -> list[PagedState]:
     nodes = jax.tree.leaves(opt_state, is_leaf=is_state)
-    return [state for state in map(_as_state, nodes) if state is not None]
+    return [state for state in map(as_state, nodes) if state is not None]
 
 
-def _as_state(node: Any) -> PagedState | None:
+def as_state(node: Any) -> PagedState | None:
     """The paged state that a node is, also where nnx.split or a state dict made a mapping of it."""
     if isinstance(node, Mapping) and set(node) == set(PagedState._fields):
         state = PagedState(**node)
@@ -145,7 +164,9 @@ def _as_state(node: Any) -> PagedState | None:
         state = node
     else:
         return None
-    leaves = jax.tree.leaves(without_moments(state.token))  # opens a Token, and an nnx.Variable
+    token = without_moments(state.token)
+    # A Token is not taken apart: who asks about a refused state wants to mend it. nnx.Variables are.
+    leaves = jax.tree.leaves(token.value if isinstance(token, Token) else token)
     if len(leaves) == 1 and getattr(leaves[0], "dtype", None) == jnp.int32:
         return state._replace(token=leaves[0])
     if isinstance(node, Mapping):
@@ -172,6 +193,15 @@ def _check_token(token: Any) -> None:
             " returned it; of states that were stacked (jax.pmap, jax.lax.scan) pass one:"
             " jax.tree.map(lambda leaf: leaf[0], opt_state)"
         )
+
+
+def read_anyway(state: PagedState) -> tuple[int, int]:
+    """`read_token`, of the first device if they do not agree: for what ends or mends a state."""
+    token = jax.tree.leaves(state.token)[0]
+    if not isinstance(token, jax.Array) or isinstance(token, Tracer):
+        return read_token(state)
+    handle, version = np.asarray(token.addressable_shards[0].data).tolist()
+    return handle, version
 
 
 def read_token(state: PagedState) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from . import _calls
 from ._ffi import SKIP_STEP
 from ._options import Options
 from ._refusals import guard
+from ._refused import stopping_at_once
 from ._rule import Rule, stack
 from ._skip import Skip, follow, skipping
 from ._state import Token, check_state, new_token
@@ -89,14 +90,16 @@ def _paged(
         step = make_step(
             rule, options, grads, paths, treedef, decays=decays, skip_elements=has_masks
         )
-        token, results = _calls.update(
-            step,
-            token,
-            count,
-            stack((*rule.hyperparams, *rates)),
-            grads,
-            [jnp.asarray(param) for param in jax.tree.leaves(params)],
-        )
+        with stopping_at_once(token) as stop:
+            token, results = _calls.update(
+                step,
+                token,
+                count,
+                stack((*rule.hyperparams, *rates)),
+                grads,
+                [jnp.asarray(param) for param in jax.tree.leaves(params)],
+            )
+            stop(token)
         if descent and (observe := observer.get()):
             observe(token, results)
         return jax.tree.unflatten(treedef, results), state_type(next_count, Token(token))
@@ -115,7 +118,8 @@ def _flatten(updates: Any, params: Any) -> tuple[tuple[str, ...], list[jax.Array
 
 def _count(count: jax.Array, skip: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """The count for the call, which skips a step at SKIP_STEP, and that of the next state."""
-    next_count = jnp.asarray(optax.safe_increment(count))
+    # A count below 0 is refused, and stays so: it must not grow into a good one.
+    next_count = jnp.where(count < 0, count, optax.safe_increment(count))
     if skip is None:
         return count, next_count
     return jnp.where(skip, SKIP_STEP, count), jnp.where(skip, count, next_count)
@@ -174,7 +178,6 @@ def _finish(links: list[Any], options: Options) -> optax.GradientTransformationE
 
 def _chain(links: list[Any]) -> optax.GradientTransformationExtraArgs:
     """`optax.chain`, which says what is wrong with a state that was made with other options."""
-    tx = optax.chain(*links)
 
     def update_fn(updates, state, params=None, **extra_args):
         if not isinstance(state, tuple) or len(state) != len(links) or hasattr(state, "_fields"):
@@ -183,6 +186,27 @@ def _chain(links: list[Any]) -> optax.GradientTransformationExtraArgs:
                 " not return; was it made with another param_rounding or non_finite? Start with"
                 " init(params)."
             )
-        return tx.update(updates, state, params, **extra_args)
+        first, *others = map(optax.with_extra_args_support, links)
+        updates, new_state = first.update(updates, state[0], params, **extra_args)
+        if params is not None:
+            params = _params_to_decay(params, state[0], new_state)
+        new_states = [new_state]
+        for link, link_state in zip(others, state[1:], strict=True):
+            updates, link_state = link.update(updates, link_state, params, **extra_args)
+            new_states.append(link_state)
+        return updates, tuple(new_states)
 
-    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+    return optax.GradientTransformationExtraArgs(optax.chain(*links).init, update_fn)
+
+
+def _params_to_decay(params: Any, old: Any, new: Any) -> Any:
+    """Zeros after a step that was refused, so that weight decay does nothing either.
+
+    A select of the updates would do as well, but may keep XLA from contracting what comes before
+    it, and so change bits.
+    """
+    if not jax.tree.leaves(params):
+        return params
+    version = [getattr(state.token, "value", state.token)[1] for state in (old, new)]
+    is_refused = version[0] == version[1]
+    return jax.tree.map(lambda p: jnp.where(is_refused, jnp.zeros_like(p), p), params)

@@ -7,9 +7,13 @@
 namespace paged_optax {
 
 struct Notice {
+  // A refusal is one that Python raises as soon as it can; the notice comes before that.
+  enum class Kind : int8_t { kOther, kRefusal };
+
   int ordinal;            // of the GPU
   int64_t missing_bytes;  // device bytes that the moments lack; 0 if it is not about memory
   std::string text;
+  Kind kind = Kind::kOther;
 };
 
 // Never blocks for long, whatever locks the caller holds.

@@ -23,6 +23,8 @@ struct Header {
   // it can be run again: a step reads the slot of its token's version and writes the other one.
   int32_t num_slots;
   int32_t versions[kMaxSlots];  // of the slots' contents; 0 for none
+  int32_t counts[kMaxSlots];    // the count of a state with these contents; kNoCount if not known
+  int32_t started;              // the first version of the newest life; 0 before the first step
   SegmentTable* segments;       // where the slots lie
   uint64_t layout;              // LayoutOf the calls that the moments belong to
 };
@@ -35,6 +37,9 @@ PAGED_HD uint64_t LayoutOf(uint64_t fingerprint, int32_t part) {
 
 // The count of a step that is to be skipped. No other number below 0 is a count.
 inline constexpr int32_t kSkipStep = -0x7fffffff - 1;
+
+// The count of moments that were restored, until a step says it.
+inline constexpr int32_t kNoCount = -1;
 
 enum class Verdict : int32_t { kAccept, kFresh, kUnknown, kOtherLayout, kStale, kBadCount };
 
@@ -76,12 +81,20 @@ PAGED_HD Verdict JudgeCount(Verdict verdict, int32_t count) {
 // returns.
 PAGED_HD int32_t NextVersion(int32_t version) { return version == 0x7fffffff ? 1 : version + 1; }
 
-// Notes an accepted step in the header and returns the token of its result.
-PAGED_HD Token Advance(Header* header, Judgement judgement) {
+// How many steps the newest life has seen.
+PAGED_HD int32_t StepsOfLife(const Header& header) {
+  return header.version == 0 ? 0 : header.version - header.started + 1;
+}
+
+// Notes an accepted step with this count in the header and returns the token of its result.
+PAGED_HD Token Advance(Header* header, Judgement judgement, int32_t count) {
   header->version = NextVersion(header->version);
-  // A new life ends the one before it.
-  if (judgement.verdict == Verdict::kFresh) header->versions[1] = 0;
+  if (judgement.verdict == Verdict::kFresh) {
+    header->versions[1] = 0;  // a new life ends the one before it
+    header->started = header->version;
+  }
   header->versions[judgement.target] = header->version;
+  header->counts[judgement.target] = count == 0x7fffffff ? count : count + 1;
   return {header->handle, header->version};
 }
 
@@ -92,6 +105,26 @@ struct Rejection {
   Token token;
   int32_t version;       // of the arena
   uint64_t fingerprint;  // of the call
+};
+
+// A fresh state whose step ended a life that had seen so many. `steps` is written last; 0 means that
+// there is nothing to report. One step alone is no such life: who runs the first step again, as
+// optax.MultiSteps does, begins anew.
+struct Restart {
+  int32_t steps;
+  int32_t handle;
+};
+
+// The steps that a restart is about to end, or 0 if that is nothing to speak of.
+PAGED_HD int32_t StepsToEnd(const Header& header, Verdict verdict) {
+  const int32_t steps = verdict == Verdict::kFresh ? StepsOfLife(header) : 0;
+  return steps > 1 ? steps : 0;
+}
+
+// What a device reports.
+struct Reports {
+  Rejection rejection;
+  Restart restart;
 };
 
 }  // namespace paged_optax

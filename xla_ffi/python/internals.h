@@ -14,7 +14,7 @@ struct Internals {
 
   int64_t (*num_arenas)();
   int64_t (*num_unused)();
-  void (*throw_if_rejected)();
+  void (*throw_if_refused)();
   void (*post_notice)(Notice notice);
   void (*deliver_notices)();
   void (*pretend_not_managed)(bool pretend);

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -40,6 +41,11 @@ namespace py = ::pybind11;
 
 namespace paged_optax {
 namespace {
+
+constexpr char kStateRefusedDoc[] =
+    "An optimizer state was refused, by a step or by a question about it.\n\n"
+    "The step changed nothing: its update is zero, and the moments are as they were. The text says\n"
+    "why, and what to do. docs/refused.md says where and when it is raised.";
 
 #if PAGED_OPTAX_CUDA
 constexpr bool kHasCuda = true;
@@ -144,7 +150,9 @@ py::dict ReportToPython(const ArenaReport& report) {
   py::dict item;
   item["platform"] = Name(report.device.platform);
   item["ordinal"] = report.device.ordinal;
+  item["handle"] = report.handle;
   item["version"] = report.version;
+  item["age"] = report.age;
   item["tree"] = report.tree;
   item["rule"] = static_cast<int>(report.rule);
   item["shards"] = report.shards;
@@ -172,6 +180,60 @@ py::list Describe(int32_t handle, int32_t version) {
   py::list result;
   for (const ArenaReport& report : reports) result.append(ReportToPython(report));
   return result;
+}
+
+py::object FindNewest(int32_t handle) {
+  std::optional<Registry::Newest> newest;
+  {
+    py::gil_scoped_release unlocked;
+    newest = Registry::Get().FindNewest(handle);
+  }
+  if (!newest) return py::none();
+  const py::object count =
+      newest->count == kNoCount ? py::object(py::none()) : py::object(py::int_(newest->count));
+  return py::make_tuple(newest->version, count, newest->started);
+}
+
+// The reports of all arenas, and (handle, seconds since it was issued) of those without one.
+py::tuple ListStates() {
+  std::vector<ArenaReport> reports;
+  std::vector<std::pair<int32_t, double>> unused;
+  {
+    py::gil_scoped_release unlocked;
+    reports = Registry::Get().DescribeAll();
+    unused = Registry::Get().handles().UnusedWithAges();
+  }
+  py::list arenas;
+  for (const ArenaReport& report : reports) arenas.append(ReportToPython(report));
+  return py::make_tuple(arenas, unused);
+}
+
+using Arrays = std::vector<py::array_t<uint8_t, py::array::c_style>>;
+
+// `leaves`: (number of the leaf, codes of each state, words of each state), as bytes.
+int32_t Rewrite(const std::string& platform, int ordinal, int32_t handle, int32_t version,
+                const std::vector<std::tuple<size_t, Arrays, Arrays>>& leaves) {
+  std::vector<LeafRewrite> rewrites;
+  for (const auto& [leaf, codes, words] : leaves) {
+    LeafRewrite rewrite{leaf, {}, {}, -1};
+    const bool has_words = !words.empty();
+    const Arrays& counted = has_words ? words : codes;
+    const int64_t item = has_words ? 4 : kBlockSize * static_cast<int64_t>(sizeof(float));
+    for (const auto& array : codes) rewrite.codes.push_back(array.data());
+    for (const auto& array : words) rewrite.words.push_back(array.data());
+    rewrite.num_blocks = counted.empty() ? 0 : counted[0].size() / item;
+    for (const auto& array : codes) {
+      const int64_t nbytes = rewrite.num_blocks * (has_words ? kBlockSize : item);
+      if (array.size() != nbytes) throw py::value_error("codes of another size");
+    }
+    for (const auto& array : words) {
+      if (array.size() != rewrite.num_blocks * item) throw py::value_error("words of another size");
+    }
+    rewrites.push_back(std::move(rewrite));
+  }
+  const DeviceId device{platform == "cpu" ? Platform::kCpu : Platform::kCuda, ordinal};
+  py::gil_scoped_release unlocked;
+  return Registry::Get().Rewrite(device, {handle, version}, rewrites);
 }
 
 // Calls read(locked arena, slot) for the contents that a token stands for, without the GIL.
@@ -215,7 +277,7 @@ bool WithdrawFailure() { return false; }
 
 constexpr Internals kInternals{[] { return Registry::Get().NumArenas(); },
                                [] { return Registry::Get().handles().num_unused(); },
-                               [] { Registry::Get().ThrowIfRejected(); },
+                               [] { Registry::Get().ThrowIfRefused(); },
                                PostNotice,
                                DeliverNotices,
                                PretendNotManaged,
@@ -230,7 +292,10 @@ PYBIND11_MODULE(_ext, module) {
   using namespace paged_optax;
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   module.doc() = "Handlers and registry of paged_optax; use the Python package, not this module.";
-  TranslateErrors();
+  static PyObject* const state_refused = PyErr_NewExceptionWithDoc(
+      "paged_optax.StateRefused", kStateRefusedDoc, PyExc_RuntimeError, nullptr);
+  module.attr("StateRefused") = py::handle(state_refused);
+  TranslateErrors(state_refused);
   module.def("targets", &Targets);
   module.def("build_info", &BuildInfo);
   module.def("update_attrs", &UpdateAttributes);
@@ -257,6 +322,28 @@ PYBIND11_MODULE(_ext, module) {
       },
       py::arg("handle"), py::arg("version"), py::arg("device_bytes"), Unlocked());
   DefineCheckpoints(module);
+  module.def("newest", &FindNewest, py::arg("handle"));
+  module.def("list_states", &ListStates);
+  module.def("rewrite", &Rewrite, py::arg("platform"), py::arg("ordinal"), py::arg("handle"),
+             py::arg("version"), py::arg("leaves"));
+  module.def("num_unused", [] { return Registry::Get().handles().num_unused(); });
+  module.def(
+      "is_unused",
+      [](int32_t handle) {
+        return Registry::Get().handles().OriginOf(handle) == Handles::Origin::kUnused;
+      },
+      py::arg("handle"));
+  module.def(
+      "forget_now", [](int32_t handle) { Registry::Get().handles().ForgetNow(handle); },
+      py::arg("handle"), Unlocked());
+  module.def("any_refused", [] { return Registry::Get().AnyRefused(); });
+  module.def(
+      "raise_refused",
+      [](std::optional<int32_t> handle) { Registry::Get().ThrowIfRefused(handle); },
+      py::arg("handle") = py::none(), Unlocked());
+  module.def(
+      "forget_refused", [](int32_t handle) { Registry::Get().ForgetRefused(handle); },
+      py::arg("handle"), Unlocked());
   module.def("stop_pagers", [] { Registry::Get().StopPagers(); }, Unlocked());
   module.def("set_notice_handler", &SetNoticeHandler);
   module.def("close_interpreter", &CloseInterpreter, Unlocked());

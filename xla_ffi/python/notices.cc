@@ -66,7 +66,8 @@ void DeliverNotices() {
       notices.queue.pop_front();
     }
     try {
-      py::handle(notices.handler)(notice.ordinal, notice.missing_bytes, notice.text);
+      py::handle(notices.handler)(notice.ordinal, notice.missing_bytes, notice.text,
+                                     notice.kind == Notice::Kind::kRefusal);
     } catch (py::error_already_set& error) {
       // Where warnings are errors. This may be any place of the user's program: nothing to unwind.
       error.discard_as_unraisable("a notice of paged_optax");

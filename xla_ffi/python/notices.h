@@ -5,7 +5,7 @@
 
 namespace paged_optax {
 
-// `handler` is called with ordinal, missing_bytes and text.
+// `handler` is called with ordinal, missing_bytes, text and whether it is a refusal.
 void SetNoticeHandler(const pybind11::object& handler);
 
 // Calls the handler with what waits, now. The GIL must be held.

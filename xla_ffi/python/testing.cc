@@ -128,10 +128,10 @@ const Internals& Ext() {
 void AddInternals(py::module_& module) {
   module.def("num_arenas", [] { return Ext().num_arenas(); });
   module.def("num_unused", [] { return Ext().num_unused(); });
-  module.def("raise_if_rejected", [] {
-    const auto throw_if_rejected = Ext().throw_if_rejected;
+  module.def("raise_if_refused", [] {
+    const auto throw_if_refused = Ext().throw_if_refused;
     const py::gil_scoped_release unlocked;
-    throw_if_rejected();
+    throw_if_refused();
   });
   module.def("post_notice", [](int ordinal, int64_t missing_bytes, const std::string& text) {
     Ext().post_notice({ordinal, missing_bytes, text});
@@ -249,7 +249,8 @@ void AddArithmetic(py::module_& module) {
 
 PYBIND11_MODULE(_testing, module) {
   module.doc() = "What the tests of paged_optax see of its C++ side.";
-  paged_optax::TranslateErrors();
+  paged_optax::TranslateErrors(
+      py::module_::import("paged_optax._ext").attr("StateRefused"));  // which _ext keeps
   paged_optax::AddInternals(module);
   paged_optax::AddMemory(module);
   paged_optax::AddPlanner(module);

@@ -22,6 +22,7 @@ std::shared_ptr<Arena> MakeArena(const Request& request, Token token) {
                                        request.part});
   arena->header = {token.handle,          0,
                    signature.num_slots(), {0, 0},
+                   {kNoCount, kNoCount},  0,
                    &arena->segments,      LayoutOf(request.fingerprint, request.part)};
   return arena;
 }
@@ -45,8 +46,11 @@ ArenaReport Report(const LockedArena& locked) {
                              ? region.num_blocks
                              : region.BlocksBelow(geometry.Offset(resident));
   }
+  const std::chrono::duration<double> age = std::chrono::steady_clock::now() - arena.made;
   return {arena.device,
+          locked.header.handle,
           locked.header.version,
+          age.count(),
           arena.tree,
           arena.shards,
           arena.names,

@@ -2,6 +2,7 @@
 // be said about them.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -47,6 +48,7 @@ struct Arena {
   Holds holds{mutex};
   Residency residency = {};                                 // GPU
   std::shared_ptr<DeviceBuffer> device_segments = nullptr;  // GPU: the device's own table
+  std::chrono::steady_clock::time_point made = std::chrono::steady_clock::now();
 };
 
 // An arena whose contents nobody changes for as long as this lives: no step starts, and none is
@@ -81,7 +83,9 @@ struct Request {
 
 struct ArenaReport {
   DeviceId device;
+  int32_t handle;
   int32_t version;
+  double age;  // seconds
   int64_t tree;
   std::string shards;
   LeafNames names;

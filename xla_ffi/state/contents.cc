@@ -68,7 +68,50 @@ LeafParts ReadLeaf(const Region& region, const Signature::LeafInfo& leaf, ChunkR
   return parts;
 }
 
+void CheckFits(const LeafRewrite& rewrite, const Region& region, const Signature::LeafInfo& leaf) {
+  if (rewrite.num_blocks != NumBlocks(leaf.size) ||
+      rewrite.codes.size() != static_cast<size_t>(region.shape.num_states) ||
+      rewrite.words.size() != static_cast<size_t>(region.shape.num_words)) {
+    throw StatusError(StatusCode::kInvalidArgument, "codes or words of another leaf or format");
+  }
+}
+
+void WriteLeaf(const LeafRewrite& rewrite, const Region& region, const Signature::LeafInfo& leaf,
+               int32_t slot, Memory& memory) {
+  const BlockShape& shape = region.shape;
+  std::vector<uint8_t> words;
+  ForEachRun(region, leaf.first_block, rewrite.num_blocks,
+             [&](const BlockPlace& place, int64_t done, int64_t run) {
+               for (int32_t s = 0; s < shape.num_states; ++s) {
+                 memory.Write(slot, place.codes + s * place.state_stride, run * shape.state_bytes,
+                              rewrite.codes[s] + done * shape.state_bytes);
+               }
+               if (shape.num_words == 0) return;
+               words.resize(run * shape.num_words * 4);  // those of a block are neighbours
+               for (int64_t i = 0; i < run * shape.num_words; ++i) {
+                 std::memcpy(&words[i * 4],
+                             rewrite.words[i % shape.num_words] + (done + i / shape.num_words) * 4,
+                             4);
+               }
+               memory.Write(slot, place.words, static_cast<int64_t>(words.size()), words.data());
+             });
+}
+
 }  // namespace
+
+void WriteLeaves(const LockedArena& locked, int32_t slot, const std::vector<LeafRewrite>& leaves) {
+  const Arena& arena = *locked.arena;
+  const Extent extent = arena.signature.MakeExtent();
+  const std::vector<Signature::LeafInfo> infos = arena.signature.Leaves();
+  for (const LeafRewrite& rewrite : leaves) {
+    const Signature::LeafInfo& info = infos.at(rewrite.leaf);
+    CheckFits(rewrite, extent.regions[info.format], info);
+  }
+  for (const LeafRewrite& rewrite : leaves) {
+    const Signature::LeafInfo& info = infos[rewrite.leaf];
+    WriteLeaf(rewrite, extent.regions[info.format], info, slot, *arena.memory);
+  }
+}
 
 std::vector<LeafParts> ReadLeaves(const LockedArena& locked, int32_t slot) {
   const Arena& arena = *locked.arena;

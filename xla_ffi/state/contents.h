@@ -28,4 +28,15 @@ std::vector<LeafParts> ReadLeaves(const LockedArena& locked, int32_t slot);
 // The residuals of every leaf's parameters, 256 a block; throws if the arena keeps none.
 std::vector<LeafPart> ReadResiduals(const LockedArena& locked, int32_t slot);
 
+// Other codes and words for a leaf, in the form of LeafParts. The arrays belong to the caller.
+struct LeafRewrite {
+  size_t leaf;
+  std::vector<const uint8_t*> codes, words;  // of each state; words where the format has some
+  int64_t num_blocks;                        // that the arrays have
+};
+
+// Writes them into a slot that nobody else reads or writes. Throws before anything is written if
+// they do not fit the leaves.
+void WriteLeaves(const LockedArena& locked, int32_t slot, const std::vector<LeafRewrite>& leaves);
+
 }  // namespace paged_optax

@@ -74,6 +74,10 @@ std::optional<LockedArena> CpuDevice::LockContents(int32_t handle) {
   return LockArena(Find(handle));
 }
 
+std::optional<LockedArena> CpuDevice::TakeContents(int32_t handle) {
+  return LockArena(Find(handle), /*for_step=*/true);
+}
+
 std::optional<HeldArena> CpuDevice::HoldContents(int32_t handle) {
   std::optional<LockedArena> locked = LockContents(handle);
   if (!locked) return std::nullopt;

@@ -21,6 +21,10 @@ class CpuDevice final : public Device {
   std::shared_ptr<Arena> Find(int32_t handle) override;
   std::optional<LockedArena> LockContents(int32_t handle) override;
   std::optional<HeldArena> HoldContents(int32_t handle) override;
+  std::optional<LockedArena> TakeContents(int32_t handle) override;
+  void SetHeader(const LockedArena& locked, const Header& header) override {
+    locked.arena->header = header;
+  }
   std::optional<int64_t> Limit(int32_t handle, int64_t device_bytes) override;
   std::shared_ptr<Arena> Remove(int32_t handle) override;
 

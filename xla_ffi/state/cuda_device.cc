@@ -12,7 +12,7 @@ namespace paged_optax {
 CudaDevice::CudaDevice(int ordinal)
     : Device({kPlatform, ordinal}), pager_(ordinal, mutex_, holds_, arenas_) {
   const ScopedDevice scope(ordinal);
-  mailbox_ = std::make_unique<MappedBuffer>(sizeof(Rejection));
+  mailbox_ = std::make_unique<MappedBuffer>(sizeof(Reports));
 }
 
 bool CudaDevice::MayBeFirstUse(const ContentsLock& lock, const Handles& handles,
@@ -114,6 +114,30 @@ std::optional<HeldArena> CudaDevice::HoldContents(int32_t handle) {
   return HeldArena{std::move(arena), header, std::move(*hold)};
 }
 
+std::optional<LockedArena> CudaDevice::TakeContents(int32_t handle) {
+  std::shared_ptr<Arena> arena;  // outlives the lock, which the waits give up
+  ContentsLock lock(mutex_);
+  int64_t index = IndexOf(lock, handle);
+  if (index < 0) return std::nullopt;
+  arena = arenas_[index];
+  do {
+    holds_.AwaitNone(lock);
+    pager_.AwaitIdle(lock, *arena);
+  } while (holds_.any(lock));
+  index = IndexOf(lock, handle);  // others may have come and gone meanwhile
+  if (index < 0) return std::nullopt;
+  const Header header = ReadHeader(lock, index);
+  return LockedArena{std::move(arena), header, std::move(lock)};
+}
+
+void CudaDevice::SetHeader(const LockedArena& locked, const Header& header) {
+  const ScopedDevice scope(id().ordinal);
+  const int64_t index = IndexOf(locked.lock, header.handle);
+  CUDA_CHECK(cudaMemcpy(headers_ + index, &header, sizeof(Header), cudaMemcpyDefault));
+  // Such copies may return before they are done, and XLA's streams do not wait for this one.
+  CUDA_CHECK(cudaStreamSynchronize(cudaStreamLegacy));
+}
+
 std::optional<int64_t> CudaDevice::Limit(int32_t handle, int64_t device_bytes) {
   std::shared_ptr<Arena> arena;  // outlives the lock, which the wait gives up
   ContentsLock lock(mutex_);
@@ -145,18 +169,40 @@ std::shared_ptr<Arena> CudaDevice::Remove(int32_t handle) {
   return arena;
 }
 
+namespace {
+
+// The last word of a report. The device writes it last, so what the host reads after it is whole.
+int32_t Load(const void* word) {
+  return __atomic_load_n(static_cast<const int32_t*>(word), __ATOMIC_ACQUIRE);
+}
+void Clear(void* word) { __atomic_store_n(static_cast<int32_t*>(word), 0, __ATOMIC_RELEASE); }
+static_assert(static_cast<int32_t>(Verdict::kAccept) == 0);
+
+}  // namespace
+
+bool CudaDevice::HasReports() const {
+  Reports* reports = static_cast<Reports*>(mailbox_->host());
+  return Load(&reports->rejection.verdict) != 0 || Load(&reports->restart.steps) != 0;
+}
+
 std::optional<Rejection> CudaDevice::TakeRejection() {
   const ContentsLock lock(mutex_);
-  volatile Rejection* report = static_cast<Rejection*>(mailbox_->host());
-  if (report->verdict == Verdict::kAccept) return std::nullopt;
-  Rejection rejection{};
-  rejection.token.handle = report->token.handle;
-  rejection.token.version = report->token.version;
-  rejection.version = report->version;
-  rejection.fingerprint = report->fingerprint;
-  rejection.verdict = report->verdict;
-  report->verdict = Verdict::kAccept;
+  Rejection* report = &static_cast<Reports*>(mailbox_->host())->rejection;
+  const auto verdict = static_cast<Verdict>(Load(&report->verdict));
+  if (verdict == Verdict::kAccept) return std::nullopt;
+  const Rejection rejection{verdict, report->token, report->version, report->fingerprint};
+  Clear(&report->verdict);
   return rejection;
+}
+
+std::optional<Restart> CudaDevice::TakeRestart() {
+  const ContentsLock lock(mutex_);
+  Restart* report = &static_cast<Reports*>(mailbox_->host())->restart;
+  const int32_t steps = Load(&report->steps);
+  if (steps == 0) return std::nullopt;
+  const Restart restart{steps, report->handle};
+  Clear(&report->steps);
+  return restart;
 }
 
 }  // namespace paged_optax

@@ -34,18 +34,22 @@ class CudaDevice final : public Device {
   void BeforeStep(const ContentsLock& lock, Stream stream) { pager_.BeforeStep(lock, stream); }
   void AfterStep(const ContentsLock& lock, Stream stream) { pager_.AfterStep(lock, stream); }
 
-  // Device memory: the headers, null if there are none, and where a refused step reports.
+  // Device memory: the headers, null if there are none, and where steps report.
   Header* headers(const ContentsLock&) const { return headers_; }
   int num_headers(const ContentsLock&) const { return static_cast<int>(arenas_.size()); }
-  Rejection* device_rejection() const { return static_cast<Rejection*>(mailbox_->device()); }
+  Reports* device_reports() const { return static_cast<Reports*>(mailbox_->device()); }
 
   std::vector<std::shared_ptr<Arena>> Arenas() override;
   std::shared_ptr<Arena> Find(int32_t handle) override;
   std::optional<LockedArena> LockContents(int32_t handle) override;
   std::optional<HeldArena> HoldContents(int32_t handle) override;
+  std::optional<LockedArena> TakeContents(int32_t handle) override;
+  void SetHeader(const LockedArena& locked, const Header& header) override;
   std::optional<int64_t> Limit(int32_t handle, int64_t device_bytes) override;
   std::shared_ptr<Arena> Remove(int32_t handle) override;
+  bool HasReports() const override;
   std::optional<Rejection> TakeRejection() override;
+  std::optional<Restart> TakeRestart() override;
   void StopMoving() override { pager_.Stop(); }
 
  private:
@@ -62,7 +66,7 @@ class CudaDevice final : public Device {
   std::vector<std::unique_ptr<DeviceBuffer>> buffers_;
   Header* headers_ = nullptr;
   int64_t capacity_ = 0;
-  std::unique_ptr<MappedBuffer> mailbox_;
+  std::unique_ptr<MappedBuffer> mailbox_;  // Reports
   Pager pager_;
 };
 

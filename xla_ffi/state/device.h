@@ -22,20 +22,28 @@ class Device {
 
   virtual std::vector<std::shared_ptr<Arena>> Arenas() = 0;
 
-  // The five that follow return nothing if the state has no arena here.
+  // The six that follow return nothing if the state has no arena here.
   virtual std::shared_ptr<Arena> Find(int32_t handle) = 0;
   // Keeps steps from starting and waits for those under way.
   virtual std::optional<LockedArena> LockContents(int32_t handle) = 0;
   // The same for longer: no step starts, and nothing moves.
   virtual std::optional<HeldArena> HoldContents(int32_t handle) = 0;
+  // To change the contents by hand: nobody holds them, and nothing moves.
+  virtual std::optional<LockedArena> TakeContents(int32_t handle) = 0;
   // Limits the moments to so many bytes of the device's memory (negative: no limit), moves what has
   // to move, and returns the bytes that moved.
   virtual std::optional<int64_t> Limit(int32_t handle, int64_t device_bytes) = 0;
   // Takes the arena off the device. Its memory goes with the last pointer to it.
   virtual std::shared_ptr<Arena> Remove(int32_t handle) = 0;
 
-  // The report of a refused step that nobody has taken yet. A CPU refuses at once and has none.
+  // Changes what the arena knows of itself, with the contents locked.
+  virtual void SetHeader(const LockedArena& locked, const Header& header) = 0;
+
+  // What a GPU found out and nobody has taken yet: that it refused a step, and that a step ended a
+  // life. The handler of a CPU knows at once, and reports nothing here. HasReports takes no lock.
+  virtual bool HasReports() const { return false; }
   virtual std::optional<Rejection> TakeRejection() { return std::nullopt; }
+  virtual std::optional<Restart> TakeRestart() { return std::nullopt; }
   // Ends the thread that moves moments, for the end of the process.
   virtual void StopMoving() {}
 

@@ -4,6 +4,11 @@
 namespace paged_optax {
 namespace {
 
+constexpr char kWaysOut[] =
+    "Go on from paged_optax.newest(opt_state), which is the newest state, or from a new "
+    "init(params), after paged_optax.release(opt_state), which frees these moments.";
+constexpr char kLeftAsTheyWere[] = " The moments were left as they were.";
+
 std::string NotTheNewest(const Refusal& refusal) {
   std::string text = "this optimizer state is not the newest one: its moments were at version " +
                      std::to_string(refusal.token.version) +
@@ -22,16 +27,14 @@ std::string NotTheNewest(const Refusal& refusal) {
         " accumulate gradients use paged_optax.MultiSteps; to skip steps put jax.lax.cond around"
         " tx.update. ";
   }
-  return text +
-         "Go on from the newest state or from a new init(params). The moments were left as they"
-         " were.";
+  return text + kWaysOut + kLeftAsTheyWere;
 }
 
 std::string NegativeCount() {
   return "the count of this optimizer state is negative. It is the number of updates so far, as "
-         "init "
-         "and update return it; was the state changed by hand, or cast? The moments were left as "
-         "they were.";
+         "init and update return it; was the state changed by hand, or cast? "
+         "paged_optax.newest(opt_state) has the right one." +
+         std::string(kLeftAsTheyWere);
 }
 
 std::string OfOtherLeaves(const Refusal& refusal) {
@@ -47,15 +50,25 @@ std::string WithoutMoments(const Refusal& refusal) {
     return "the moments of this optimizer state are on " + Name(refusal.anywhere->device) +
            " but the step ran on " + Name(refusal.device) +
            ". Moments do not follow a token from device to device: run the step where the state "
-           "was first used, or make a new state with init(params).";
+           "was first used, or make a new state with init(params), after "
+           "paged_optax.release(opt_state), which frees these moments.";
+  }
+  if (refusal.token.handle == 0) {
+    return "the token of this optimizer state is zero, as jax.tree.map(jnp.zeros_like, opt_state) "
+           "makes it, and names no moments. To set moments to zero use "
+           "paged_optax.reset(opt_state), which keeps their memory, or init(params).";
   }
   switch (refusal.origin) {
+    case Handles::Origin::kDropped:
+      return "this optimizer state is a copy of an initial one that was dropped before its first "
+             "update, and its step came too late to find room for its moments. The state is good: "
+             "run the step again.";
     case Handles::Origin::kUnused:
       return "this optimizer state claims version " + std::to_string(refusal.token.version) +
              " but was never used. Use the state that init or update returned.";
     case Handles::Origin::kUsed:
       return "the moments of this optimizer state were released. Make a new state with "
-             "init(params).";
+             "init(params); paged_optax.states() lists those whose moments are there.";
     case Handles::Origin::kParent:
       return "the moments of this optimizer state are in the process that this one was forked "
              "from, "

@@ -74,7 +74,7 @@ void Fill(const Source& source, const Request& request, Arena& arena) {
   ForEachInParallel(static_cast<int64_t>(stored.size()),
                     [&](int64_t i) { Copy(stored[i], *pieces[i]); });
   for (const LeafWork& work : others) Reblock(work);
-  arena.header.version = arena.header.versions[0] = 1;
+  arena.header.version = arena.header.versions[0] = arena.header.started = 1;
 }
 
 }  // namespace paged_optax

@@ -51,7 +51,7 @@ int32_t Handles::Issue(DeviceId device, int64_t run, int32_t seed, bool shared) 
 
 int32_t Handles::IssueNext(const Lock<Handles>&, bool shared) {
   const int32_t handle = (shared && shared_.first != 0 ? shared_ : own_).next++;
-  unused_.insert(handle);
+  unused_.emplace(handle, std::chrono::steady_clock::now());
   num_unused_ = static_cast<int64_t>(unused_.size());
   return handle;
 }
@@ -85,13 +85,13 @@ void Handles::NoteFilled(const Lock<Handles>&, int32_t handle, int64_t num_devic
 }
 
 bool Handles::IsFirstUse(const Lock<Handles>&, int32_t handle, int64_t run) const {
-  return unused_.count(handle) || std::any_of(used_.begin(), used_.end(), [&](const Used& used) {
-           return used.handle == handle && used.run == run;
-         });
+  const auto is_in_run = [&](const Used& used) { return used.handle == handle && used.run == run; };
+  return unused_.count(handle) || dropped_.count(handle) ||
+         std::any_of(used_.begin(), used_.end(), is_in_run);
 }
 
 void Handles::NoteUsed(const Lock<Handles>&, int32_t handle, int64_t run) {
-  if (unused_.erase(handle) == 0) return;
+  if (unused_.erase(handle) + dropped_.erase(handle) == 0) return;
   used_.push_back({handle, run});
   if (used_.size() > kRecent) used_.pop_front();
   num_unused_ = static_cast<int64_t>(unused_.size());
@@ -99,7 +99,20 @@ void Handles::NoteUsed(const Lock<Handles>&, int32_t handle, int64_t run) {
 
 std::vector<int32_t> Handles::Unused() const {
   const Lock<Handles> lock(mutex_);
-  return {unused_.begin(), unused_.end()};
+  std::vector<int32_t> handles;
+  for (const auto& [handle, time] : unused_) handles.push_back(handle);
+  handles.insert(handles.end(), dropped_.begin(), dropped_.end());
+  return handles;
+}
+
+std::vector<std::pair<int32_t, double>> Handles::UnusedWithAges() const {
+  const Lock<Handles> lock(mutex_);
+  std::vector<std::pair<int32_t, double>> ages;
+  const auto now = std::chrono::steady_clock::now();
+  for (const auto& [handle, time] : unused_) {
+    ages.emplace_back(handle, std::chrono::duration<double>(now - time).count());
+  }
+  return ages;
 }
 
 std::vector<int32_t> Handles::FirstUsedIn(int64_t run) const {
@@ -113,6 +126,7 @@ std::vector<int32_t> Handles::FirstUsedIn(int64_t run) const {
 
 std::shared_ptr<const Source> Handles::Drop(const Lock<Handles>&, int32_t handle) {
   unused_.erase(handle);
+  dropped_.erase(handle);
   num_unused_ = static_cast<int64_t>(unused_.size());
   const auto found = staged_.find(handle);
   if (found == staged_.end()) return nullptr;
@@ -125,6 +139,21 @@ void Handles::Release(int32_t handle) {
   std::shared_ptr<const Source> source;  // outlives the lock
   const Lock<Handles> lock(mutex_);
   source = Drop(lock, handle);
+}
+
+void Handles::ForgetNow(int32_t handle) {
+  std::shared_ptr<const Source> source;  // outlives the lock
+  const Lock<Handles> lock(mutex_);
+  if (unused_.count(handle) == 0) return;
+  source = Drop(lock, handle);
+  if (source == nullptr) dropped_.insert(handle);
+}
+
+void Handles::NoteMissed(int32_t handle) {
+  const Lock<Handles> lock(mutex_);
+  if (dropped_.erase(handle) == 0) return;
+  unused_.emplace(handle, std::chrono::steady_clock::now());
+  num_unused_ = static_cast<int64_t>(unused_.size());
 }
 
 bool Handles::Forget(int32_t handle) {
@@ -165,7 +194,9 @@ Handles::Sources Handles::Sweep(const Lock<Handles>& lock) {
     }
     --num_left;
     num_sources -= has_source;
-    if (is_unused) gone.push_back(Drop(lock, each.handle));
+    if (!is_unused) continue;
+    gone.push_back(Drop(lock, each.handle));
+    if (!has_source) dropped_.insert(each.handle);
   }
   forgotten_ = std::move(kept);
   any_forgotten_ = !forgotten_.empty();
@@ -179,7 +210,9 @@ Handles::Origin Handles::OriginOf(int32_t handle) const {
                                         [&](const Range& range) { return range.Contains(handle); });
     return is_parents ? Origin::kParent : Origin::kElsewhere;
   }
-  return unused_.count(handle) ? Origin::kUnused : Origin::kUsed;
+  return unused_.count(handle)    ? Origin::kUnused
+         : dropped_.count(handle) ? Origin::kDropped
+                                  : Origin::kUsed;
 }
 
 }  // namespace paged_optax

@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <set>
+#include <utility>
 #include <vector>
 
 #include "state/device_id.h"
@@ -47,7 +48,9 @@ class Handles {
 
   // States that were made and never used. Takes no lock.
   int64_t num_unused() const { return num_unused_; }
-  std::vector<int32_t> Unused() const;
+  std::vector<int32_t> Unused() const;  // those that were forgotten too
+  // With the seconds since they were issued.
+  std::vector<std::pair<int32_t, double>> UnusedWithAges() const;
   // Of recent executions: the handles that were used for the first time in this one.
   std::vector<int32_t> FirstUsedIn(int64_t run) const;
 
@@ -57,16 +60,30 @@ class Handles {
   // Nobody has the token of a state that was never used. The update that takes it may be queued,
   // so for a while the handle can still be used: until kGrace has passed and handlers were called
   // kGraceCalls times, or until many more were forgotten. Returns whether there is such a state.
+  //
+  // The handle still works if its token turns up after all, except that a GPU refuses the first
+  // step: it has not looked at the token. What was staged is gone.
   bool Forget(int32_t handle);
+  // The same at once, for a token that was never handed to anything.
+  void ForgetNow(int32_t handle);
+  // A GPU refused a step of this handle because it has no arena. From now on GPUs look at tokens
+  // again if the handle was forgotten.
+  void NoteMissed(int32_t handle);
   // A handler was called.
   void NoteCall();
 
   // Another process issued the handle; or one did that this one was forked from; or this one did,
-  // and its state was or was not used.
-  enum class Origin { kElsewhere, kParent, kUnused, kUsed };
+  // and its state was not used, or was forgotten before it was, or was used.
+  enum class Origin { kElsewhere, kParent, kUnused, kDropped, kUsed };
   Origin OriginOf(int32_t handle) const;
+  // Whether this process issued the handle, and its state was not used yet.
+  bool MayBeUsed(int32_t handle) const {
+    const Origin origin = OriginOf(handle);
+    return origin == Origin::kUnused || origin == Origin::kDropped;
+  }
 
  private:
+  using Time = std::chrono::steady_clock::time_point;
   struct Issued {
     int64_t run;
     int32_t seed;
@@ -83,7 +100,7 @@ class Handles {
   };
   struct Forgotten {
     int32_t handle;
-    std::chrono::steady_clock::time_point time;
+    Time time;
     int64_t call;  // number of the next one
   };
   using Sources = std::vector<std::shared_ptr<const Source>>;
@@ -105,7 +122,8 @@ class Handles {
   std::vector<Range> parents_;
   std::deque<Issued> issued_;  // recent
   std::deque<Used> used_;      // recent
-  std::set<int32_t> unused_;   // issued, no arena on any device yet
+  std::map<int32_t, Time> unused_;  // issued when; no arena on any device yet
+  std::set<int32_t> dropped_;       // the same, and forgotten
   std::atomic<int64_t> num_unused_{0};
   std::map<int32_t, Staged> staged_;
   std::deque<Forgotten> forgotten_;  // oldest first

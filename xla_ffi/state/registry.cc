@@ -5,9 +5,9 @@
 
 #include <algorithm>
 #include <atomic>
-#include <exception>
 #include <set>
 
+#include "base/notice.h"
 #include "base/status.h"
 #include "state/cpu_device.h"
 #include "state/explain.h"
@@ -87,29 +87,59 @@ void Registry::Refuse(DeviceId device, const Rejection& rejection) {
   throw StatusError(StatusCode::kFailedPrecondition, Explain(device, rejection));
 }
 
-void Registry::ThrowIfRejected(Device& device) {
-  const auto rejection = device.TakeRejection();
-  if (!rejection) return;
-  throw StatusError(StatusCode::kFailedPrecondition,
-                    Explain(device.id(), *rejection) + " (An earlier step on " + Name(device.id()) +
-                        " was refused and returned an update of zero.)");
+void Registry::NoteRefused(Token token, const std::string& text) {
+  if (!refusals_.Add(token, text)) return;
+  PostNotice({0, 0, text, Notice::Kind::kRefusal});
 }
 
-// A step is refused on each of its devices, and that is one error.
-void Registry::ThrowIfRejected() {
-  std::exception_ptr first;
-  for (Device* device : Devices()) {
-    try {
-      ThrowIfRejected(*device);
-    } catch (const StatusError&) {
-      if (first == nullptr) first = std::current_exception();
-    }
+void Registry::NoteRestarted(Restart restart) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!restarted_.insert(restart.handle).second) return;
   }
-  if (first != nullptr) std::rethrow_exception(first);
+  PostNotice({0, 0,
+              "a step from an initial state ended the training that had begun from the same state "
+              "before, after " +
+                  std::to_string(restart.steps) +
+                  " steps: their moments count as zero now. If that was not meant (a notebook cell "
+                  "that ran again?), keep the state that update returned; "
+                  "paged_optax.newest(opt_state) finds it while it is the newest. For a new "
+                  "training make a new state with init(params), and release the old one."});
+}
+
+void Registry::CollectReports() {
+  for (Device* device : Devices()) {
+    if (!device->HasReports()) continue;
+    if (const auto rejection = device->TakeRejection()) {
+      const std::string text = Explain(device->id(), *rejection);
+      handles_.NoteMissed(rejection->token.handle);
+      NoteRefused(rejection->token, text);
+    }
+    if (const auto restart = device->TakeRestart()) NoteRestarted(*restart);
+  }
+}
+
+bool Registry::AnyRefused() {
+  if (refusals_.any()) return true;
+  const std::vector<Device*> devices = Devices();
+  return std::any_of(devices.begin(), devices.end(),
+                     [](Device* device) { return device->HasReports(); });
+}
+
+void Registry::ForgetRefused(int32_t handle) {
+  CollectReports();
+  (void)refusals_.Take(handle);
+}
+
+void Registry::ThrowIfRefused(std::optional<int32_t> handle) {
+  CollectReports();
+  if (const auto text = refusals_.Take(handle)) {
+    throw StatusError(StatusCode::kFailedPrecondition, *text);
+  }
 }
 
 std::vector<ArenaReport> Registry::Describe(Token token) {
-  ThrowIfRejected();
+  ThrowIfRefused();
   std::vector<ArenaReport> reports;
   for (Device* device : Devices()) {
     if (const auto locked = device->LockContents(token.handle)) {
@@ -123,7 +153,7 @@ std::vector<ArenaReport> Registry::Describe(Token token) {
 }
 
 Registry::OpenSlot Registry::Read(DeviceId id, Token token) {
-  ThrowIfRejected();
+  ThrowIfRefused();
   int32_t version = 0;
   {
     Device* device = FindDevice(id);
@@ -137,7 +167,7 @@ Registry::OpenSlot Registry::Read(DeviceId id, Token token) {
 }
 
 Snapshot Registry::Hold(DeviceId id, Token token) {
-  ThrowIfRejected();
+  ThrowIfRefused();
   int32_t version = 0;
   {
     Device* device = FindDevice(id);
@@ -150,25 +180,90 @@ Snapshot Registry::Hold(DeviceId id, Token token) {
   Refuse(id, {Verdict::kStale, token, version, 0});
 }
 
+std::vector<ArenaReport> Registry::DescribeAll() {
+  std::vector<ArenaReport> reports;
+  for (Device* device : Devices()) {
+    for (const auto& arena : device->Arenas()) {
+      const auto locked = device->LockContents(arena->header.handle);  // it may be gone by now
+      if (locked) reports.push_back(Report(*locked));
+    }
+  }
+  return reports;
+}
+
+std::optional<Registry::Newest> Registry::FindNewest(int32_t handle) {
+  std::vector<Header> headers;
+  for (Device* device : Devices()) {
+    if (const auto locked = device->LockContents(handle)) headers.push_back(locked->header);
+  }
+  if (headers.empty()) {
+    if (!handles_.MayBeUsed(handle)) return std::nullopt;
+    return handles_.SourceOf(handle) == nullptr ? Newest{0, 0, 0} : Newest{1, kNoCount, 1};
+  }
+  const Header& first = headers.front();
+  std::optional<Newest> newest;
+  for (int32_t slot = 0; slot < first.num_slots; ++slot) {
+    const int32_t version = first.versions[slot];
+    const bool is_everywhere =
+        std::all_of(headers.begin(), headers.end(),
+                    [&](const Header& header) { return FindSlot(header, version) >= 0; });
+    if (version == 0 || !is_everywhere || (newest && newest->version == first.version)) continue;
+    newest = Newest{version, first.counts[slot], first.started};
+  }
+  const bool none_was_used = std::all_of(headers.begin(), headers.end(),
+                                         [](const Header& header) { return header.version == 0; });
+  if (!newest && none_was_used) return Newest{0, 0, 0};
+  if (!newest) {
+    throw StatusError(StatusCode::kFailedPrecondition,
+                      "paged_optax: the devices have different moments of this optimizer state: a "
+                      "step ran on some of them and was refused or failed on others, and none has "
+                      "kept the moments before it. Make a new state with init(params), after "
+                      "paged_optax.release(opt_state), which frees these moments.");
+  }
+  return newest;
+}
+
 std::optional<int32_t> Registry::NewestVersion(int32_t handle) {
   std::optional<int32_t> newest;
   for (Device* device : Devices()) {
     const auto locked = device->LockContents(handle);
     if (locked) newest = std::max(newest.value_or(0), locked->header.version);
   }
-  if (newest || handles_.OriginOf(handle) != Handles::Origin::kUnused) return newest;
+  if (newest || !handles_.MayBeUsed(handle)) return newest;
   return handles_.SourceOf(handle) == nullptr ? 0 : 1;
 }
 
 bool Registry::IsAlive(int32_t handle) {
-  if (handles_.OriginOf(handle) == Handles::Origin::kUnused) return true;
+  if (handles_.MayBeUsed(handle)) return true;
   const std::vector<Device*> devices = Devices();
   return std::any_of(devices.begin(), devices.end(),
                      [&](Device* device) { return device->Find(handle) != nullptr; });
 }
 
+int32_t Registry::Rewrite(DeviceId id, Token token, const std::vector<LeafRewrite>& leaves) {
+  ThrowIfRefused();
+  // One at a time: each waits until it is alone with the contents.
+  const std::lock_guard<std::mutex> one_by_one(rewriting_);
+  int32_t version = 0;
+  {
+    Device* device = FindDevice(id);
+    auto locked = device == nullptr ? std::nullopt : device->TakeContents(token.handle);
+    if (!locked) Refuse(id, {Verdict::kUnknown, token, 0, 0});
+    Header header = locked->header;
+    version = header.version;
+    const int32_t slot = token.version == 0 ? -1 : FindSlot(header, token.version);
+    if (slot >= 0 && version == token.version) {
+      WriteLeaves(*locked, slot, leaves);
+      header.version = header.versions[slot] = NextVersion(version);
+      device->SetHeader(*locked, header);
+      return header.version;
+    }
+  }
+  Refuse(id, {Verdict::kStale, token, version, 0});
+}
+
 int64_t Registry::Limit(Token token, int64_t device_bytes) {
-  ThrowIfRejected();
+  ThrowIfRefused();
   int64_t moved = 0;
   bool any = false;
   for (Device* device : Devices()) {

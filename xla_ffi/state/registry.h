@@ -6,13 +6,16 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
 #include "state/arena.h"
+#include "state/contents.h"
 #include "state/device.h"
 #include "state/handles.h"
+#include "state/refusals.h"
 #include "state/snapshot.h"
 
 namespace paged_optax {
@@ -38,14 +41,24 @@ class Registry {
   // The arena for a token on the CPU, made at its first use. Throws what Explain says.
   LockedArena Open(const Request& request, Token token);
 
-  // Why a token was refused, for the user. No contents may be locked.
+  // Why a token was refused, for the user, and the same thrown. No contents may be locked.
   std::string Explain(DeviceId device, const Rejection& rejection);
+  [[noreturn]] void Refuse(DeviceId device, const Rejection& rejection);
   // Keeps the signature of a call, for Explain.
   void Remember(const Signature& signature, uint64_t fingerprint);
 
-  // Throw for a refused step that has not been reported yet, of one device or of any.
-  void ThrowIfRejected(Device& device);
-  void ThrowIfRejected();
+  // Keeps what a step was refused for, and warns the user. No contents may be locked.
+  void NoteRefused(Token token, const std::string& text);
+  // Warns, once a state, that a step from its initial state ended a life of so many steps.
+  void NoteRestarted(Restart restart);
+  // Takes over what GPUs have found out meanwhile. Waits for no step. No contents may be locked.
+  void CollectReports();
+  // Whether a step was refused that nobody has been told of. Takes no lock that is held for long.
+  bool AnyRefused();
+  // The user is about to mend it.
+  void ForgetRefused(int32_t handle);
+  // Throws for such a step, of this state or of any. Nobody is told twice.
+  void ThrowIfRefused(std::optional<int32_t> handle = std::nullopt);
 
   // All arenas of a state; waits for the device. Throws if there is none although the state was
   // used.
@@ -61,11 +74,28 @@ class Registry {
   // The same for longer, and without a lock that a thread would have to give up itself.
   Snapshot Hold(DeviceId device, Token token);
 
+  // The newest contents that all devices have: their version, 0 for a fresh state, and the count of
+  // a state with them, kNoCount if it is not known; and the first version of their life, 0 before
+  // the first step. Nothing if there is neither an arena nor an unused handle. Waits for the device.
+  struct Newest {
+    int32_t version;
+    int32_t count;
+    int32_t started;
+  };
+  std::optional<Newest> FindNewest(int32_t handle);
+
+  // All arenas, by device; waits for the devices.
+  std::vector<ArenaReport> DescribeAll();
+
   // The newest version of a state's moments: 0 if it is fresh, 1 if it was restored and not used.
   // Nothing if it was released or is not of this process. Waits for the device.
   std::optional<int32_t> NewestVersion(int32_t handle);
   // Whether NewestVersion would say something. Does not wait.
   bool IsAlive(int32_t handle);
+
+  // Stores other codes and words of some leaves in the place of the newest contents, once no step, no
+  // move and no snapshot is under way, under a new version, which it returns.
+  int32_t Rewrite(DeviceId device, Token token, const std::vector<LeafRewrite>& leaves);
 
   // Limits the moments of a state to so many bytes of each device's memory (negative: no limit) and
   // moves what has to move. Returns the bytes that were moved.
@@ -84,11 +114,13 @@ class Registry {
   explicit Registry(const Registry* parent);
   std::vector<Device*> Devices();
   Device* FindDevice(DeviceId id);
-  [[noreturn]] void Refuse(DeviceId device, const Rejection& rejection);
 
   Handles handles_;
   std::mutex mutex_;
+  std::mutex rewriting_;  // taken before all others
   std::map<DeviceId, std::unique_ptr<Device>> devices_;  // never removed
+  std::set<int32_t> restarted_;                          // handles that NoteRestarted knows
+  Refusals refusals_;
   std::unordered_map<uint64_t, Signature> signatures_;   // never removed
 };
 

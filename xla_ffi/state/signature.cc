@@ -115,7 +115,9 @@ std::vector<Signature::LeafInfo> Signature::Leaves() const {
 
 std::string Signature::Difference(const Signature& moments, const Signature& call,
                                   const LeafNames& leaf_names) {
-  constexpr char kUntouched[] = "The moments were left as they were.";
+  constexpr char kUntouched[] =
+      "The moments were left as they were: paged_optax.newest(opt_state) has them still, and "
+      "paged_optax.release(opt_state) frees them.";
   std::ostringstream text;
   if (moments.num_devices_ != call.num_devices_) {
     text << "the moments were made by a program on " << moments.num_devices_

@@ -23,7 +23,7 @@ struct LeafCopy {
 struct ResolveArgs {
   Header* headers;
   int num_headers;
-  Rejection* rejection;
+  Reports* reports;
   ResolvedStep* resolved;
   const Token* token;
   const int32_t* count;
@@ -63,6 +63,15 @@ __device__ void Prepare(List<Rule...>, const ResolveArgs& args, int32_t count, A
    ...);
 }
 
+__device__ void ReportRestart(const ResolveArgs& args, const Header& header, int32_t steps) {
+  if (steps == 0 || args.reports == nullptr) return;
+  volatile Restart* report = &args.reports->restart;
+  if (report->steps != 0) return;
+  report->handle = header.handle;
+  __threadfence_system();
+  report->steps = steps;
+}
+
 // One thread: judges the token and advances the version. Everything after it on the stream sees the
 // outcome.
 __device__ void Resolve(const ResolveArgs& args, Token token, Header* header) {
@@ -84,13 +93,14 @@ __device__ void Resolve(const ResolveArgs& args, Token token, Header* header) {
     for (int i = 0; i < Formats::kSize; ++i) {
       resolved.resident_blocks[i] = args.regions[i].BlocksBelow(resident_bytes);
     }
-    *args.new_token = Advance(header, judgement);
+    ReportRestart(args, *header, StepsToEnd(*header, judgement.verdict));
+    *args.new_token = Advance(header, judgement, count);
     return;
   }
   *args.new_token = token;
-  if (skipped) return;
+  if (skipped || args.reports == nullptr) return;
   // The host reads this without waiting for the device; the first unread report stays.
-  volatile Rejection* report = args.rejection;
+  volatile Rejection* report = &args.reports->rejection;
   if (report->verdict != Verdict::kAccept) return;
   report->token.handle = token.handle;
   report->token.version = token.version;
@@ -172,7 +182,7 @@ LeafCopy<kLeaves> MakeCopy(const CudaUpdate& update, Leaf* table, int64_t begin,
 }
 
 void LaunchResolve(const CudaUpdate& update, ResolvedStep* resolved, Leaf* table, Stream stream) {
-  ResolveArgs args{update.headers,   update.num_headers, update.rejection,   resolved,
+  ResolveArgs args{update.headers,   update.num_headers, update.reports,     resolved,
                    update.token,     update.count,       update.hyperparams, update.part,
                    update.new_token, update.kind,        update.fingerprint, {}};
   int64_t num_leaves = 0;

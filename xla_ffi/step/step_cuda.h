@@ -38,7 +38,7 @@ struct RegionWork {
 struct CudaUpdate {
   Header* headers;
   int num_headers;
-  Rejection* rejection;
+  Reports* reports;  // null if the host has reported this step already
   void* scratch;  // ScratchBytes
   const Token* token;
   const int32_t* count;

@@ -48,6 +48,20 @@ ffi::ErrorCode CodeOf(const StatusError& error) {
   return ffi::ErrorCode::kInternal;
 }
 
+// A refused step leaves everything as it was: its updates are zero, and its token is the one that
+// came in. So no program fails, and no donated array is lost; Python raises what was noted. Errors
+// that are no refusals are those of the program.
+template <class F, class G>
+void OrRefuse(const F& step, Token token, const G& leave_alone) {
+  try {
+    step();
+  } catch (const StatusError& error) {
+    if (error.code() != StatusCode::kFailedPrecondition) throw;
+    Registry::Get().NoteRefused(token, error.what());
+    leave_alone();
+  }
+}
+
 // No exception leaves a handler.
 template <class F>
 ffi::Error Guarded(F&& body) {
@@ -93,6 +107,39 @@ void RunOnCpu(ffi::ThreadPool& pool, const UpdateCall& call, const AnyStep& step
   }
 }
 
+// What a step writes that changes nothing. The kernels do the same.
+void ChangeNothing(const UpdateCall& call) {
+  for (const Leaf& leaf : call.leaves) {
+    std::memset(leaf.updates, 0, leaf.size * SizeOf(leaf.dtype));
+  }
+  *call.new_token = *call.token;
+}
+
+// Throws if the step is refused. No contents are locked then.
+void StepOnCpu(ffi::ThreadPool& pool, const Request& request, const UpdateCall& call) {
+  Registry& registry = Registry::Get();
+  const Token token = *call.token;
+  std::optional<LockedArena> locked = registry.Open(request, token);
+  Arena* const arena = locked->arena.get();
+  const int32_t count = *call.count;
+  Judgement judgement = Judge(&arena->header, token, LayoutOf(call.fingerprint, *call.part));
+  judgement.verdict = JudgeCount(judgement.verdict, count);
+  if (!IsAccepted(judgement.verdict)) {
+    const Rejection rejection{judgement.verdict, token, arena->header.version, call.fingerprint};
+    locked.reset();  // Explain looks at arenas too
+    registry.Refuse(request.device, rejection);
+  }
+  if (count == kSkipStep) return ChangeNothing(call);
+  const AnyStep step = PrepareStep(call.kind, call.hyperparams, count);
+  const auto& bases = arena->segments.bases;  // of one segment
+  const bool fresh = judgement.verdict == Verdict::kFresh;
+  RunOnCpu(pool, call, step, fresh ? nullptr : bases[judgement.source][0],
+           bases[judgement.target][0]);
+  const int32_t ended = StepsToEnd(arena->header, judgement.verdict);
+  *call.new_token = Advance(&arena->header, judgement, count);
+  if (ended > 0) registry.NoteRestarted({ended, token.handle});
+}
+
 // ---------------------------------------------------------------------------------------------------
 // Handlers
 // ---------------------------------------------------------------------------------------------------
@@ -112,33 +159,9 @@ ffi::Error UpdateCpu(ffi::ThreadPool pool, ffi::RunId run, int32_t device, Updat
                      ffi::RemainingArgs args, ffi::RemainingRets rets) {
   return Guarded([&] {
     const UpdateCall call = Parse(attrs, args, rets);
-    Registry& registry = Registry::Get();
     const DeviceId id{Platform::kCpu, device};
-    const Token token = *call.token;
-    std::optional<LockedArena> locked =
-        registry.Open(MakeRequest(id, run.run_id, attrs, call, *call.part), token);
-    Arena* const arena = locked->arena.get();
-    const int32_t count = *call.count;
-    Judgement judgement = Judge(&arena->header, token, LayoutOf(call.fingerprint, *call.part));
-    judgement.verdict = JudgeCount(judgement.verdict, count);
-    if (!IsAccepted(judgement.verdict)) {
-      const Rejection rejection{judgement.verdict, token, arena->header.version, call.fingerprint};
-      locked.reset();  // Explain looks at arenas too
-      throw StatusError(StatusCode::kFailedPrecondition, registry.Explain(id, rejection));
-    }
-    if (count == kSkipStep) {
-      for (const Leaf& leaf : call.leaves) {
-        std::memset(leaf.updates, 0, leaf.size * SizeOf(leaf.dtype));
-      }
-      *call.new_token = token;
-      return;
-    }
-    const AnyStep step = PrepareStep(call.kind, call.hyperparams, count);
-    const auto& bases = arena->segments.bases;  // of one segment
-    const bool fresh = judgement.verdict == Verdict::kFresh;
-    RunOnCpu(pool, call, step, fresh ? nullptr : bases[judgement.source][0],
-             bases[judgement.target][0]);
-    *call.new_token = Advance(&arena->header, judgement);
+    const Request request = MakeRequest(id, run.run_id, attrs, call, *call.part);
+    OrRefuse([&] { StepOnCpu(pool, request, call); }, *call.token, [&] { ChangeNothing(call); });
   });
 }
 
@@ -178,9 +201,10 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
     const UpdateCall call = Parse(attrs, args, rets);
     Registry& registry = Registry::Get();
     CudaDevice& gpu = registry.At<CudaDevice>(device);
-    registry.ThrowIfRejected(gpu);
+    registry.CollectReports();
     registry.handles().NoteCall();
     std::shared_ptr<const Source> source;  // outlives the lock
+    bool is_refused = false;
     const ContentsLock lock = gpu.Acquire();
     if (gpu.MayBeFirstUse(lock, registry.handles(), run.run_id)) {
       // Only now does the host wait for the device.
@@ -192,7 +216,9 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
       CUDA_CHECK(cudaStreamSynchronize(stream));
       Request request = MakeRequest(gpu.id(), run.run_id, attrs, call, part);
       if (token.version == 1) request.source = source = registry.handles().SourceOf(token.handle);
-      gpu.BindOnFirstUse(lock, registry.handles(), request, token, stream);
+      // The kernels then find no arena, and so change nothing.
+      OrRefuse([&] { gpu.BindOnFirstUse(lock, registry.handles(), request, token, stream); }, token,
+               [&] { is_refused = true; });
     }
     const auto buffer = scratch.Allocate(ScratchBytes(call.leaves.size()), kScratchAlignment);
     if (!buffer.has_value()) {
@@ -202,7 +228,7 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
     CudaUpdate update{};
     update.headers = gpu.headers(lock);
     update.num_headers = gpu.num_headers(lock);
-    update.rejection = gpu.device_rejection();
+    update.reports = is_refused ? nullptr : gpu.device_reports();
     update.scratch = *buffer;
     update.token = call.token;
     update.count = call.count;

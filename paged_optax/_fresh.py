@@ -1,0 +1,112 @@
+"""Notices when nobody has the token of a state that was never updated.
+
+While such a state is out, every step on a GPU has to look at its token, and waits for the device to
+do so. Nothing but its tokens can tell that a state was dropped. So each token is watched from when
+it is made until the first update; after that this module does nothing.
+"""
+
+import collections
+import dataclasses
+import threading
+import weakref
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from . import _ext
+
+_lock = threading.Lock()
+# Objects may end in any thread at any moment, also while the lock is held: what ends is only noted.
+_ended: collections.deque[int] = collections.deque()  # ids of weak references
+
+
+@dataclasses.dataclass
+class _Watched:
+    """The array of a token."""
+
+    array: jax.Array | None  # until its handle can be read without waiting
+    was_handed_on: bool = False  # to a program, or to whatever takes trees apart
+    handle: int = 0
+    ref: weakref.ref[jax.Array] | None = None
+
+
+_by_array: dict[int, _Watched] = {}  # by the array's id
+_by_ref: dict[int, tuple[int, _Watched]] = {}  # by the reference's id: the array's, and its record
+
+
+def watch(value: Any) -> None:
+    """A token with this array was made."""
+    if not _ext.num_unused() or isinstance(value, Tracer) or not isinstance(value, jax.Array):
+        return
+    with _lock:
+        if not _is_of(_by_array.get(id(value)), value):
+            _by_array[id(value)] = _Watched(value)
+    look()
+
+
+def note_use(value: Any) -> None:
+    """A token with this array is taken apart: for a program, it may be."""
+    if not _ext.num_unused():
+        return
+    watched = _by_array.get(id(value))
+    if watched is not None and _is_of(watched, value):
+        watched.was_handed_on = True
+    look()
+
+
+def _is_of(watched: _Watched | None, array: jax.Array) -> bool:
+    """Whether a record is of this array, and not of one that is gone and had the same id."""
+    if watched is None:
+        return False
+    return watched.array is array or (watched.ref is not None and watched.ref() is array)
+
+
+def look() -> None:
+    """Forgets the states whose tokens are all gone. Never waits."""
+    if not _lock.acquire(blocking=False):
+        return
+    try:
+        for key, watched in list(_by_array.items()):
+            if watched.array is not None:
+                _resolve(key, watched)
+        gone: dict[int, bool] = {}
+        while _ended:
+            key, watched = _by_ref.pop(_ended.popleft())
+            if _by_array.get(key) is watched:
+                del _by_array[key]
+            gone[watched.handle] = gone.get(watched.handle, False) or watched.was_handed_on
+        left = {watched.handle for watched in _by_array.values()}
+        for handle, was_handed_on in gone.items():
+            if 0 in left:  # an array whose handle is not known yet may be a copy
+                was_handed_on = True
+            if handle not in left:
+                (_ext.forget if was_handed_on else _ext.forget_now)(handle)
+            elif was_handed_on:
+                for watched in _by_array.values():
+                    watched.was_handed_on |= watched.handle == handle
+    finally:
+        _lock.release()
+
+
+def _resolve(key: int, watched: _Watched) -> None:
+    """Reads the handle of an array once it is there, and lets go of the array."""
+    array = watched.array
+    assert array is not None
+    if array.is_deleted():
+        del _by_array[key]  # donated: an update has it
+        return
+    if not array.is_ready():
+        return
+    try:
+        handle = int(np.asarray(array.addressable_shards[0].data).ravel()[0])
+    except Exception:  # of a program that failed, or not a token at all
+        handle = 0
+    watched.array = None
+    if handle == 0 or not _ext.is_unused(handle):
+        del _by_array[key]
+        return
+    watched.handle = handle
+    watched.ref = weakref.ref(array, lambda ref: _ended.append(id(ref)))
+    _by_ref[id(watched.ref)] = (key, watched)
