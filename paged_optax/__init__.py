@@ -45,6 +45,7 @@ from ._options import Paging, Quantization
 from ._orbax import use_orbax_hook
 from ._refused import StateRefused
 from ._report import DeviceMemory, LeafGroup, MemoryReport, memory_report
+from ._reset import reset
 from ._skip import SkipNonFiniteState, skip_non_finite
 from ._states import StateInfo, states
 
@@ -78,6 +79,7 @@ __all__ = [
     "prefetch",
     "release",
     "release_all",
+    "reset",
     "save_moments",
     "scale_by_paged_adam8bit",
     "scale_by_paged_lion8bit",

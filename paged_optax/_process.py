@@ -35,8 +35,9 @@ def _about_lost(ordinal: int) -> str:
     if not count:
         return ""
     return (
-        f" {count} states that no array of this process names have {format_bytes(nbytes)} of moments"
-        " there: paged_optax.release([s for s in paged_optax.states() if not s.is_held]) frees them."
+        f" {count} states that no array of this process names have {format_bytes(nbytes)} of"
+        " moments there: paged_optax.release([s for s in paged_optax.states() if not s.is_held])"
+        " frees them."
     )
 
 

@@ -70,10 +70,9 @@ def put_in(node: Any, value: np.ndarray, count: int | None) -> Any:
     """
     old = node if isinstance(node, Mapping) else node._asdict()
     token = without_moments(old["token"])
-    if isinstance(token, Token):
-        fields: dict[str, Any] = {"token": Token(jax.tree.map(lambda x: put(value, x), token.value))}
-    else:
-        fields = {"token": jax.tree.map(lambda x: put(value, x), token)}
+    is_token = isinstance(token, Token)  # which is not taken apart: it may have been refused
+    new = jax.tree.map(lambda x: put(value, x), token.value if is_token else token)
+    fields: dict[str, Any] = {"token": Token(new) if is_token else new}
     if count is not None:
         new_count = np.array(count, np.int32)
         fields["count"] = jax.tree.map(lambda x: put(new_count, x), old["count"])

@@ -165,7 +165,7 @@ def as_state(node: Any) -> PagedState | None:
     else:
         return None
     token = without_moments(state.token)
-    # A Token is not taken apart: who asks about a refused state wants to mend it. nnx.Variables are.
+    # A Token is not taken apart: who asks about a refused state wants to mend it.
     leaves = jax.tree.leaves(token.value if isinstance(token, Token) else token)
     if len(leaves) == 1 and getattr(leaves[0], "dtype", None) == jnp.int32:
         return state._replace(token=leaves[0])

@@ -390,9 +390,23 @@ def set_available_host_bytes(monkeypatch, nbytes):
     monkeypatch.setattr(_ext, "available_host_bytes", lambda: nbytes)
 
 
-def raise_if_rejected():
-    """Raises if a GPU refused a step since the last call of the library."""
-    _testing.raise_if_rejected()
+def raise_if_refused():
+    """Raises if a step was refused and nobody was told."""
+    _testing.raise_if_refused()
+
+
+def settle(result):
+    """Waits for all arrays of a tree, where taking it apart would raise a refusal."""
+    for leaf in jax.tree.leaves(result, is_leaf=lambda node: isinstance(node, _state.Token)):
+        jax.block_until_ready(leaf.value if isinstance(leaf, _state.Token) else leaf)
+    return result
+
+
+def finish(result):
+    """`settle`, and then raises if a step was refused: what a program raises with its next call."""
+    settle(result)
+    raise_if_refused()
+    return result
 
 
 def forget_notices(monkeypatch):

@@ -25,6 +25,7 @@ import paged_optax
 from helpers import (
     RAISES,
     assert_trees_equal,
+    finish,
     make_tree,
     run_python,
     set_available_host_bytes,
@@ -298,7 +299,7 @@ def test_first_step_compares(case, trained, tmp_path):
     tx = paged_optax.paged_adamw8bit(1e-2, **options)
     state = load_moments(tx.init(params), tmp_path / "m.safetensors")
     with pytest.raises(RAISES, match="restored from a checkpoint"):
-        jax.block_until_ready(tx.update(params, state, params))
+        finish(tx.update(params, state, params))
 
 
 def test_other_rule_is_refused(trained, params, tmp_path):
@@ -306,7 +307,7 @@ def test_other_rule_is_refused(trained, params, tmp_path):
     tx = paged_optax.paged_lion8bit(1e-2)
     state = load_moments(tx.init(params), tmp_path / "m.safetensors")
     with pytest.raises(RAISES, match="restored from a checkpoint"):
-        jax.block_until_ready(tx.update(params, state, params))
+        finish(tx.update(params, state, params))
 
 
 def test_convert_between_formats(trained, tmp_path):

@@ -23,6 +23,7 @@ from helpers import (
     assert_trees_close,
     assert_trees_equal,
     f32,
+    finish,
     is_zero,
     layout_bytes,
     make_tree,
@@ -229,7 +230,7 @@ def test_replay(optimizer):
     assert_trees_equal(moments_of(optimizer, states[-1]), specification.moments(SHAPES))
     assert_trees_equal(moments_of(optimizer, states[-2]), before)
     with pytest.raises(RAISES, match="not the newest"):
-        jax.block_until_ready(update(GRADS[0], states[-3]))
+        finish(update(GRADS[0], states[-3]))
     report = memory_report(states[-1])
     assert report.total == 2 * report.replay == release(states[-1])
 
@@ -305,7 +306,7 @@ def test_refusals(optimizer, misuse):
     tx = optimizer.direction()
     states = stepped(optimizer, tx)
     with pytest.raises(errors, match=match):
-        jax.block_until_ready(misuse(tx, states))
+        finish(misuse(tx, states))
     specification = Specification.fresh(optimizer, PARAMS)
     for grads in [*GRADS[:2], GRADS[0]][: len(states) - 1]:
         _, specification = specification.update(grads)
@@ -326,7 +327,7 @@ def test_release(optimizer):
         lambda: moments_of(optimizer, states[-1]),
     ):
         with pytest.raises(RAISES, match="were released"):
-            jax.block_until_ready(call())
+            finish(call())
 
 
 # --- Gradients that are not finite --------------------------------------------------------------

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import paged_optax
-from helpers import RAISES, Shards, assert_trees_equal, cuts_of, layout_bytes
+from helpers import RAISES, Shards, assert_trees_equal, cuts_of, finish, layout_bytes
 from helpers import make_tree as make_random_tree
 from paged_optax import memory_report, moments, paged_adamw8bit, release
 
@@ -382,9 +382,9 @@ def test_state_of_other_devices_is_refused_and_not_lost(devices, kind):
     before = moments(state)
     with pytest.raises(RAISES, match="made by a program on 4 device.* this step runs on 8"):
         elsewhere = jax.device_get(state)
-        jax.block_until_ready(update(place(make_tree(1, shapes), all_, specs), elsewhere))
+        finish(update(place(make_tree(1, shapes), all_, specs), elsewhere))
     with pytest.raises(RAISES, match="made by a program on 4 device.* this step runs on 1"):
-        jax.block_until_ready(update(make_tree(1, shapes), jax.device_get(state)))
+        finish(update(make_tree(1, shapes), jax.device_get(state)))
     assert_trees_equal(moments(state), before)
     _, state = update(place(make_tree(1, shapes), few, specs), state)
     assert int(state.token.value[1]) == 2
@@ -417,7 +417,7 @@ def test_other_parts_of_the_same_size_are_refused(cuts, kind):
     _, state = update(put(0, cuts[0]), tx.init(make_tree(0, shapes)))
     before = moments(state)
     with pytest.raises(RAISES, match="sharded differently from the first step.*left as they were"):
-        jax.block_until_ready(update(put(1, cuts[1]), jax.device_get(state)))
+        finish(update(put(1, cuts[1]), jax.device_get(state)))
     assert_trees_equal(moments(state), before)
     _, state = update(put(1, cuts[0]), state)
     assert int(state.token.value[1]) == 2
@@ -538,7 +538,7 @@ def test_devices_that_disagree_are_noticed():
     _, state = update(place(make_tree(0, shapes), here, specs), tx.init(make_tree(0, shapes)))
     with pytest.raises(RAISES, match="not in this process|are on cpu:0"):
         grads = place(make_tree(1, shapes), there, specs)
-        jax.block_until_ready(update(grads, jax.device_get(state)))
+        finish(update(grads, jax.device_get(state)))
     _, state = update(place(make_tree(2, shapes), here, specs), state)
     with pytest.raises(RuntimeError, match="the devices disagree about this optimizer state"):
         moments(state)

@@ -1,7 +1,6 @@
 """Misuse: a clear error that names the remedy, nothing overwritten, and the newest state goes on.
 
-On the CPU, where a refused step fails by itself. On a GPU the device refuses it, and the next call
-reports that: test_gpu.py.
+What a refused step does, on the CPU and on a GPU, is in test_refused.py.
 """
 
 import functools
@@ -25,15 +24,19 @@ from helpers import (
     assert_trees_equal,
     available_host_bytes,
     build_info,
+    finish,
     hooks,
     make_tree,
     num_arenas,
+    raise_if_refused,
     run_python,
+    settle,
     to_jax,
 )
 from paged_optax import (
     Paging,
     Quantization,
+    StateRefused,
     memory_report,
     moments,
     paged_adam8bit,
@@ -68,7 +71,7 @@ def assert_refused(call, state, match, errors=RAISES):
     before = moments(state)
     before_call = num_arenas()
     with pytest.raises(errors, match=match):
-        jax.block_until_ready(call())
+        finish(call())
     assert num_arenas() == before_call
     assert_trees_equal(moments(state), before)
     tx = scale_by_paged_adam8bit()
@@ -92,7 +95,7 @@ def test_old_state(tx, states, version, transform):
     update = transform(tx.update)
     for _ in range(3):  # jitted functions raise differently once they are on the fast path
         with pytest.raises(RAISES, match=NOT_THE_NEWEST):
-            jax.block_until_ready(update(make_grads(), states[version]))
+            finish(update(make_grads(), states[version]))
     assert_refused(lambda: update(make_grads(), states[version]), states[-1], NOT_THE_NEWEST)
 
 
@@ -116,7 +119,7 @@ def test_fork_in_one_program(tx, states):
         return tx.update(grads, state), tx.update(others, state)
 
     with pytest.raises(RAISES, match=NOT_THE_NEWEST):
-        jax.block_until_ready(both(make_grads(1), make_grads(2), states[-1]))
+        finish(both(make_grads(1), make_grads(2), states[-1]))
 
 
 def test_fork_of_a_fresh_state(tx):
@@ -152,7 +155,7 @@ def test_where_keeps_the_old_state(tx, states):
     _, state = update(True, make_grads(), states[-1])
     _, state = update(False, make_grads(), state)
     with pytest.raises(RAISES, match=r"jnp.where.*jax.lax.cond"):
-        jax.block_until_ready(update(True, make_grads(), state))
+        finish(update(True, make_grads(), state))
 
 
 def test_multi_steps(tx):
@@ -164,7 +167,7 @@ def test_multi_steps(tx):
     with jax.numpy_dtype_promotion("standard"), pytest.raises(RAISES, match=match):
         for i in range(4):  # the first cycle starts twice from a fresh state, which is allowed
             _, state = accumulate.update(make_grads(i), state, params)
-            jax.block_until_ready(state)
+            finish(state)
 
 
 def test_sam():
@@ -177,7 +180,7 @@ def test_sam():
         state = tx.init(params)
         for i in range(4):
             _, state = tx.update(make_grads(i), state, params)
-            jax.block_until_ready(state)
+            finish(state)
         return state
 
     with jax.numpy_dtype_promotion("standard"):
@@ -208,7 +211,7 @@ def test_debug_nans(replay):
         assert moments(state).mu.shape == (64, 64)
     else:
         with pytest.raises(RAISES, match=NOT_THE_NEWEST):
-            jax.block_until_ready(step(x, state))
+            finish(step(x, state))
 
 
 def test_scan_over_a_stale_state(tx, states):
@@ -223,24 +226,26 @@ def test_scan_over_a_stale_state(tx, states):
 
 
 def race(update, grads, state):
-    """Four threads step from one state. Returns the new states and the errors."""
+    """Four threads step from one state. Returns the new states of those that stepped."""
     start = threading.Barrier(4)
-    won, refused = [], []
+    results = []
 
     def step():
         with arrays_on_cpu():
             start.wait()
-            try:
-                won.append(jax.block_until_ready(update(grads, state))[1])
-            except RAISES as error:
-                refused.append(str(error))
+            results.append(settle(update(grads, state)))
 
     threads = [threading.Thread(target=step) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return won, refused
+    assert len(results) == 4
+    old = np.asarray(state.token.value)
+    won = [new for _, new in results if not np.array_equal(new.token.value, old)]
+    zeros = [updates for updates, _ in results if not np.any(updates["w"])]
+    assert len(won) + len(zeros) == 4
+    return won
 
 
 def test_threads_race_for_one_state(tx):
@@ -249,9 +254,9 @@ def test_threads_race_for_one_state(tx):
     grads = {"w": jnp.ones((256, 160))}
     for _ in range(10):
         _, state = update(grads, tx.init(grads))
-        (state,), refused = race(update, grads, state)
-        assert len(refused) == 3
-        assert all("not the newest" in message for message in refused)
+        (state,) = race(update, grads, state)
+        with pytest.raises(StateRefused, match="not the newest"):
+            raise_if_refused()
         np.testing.assert_allclose(moments(state).mu["w"], 0.19, rtol=0.02)  # two steps of 1
         release(state)
 
@@ -274,7 +279,7 @@ def test_released_state(tx, states):
     assert num_arenas() == before - 1
     for state in states:
         with pytest.raises(RAISES, match=RELEASED):
-            jax.block_until_ready(tx.update(make_grads(), state))
+            finish(tx.update(make_grads(), state))
     with pytest.raises(RuntimeError, match=RELEASED):
         moments(states[-1])
     with pytest.raises(RuntimeError, match=RELEASED):
@@ -287,7 +292,7 @@ def test_state_released_before_its_first_update(tx):
     state = tx.init(make_grads())
     assert release(state) == 0
     with pytest.raises(RAISES, match=RELEASED):
-        jax.block_until_ready(tx.update(make_grads(), state))
+        finish(tx.update(make_grads(), state))
 
 
 def test_release_leaves_other_states_alone(tx, states):
@@ -307,9 +312,9 @@ def test_release_while_another_thread_steps(tx):
         with arrays_on_cpu():
             try:
                 while not released.is_set():
-                    _, state = jax.block_until_ready(update(grads, state))
+                    _, state = finish(update(grads, state))
                     stepping.set()
-                jax.block_until_ready(update(grads, state))
+                finish(update(grads, state))
             except RAISES as error:
                 errors.append(str(error))
 
@@ -393,7 +398,7 @@ def test_state_of_another_process(tx, foreign_states, version, convert):
     before_call = num_arenas()
     for update in (tx.update, jax.jit(tx.update)):
         with pytest.raises(RAISES, match=NOT_HERE):
-            jax.block_until_ready(update(make_grads(), state))
+            finish(update(make_grads(), state))
     assert num_arenas() == before_call
 
 
@@ -923,14 +928,14 @@ def test_bytes_may_be_an_int_of_numpy(tx, states):
     assert (type(paging.device_bytes), paging.headroom_bytes) == (int, 7)
     paged_optax.evict(states[-1], np.int32(0))
     tx = scale_by_paged_adam8bit(paging=paging)
-    jax.block_until_ready(tx.update(make_grads(), tx.init(make_grads())))
+    finish(tx.update(make_grads(), tx.init(make_grads())))
 
 
 def test_nesterov_may_be_any_truth_value():
     grads = {"w": jnp.ones(3)}
     for nesterov in (1, np.True_):
         tx = scale_by_paged_adam8bit(nesterov=nesterov)
-        jax.block_until_ready(tx.update(grads, tx.init(grads)))
+        finish(tx.update(grads, tx.init(grads)))
 
 
 OPTIONS = {

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import paged_optax
-from helpers import RAISES, assert_trees_equal, hooks, num_arenas
+from helpers import RAISES, assert_trees_equal, finish, hooks, num_arenas
 from paged_optax import Paging, evict, memory_report, moments, prefetch, release
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -67,7 +67,7 @@ def test_write_that_failed_unnoticed(in_a_file):
     match = "could not write moments.*Input/output error.*cannot be trusted.*init"
     for use in (lambda: tx.update(grads(2), state), lambda: moments(state), lambda: evict(state)):
         with pytest.raises(RAISES, match=match):
-            jax.block_until_ready(use())
+            finish(use())
     with pytest.raises(RAISES, match=match):
         memory_report(state)
     assert release(state) > 0
@@ -95,7 +95,7 @@ def test_first_step_that_fails(tmp_path, call, error, match):
     state = tx.init(PARAMS)
     hooks.fail_call(call, error)
     with pytest.raises(RAISES, match=match):
-        jax.block_until_ready(tx.update(grads(0), state))
+        finish(tx.update(grads(0), state))
     assert num_arenas() == 0
     assert os.listdir(tmp_path) == []
     jax.block_until_ready(tx.update(grads(0), state))

@@ -20,7 +20,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import paged_optax
-from helpers import RAISES, assert_found_and_freed, assert_trees_close, assert_trees_equal
+from helpers import RAISES, assert_found_and_freed, assert_trees_close, assert_trees_equal, finish
 from paged_optax import memory_report, moments, paged_adamw8bit, release
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("device", "standard_promotion")]
@@ -279,7 +279,7 @@ def test_copy_of_an_nnx_optimizer_is_a_fork(copy, device):
         with pytest.raises(RAISES, match="not the newest.*forked"):
             # The loss does not wait for the update, nor does an update of the model.
             step(nnx.clone(model), optimizer)
-            jax.block_until_ready(nnx.state(optimizer))
+            finish(nnx.state(optimizer))
     step(model, other)
     assert moments(other)
     release(other)
@@ -472,7 +472,7 @@ def test_dynamic_scale_needs_replay(device):
         pytest.skip("a GPU reports a refused step with the next call: test_gpu.py")
     with pytest.raises(RAISES, match=r"jnp.where.*replay=True"):
         state, _ = train_with_dynamic_scale(paged_adamw8bit(1e-3), apply_and_select, device)
-        jax.block_until_ready(state)
+        finish(state)
 
 
 def test_linen_state_through_bytes(device):

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import paged_optax
-from helpers import RAISES, free_device_bytes, hooks, num_arenas, raise_if_rejected
+from helpers import RAISES, free_device_bytes, hooks, num_arenas, raise_if_refused
 from paged_optax import Paging, memory_report, moments, paged_adamw8bit, release
 
 pytestmark = pytest.mark.gpu
@@ -69,7 +69,7 @@ def stepped():
     for state in states:
         release(state)
     try:
-        raise_if_rejected()
+        raise_if_refused()
     except RuntimeError:
         pass
 
@@ -221,14 +221,14 @@ def test_released_state_is_refused_on_the_device(stepped):
     release(newest)
     wait(tx.update(params, newest))
     with pytest.raises(RuntimeError, match="were released"):
-        raise_if_rejected()
+        raise_if_refused()
 
 
 def test_foreign_token_is_refused_on_the_device(stepped):
     tx, params, (_, _, newest) = stepped
     wait(tx.update(params, newest._replace(token=jnp.array([5, 1], jnp.int32))))
     with pytest.raises(RuntimeError, match="not in this process"):
-        raise_if_rejected()
+        raise_if_refused()
 
 
 def test_fresh_state_starts_anew(stepped):

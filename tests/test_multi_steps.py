@@ -19,6 +19,7 @@ from helpers import (
     assert_close_ulps,
     assert_trees_close,
     assert_trees_equal,
+    finish,
     is_zero,
     make_tree,
     stored_leaves,
@@ -523,9 +524,9 @@ def test_only_the_end_of_a_cycle_uses_a_paged_state_up():
     updates, _ = tx.update(make_grads(0), history[3][1])
     assert is_zero(updates)
     with pytest.raises(RAISES, match="not the newest"):
-        jax.block_until_ready(tx.update(make_grads(3), middle))
-        jax.block_until_ready(tx.update(make_grads(3), newest))  # a GPU reports the last call
-        jax.block_until_ready(moments(newest))
+        finish(tx.update(make_grads(3), middle))
+        finish(tx.update(make_grads(3), newest))  # a GPU reports the last call
+        finish(moments(newest))
 
 
 # --- Trees, dtypes and mistakes ------------------------------------------------------------------

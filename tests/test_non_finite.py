@@ -23,6 +23,7 @@ from helpers import (
     count_bad,
     count_elements,
     f32,
+    finish,
 )
 from paged_optax import (
     Quantization,
@@ -198,7 +199,7 @@ def test_skipped_step_of_an_old_state_is_refused_too():
     _, old = tx.update(grads, state)
     _, new = tx.update(grads, old)
     with pytest.raises((RuntimeError, ValueError), match="not the newest"):
-        jax.block_until_ready(tx.update(bad, old))
+        finish(tx.update(bad, old))
     _, same = tx.update(bad, new)
     jax.block_until_ready(tx.update(grads, new))  # a skipped step does not use the state up
     del same

@@ -16,8 +16,9 @@ import paged_optax
 from helpers import (
     RAISES,
     assert_trees_equal,
+    finish,
     make_tree,
-    raise_if_rejected,
+    raise_if_refused,
     to_jax,
 )
 from optimizers import BY_NAME, Specification
@@ -50,12 +51,12 @@ def assert_refused(call):
     """On the CPU at once; on a GPU the update is zero and the next call of the library raises."""
     if jax.config.jax_default_device.platform == "cpu":
         with pytest.raises(RAISES, match="not the newest one"):
-            jax.block_until_ready(call())
+            finish(call())
         return
     updates, _ = jax.block_until_ready(call())
     assert not any(np.any(u) for u in jax.tree.leaves(updates))
     with pytest.raises(RuntimeError, match="not the newest one"):
-        raise_if_rejected()
+        raise_if_refused()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -198,7 +199,7 @@ def test_option_cannot_change_within_a_run(made_with):
         before = moments(state)
         text = f"made with replay={made_with} and this step has replay={not made_with}"
         with pytest.raises(RAISES, match=text):
-            jax.block_until_ready(other.update(make_grads(1), state))
+            finish(other.update(make_grads(1), state))
         assert_trees_equal(moments(state), before)
         release(state)
 

@@ -25,6 +25,7 @@ from helpers import (
     assert_trees_equal,
     f32,
     find_state,
+    finish,
     layout_bytes,
     reference,
     residuals_of,
@@ -777,7 +778,7 @@ def test_residuals_cannot_come_or_go(first, then):
     who, other = ("the state", "this step")[:: 1 if first == "compensated" else -1]
     message = f"{who} keeps residuals of 16-bit parameters and {other} does not"
     with pytest.raises((RuntimeError, ValueError), match=message):
-        jax.block_until_ready(tx.update(params, state, params))
+        finish(tx.update(params, state, params))
 
 
 def test_stochastic_and_nearest_take_turns():

@@ -24,6 +24,7 @@ from helpers import (
     assert_trees_equal,
     ext,
     find_state,
+    finish,
     is_zero,
     make_tree,
     num_arenas,
@@ -355,7 +356,7 @@ def test_damaged_files_are_refused_and_can_be_repaired(tmp_path, damage, match):
     damage(path)
     count = num_arenas()
     with pytest.raises(RAISES, match=match):
-        jax.block_until_ready(run(tx, params, restored, [4]))
+        finish(run(tx, params, restored, [4]))
     assert num_arenas() == count
     if path.is_dir():
         path.rmdir()
@@ -459,7 +460,7 @@ def test_values_that_no_step_stores(name, bad, via):
         spec = cut_rows(spec, 0, 1)
     restored = restore(state, spec)
     with pytest.raises(RAISES, match=r"\['big'\] have values that no step stores"):
-        jax.block_until_ready(run(tx, params, restored, [4], shapes=SMALL))
+        finish(run(tx, params, restored, [4], shapes=SMALL))
     assert num_unused() == 1  # the source is still there
 
 
@@ -520,7 +521,7 @@ def test_another_model_is_refused_and_the_right_one_goes_on(other, shapes, match
     count = num_arenas()
     wrong = with_token(other.init(others), token)
     with pytest.raises(RAISES, match=match):
-        jax.block_until_ready(run(other, others, wrong, [3], shapes=shapes))
+        finish(run(other, others, wrong, [3], shapes=shapes))
     assert num_arenas() == count
     actual = run(tx, params, restored, [3], shapes=SMALL)[0]
     assert_trees_equal(actual, run(tx, params, state, [3], shapes=SMALL)[0])
@@ -539,7 +540,7 @@ def test_residuals_only_where_there_were_some():
         spec = read_state(state)
         wrong = with_token(second.init(params), ext.stage(spec))
         with pytest.raises(RAISES, match=match):
-            jax.block_until_ready(run(second, params, wrong, [2], dtypes, SMALL))
+            finish(run(second, params, wrong, [2], dtypes, SMALL))
     # To start keeping them is a conversion; to lose them is none.
     _, state = run(plain, params, plain.init(params), [1], dtypes, SMALL)
     new = with_token(compensated.init(params), ext.stage(read_state(state) | {"convert": True}))

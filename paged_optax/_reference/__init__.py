@@ -20,6 +20,8 @@ from .formats import (
     quantize_squares,
     ratio_random,
     ratio_unit,
+    reset,
+    to_arrays,
 )
 from .rounding import (
     ZERO_RESIDUAL,
@@ -71,8 +73,10 @@ __all__ = [
     "random_bits_from",
     "ratio_random",
     "ratio_unit",
+    "reset",
     "round_stochastically",
     "split_master",
     "step_leaf",
+    "to_arrays",
     "update_params",
 ]

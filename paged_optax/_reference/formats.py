@@ -276,6 +276,58 @@ def from_arrays(format: str, arrays: Sequence[np.ndarray], signed: Sequence[bool
     return tuple(kind(codes, words) for codes, words in pairs)
 
 
+def to_arrays(stored: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The codes of each state and the words of each state: `from_arrays` the other way round."""
+    if isinstance(stored, RatioState):
+        return [stored.mu_codes, stored.nu_codes], [stored.mu_scales, stored.nu_words]
+    codes = [x.codes if isinstance(x, Quantized | Squares) else x for x in stored]
+    return codes, [x.scales for x in stored if isinstance(x, Quantized | Squares)]
+
+
+def reset(stored: Any, signed: Sequence[bool], mask: np.ndarray) -> Any:
+    """What is stored after some elements were set to zero.
+
+    Other elements keep their codes, and what these stand for, to the bit: a block keeps its scale,
+    and in the ``ratio`` format its window, which gets a code for zero if it had none. A block of
+    zeros alone is stored like one that was never anything else.
+
+    Args:
+      stored: as `encode` returns it.
+      signed: of each state, whether it can be negative.
+      mask: bool (num_blocks * 256,), True for elements to set to zero, and for padding.
+    """
+    codes, words = to_arrays(stored)
+    zero_codes, zero_words = to_arrays(_zero_block(stored, signed))
+    blocks = mask.reshape(-1, BLOCK_SIZE)
+    if isinstance(stored, RatioState):
+        flags = np.where(blocks.any(axis=1), np.uint32(_HAS_ZEROS), np.uint32(0))
+        words[1] = (words[1].view(np.uint32) | flags).view(np.float32)
+    codes = [np.where(mask, new[0], old) for old, new in zip(codes, zero_codes, strict=True)]
+    is_whole = blocks.all(axis=1)
+    words = [np.where(is_whole, new[0], old) for old, new in zip(words, zero_words, strict=True)]
+    format = "float32" if not words else "ratio" if _is_ratio(stored) else "dynamic"
+    return from_arrays(format, [*codes, *words], signed)
+
+
+def _zero_block(like: Any, signed: Sequence[bool]) -> Any:
+    """How a block of zeros is stored."""
+    zeros, random = np.zeros(BLOCK_SIZE, np.float32), np.zeros(BLOCK_SIZE, np.uint32)
+    if isinstance(like, RatioState):
+        return quantize_ratio(zeros, zeros, random)
+    return tuple(
+        quantize_squares(zeros, random)
+        if isinstance(x, Squares)
+        else quantize(zeros, sign)
+        if isinstance(x, Quantized)
+        else zeros
+        for x, sign in zip(like, signed, strict=True)
+    )
+
+
+def _is_ratio(stored: Any) -> bool:
+    return isinstance(stored, RatioState) or isinstance(stored[0], Squares)
+
+
 def check_ratio(signed: Sequence[bool]) -> None:
     """Refuses states for which nobody has specified the ``ratio`` format yet."""
     if not all(signed) and tuple(signed) != (True, False):
