@@ -92,8 +92,7 @@ def look() -> None:
 
 def _resolve(key: int, watched: _Watched) -> None:
     """Reads the handle of an array once it is there, and lets go of the array."""
-    array = watched.array
-    assert array is not None
+    array: Any = watched.array
     if array.is_deleted():
         del _by_array[key]  # donated: an update has it
         return

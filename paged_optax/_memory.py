@@ -91,8 +91,6 @@ def release(opt_state: Any) -> int:
         handles = {entry.handle for entry in entries}
     else:
         handles = {read_anyway(state)[0] for state in find_states(opt_state)}
-    for handle in handles:
-        _ext.forget_refused(handle)
     return sum(_ext.release(handle) for handle in handles)
 
 

@@ -2,11 +2,12 @@
 
 A refused step cannot fail its program: XLA would take the parameters with it. Nor can the program
 be interrupted as by Ctrl-C, since what a call has just returned, and donated arrays went into,
-would be dropped. So the exception comes where a state is next handed to anything: JAX then takes
-the state apart, in the thread that uses it, before it runs or donates anything.
+would be dropped. So the exception comes when a state is next handed to a program: JAX takes its
+arguments apart, in the thread that calls, before it runs or donates anything.
 """
 
 import contextlib
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,22 +22,52 @@ from ._ffi import TOKEN_SHAPE
 
 StateRefused: type[RuntimeError] = _ext.StateRefused
 
+# Modules of JAX that take apart what a program is about to get, and never what it has returned.
+_ENTRIES = ("jax._src.stages", "jax._src.lax.")
+_OF_TREES = ("jax._src.tree", "jax._src.flattree", "jax._src.api_util", "jax.tree")
+
 
 def stop_if_refused(value: Any) -> None:
-    """Raises if a step of a state was refused and nobody has been told.
+    """Raises if a step of a state was refused, nobody has been told, and a program gets the state.
 
     Args:
-      value: the array of a token, which is about to be used.
+      value: what a token holds, which is being taken apart: an array, or an nnx.Variable of one.
 
     Raises:
       StateRefused: says why.
     """
-    if not _ext.any_refused() or isinstance(value, Tracer) or not isinstance(value, jax.Array):
+    if not _ext.any_refused() or isinstance(value, Tracer):
         return
+    if isinstance(value, jax.Array):
+        if not _is_entry():
+            return
+    else:  # nnx changes its variables in place, so nothing can get lost
+        (value,) = jax.tree.leaves(value) or (None,)
+        if not isinstance(value, jax.Array) or isinstance(value, Tracer):
+            return
     if value.is_deleted():
         _ext.raise_refused()  # whose it was nobody knows, and the call fails anyway
     elif value.shape == TOKEN_SHAPE:
         _ext.raise_refused(_handle(value))
+
+
+def _is_entry() -> bool:
+    """Whether a token is taken apart for a program.
+
+    A compiled function is called from Python without a frame of JAX between. Where a frame of JAX
+    asks, as that of jax.block_until_ready, the state may be what a program has just returned.
+    """
+    frame, names = sys._getframe(2), []
+    while frame is not None and len(names) < 2:
+        name = str(frame.f_globals.get("__name__", ""))
+        is_ours, is_of_trees = name == "paged_optax._state", name.startswith(_OF_TREES)
+        if not is_ours and not (names and is_of_trees):
+            names.append(name)
+        frame = frame.f_back
+    if not names or not names[0].startswith(("jax.", "jaxlib.")):
+        return True
+    asker = names[-1] if names[0].startswith(_OF_TREES) else names[0]
+    return asker.startswith(_ENTRIES)
 
 
 class _Thread(threading.local):

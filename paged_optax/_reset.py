@@ -157,7 +157,10 @@ def _carry_out(handle: int, version: int, plan: _Plan) -> np.ndarray:
         token = stage(plan, convert=convert, shared=jax.process_count() > 1)
         _ext.release(handle)
         return token
-    versions = {_ext.rewrite(*device, handle, version, leaves) for *device, leaves in plan}
+    versions = {
+        _ext.rewrite(platform, ordinal, handle, version, leaves)
+        for platform, ordinal, leaves in plan
+    }
     return np.array([handle, versions.pop()], np.int32)
 
 
@@ -218,7 +221,9 @@ def _reset_staged(contents: Contents, masks: Masks, used: set[str]) -> Contents:
     }
     for i, leaf in enumerate(contents.leaves):
         mask = _mask_of(masks, leaf.name, leaf.shape, used)
-        for b, start in enumerate(leaf.starts if mask is not None else ()):
+        if mask is None:
+            continue
+        for b, start in enumerate(leaf.starts):
             part = mask[_index(start, leaf.box)]
             if part.any():
                 arrays.update(_reset_box(contents, i, b, leaf, part))

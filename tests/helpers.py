@@ -395,16 +395,9 @@ def raise_if_refused():
     _testing.raise_if_refused()
 
 
-def settle(result):
-    """Waits for all arrays of a tree, where taking it apart would raise a refusal."""
-    for leaf in jax.tree.leaves(result, is_leaf=lambda node: isinstance(node, _state.Token)):
-        jax.block_until_ready(leaf.value if isinstance(leaf, _state.Token) else leaf)
-    return result
-
-
 def finish(result):
-    """`settle`, and then raises if a step was refused: what a program raises with its next call."""
-    settle(result)
+    """Waits, and raises if a step was refused, as the next program that gets the state does."""
+    jax.block_until_ready(result)
     raise_if_refused()
     return result
 

@@ -30,7 +30,6 @@ from helpers import (
     num_arenas,
     raise_if_refused,
     run_python,
-    settle,
     to_jax,
 )
 from paged_optax import (
@@ -233,7 +232,7 @@ def race(update, grads, state):
     def step():
         with arrays_on_cpu():
             start.wait()
-            results.append(settle(update(grads, state)))
+            results.append(jax.block_until_ready(update(grads, state)))
 
     threads = [threading.Thread(target=step) for _ in range(4)]
     for thread in threads:

@@ -281,6 +281,7 @@ int64_t Registry::Release(int32_t handle) {
     if (auto arena = device->Remove(handle)) freed.push_back(std::move(arena));
   }
   handles_.Release(handle);
+  ForgetRefused(handle);
   int64_t nbytes = 0;
   for (const auto& arena : freed) {
     nbytes += arena->memory->geometry().NumBytes();
@@ -299,6 +300,9 @@ int64_t Registry::ReleaseAll() {
   }
   int64_t nbytes = 0;
   for (const int32_t handle : handles) nbytes += Release(handle);
+  CollectReports();
+  while (refusals_.Take(std::nullopt)) {
+  }
   return nbytes;
 }
 

@@ -1,0 +1,406 @@
+"""What a refused step does, on the CPU and on a GPU: nothing, and the next use of its state raises.
+
+docs/refused.md says it to users. Why states are refused is in test_errors.py.
+"""
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import paged_optax
+from helpers import (
+    assert_trees_equal,
+    find_state,
+    make_tree,
+    raise_if_refused,
+    read_residuals,
+    run_python,
+    to_jax,
+)
+from paged_optax import (
+    StateRefused,
+    evict,
+    memory_report,
+    moments,
+    newest,
+    paged_adam8bit,
+    paged_adamw8bit,
+    paged_lion8bit,
+    prefetch,
+    release,
+    scale_by_paged_adam8bit,
+)
+
+pytestmark = pytest.mark.usefixtures("device")
+
+SHAPES = {"b": (7,), "w": (64, 80)}
+
+
+def make_params(dtype=jnp.float32):
+    return jax.tree.map(lambda x: x.astype(dtype), to_jax(make_tree(0, SHAPES)))
+
+
+def make_step(tx, **options):
+    """A whole jitted step: gradients, update, parameters."""
+
+    @jax.jit
+    def grads_of(params):
+        return jax.tree.map(jnp.sin, params)
+
+    def step(params, state):
+        updates, state = tx.update(grads_of(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step, **options)
+
+
+def trained(tx, params, num_steps=3):
+    """The states of a run, oldest first."""
+    states = [tx.init(params)]
+    for _ in range(num_steps):
+        states.append(make_step(tx)(params, states[-1])[1])
+    return jax.block_until_ready(states)
+
+
+OPTIMIZERS = {
+    "adamw": (lambda: paged_adamw8bit(0.1, weight_decay=0.5), jnp.float32),
+    "adam": (lambda: paged_adam8bit(0.1), jnp.float32),
+    "lion": (lambda: paged_lion8bit(0.1, weight_decay=0.5), jnp.float32),
+    "replay": (lambda: paged_adamw8bit(0.1, weight_decay=0.5, replay=True), jnp.float32),
+    "skip": (lambda: paged_adamw8bit(0.1, weight_decay=0.5, non_finite="skip_step"), jnp.float32),
+    "schedule": (lambda: paged_adamw8bit(optax.linear_schedule(0.1, 0.0, 9)), jnp.float32),
+    "stochastic": (lambda: paged_adamw8bit(0.1, param_rounding="stochastic"), jnp.bfloat16),
+    "compensated": (lambda: paged_adamw8bit(0.1, param_rounding="compensated"), jnp.bfloat16),
+    "clip": (
+        lambda: optax.chain(optax.clip_by_global_norm(1.0), paged_adamw8bit(0.1, weight_decay=0.5)),
+        jnp.float32,
+    ),
+}
+
+
+def copies_of(params):
+    return jax.tree.map(jnp.copy, params)
+
+
+@pytest.mark.parametrize("factory, dtype", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_refused_step_changes_nothing_and_the_next_call_raises(factory, dtype):
+    """With all arguments donated: what comes out is what went in."""
+    tx, params = factory(), make_params(dtype)
+    states = trained(tx, params)
+    before = moments(states[-1])
+    step = make_step(tx, donate_argnums=(0, 1))
+    given, old = copies_of(params), jax.tree.map(jnp.copy, states[1])
+    for _ in range(2):  # every refused step raises, not just the first
+        given, old = jax.block_until_ready(step(given, old))
+        assert_trees_equal(given, params)
+        assert find_state(old).token.tolist() == find_state(states[1]).token.tolist()
+        with pytest.raises(StateRefused, match="not the newest one"):
+            step(given, old)
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((given, old)))
+    assert_trees_equal(moments(states[-1]), before)
+    stepped, _ = jax.block_until_ready(step(given, states[-1]))
+    assert not np.array_equal(stepped["w"], params["w"])
+
+
+def test_residuals_stay(device):
+    tx, params = OPTIMIZERS["compensated"][0](), make_params(jnp.bfloat16)
+    states = trained(tx, params)
+    place = "cpu" if device.platform == "cpu" else "cuda"
+    token = find_state(states[-1]).token.tolist()
+    before = read_residuals(place, 0, *token)
+    jax.block_until_ready(make_step(tx)(params, states[1]))
+    with pytest.raises(StateRefused):
+        raise_if_refused()
+    assert_trees_equal(read_residuals(place, 0, *token), before)
+
+
+def other_leaves(tx, states):
+    other = {"b": jnp.ones(8), "w": jnp.ones((64, 80))}
+    return jax.jit(tx.update)(other, states[-1])
+
+
+def other_rule(tx, states):
+    state = paged_optax.ScaleByPagedLion8bitState(*states[-1])
+    return jax.jit(paged_optax.scale_by_paged_lion8bit().update)(make_params(), state)
+
+
+def with_token(state, *token):
+    return state._replace(token=type(state.token)(jnp.array(token, jnp.int32)))
+
+
+CAUSES = {
+    "stale": (lambda tx, s: jax.jit(tx.update)(make_params(), s[1]), "not the newest"),
+    "leaves": (other_leaves, r"shape \(7,\) .* \(8,\)"),
+    "rule": (other_rule, "belongs to the optimizer 'adam' and this step is one of 'lion'"),
+    "released": (
+        lambda tx, s: release(s[-1]) and jax.jit(tx.update)(make_params(), s[-1]),
+        "were released",
+    ),
+    "foreign": (
+        lambda tx, s: jax.jit(tx.update)(make_params(), with_token(s[-1], 5, 1)),
+        "not in this process",
+    ),
+    "zeros": (
+        lambda tx, s: jax.jit(tx.update)(make_params(), jax.tree.map(jnp.zeros_like, s[-1])),
+        r"is zero, as .*zeros_like.*paged_optax.reset\(opt_state\)",
+    ),
+    "count": (
+        lambda tx, s: jax.jit(tx.update)(make_params(), s[-1]._replace(count=jnp.int32(-1))),
+        "count of this optimizer state is negative",
+    ),
+}
+
+
+@pytest.mark.parametrize("misuse, match", CAUSES.values(), ids=CAUSES)
+def test_every_cause(misuse, match):
+    """No program fails, whatever the cause; the state that comes out is refused as well."""
+    tx = scale_by_paged_adam8bit()
+    states = trained(tx, make_params())
+    updates, state = jax.block_until_ready(misuse(tx, states))
+    assert not any(np.any(update) for update in jax.tree.leaves(updates))
+    if isinstance(state, paged_optax.ScaleByPagedLion8bitState):
+        state = type(states[-1])(*state)
+    for _ in range(2):
+        with pytest.raises(StateRefused, match=match):
+            jax.jit(tx.update)(make_params(), state)
+        if "shape" in match or "belongs" in match:
+            break  # it is the newest, and good for the right gradients
+        jax.block_until_ready(jax.jit(tx.update)(make_params(), state))
+
+
+def in_scan(step, params, state):
+    def body(carry, _):
+        return step(*carry), None
+
+    return jax.lax.scan(body, (params, state), length=5)[0]
+
+
+def in_fori_loop(step, params, state):
+    return jax.lax.fori_loop(0, 5, lambda _, carry: step(*carry), (params, state))
+
+
+def in_cond(step, params, state):
+    return jax.lax.cond(params["b"][0] < 1e9, step, lambda *carry: carry, params, state)
+
+
+LOOPS = {"scan": in_scan, "fori_loop": in_fori_loop, "cond": in_cond}
+
+
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
+def test_inside_of_a_program(loop):
+    tx, params = paged_adamw8bit(0.1, weight_decay=0.5), make_params()
+    states = trained(tx, params)
+    run = jax.jit(lambda p, s: loop(make_step(tx), p, s), donate_argnums=(0, 1))
+    given, old = jax.block_until_ready(run(copies_of(params), jax.tree.map(jnp.copy, states[1])))
+    assert_trees_equal(given, params)
+    with pytest.raises(StateRefused, match="not the newest one"):
+        run(given, old)
+    run(given, newest(old))
+
+
+def test_a_loop_that_catches():
+    """As in a notebook cell that goes on from an older state by mistake."""
+    tx, params = paged_adamw8bit(0.1), make_params()
+    states = trained(tx, params)
+    step, state, raised = make_step(tx), states[1], 0
+    given = params
+    for _ in range(20):
+        try:
+            given, state = jax.block_until_ready(step(given, state))
+        except StateRefused:
+            raised += 1
+    assert raised == 10
+    assert_trees_equal(given, params)
+
+
+# --- Who is told, and when ----------------------------------------------------------------------
+
+
+def test_an_eager_update_raises_at_once():
+    tx, params = paged_adamw8bit(0.1), make_params()
+    states = trained(tx, params)
+    for _ in range(2):
+        with pytest.raises(StateRefused, match="not the newest one"):
+            tx.update(params, states[1], params)
+    raise_if_refused()  # nothing is left to say
+    tx.update(params, states[-1], params)
+
+
+@pytest.mark.parametrize("ask", [moments, memory_report, evict, prefetch])
+def test_questions_raise(ask):
+    tx, params = paged_adamw8bit(0.1), make_params()
+    states = trained(tx, params)
+    jax.block_until_ready(make_step(tx)(params, states[1]))
+    with pytest.raises(StateRefused, match="not the newest one"):
+        ask(states[-1])
+    ask(states[-1])  # once
+
+
+@pytest.mark.parametrize(
+    "use", [jax.block_until_ready, lambda x: jax.tree.map(jnp.copy, x)], ids=["wait", "copy"]
+)
+def test_what_a_program_returned_is_not_lost(use):
+    """Whatever the same statement does with the results: donated parameters are among them."""
+    tx, params = paged_adamw8bit(0.1), make_params()
+    states = trained(tx, params)
+    step = make_step(tx, donate_argnums=(0, 1))
+    for _ in range(2):  # the first call compiles
+        given, old = use(step(copies_of(params), jax.tree.map(jnp.copy, states[1])))
+        assert_trees_equal(given, params)
+        raises(lambda g=given, o=old: step(g, o))
+
+
+def raises(call):
+    with pytest.raises(StateRefused, match="not the newest one"):
+        call()
+
+
+def ahead_of_time(tx, params, state):
+    return jax.jit(tx.update).lower(params, state, params).compile()
+
+
+def as_a_loop(tx, params, state):
+    def body(carry, _):
+        return tx.update(params, carry, params)[1], None
+
+    return lambda params, state, _: (params, jax.lax.scan(body, state, length=2)[0])
+
+
+@pytest.mark.parametrize("make", [ahead_of_time, as_a_loop])
+def test_other_ways_to_run_a_program(make):
+    tx, params = paged_adamw8bit(0.1), make_params()
+    states = trained(tx, params)
+    run = make(tx, params, states[1])
+    _, state = jax.block_until_ready(run(params, states[1], params))
+    raises(lambda: run(params, state, params))
+    jax.block_until_ready(run(params, states[-1], params))
+
+
+@pytest.mark.parametrize("end", [newest, release], ids=["newest", "release"])
+def test_the_ways_out_raise_nothing(end):
+    tx, params = paged_adamw8bit(0.1), make_params()
+    states = trained(tx, params)
+    _, state = jax.block_until_ready(make_step(tx)(params, states[1]))
+    end(state)
+    raise_if_refused()
+
+
+def test_threads_are_told_of_their_own_state(device):
+    """One thread has a state that is refused; the other goes on with another one."""
+    tx, params = paged_adamw8bit(0.1), make_params()
+    bad, good = trained(tx, params)[1], tx.init(params)
+    step = make_step(tx)
+    refused = threading.Event()
+    told = []
+
+    def run(state):
+        given = params
+        with jax.default_device(device):
+            try:
+                for _ in range(30):
+                    given, state = jax.block_until_ready(step(given, state))
+                    if state is not good:
+                        refused.wait(0.01)
+            except StateRefused as error:
+                told.append((threading.current_thread().name, str(error)))
+                refused.set()
+
+    threads = [
+        threading.Thread(target=run, args=(bad,), name="bad"),
+        threading.Thread(target=run, args=(good,), name="good"),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [name for name, _ in told] == ["bad"]
+
+
+def test_nnx_optimizer():
+    model = nnx.Linear(64, 80, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, paged_adamw8bit(0.1), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        grads = nnx.grad(lambda m: (m(jnp.ones((4, 64))) ** 2).mean())(model)
+        optimizer.update(model, grads)
+
+    step(model, optimizer)
+    old = nnx.clone(optimizer)  # a fork
+    step(model, optimizer)
+    kernel = np.asarray(model.kernel[...])
+    step(model, old)
+    np.testing.assert_array_equal(model.kernel[...], kernel)
+    with pytest.raises(StateRefused, match="not the newest one"):
+        step(model, old)
+    np.testing.assert_array_equal(model.kernel[...], kernel)
+    step(model, optimizer)
+
+
+def test_devices_refuse_as_one(device):
+    if device.platform != "cpu":
+        pytest.skip("the CPU has eight devices here")
+    mesh = jax.make_mesh((8,), ("x",), devices=jax.devices("cpu"))
+    put = lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.P("x")))  # noqa: E731
+    params = {"w": put(jnp.ones((64, 80)))}
+    tx = paged_adamw8bit(0.1, weight_decay=0.5)
+    states = trained(tx, params)
+    step = make_step(tx, donate_argnums=(0, 1))
+    given, old = jax.block_until_ready(step(copies_of(params), jax.tree.map(jnp.copy, states[1])))
+    assert_trees_equal(given, params)
+    with pytest.raises(StateRefused, match="not the newest one"):
+        step(given, old)
+    raise_if_refused()  # one error for eight devices
+    jax.block_until_ready(step(given, states[-1]))
+
+
+# --- Warnings, and the end of the process -------------------------------------------------------
+
+ONE_SHOT = """
+import warnings
+import jax, jax.numpy as jnp, optax, paged_optax
+
+tx = paged_optax.paged_adamw8bit(0.1)
+params = {"w": jnp.ones((64, 80))}
+step = jax.jit(lambda p, s: tx.update(p, s, p))
+_, old = step(params, tx.init(params))
+_, new = jax.block_until_ready(step(params, old))
+updates, state = step(params, old)
+updates["w"].block_until_ready()
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("-W", "error")], ids=["default", "errors"])
+def test_a_warning_comes_before_the_exception(tmp_path, options):
+    """For who never uses the state again. Where warnings are errors, there is the exception."""
+    code = ONE_SHOT + "print('went on')\n"
+    process = run_python(code, tmp_path, options=options)
+    assert process.stdout == "went on\n"
+    assert process.stderr.count("not the newest one") == (0 if options else 1)
+    assert ("RuntimeWarning: paged_optax: this optimizer state" in process.stderr) != bool(options)
+
+
+def test_the_process_may_end_at_any_time(tmp_path):
+    """Also while steps are refused: nothing is raised into an interpreter that ends."""
+    code = """
+import threading, time
+def spin():
+    state = old
+    while True:
+        try:
+            _, state = step(params, state)
+        except paged_optax.StateRefused:
+            pass
+threading.Thread(target=spin, daemon=True).start()
+time.sleep(0.2)
+print("ends")
+"""
+    for _ in range(3):
+        process = run_python(ONE_SHOT + code, tmp_path, options=("-W", "ignore"), check=False)
+        assert process.stdout == "ends\n"
+        assert "StateRefused" not in process.stderr and process.returncode in (0, -6), process
