@@ -13,6 +13,7 @@ from ._refused import StateRefused
 from ._replace import put, put_in
 from ._state import PagedState, as_state, is_state, no_states, read_anyway
 from ._states import StateInfo, states
+from ._watch import await_steps
 
 
 def newest(opt_state: Any, *, of: Sequence[StateInfo] | None = None) -> Any:
@@ -58,6 +59,7 @@ def newest(opt_state: Any, *, of: Sequence[StateInfo] | None = None) -> Any:
       >>> print(opt_state[0].count)
       2
     """
+    await_steps()
     leaves, treedef = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_state)
     paths, nodes = [path for path, _ in leaves], [node for _, node in leaves]
     places = [i for i, node in enumerate(nodes) if is_state(node)]

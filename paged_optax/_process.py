@@ -10,6 +10,7 @@ from ._pool import advise, xla_pool
 from ._refused import warn_of_refusal
 from ._states import lost_bytes
 
+_platform = "cuda"  # whose memory notices are about
 _said: set[int] = set()  # GPUs whose memory was said to be short
 
 
@@ -31,11 +32,11 @@ def _on_notice(ordinal: int, missing_bytes: int, text: str, is_refusal: bool) ->
 
 def _about_lost(ordinal: int) -> str:
     """What states that nobody holds keep from the others."""
-    count, nbytes = lost_bytes("cuda", ordinal)
+    count, nbytes = lost_bytes(_platform, ordinal)
     if not count:
         return ""
     return (
-        f" {count} states that no array of this process names have {format_bytes(nbytes)} of"
+        f" {count} state(s) that no array of this process names have {format_bytes(nbytes)} of"
         " moments there: paged_optax.release([s for s in paged_optax.states() if not s.is_held])"
         " frees them."
     )

@@ -39,7 +39,7 @@ def stop_if_refused(value: Any) -> None:
     if not _ext.any_refused() or isinstance(value, Tracer):
         return
     if isinstance(value, jax.Array):
-        if not _is_entry():
+        if not is_entry():
             return
     else:  # nnx changes its variables in place, so nothing can get lost
         (value,) = jax.tree.leaves(value) or (None,)
@@ -51,7 +51,7 @@ def stop_if_refused(value: Any) -> None:
         _ext.raise_refused(_handle(value))
 
 
-def _is_entry() -> bool:
+def is_entry() -> bool:
     """Whether a token is taken apart for a program.
 
     A compiled function is called from Python without a frame of JAX between. Where a frame of JAX

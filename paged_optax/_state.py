@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from . import _calls
+from . import _calls, _ext
 from ._ffi import TOKEN_SHAPE
-from ._fresh import note_use, watch
-from ._refused import stop_if_refused
+from ._refused import is_entry, stop_if_refused
+from ._watch import note_use, watch
 
 T = TypeVar("T")
 
@@ -39,7 +39,8 @@ class Token:
 
 def _flatten(token: Token) -> tuple[tuple[Any], None]:
     stop_if_refused(token.value)
-    note_use(token.value)
+    if _ext.num_unused() and is_entry():
+        note_use(token.value)
     return (token.value,), None
 
 

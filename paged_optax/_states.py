@@ -10,6 +10,7 @@ import numpy as np
 from . import _ext
 from ._bytes import format_bytes
 from ._ffi import TOKEN_SHAPE
+from ._watch import await_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,7 @@ def states() -> list[StateInfo]:
       >>> freed >= 2 * 1024**2
       True
     """
+    await_steps()
     arenas, unused = _ext.list_states()
     held = _held_handles()
     reports: dict[int, list[dict[str, Any]]] = {}

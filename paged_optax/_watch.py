@@ -1,8 +1,8 @@
-"""Notices when nobody has the token of a state that was never updated.
+"""Watches tokens: which steps are under way, and which new states nobody has any more.
 
-While such a state is out, every step on a GPU has to look at its token, and waits for the device to
-do so. Nothing but its tokens can tell that a state was dropped. So each token is watched from when
-it is made until the first update; after that this module does nothing.
+While a state that was never updated is out, every step on a GPU has to look at its token, and waits
+for the device to do so. Nothing but its tokens can tell that such a state was dropped. So each
+token is watched from when it is made until the first update.
 """
 
 import collections
@@ -17,6 +17,9 @@ from jax.core import Tracer
 
 from . import _ext
 
+# Tokens that programs under way will make, oldest first: also those whose owners are gone already.
+_under_way: collections.deque[jax.Array] = collections.deque()
+
 _lock = threading.Lock()
 # Objects may end in any thread at any moment, also while the lock is held: what ends is only noted.
 _ended: collections.deque[int] = collections.deque()  # ids of weak references
@@ -27,7 +30,7 @@ class _Watched:
     """The array of a token."""
 
     array: jax.Array | None  # until its handle can be read without waiting
-    was_handed_on: bool = False  # to a program, or to whatever takes trees apart
+    was_handed_on: bool = False  # to a program
     handle: int = 0
     ref: weakref.ref[jax.Array] | None = None
 
@@ -38,7 +41,15 @@ _by_ref: dict[int, tuple[int, _Watched]] = {}  # by the reference's id: the arra
 
 def watch(value: Any) -> None:
     """A token with this array was made."""
-    if not _ext.num_unused() or isinstance(value, Tracer) or not isinstance(value, jax.Array):
+    if isinstance(value, Tracer) or not isinstance(value, jax.Array):
+        return
+    _under_way.append(value)
+    while _under_way and (_under_way[0].is_deleted() or _is_ready(_under_way[0])):
+        try:
+            _under_way.popleft()
+        except IndexError:  # another thread was faster
+            break
+    if not _ext.num_unused():
         return
     with _lock:
         if not _is_of(_by_array.get(id(value)), value):
@@ -46,10 +57,23 @@ def watch(value: Any) -> None:
     look()
 
 
+def await_steps() -> None:
+    """Waits for the programs that make tokens, and lets go of these."""
+    while _under_way:
+        try:
+            array = _under_way.popleft()
+            if not array.is_deleted():
+                array.block_until_ready()
+        except (IndexError, RuntimeError, ValueError):  # the program failed, or the token is gone
+            pass
+
+
+def _is_ready(array: Any) -> bool:
+    return array.is_ready()
+
+
 def note_use(value: Any) -> None:
-    """A token with this array is taken apart: for a program, it may be."""
-    if not _ext.num_unused():
-        return
+    """A program gets a token with this array."""
     watched = _by_array.get(id(value))
     if watched is not None and _is_of(watched, value):
         watched.was_handed_on = True
@@ -92,11 +116,12 @@ def look() -> None:
 
 def _resolve(key: int, watched: _Watched) -> None:
     """Reads the handle of an array once it is there, and lets go of the array."""
-    array: Any = watched.array
+    array = watched.array
+    assert array is not None
     if array.is_deleted():
         del _by_array[key]  # donated: an update has it
         return
-    if not array.is_ready():
+    if not _is_ready(array):
         return
     try:
         handle = int(np.asarray(array.addressable_shards[0].data).ravel()[0])
