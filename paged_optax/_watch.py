@@ -20,7 +20,7 @@ from . import _ext
 # Tokens that programs under way will make, oldest first: also those whose owners are gone already.
 _under_way: collections.deque[jax.Array] = collections.deque()
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # the handler of a signal may come here while its thread has it
 # Objects may end in any thread at any moment, also while the lock is held: what ends is only noted.
 _ended: collections.deque[int] = collections.deque()  # ids of weak references
 
@@ -43,15 +43,12 @@ def watch(value: Any) -> None:
     """A token with this array was made."""
     if isinstance(value, Tracer) or not isinstance(value, jax.Array):
         return
-    _under_way.append(value)
-    while _under_way and (_under_way[0].is_deleted() or _is_ready(_under_way[0])):
-        try:
-            _under_way.popleft()
-        except IndexError:  # another thread was faster
-            break
-    if not _ext.num_unused():
-        return
     with _lock:
+        _under_way.append(value)
+        while _under_way and (_under_way[0].is_deleted() or _is_ready(_under_way[0])):
+            _under_way.popleft()
+        if not _ext.num_unused():
+            return
         if not _is_of(_by_array.get(id(value)), value):
             _by_array[id(value)] = _Watched(value)
     look()
@@ -99,7 +96,7 @@ def look() -> None:
         while _ended:
             key, watched = _by_ref.pop(_ended.popleft())
             if _by_array.get(key) is watched:
-                del _by_array[key]
+                _by_array.pop(key, None)
             gone[watched.handle] = gone.get(watched.handle, False) or watched.was_handed_on
         left = {watched.handle for watched in _by_array.values()}
         for handle, was_handed_on in gone.items():
@@ -117,9 +114,10 @@ def look() -> None:
 def _resolve(key: int, watched: _Watched) -> None:
     """Reads the handle of an array once it is there, and lets go of the array."""
     array = watched.array
-    assert array is not None
+    if array is None:
+        return
     if array.is_deleted():
-        del _by_array[key]  # donated: an update has it
+        _by_array.pop(key, None)  # donated: an update has it
         return
     if not _is_ready(array):
         return
@@ -129,7 +127,7 @@ def _resolve(key: int, watched: _Watched) -> None:
         handle = 0
     watched.array = None
     if handle == 0 or not _ext.is_unused(handle):
-        del _by_array[key]
+        _by_array.pop(key, None)
         return
     watched.handle = handle
     watched.ref = weakref.ref(array, lambda ref: _ended.append(id(ref)))
