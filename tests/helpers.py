@@ -407,6 +407,12 @@ def forget_notices(monkeypatch):
     monkeypatch.setattr(_process, "_said", set())
 
 
+def notices_are_about(monkeypatch, device):
+    """Notices of short memory are about devices of this kind, until the test ends."""
+    platform = "cpu" if device.platform == "cpu" else "cuda"
+    monkeypatch.setattr(_process, "_platform", platform)
+
+
 def limit_trees(monkeypatch, count):
     """Remembers the trees of `count` models, until the test ends. Returns those remembered."""
     monkeypatch.setattr(_names, "trees", OrderedDict())
