@@ -47,12 +47,15 @@ class NewParam:
         return "<a parameter that a paged optimizer stepped in place, and no update>"
 
 
+_USED = (
+    "a transformation after a paged optimizer uses its updates (the traceback says which), but"
+    f" apply_gradients steps parameters in place, so there are none.{_REMEDY}"
+)
+
+
 def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
     del args, kwargs
-    raise TypeError(
-        "a transformation after a paged optimizer uses its updates (the traceback says which), but"
-        f" apply_gradients steps parameters in place, so there are none.{_REMEDY}"
-    )
+    raise TypeError(_USED)
 
 
 for _name in _OPERATORS.split():
@@ -104,7 +107,8 @@ class InPlace:
         if missing := len(self._sent) - len(arrived):
             raise ValueError(
                 f"a transformation after a paged optimizer replaces {missing} of its"
-                f" {len(self._sent)} updates, but apply_gradients steps parameters in place.{_REMEDY}"
+                f" {len(self._sent)} updates, but apply_gradients steps parameters in"
+                f" place.{_REMEDY}"
             )
         return opened, is_new
 
@@ -187,7 +191,12 @@ def apply_gradients(
     """
     update = optax.with_extra_args_support(tx).update
     with stepping_in_place() as step:
-        updates, opt_state = update(grads, opt_state, params, **extra_args)
+        try:
+            updates, opt_state = update(grads, opt_state, params, **extra_args)
+        except (TypeError, ValueError) as error:
+            if NewParam.__name__ in str(error):  # JAX says that it is no array
+                raise TypeError(_USED) from error
+            raise
     results, is_new = step.receive(updates, params)
 
     def apply(param: Any, result: Any, is_new: bool) -> Any:

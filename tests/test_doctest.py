@@ -38,6 +38,7 @@ FUNCTIONS = [
     paged_optax.paged_adamw8bit,
     paged_optax.paged_adam8bit,
     paged_optax.MultiSteps,
+    paged_optax.apply_gradients,
     paged_optax.moments,
     paged_optax.memory_report,
     paged_optax.save_moments,
