@@ -106,7 +106,7 @@ class TorchRun:
     can_loop = False
 
     def __init__(self, make: Callable[[list[Any]], Any], params: Any, grads: Any):
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
 
         self._torch = torch
         self._params = [self._copy(param).requires_grad_() for param in params]
@@ -114,7 +114,7 @@ class TorchRun:
             param.grad = self._copy(grad)
         for leaf in [*params, *grads]:
             leaf.delete()
-        self._optimizer = make(self._params)
+        self._optimizer: Any = make(self._params)
 
     def _copy(self, array: jax.Array) -> Any:
         torch = self._torch

@@ -1,6 +1,6 @@
 """Times whole AdamW steps: gradients given, everything donated, against the peers installed.
 
-    python benchmarks/step.py [--cases float32 lora ...] [--ways loop ...] [--codec ratio]
+    python benchmarks/step.py [--cases float32 lora ...] [--peers optax paged ...] [--ways loop]
     python benchmarks/step.py --sizes times.json
     python benchmarks/step.py --plot times.json docs/step_time.png
 
@@ -79,13 +79,13 @@ def time_ms(function: Any, wait: Any, num_steps: int, repeats: int) -> float:
 
 
 def time_peer(
-    peer: Peer, shapes: list[tuple[int, ...]], dtype: Any, repeats: int, ways: str
+    peer: Peer, shapes: list[tuple[int, ...]], dtype: Any, repeats: int, ways: list[str]
 ) -> list[float | None]:
     """Milliseconds of a step in a loop, and of one that is dispatched, as far as asked for."""
     params, grads = (make_leaves(shapes, dtype, seed) for seed in (0, 1))
     samples = [np.asarray(leaves[0].ravel()[:64], np.float32) for leaves in (params, grads)]
     run = peer.start(params, grads)
-    check_first_step(run, *samples, dtype)
+    check_first_step(run, samples[0], samples[1], dtype)
     times: list[float | None] = [None, None]
     if "loop" in ways and run.can_loop:
         times[0] = time_ms(run.loop, run.wait, LOOP, repeats)
@@ -107,15 +107,17 @@ def copy_rate(num_bytes: int, repeats: int) -> float:
     return 2 * num_bytes / (1e-3 * ms)
 
 
-def print_table(names: list[str], codec: str, repeats: int, ways: str) -> None:
-    rate = copy_rate(2**30 if jax.default_backend() == "gpu" else 2**26, repeats)
+def print_table(args: argparse.Namespace) -> None:
+    rate = copy_rate(2**30 if jax.default_backend() == "gpu" else 2**26, args.repeats)
     print(f"{jax.devices()[0].device_kind}, copy {rate / 1e9:.0f} GB/s (read and written)")
-    for name in names:
+    for name in args.cases or cases():
         title, shapes, dtype = cases()[name]
         size = sum(int(np.prod(shape)) for shape in shapes)
         print(f"\n{f'{title}, ms a step':<36}{'loop':>12}{'dispatched':>12}{'of copy':>10}")
-        for peer in peers(dtype, codec):
-            times = time_peer(peer, shapes, dtype, repeats, ways)
+        for peer in peers(dtype, args.codec):
+            if not any(part in peer.name for part in args.peers):
+                continue
+            times = time_peer(peer, shapes, dtype, args.repeats, args.ways)
             gc.collect()  # the memory of what the peer leaves behind
             cells = [f"{ms:.2f}" if ms else "-" for ms in times]
             share = "-"
@@ -132,7 +134,7 @@ def time_sizes(path: str, codec: str, repeats: int) -> None:
     rows = peers("float32", codec)[:3]
     found: dict[str, Any] = {"device": jax.devices()[0].device_kind, "sizes": sizes, "ms": {}}
     for peer in rows:
-        times = [time_peer(peer, [(size,)], "float32", repeats, "loop")[0] for size in sizes]
+        times = [time_peer(peer, [(size,)], "float32", repeats, ["loop"])[0] for size in sizes]
         found["ms"][peer.name] = times
     with open(path, "w") as file:
         json.dump(found, file)
@@ -162,6 +164,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=None)
     parser.add_argument("--codec", choices=["dynamic", "ratio"], default="ratio")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--peers", nargs="+", default=[""], help="parts of their names")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--sizes", metavar="FILE")
     parser.add_argument("--plot", nargs=2, metavar=("FILE", "PICTURE"))
@@ -171,7 +174,7 @@ def main() -> None:
     elif args.sizes:
         time_sizes(args.sizes, args.codec, args.repeats)
     else:
-        print_table(args.cases or list(cases()), args.codec, args.repeats, " ".join(args.ways))
+        print_table(args)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Optimizer(nnx.Optimizer):
       True
     """
 
-    def update(self, model: Any, grads: Any, /, **kwargs: Any) -> None:
+    def update(self, model: Any, grads: Any, /, **kwargs: Any) -> Any:
         """Updates the model's parameters and the optimizer state.
 
         Args:
@@ -62,9 +62,10 @@ class Optimizer(nnx.Optimizer):
         nnx.update(model, new_params)
         nnx.update(self.opt_state, nnx.state(new_opt_state, graph=self.graph))
         self.step[...] += 1
+        return None
 
 
-class ModelAndOptimizer(nnx.ModelAndOptimizer, Optimizer):
+class ModelAndOptimizer(nnx.ModelAndOptimizer, Optimizer):  # pyright: ignore
     """`nnx.ModelAndOptimizer`, whose `update` steps the model's parameters in place."""
 
 
