@@ -42,6 +42,8 @@ from ._memory import evict, prefetch, release, release_all
 from ._moments import Moments, moments
 from ._options import Paging, Quantization
 from ._orbax import use_orbax_hook
+from ._plan import Plan, plan
+from ._plan_room import PlannedUsage
 from ._report import DeviceMemory, LeafGroup, MemoryReport, memory_report
 from ._skip import SkipNonFiniteState, skip_non_finite
 
@@ -54,6 +56,8 @@ __all__ = [
     "Moments",
     "MultiSteps",
     "Paging",
+    "Plan",
+    "PlannedUsage",
     "Quantization",
     "ScaleByPagedAdam8bitState",
     "ScaleByPagedLion8bitState",
@@ -69,6 +73,7 @@ __all__ = [
     "paged_adam8bit",
     "paged_adamw8bit",
     "paged_lion8bit",
+    "plan",
     "prefetch",
     "release",
     "release_all",
