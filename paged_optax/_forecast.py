@@ -15,7 +15,7 @@ import optax
 
 from . import _ext
 from ._ffi import NUM_SCALARS, update_call_p
-from ._state import PagedState, is_paged
+from ._state import is_paged
 from ._step import Step
 from ._tables import PARAM_ROUNDINGS
 
@@ -92,9 +92,11 @@ _Call = tuple[Step, tuple[Any, ...]]
 def _trace(tx: optax.GradientTransformation, params: Any) -> tuple[Any, list[_Call]]:
     """The state of a transformation, and its custom calls: one for each paged state."""
     state = jax.eval_shape(tx.init, params)
+    num_states = sum(map(is_paged, jax.tree.leaves(state, is_leaf=is_paged)))
+    if not num_states:
+        return state, []
     program = jax.make_jaxpr(tx.update)(params, state, params)
     calls = list(_calls_in(program.jaxpr))
-    num_states = len(_paged_states(state))
     if len(calls) > num_states:  # the branches of a jax.lax.cond update the same state
         calls = list(dict.fromkeys(calls))
     if len(calls) > num_states:
@@ -103,10 +105,6 @@ def _trace(tx: optax.GradientTransformation, params: Any) -> tuple[Any, list[_Ca
             " belong together cannot be told from shapes. Plan for its parts one by one."
         )
     return state, calls
-
-
-def _paged_states(state: Any) -> list[PagedState]:
-    return [node for node in jax.tree.leaves(state, is_leaf=is_paged) if is_paged(node)]
 
 
 def _calls_in(jaxpr: Any) -> Iterator[_Call]:

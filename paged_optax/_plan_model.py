@@ -84,17 +84,16 @@ def named_model(
 def _estimate(shape: Shape, params: Any, tokens: int) -> int:
     """What XLA needs besides parameters, gradients and state for a step of a named model.
 
-    The model saves a residual stream for each layer, and its backward pass computes a layer again.
-    Next to the gradients of all layers there are then the weights of one layer and of one matrix
-    more in 16 bits, and four arrays of the hidden width. After it, clipping and the optimizer need
-    a copy of the largest parameter. XLA:GPU's own numbers for such programs are within 1 % of the
-    whole (`tests/test_plan.py -k compiled`).
+    Two moments of a step can be the peak. In the backward pass of a layer there are, next to the
+    gradients of all layers, a saved residual stream for each layer, the layer's weights and one
+    matrix more in 16 bits, and four arrays of the hidden width. When gradients are clipped and
+    applied, there is a copy of the largest parameter, and a hole as large as the next smaller one.
     """
     saved = 2 * shape.layers * tokens * shape.width
     matrices = [inputs * outputs for inputs, outputs in shape.projections.values()]
     layer = 2 * (sum(matrices) + max(matrices)) + 8 * tokens * shape.hidden
-    copy = max(num_bytes(leaf) for leaf in jax.tree.leaves(params))
-    return saved + max(layer, copy)
+    sizes = sorted({num_bytes(leaf) for leaf in jax.tree.leaves(params) if leaf.ndim == 3})
+    return max(saved + layer, sum(sizes[-2:]))
 
 
 def with_analysis(model: Model, compiled: Any, kept: Kept) -> Model:
@@ -130,8 +129,10 @@ def devices_here(params: Any) -> int:
     here = 1
     for leaf in jax.tree.leaves(params):
         sharding = getattr(leaf, "sharding", None)
+        if sharding is None:
+            continue
         try:
-            here = max(here, len(sharding.addressable_devices)) if sharding else here
+            here = max(here, len(sharding.addressable_devices))
         except ValueError:  # of an abstract mesh: it may be all of them
             here = max(here, sharding.num_devices)
     return here
