@@ -148,7 +148,7 @@ def plan(
       >>> tx = paged_optax.paged_adamw8bit(1e-5)
       >>> plan = paged_optax.plan(params, tx, card="16GiB", host="64GiB", activations="2GiB")
       >>> print(plan.fits, plan.usage.moments // 1024**2, plan.usage.on_host)
-      True 3640 0
+      True 3642 0
 
     References:
       Dettmers et al., `QLoRA <https://arxiv.org/abs/2305.14314>`_, 2023
