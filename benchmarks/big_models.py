@@ -3,11 +3,11 @@
 Every row is a process of its own, and has random weights of a named shape. XLA's pool ends where
 the card would: at its size, less the moments that may be resident and less a GiB for CUDA. Each row
 is checked against what the driver says the GPU holds (as nvidia-smi shows it). With QLoRA the base
-is in NF4, and adapters of rank 64 on all seven projections are trained in float32. "full" trains all
-of a bfloat16 model with compensated rounding. Both clip gradients. The loss must fall.
+is in NF4, and float32 adapters of rank 64 on all seven projections are trained. "full" trains all
+parameters in bfloat16 with compensated rounding. Both clip gradients. The loss must fall.
 
     python benchmarks/big_models.py                        # all rows: an H200, 15 minutes
-    python benchmarks/big_models.py --rows 65b/48 13b/16   # some rows
+    python benchmarks/big_models.py --rows 65b/48 24b:paged  # some rows
     python benchmarks/big_models.py --rows tiny            # what a CPU can do
     python benchmarks/big_models.py --rows 65b/48 --figure docs/big_model.png
 """
@@ -68,8 +68,13 @@ class Row:
 
     @property
     def name(self) -> str:
-        """What --rows selects by."""
+        """The model and its card."""
         return self.shape if self.card is None else f"{self.shape}/{self.card:g}"
+
+    @property
+    def selectors(self) -> set[str]:
+        """What --rows may call it."""
+        return {self.name, f"{self.name}:{self.optimizer}", f"{self.shape}:{self.method}"}
 
 
 ROWS = [
@@ -79,16 +84,16 @@ ROWS = [
     Row("65b", "qlora", "paged", 48, resident=0.6),
     Row("65b", "qlora", "adamw", 48),
     Row("65b", "qlora", "paged", 48),
-    Row("33b", "qlora", "paged", 24, None),
-    Row("33b", "qlora", "adamw", 24, None),
+    Row("24b", "full", "paged", None, 4096, resident=20),
+    Row("8b", "full", "paged", None, 4096),
     Row("13b", "qlora", "paged", 16, None),
     Row("13b", "qlora", "adamw", 16, None),
+    Row("33b", "qlora", "paged", 24, None),
+    Row("33b", "qlora", "adamw", 24, None),
+    Row("8b", "full", "adamw", None, 4096),
+    Row("24b", "full", "adamw", None, 4096),
     Row("8b", "qlora", "paged", 16, None),
     Row("8b", "qlora", "adamw", 16, None),
-    Row("8b", "full", "paged", None, 4096),
-    Row("8b", "full", "adamw", None, 4096),
-    Row("24b", "full", "paged", None, 4096, resident=20),
-    Row("24b", "full", "adamw", None, 4096),
     Row("32b", "full", "paged", None, 2048, resident=4),
 ]
 
@@ -150,7 +155,7 @@ def longest(row: Row, tx, step, limit: int) -> int:
         print(f"{length} tokens need {needs[-1] / GIB:.2f} GiB of {limit / GIB:.2f}", flush=True)
     slope = (needs[1] - needs[0]) / (PROBES[1] - PROBES[0])
     length = PROBES[0] + (0.985 * limit - needs[0]) / slope  # the pool is never without gaps
-    return int(min(length, 8 * PROBES[1]) // GRAIN * GRAIN)
+    return max(GRAIN, int(min(length, 8 * PROBES[1]) // GRAIN * GRAIN))
 
 
 def watch_pool(samples: list, done: threading.Event) -> None:
@@ -329,8 +334,10 @@ def line(row: Row, result: dict) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    names = sorted({row.name for row in ROWS})
-    parser.add_argument("--rows", nargs="+", choices=names, help="default: all but tiny")
+    names = sorted(set().union(*(row.selectors for row in ROWS)))
+    parser.add_argument(
+        "--rows", nargs="+", choices=names, metavar="ROW", help=f"of {', '.join(names)}"
+    )
     parser.add_argument("--json", type=Path, help="where to save all figures and samples")
     parser.add_argument("--timeout", type=float, default=180, help="seconds for a row")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -341,7 +348,7 @@ def main() -> int:
     gpu = Gpu()
     results, lines = [], [header()]
     for row in ROWS:
-        if row.name not in (args.rows or set(names) - {"tiny"}):
+        if not (row.selectors & set(args.rows) if args.rows else row.shape != "tiny"):
             continue
         result = run(row, gpu, args.timeout)
         results.append({**dataclasses.asdict(row), **result})
