@@ -1,20 +1,20 @@
-"""Full fine-tuning of a Llama shape with parameters, gradients and moments in shards, on 1, 2, ... GPUs.
+"""Full fine-tuning of a Llama shape on 1, 2, ... GPUs: parameters, gradients, moments in shards.
 
-    python benchmarks/several_gpus.py [--shape 8b] [--gpus 1 2] [--optimizer resident half host adamw]
+    python benchmarks/several_gpus.py [--shape 8b] [--gpus 1 2] [--optimizer resident host adamw]
     python benchmarks/several_gpus.py --processes      # one process a GPU (jax.distributed, NCCL)
 
 Every GPU keeps an equal part of each bfloat16 parameter, of its gradient, and of its moments, and
-works on an equal part of the batch. A layer gathers its weights while it runs (FSDP). All rows train
-on the same data, with the same number of tokens a step. Every row is a process of its own, so that
-its memory is its own as well.
+works on an equal part of the batch. A layer gathers its weights while it runs (FSDP). All rows
+train on the same data, with the same number of tokens a step. Every row is a process of its own, so
+that its memory is its own as well.
 
-"step" is a whole training step, queued without waiting. "update" is the optimizer's step alone, with
-the application of its updates; the host waits before and after it. "link" is the rate at which one
-GPU moves its moments on the host, each way, while all GPUs do the same.
+"step" is a whole training step, queued without waiting. "update" is the optimizer's step alone,
+with the application of its updates; the host waits before and after it. "link" is the rate at which
+one GPU moves its moments on the host, each way, while all GPUs do the same.
 
-    resident   paged_adamw8bit, compensated, moments in GPU memory
-    half, host the same with half of the moments, or all of them, in pinned host memory
-    adamw      optax.adamw; its moments are bfloat16 like the parameters
+    resident    paged_adamw8bit, compensated, moments in GPU memory
+    half, host  the same with half of the moments, or all of them, in pinned host memory
+    adamw       optax.adamw; its moments are bfloat16 like the parameters
 """
 
 import argparse
@@ -91,7 +91,9 @@ def parameter_shapes(s: Shape) -> dict:
 def specs_of(shapes: dict) -> dict:
     """Cuts every parameter along its first dimension; those of the layers along their second."""
     cut = functools.partial(jax.tree.map, is_leaf=lambda x: isinstance(x, tuple))
-    return cut(lambda _: P(AXIS), shapes) | {"layers": cut(lambda _: P(None, AXIS), shapes["layers"])}
+    return cut(lambda _: P(AXIS), shapes) | {
+        "layers": cut(lambda _: P(None, AXIS), shapes["layers"])
+    }
 
 
 def init(shapes: dict, seed: int) -> dict:
@@ -101,10 +103,17 @@ def init(shapes: dict, seed: int) -> dict:
     del paths
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     norms = jax.tree.leaves(
-        {"embed": 0, "layers": {k: k.endswith("norm") for k in shapes["layers"]}, "norm": 1, "head": 0}
+        {
+            "embed": 0,
+            "layers": {k: k.endswith("norm") for k in shapes["layers"]},
+            "norm": 1,
+            "head": 0,
+        }
     )
     made = [
-        jnp.ones(shape, jnp.bfloat16) if norm else jax.random.normal(key, shape, jnp.bfloat16) * 0.02
+        jnp.ones(shape, jnp.bfloat16)
+        if norm
+        else jax.random.normal(key, shape, jnp.bfloat16) * 0.02
         for key, shape, norm in zip(keys, leaves, norms, strict=True)
     ]
     return treedef.unflatten(made)
@@ -206,10 +215,14 @@ def measure(args, mesh) -> dict:
     loss_fn = jax.shard_map(loss_fn, in_specs=(specs, P(AXIS)), out_specs=P())
     grad = jax.jit(jax.value_and_grad(loss_fn))
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    paged = args.optimizer[0] != "adamw"
+
+    # The paged update writes into the buffers of the gradients, so these are donated, and the
+    # updates are a result to take their place. Those of optax.adamw are never in memory.
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2) if paged else (0, 1))
     def update(params, state, grads):
         updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+        return optax.apply_updates(params, updates), state, updates if paged else None
 
     data = batches(args, mesh)
     ids = next(data)
@@ -218,9 +231,10 @@ def measure(args, mesh) -> dict:
     update = update.lower(params, state, grads).compile()
     program = update.as_text()
     found = [name for name in COLLECTIVES if name in program]
-    if found and args.optimizer[0] != "adamw":
+    if found and paged:
         raise SystemExit(f"the update has collectives: {found}")
-    params, state = update(params, state, grads)
+    params, state, grads = update(params, state, grads)
+    del grads
     losses = [loss]
     updates, alone = [], []
     for _ in range(args.steps):  # the two parts one by one
@@ -229,7 +243,8 @@ def measure(args, mesh) -> dict:
         times = [time.perf_counter()]
         loss, grads = jax.block_until_ready(grad(params, ids))
         times.append(time.perf_counter())
-        params, state = jax.block_until_ready(update(params, state, grads))
+        params, state, grads = jax.block_until_ready(update(params, state, grads))
+        del grads
         times.append(time.perf_counter())
         losses.append(loss)
         alone.append(times[1] - times[0])
@@ -239,7 +254,7 @@ def measure(args, mesh) -> dict:
     start = time.perf_counter()
     for batch in ids:
         loss, grads = grad(params, batch)
-        params, state = update(params, state, grads)
+        params, state, grads = update(params, state, grads)
         losses.append(loss)
         del grads
     jax.block_until_ready((params, state))
@@ -256,7 +271,7 @@ def measure(args, mesh) -> dict:
         "resident": [0] * len(mesh.local_devices),
         "on_host": [0] * len(mesh.local_devices),
     }
-    if args.optimizer[0] != "adamw":
+    if paged:
         report = memory_report(state)
         row["resident"] = [device.resident for device in report.devices]
         row["on_host"] = [device.on_host for device in report.devices]
@@ -273,7 +288,7 @@ def child(args) -> None:
             f"localhost:{args.port}", num_gpus, args.rank, local_device_ids=[args.rank]
         )
     mesh = jax.make_mesh(
-        (num_gpus,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:num_gpus]
+        (num_gpus,), (AXIS,), axis_types=(AxisType.Explicit,), devices=jax.devices()[:num_gpus]
     )
     with jax.set_mesh(mesh):
         print(json.dumps(measure(args, mesh)), flush=True)
