@@ -102,9 +102,10 @@ def platform(request):
 
 
 def run_all(program, folder, platform, count, *arguments):
-    """Runs a program in processes that all have to succeed."""
+    """Runs a program in processes that all have to succeed; returns what they printed."""
     codes, texts = processes.run(program, folder, platform, count, *arguments)
     assert codes == [0] * count, "\n".join(texts)
+    return texts
 
 
 @pytest.fixture(scope="module")
@@ -204,8 +205,9 @@ def test_a_killed_process_of_two(platform, tmp_path):
     codes, texts = processes.run(TRAINER, tmp_path, platform, 2, tmp_path / "c", "killed", 5)
     assert codes[1] == -9 and codes[0] != 0, (codes, texts)
     shutil.copytree(tmp_path / "c", tmp_path / "copy")
-    run_all(TRAINER, tmp_path, platform, 2, tmp_path / "c", "two", never)
-    run_all(TRAINER, tmp_path, platform, 1, tmp_path / "copy", "one", never)
+    texts = run_all(TRAINER, tmp_path, platform, 2, tmp_path / "c", "two", never)
+    texts += run_all(TRAINER, tmp_path, platform, 1, tmp_path / "copy", "one", never)
+    assert not any("starts after 0" in text for text in texts), texts
     expected = np.load(tmp_path / "undisturbed-0.npz")
     assert len(expected.files) == 9
     for name in "two-0", "two-1", "one-0":
