@@ -29,6 +29,13 @@ JOIN = """
 """
 
 
+def free_port():
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
 def run(program, folder, platform, count, *arguments, name=""):
     """Runs a program in `count` processes; none is left behind, whatever happens.
 
@@ -43,9 +50,7 @@ def run(program, folder, platform, count, *arguments, name=""):
     Returns:
       The exit codes, and what each process has printed.
     """
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment["JAX_PLATFORMS"] = platform
     if platform == "cuda":
