@@ -116,11 +116,11 @@ def begin(
         updates, state = tx.update(grads, state, trained)
         return optax.apply_updates(trained, updates), state, updates if paged else None
 
-    update = update.lower(trained, state, trained).compile()
-    found = [name for name in COLLECTIVES if name in update.as_text()]
+    compiled = update.lower(trained, state, trained).compile()
+    found = [name for name in COLLECTIVES if name in (compiled.as_text() or "")]
     if paged and found:
         raise SystemExit(f"the compiled update has collectives: {', '.join(found)}")
-    return Training(frozen, trained, state, grad, update)
+    return Training(frozen, trained, state, grad, compiled)
 
 
 def batches(batch: int, length: int) -> Iterator[jax.Array]:

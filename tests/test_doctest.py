@@ -18,6 +18,7 @@ import paged_optax
 README = Path(__file__).parent.parent / "README.md"
 COMPATIBILITY = README.parent / "docs" / "compatibility.md"
 CHECKPOINTS = README.parent / "docs" / "checkpoints.md"
+SEVERAL_GPUS = README.parent / "docs" / "several_gpus.md"
 
 MODULES = ["paged_optax"] + [
     f"paged_optax.{module.name}"
@@ -70,8 +71,8 @@ def python_blocks(text):
 @pytest.mark.skipif(not README.exists(), reason="tests without the source tree")
 @pytest.mark.parametrize(
     ("document", "options"),
-    [(README, ["-W", "error"]), (CHECKPOINTS, [])],  # Orbax warns of its own code
-    ids=["readme", "checkpoints"],
+    [(README, ["-W", "error"]), (CHECKPOINTS, []), (SEVERAL_GPUS, ["-W", "error"])],
+    ids=["readme", "checkpoints", "several_gpus"],  # Orbax warns of its own code
 )
 def test_documents_run(document, options, tmp_path):
     """All Python blocks, one after the other, in a process and a folder of their own."""
