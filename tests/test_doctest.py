@@ -19,6 +19,7 @@ README = Path(__file__).parent.parent / "README.md"
 COMPATIBILITY = README.parent / "docs" / "compatibility.md"
 CHECKPOINTS = README.parent / "docs" / "checkpoints.md"
 SEVERAL_GPUS = README.parent / "docs" / "several_gpus.md"
+PLANNING = README.parent / "docs" / "planning.md"
 
 MODULES = ["paged_optax"] + [
     f"paged_optax.{module.name}"
@@ -45,6 +46,7 @@ FUNCTIONS = [
     paged_optax.export_moments,
     paged_optax.to_optax,
     paged_optax.from_optax,
+    paged_optax.plan,
     paged_optax.release,
     paged_optax.skip_non_finite,
 ]
@@ -71,8 +73,13 @@ def python_blocks(text):
 @pytest.mark.skipif(not README.exists(), reason="tests without the source tree")
 @pytest.mark.parametrize(
     ("document", "options"),
-    [(README, ["-W", "error"]), (CHECKPOINTS, []), (SEVERAL_GPUS, ["-W", "error"])],
-    ids=["readme", "checkpoints", "several_gpus"],  # Orbax warns of its own code
+    [
+        (README, ["-W", "error"]),
+        (CHECKPOINTS, []),  # Orbax warns of its own code
+        (PLANNING, ["-W", "error"]),
+        (SEVERAL_GPUS, ["-W", "error"]),
+    ],
+    ids=["readme", "checkpoints", "planning", "several_gpus"],
 )
 def test_documents_run(document, options, tmp_path):
     """All Python blocks, one after the other, in a process and a folder of their own."""
