@@ -91,6 +91,7 @@ def plan(
     base: str | None = None,
     batch: int | None = None,
     sequence: int | None = None,
+    clip: bool | None = None,
     frozen: Any = None,
     compiled: Any = None,
     activations: int | str | None = None,
@@ -108,7 +109,8 @@ def plan(
     Args:
       model: the trained parameters, as a tree of arrays or `jax.ShapeDtypeStruct`s (from
         `jax.eval_shape`); those with a sharding count with one device's part. Or the name of a
-        published shape: ``"7b"``, ``"8b"``, ``"13b"``, ``"24b"``, ``"33b"``, ``"65b"``, ``"70b"``.
+        published shape: ``"7b"``, ``"8b"``, ``"13b"``, ``"24b"``, ``"32b"``, ``"33b"``, ``"65b"``
+        or ``"70b"``.
       optimizer: any transformation, alone or in a chain. By default `paged_adamw8bit`, with
         ``param_rounding="compensated"`` if all of a named model is trained.
       card: memory of the GPU, as ``"48GiB"`` or a number of bytes; None for this machine's.
@@ -119,6 +121,8 @@ def plan(
         for 64 weights), ``"nf4-double"`` (scales are quantized too) or ``"bfloat16"``.
       batch: sequences in a step of a named model; 1 by default.
       sequence: tokens in each; 2,048 by default.
+      clip: whether gradients of a named model are clipped by their global norm, for which XLA
+        copies the largest one; True by default.
       frozen: weights next to the trained parameters: a tree, or their size.
       compiled: the training step with `optimizer` in it, compiled for such a GPU by
         ``jax.jit(step).lower(...).compile()``, or what its ``memory_analysis()`` returned.
@@ -153,7 +157,7 @@ def plan(
     References:
       Dettmers et al., `QLoRA <https://arxiv.org/abs/2305.14314>`_, 2023
     """
-    about = _about(model, rank=rank, base=base, batch=batch, sequence=sequence)
+    about = _about(model, rank=rank, base=base, batch=batch, sequence=sequence, clip=clip)
     if optimizer is None:
         full = isinstance(model, str) and rank is None
         optimizer = paged_adamw8bit(1e-4, param_rounding="compensated" if full else "nearest")

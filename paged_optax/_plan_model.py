@@ -53,7 +53,12 @@ def given_model(params: Any) -> Model:
 
 
 def named_model(
-    name: str, rank: int | None, base: str | None, batch: int | None, sequence: int | None
+    name: str,
+    rank: int | None,
+    base: str | None,
+    batch: int | None,
+    sequence: int | None,
+    clip: bool | None,
 ) -> Model:
     """A model of a published shape: adapters of this rank, or all of it."""
     shape = find_shape(name)
@@ -77,23 +82,23 @@ def named_model(
         params,
         0 if rank is None else shape.frozen_bytes(base),
         gradients,
-        _estimate(shape, params, tokens),
+        _estimate(shape, params, tokens, clip is not False),
     )
 
 
-def _estimate(shape: Shape, params: Any, tokens: int) -> int:
+def _estimate(shape: Shape, params: Any, tokens: int, clips: bool) -> int:
     """What XLA needs besides parameters, gradients and state for a step of a named model.
 
     Two moments of a step can be the peak. In the backward pass of a layer there are, next to the
     gradients of all layers, a saved residual stream for each layer, the layer's weights and one
-    matrix more in 16 bits, and four arrays of the hidden width. When gradients are clipped and
-    applied, there is a copy of the largest parameter, and a hole as large as the next smaller one.
+    matrix more in 16 bits, and four arrays of the hidden width. When gradients are clipped, there
+    is a copy of the largest one, and a hole as large as the next smaller one.
     """
     saved = 2 * shape.layers * tokens * shape.width
     matrices = [inputs * outputs for inputs, outputs in shape.projections.values()]
     layer = 2 * (sum(matrices) + max(matrices)) + 8 * tokens * shape.hidden
     sizes = sorted({num_bytes(leaf) for leaf in jax.tree.leaves(params) if leaf.ndim == 3})
-    return max(saved + layer, sum(sizes[-2:]))
+    return max(saved + layer, sum(sizes[-2:]) if clips else 0)
 
 
 def with_analysis(model: Model, compiled: Any, kept: Kept) -> Model:

@@ -281,12 +281,44 @@ def test_frozen_weights(base):
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("7b", 6.74), ("8b", 8.03), ("13b", 13.0), ("24b", 23.6), ("33b", 32.5), ("65b", 65.3)]
+    [
+        ("7b", 6.74),
+        ("8b", 8.03),
+        ("13b", 13.0),
+        ("24b", 23.6),
+        ("32b", 32.8),
+        ("33b", 32.5),
+        ("65b", 65.3),
+    ]
     + [("70b", 69.0)],
 )
 def test_shapes_have_the_published_size(name, billions):
     planned = plan(name, card="200GiB", host="300GiB")
     assert planned.params / 2 == pytest.approx(billions * 1e9, rel=0.003)
+
+
+@pytest.mark.skipif(not LLAMA.exists(), reason="without examples/llama.py")
+@pytest.mark.parametrize("rank", [0, 64])
+def test_shapes_are_those_of_the_example(rank, monkeypatch):
+    monkeypatch.syspath_prepend(LLAMA.parent)
+    import llama
+
+    for name in set(llama.SHAPES) - {"tiny"}:
+        base, lora = example_bytes(llama, llama.SHAPES[name], rank)
+        planned = plan(name, card="139GiB", host="256GiB", rank=rank or None)
+        assert (planned.frozen, planned.params) == ((base, lora) if rank else (0, base)), name
+
+
+def example_bytes(llama, config, rank):
+    """Bytes of the weights of examples/llama.py, and of adapters."""
+
+    def count(make):
+        leaves = jax.tree.leaves(jax.eval_shape(make))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+    key = jax.random.key(0)
+    base = count(lambda: llama.random_base(key, config, bool(rank)))
+    return base, count(lambda: llama.init_lora(key, config, rank or 1))
 
 
 # Of steps whose peak is in the backward pass, and of others whose peak is in the update.
