@@ -16,6 +16,7 @@ from ._plan_model import (
     given_model,
     named_model,
     with_analysis,
+    with_temporaries,
 )
 from ._plan_room import PlannedUsage, Room
 from ._plan_text import describe
@@ -35,8 +36,7 @@ class Plan:
       context: bytes of the GPU outside of XLA's pool, for CUDA and its libraries.
       frozen: bytes of weights that are not trained, and of other arguments of a compiled step.
       params: bytes of the trained parameters.
-      gradients: bytes of their gradients; 0 where a compiled step has them in `temporaries`.
-      temporaries: bytes for activations and everything else in XLA's pool; None if not known.
+      gradients: bytes of their gradients; 0 where a compiled step has them among its temporaries.
       link: bytes per second between host and GPU, each way while both are busy.
       usage: the `PlannedUsage` with the optimizer.
       other: the same with `optax.adamw`.
@@ -49,21 +49,20 @@ class Plan:
     frozen: int
     params: int
     gradients: int
-    temporaries: int | None
     link: float
     usage: PlannedUsage
     other: PlannedUsage
 
     @property
     def fits(self) -> bool:
-        """Whether it fits with the optimizer; without `temporaries`, as far as is known."""
+        """Whether it fits with the optimizer; where activations are not known, without them."""
         return self.usage.fits
 
     @property
     def is_tight(self) -> bool:
         """Whether it fits without the reserve that XLA's pool should have."""
         needed = self.usage.pool + self.usage.reserve + self.context
-        return self.fits and self.temporaries is not None and needed > self.card
+        return self.fits and self.usage.temporaries is not None and needed > self.card
 
     @property
     def total(self) -> int:
@@ -179,7 +178,6 @@ def plan(
         frozen=about.frozen,
         params=about.param_bytes,
         gradients=about.gradients,
-        temporaries=about.temporaries,
         link=room.link,
         usage=room.usage(about, kept, name or "the optimizer"),
         other=room.usage(about, kept_by(optax.adamw(1e-4), about.params), "optax.adamw"),
@@ -206,8 +204,7 @@ def _with_known(about: Model, kept: Kept, compiled: Any, frozen: Any, activation
     if frozen is not None:
         about = dataclasses.replace(about, frozen=about.frozen + frozen_bytes(frozen))
     if activations is not None:
-        known = parse_bytes("activations", activations)
-        about = dataclasses.replace(about, temporaries=known)
+        about = with_temporaries(about, parse_bytes("activations", activations))
     return about
 
 
