@@ -73,10 +73,12 @@ class Config:
 
 # Models whose shapes are named in papers. Weights of them can be made at random (`random_base`).
 SHAPES = {
+    "tiny": Config(512, 128, 2, 4, 2, 256, 32),
     "7b": Config(32_000, 4096, 32, 32, 32, 11_008, 128),
     "8b": Config(128_256, 4096, 32, 32, 8, 14_336, 128, 500_000.0),
     "13b": Config(32_000, 5120, 40, 40, 40, 13_824, 128),
     "24b": Config(131_072, 5120, 40, 32, 8, 32_768, 128, 100_000_000.0),
+    "32b": Config(152_064, 5120, 64, 40, 8, 27_648, 128, 1_000_000.0, norm_eps=1e-6, qkv_bias=True),
     "33b": Config(32_000, 6656, 60, 52, 52, 17_920, 128),
     "65b": Config(32_000, 8192, 80, 64, 64, 22_016, 128),
 }
@@ -255,29 +257,32 @@ def random_base(key, config: Config, quantized: bool, dtype="bfloat16") -> Array
     """Returns weights of the scale that trained ones have, for tests and measurements.
 
     With `quantized`, projections are made as random NF4 codes, so no 16-bit copy ever exists.
+    Arrays are made layer by layer, because the bits of all layers at once would take more memory.
     """
     keys = iter(jax.random.split(key, len(PROJECTIONS) + 2))
 
-    def matrix(*shape):
-        return jax.random.normal(next(keys), shape, dtype) * jnp.asarray(shape[-2] ** -0.5, dtype)
+    def matrix(key, inputs, outputs):
+        scale = jnp.asarray(inputs**-0.5, dtype)
+        return jax.random.normal(key, (inputs, outputs), dtype) * scale
+
+    def codes(key, inputs, outputs):
+        return jax.random.bits(key, (inputs // 2, outputs), "uint8")
 
     layers: Arrays = {
         name: (jnp.zeros if name.endswith("bias") else jnp.ones)((config.layers, size), dtype)
         for name, size in config.vectors().items()
     }
     for name, (inputs, outputs) in config.shapes().items():
-        if quantized:
-            codes = jax.random.bits(next(keys), (config.layers, inputs // 2, outputs), "uint8")
-            scales = jnp.full((config.layers, inputs // BLOCK, outputs), inputs**-0.5, dtype)
-            layers[name] = NF4(codes, scales)
-        else:
-            layers[name] = matrix(config.layers, inputs, outputs)
+        make = functools.partial(codes if quantized else matrix, inputs=inputs, outputs=outputs)
+        stack = jax.lax.map(make, jax.random.split(next(keys), config.layers))
+        scales = jnp.full((config.layers, inputs // BLOCK, outputs), inputs**-0.5, dtype)
+        layers[name] = NF4(stack, scales) if quantized else stack
     base = {
         "embed": jax.random.normal(next(keys), (config.vocab, config.dim), dtype),
         "norm": jnp.ones(config.dim, dtype),
         "layers": layers,
     }
-    return base if config.tied else base | {"head": matrix(config.dim, config.vocab)}
+    return base if config.tied else base | {"head": matrix(next(keys), config.dim, config.vocab)}
 
 
 # ------------------------------------------------------------------------------------- sampling
