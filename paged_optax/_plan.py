@@ -21,7 +21,7 @@ from ._plan_model import (
 from ._plan_room import PlannedUsage, Room
 from ._plan_text import describe
 
-CONTEXT = 660 * 2**20  # of CUDA, cuDNN and cuBLAS: 635 to 661 MiB on an H200
+CONTEXT = 680 * 2**20  # of CUDA, cuDNN and cuBLAS: 635 to 680 MiB on an H200
 LINK = 50e9  # bytes per second, each way at once: PCIe 5 x16 (docs/paging.md)
 
 
