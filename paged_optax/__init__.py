@@ -34,20 +34,25 @@ from ._adam import (
     paged_adamw8bit,
     scale_by_paged_adam8bit,
 )
+from ._bitsandbytes import from_bitsandbytes
 from ._check import check_last
 from ._checkpoint import export_moments, import_moments, load_moments, save_moments
 from ._convert import from_optax, to_optax
+from ._in_place import apply_gradients
 from ._lion import ScaleByPagedLion8bitState, paged_lion8bit, scale_by_paged_lion8bit
 from ._memory import evict, prefetch, release, release_all
 from ._moments import Moments, moments
 from ._newest import newest
 from ._options import Paging, Quantization
 from ._orbax import use_orbax_hook
+from ._plan import Plan, plan
+from ._plan_room import PlannedUsage
 from ._refused import StateRefused
 from ._report import DeviceMemory, LeafGroup, MemoryReport, memory_report
 from ._reset import reset
 from ._skip import SkipNonFiniteState, skip_non_finite
 from ._states import StateInfo, states
+from ._to_bitsandbytes import to_bitsandbytes
 
 __version__ = "0.1.0"
 
@@ -58,15 +63,19 @@ __all__ = [
     "Moments",
     "MultiSteps",
     "Paging",
+    "Plan",
+    "PlannedUsage",
     "Quantization",
     "ScaleByPagedAdam8bitState",
     "ScaleByPagedLion8bitState",
     "SkipNonFiniteState",
     "StateInfo",
     "StateRefused",
+    "apply_gradients",
     "check_last",
     "evict",
     "export_moments",
+    "from_bitsandbytes",
     "from_optax",
     "import_moments",
     "load_moments",
@@ -76,6 +85,7 @@ __all__ = [
     "paged_adam8bit",
     "paged_adamw8bit",
     "paged_lion8bit",
+    "plan",
     "prefetch",
     "release",
     "release_all",
@@ -85,6 +95,7 @@ __all__ = [
     "scale_by_paged_lion8bit",
     "skip_non_finite",
     "states",
+    "to_bitsandbytes",
     "to_optax",
     "use_orbax_hook",
 ]

@@ -107,6 +107,24 @@ def test_a_refused_step_changes_nothing_and_the_next_call_raises(factory, dtype)
     assert not np.array_equal(stepped["w"], params["w"])
 
 
+@pytest.mark.parametrize("name", ["adamw", "compensated"])
+def test_in_place(name):
+    """Parameters that a step writes itself are those that came in."""
+    factory, dtype = OPTIMIZERS[name]
+    tx, params = factory(), make_params(dtype)
+    states = trained(tx, params)
+
+    def step(params, state):
+        return paged_optax.apply_gradients(tx, jax.tree.map(jnp.sin, params), state, params)
+
+    step = jax.jit(step, donate_argnums=(0, 1))
+    given, old = jax.block_until_ready(step(copies_of(params), jax.tree.map(jnp.copy, states[1])))
+    assert_trees_equal(given, params)
+    raises(lambda: step(given, old))
+    stepped, _ = step(given, states[-1])
+    assert not np.array_equal(stepped["w"], params["w"])
+
+
 def test_residuals_stay(device):
     tx, params = OPTIMIZERS["compensated"][0](), make_params(jnp.bfloat16)
     states = trained(tx, params)

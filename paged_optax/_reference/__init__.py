@@ -34,6 +34,7 @@ from .rounding import (
     random_bits_from,
     round_stochastically,
     split_master,
+    step_params,
     update_params,
 )
 from .rules import RULES, Hyperparams, LeafState, LionHyperparams, LionState, Rule, adam, lion
@@ -78,5 +79,6 @@ __all__ = [
     "split_master",
     "step_leaf",
     "to_arrays",
+    "step_params",
     "update_params",
 ]

@@ -107,10 +107,16 @@ void RunOnCpu(ffi::ThreadPool& pool, const UpdateCall& call, const AnyStep& step
   }
 }
 
-// What a step writes that changes nothing. The kernels do the same.
+// What a step returns that is skipped or refused: updates of zero, or parameters as they were, and
+// the token that came in. The kernels do the same.
 void ChangeNothing(const UpdateCall& call) {
   for (const Leaf& leaf : call.leaves) {
-    std::memset(leaf.updates, 0, leaf.size * SizeOf(leaf.dtype));
+    const size_t nbytes = leaf.size * SizeOf(leaf.result_dtype);
+    if (call.kind.output != Output::kParams) {
+      std::memset(leaf.results, 0, nbytes);
+    } else if (leaf.results != leaf.params) {
+      std::memcpy(leaf.results, leaf.params, nbytes);
+    }
   }
   *call.new_token = *call.token;
 }
@@ -180,7 +186,7 @@ XLA_FFI_DEFINE_HANDLER(kUpdateCpu, UpdateCpu,
                            .Ctx<ffi::DeviceOrdinal>()
                            .Attrs<UpdateAttrs>()
                            .RemainingArgs()    // as UpdateCall says
-                           .RemainingRets());  // token, updates
+                           .RemainingRets());  // token, results
 
 #if PAGED_OPTAX_CUDA
 
@@ -263,7 +269,7 @@ XLA_FFI_DEFINE_HANDLER(kUpdateCuda, UpdateCuda,
                            .Ctx<ffi::DeviceOrdinal>()
                            .Attrs<UpdateAttrs>()
                            .RemainingArgs()    // as UpdateCall says
-                           .RemainingRets());  // token, updates
+                           .RemainingRets());  // token, results
 
 #endif  // PAGED_OPTAX_CUDA
 
