@@ -37,6 +37,8 @@ class _Watched:
 
 _by_array: dict[int, _Watched] = {}  # by the array's id
 _by_ref: dict[int, tuple[int, _Watched]] = {}  # by the reference's id: the array's, and its record
+# Arrays that ended, each with those whose handle was not known then.
+_gone: list[tuple[_Watched, list[_Watched]]] = []
 
 
 def watch(value: Any) -> None:
@@ -92,23 +94,27 @@ def look() -> None:
         for key, watched in list(_by_array.items()):
             if watched.array is not None:
                 _resolve(key, watched)
-        gone: dict[int, bool] = {}
+        unknown = [watched for watched in _by_array.values() if watched.array is not None]
         while _ended:
             key, watched = _by_ref.pop(_ended.popleft())
             if _by_array.get(key) is watched:
                 _by_array.pop(key, None)
-            gone[watched.handle] = gone.get(watched.handle, False) or watched.was_handed_on
-        left = {watched.handle for watched in _by_array.values()}
-        for handle, was_handed_on in gone.items():
-            if 0 in left:  # an array whose handle is not known yet may be a copy
-                was_handed_on = True
-            if handle not in left:
-                (_ext.forget if was_handed_on else _ext.forget_now)(handle)
-            elif was_handed_on:
-                for watched in _by_array.values():
-                    watched.was_handed_on |= watched.handle == handle
+            _gone.append((watched, unknown))
+        _gone[:] = [(watched, others) for watched, others in _gone if not _settle(watched, others)]
     finally:
         _lock.release()
+
+
+def _settle(gone: _Watched, others: list[_Watched]) -> bool:
+    """Whether it is clear what the end of an array means; if so, acts on it."""
+    if any(other.array is not None for other in others):
+        return False  # one of them may be a copy
+    copies = [watched for watched in _by_array.values() if watched.handle == gone.handle]
+    for copy in copies:
+        copy.was_handed_on |= gone.was_handed_on
+    if not copies:
+        (_ext.forget if gone.was_handed_on else _ext.forget_now)(gone.handle)
+    return True
 
 
 def _resolve(key: int, watched: _Watched) -> None:
@@ -117,6 +123,7 @@ def _resolve(key: int, watched: _Watched) -> None:
     if array is None:
         return
     if array.is_deleted():
+        watched.array = None
         _by_array.pop(key, None)  # donated: an update has it
         return
     if not _is_ready(array):

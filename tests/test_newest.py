@@ -322,17 +322,22 @@ def test_dropped_fresh_states_cost_nothing(transform):
     for _ in range(5):
         jax.block_until_ready(init(params))
     kept = jax.block_until_ready(init(params))
-    gc.collect()
-    state = step(params, state)
+
+    def few_steps(state):
+        gc.collect()
+        for _ in range(3):
+            state = jax.block_until_ready(step(params, state))
+        return state
+
+    state = few_steps(state)
     assert num_unused() == 1
-    copy = jax.tree.map(jnp.copy, kept)  # what is handed on is not given up at once
+    copy = jax.tree.map(jnp.copy, kept)  # whose original may go
     del kept
-    gc.collect()
-    state = step(params, state)
+    state = few_steps(state)
     assert num_unused() == 1
     jax.block_until_ready(step(params, copy))
     assert num_unused() == 0
-    assert [entry.version for entry in states()] == [3, 1]
+    assert [entry.version for entry in states()] == [7, 1]
 
 
 def test_a_copy_of_a_dropped_state_comes_back(device):
@@ -344,7 +349,8 @@ def test_a_copy_of_a_dropped_state_comes_back(device):
     back = jax.device_get(fresh)  # NumPy arrays, which nobody watches
     del fresh
     gc.collect()
-    other = step(params, other)
+    for _ in range(3):
+        other = jax.block_until_ready(step(params, other))
     assert num_unused() == 0
     state = jax.block_until_ready(step(params, back))
     if device.platform != "cpu":  # it did not look at the token
@@ -361,9 +367,10 @@ def test_a_shortage_names_what_nobody_holds(device, monkeypatch):
     tx, params = paged_adam8bit(1e-2), make_params()
     lost = make_step(tx)(params, tx.init(params))
     notices_are_about(monkeypatch, device)
-    with pytest.warns(RuntimeWarning, match=r"host memory\.$"):
+    with pytest.warns(RuntimeWarning, match="host memory") as warned:
         hooks.post_notice(0, 1 << 20, "moments are in host memory.")
         hooks.deliver_notices()
+    assert "no array" not in str(warned[0].message)
     del lost
     gc.collect()
     forget_notices(monkeypatch)
