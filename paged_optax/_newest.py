@@ -34,17 +34,17 @@ def newest(opt_state: Any, *, of: Sequence[StateInfo] | None = None) -> Any:
       opt_state: any optax state with paged states in it, of whatever version: a chain, states of
         `optax.masked`, `optax.partition` and `MultiSteps`, a TrainState. Of an nnx.Optimizer pass
         ``optimizer.opt_state``.
-      of: for an `opt_state` that was donated, so that nothing in it can be read: which states it
-        is, one entry of `states` for each paged state, in tree order. It is not needed where this
-        process has one state alone.
+      of: for an `opt_state` that was donated, or is of a program that failed, so that nothing in
+        it can be read: which states it is, one entry of `states` for each paged state, in tree
+        order. It is not needed where this process has one state alone.
 
     Returns:
       The same tree with the newest tokens, and with their counts. Counts elsewhere in the tree that
       were equal, such as those of schedules, go with them. All else is returned as it was given.
 
     Raises:
-      ValueError: if there is no paged state; if it was donated, and it is not clear which it was;
-        if something else in the tree was donated.
+      ValueError: if there is no paged state; if it cannot be read, and it is not clear which it
+        was; if something else in the tree cannot be read.
       StateRefused: if the moments were released or are not in this process, if the state is of an
         earlier training, which a step from its initial state ended, or if the devices have
         different moments.
@@ -74,7 +74,7 @@ def newest(opt_state: Any, *, of: Sequence[StateInfo] | None = None) -> Any:
             old_counts.add(int(np.asarray(_first(state.count))))
             count = int(np.asarray(_first(state.count))) if count is None else count
         elif count is None:
-            raise ValueError(f"the count of {_name(paths[i])} was donated, and is not known")
+            raise ValueError(f"the count of {_name(paths[i])} is gone, and is not known")
         new_counts.add(count)
         token = np.array([handle or read_anyway(state)[0], version], np.int32)
         nodes[i] = put_in(nodes[i], token, count)
@@ -97,9 +97,9 @@ def _donated_handles(
     if len(found) > 1 or len(alive) != 1:
         lines = "\n".join(f"  {entry}" for entry in alive)
         raise ValueError(
-            "this optimizer state was donated to a program, so nothing tells which it is. Pass the"
-            " entries of paged_optax.states() that it is, one for each paged state:"
-            f" newest(opt_state, of=[...]). There are {len(alive)}:\n{lines}"
+            "this optimizer state was donated to a program, or is of one that failed, so nothing"
+            " tells which it is. Pass the entries of paged_optax.states() that it is, one for each"
+            f" paged state: newest(opt_state, of=[...]). There are {len(alive)}:\n{lines}"
         )
     return [alive[0].handle]
 
@@ -131,9 +131,15 @@ def _first(tree: Any) -> Any:
 
 
 def _is_gone(tree: Any) -> bool:
+    """Whether an array was donated, or comes from a program that failed."""
     array = _first(tree)
-    is_concrete = isinstance(array, jax.Array) and not isinstance(array, Tracer)
-    return is_concrete and array.is_deleted()
+    if not isinstance(array, jax.Array) or isinstance(array, Tracer):
+        return False
+    try:
+        array.block_until_ready()
+    except RuntimeError:
+        return True
+    return array.is_deleted()
 
 
 def _move_counts(
@@ -146,12 +152,14 @@ def _move_counts(
         if isinstance(node, Tracer):
             continue
         is_count = node.shape == () and node.dtype == jnp.int32 and _is_count(paths[i])
-        if is_count and len(new) == 1 and (node.is_deleted() or {int(node)} == old):
+        is_gone = _is_gone(node)
+        if is_count and len(new) == 1 and (is_gone or {int(node)} == old):
             nodes[i] = put(np.array(next(iter(new)), np.int32), node)
-        elif node.is_deleted():
+        elif is_gone:
             raise ValueError(
-                f"{_name(paths[i])} of the optimizer state was donated to a program and is gone."
-                " Paged states come back; the rest has to come from a copy, or from init(params)."
+                f"{_name(paths[i])} of the optimizer state was donated to a program, or is of one"
+                " that failed, and is gone. Paged states come back; the rest has to come from a"
+                " copy, or from init(params)."
             )
 
 

@@ -4,7 +4,7 @@ import atexit
 import os
 import warnings
 
-from . import _ext
+from . import _ext, _watch
 from ._bytes import format_bytes
 from ._pool import advise, xla_pool
 from ._refused import warn_of_refusal
@@ -53,6 +53,7 @@ def _forget_parent() -> None:
     """In a forked process: it has no pager to stop, and no thread that could give up a lock."""
     atexit.unregister(_ext.stop_pagers)
     _ext.forget_parent()
+    _watch.forget_parent()
 
 
 os.register_at_fork(after_in_child=_forget_parent)

@@ -1,5 +1,6 @@
 """Which states have moments in this process, also those that nobody can name any more."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -111,7 +112,8 @@ def _held_handles() -> set[int]:
         for array in jax.live_arrays(platform):
             if array.dtype != jnp.int32 or array.shape != TOKEN_SHAPE or array.is_deleted():
                 continue
-            handles.add(int(np.asarray(array.addressable_shards[0].data).ravel()[0]))
+            with contextlib.suppress(RuntimeError):  # of a program that failed
+                handles.add(int(np.asarray(array.addressable_shards[0].data).ravel()[0]))
     return handles
 
 

@@ -68,7 +68,18 @@ def await_steps() -> None:
 
 
 def _is_ready(array: Any) -> bool:
-    return array.is_ready()
+    try:
+        return array.is_ready()
+    except RuntimeError:  # its backend is gone
+        return True
+
+
+def forget_parent() -> None:
+    """In a forked process: the thread that had the lock may not be here."""
+    global _lock
+    _lock = threading.RLock()
+    for container in (_under_way, _ended, _by_array, _by_ref, _gone):
+        container.clear()
 
 
 def note_use(value: Any) -> None:
