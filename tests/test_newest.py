@@ -110,8 +110,9 @@ def test_after_a_callback_that_raises():
     found = newest(state)
     assert found[0].count == 2
     state = step(params, found)
-    failed = logging_step(params, state)  # JAX makes arrays of it that cannot be read
-    found = newest(failed)
+    with contextlib.suppress(Exception):  # JAX raises, or makes arrays that cannot be read
+        state = logging_step(params, state)
+    found = newest(state)
     assert found[0].count == 4
     step(params, found)
     with contextlib.suppress(Exception):
