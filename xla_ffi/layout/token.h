@@ -107,9 +107,9 @@ struct Rejection {
   uint64_t fingerprint;  // of the call
 };
 
-// A fresh state whose step ended a life that had seen so many. `steps` is written last; 0 means that
-// there is nothing to report. One step alone is no such life: who runs the first step again, as
-// optax.MultiSteps does, begins anew.
+// A fresh state whose step ended a life that had seen so many. `steps` is written last; 0 means
+// that there is nothing to report. One step alone is no such life: who runs the first step again,
+// as optax.MultiSteps does, begins anew.
 struct Restart {
   int32_t steps;
   int32_t handle;

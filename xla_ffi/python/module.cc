@@ -45,7 +45,8 @@ namespace {
 
 constexpr char kStateRefusedDoc[] =
     "An optimizer state was refused, by a step or by a question about it.\n\n"
-    "The step changed nothing: its update is zero, and the moments are as they were. The text says\n"
+    "The step changed nothing: its update is zero, and the moments are as they were. The text "
+    "says\n"
     "why, and what to do. docs/refused.md says where and when it is raised.";
 
 #if PAGED_OPTAX_CUDA

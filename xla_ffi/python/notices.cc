@@ -67,7 +67,7 @@ void DeliverNotices() {
     }
     try {
       py::handle(notices.handler)(notice.ordinal, notice.missing_bytes, notice.text,
-                                     notice.kind == Notice::Kind::kRefusal);
+                                  notice.kind == Notice::Kind::kRefusal);
     } catch (py::error_already_set& error) {
       // Where warnings are errors. This may be any place of the user's program: nothing to unwind.
       error.discard_as_unraisable("a notice of paged_optax");

@@ -20,10 +20,9 @@ std::shared_ptr<Arena> MakeArena(const Request& request, Token token) {
                                        LeafNames(request.names, signature.Leaves().size()),
                                        request.policy,
                                        request.part});
-  arena->header = {token.handle,          0,
-                   signature.num_slots(), {0, 0},
-                   {kNoCount, kNoCount},  0,
-                   &arena->segments,      LayoutOf(request.fingerprint, request.part)};
+  arena->header = {
+      token.handle,         0, signature.num_slots(), {0, 0},
+      {kNoCount, kNoCount}, 0, &arena->segments,      LayoutOf(request.fingerprint, request.part)};
   return arena;
 }
 

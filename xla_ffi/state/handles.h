@@ -120,8 +120,8 @@ class Handles {
   Range own_;
   Range shared_{0, 0};  // {0, 0}: not set
   std::vector<Range> parents_;
-  std::deque<Issued> issued_;  // recent
-  std::deque<Used> used_;      // recent
+  std::deque<Issued> issued_;       // recent
+  std::deque<Used> used_;           // recent
   std::map<int32_t, Time> unused_;  // issued when; no arena on any device yet
   std::set<int32_t> dropped_;       // the same, and forgotten
   std::atomic<int64_t> num_unused_{0};

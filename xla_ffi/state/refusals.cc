@@ -24,16 +24,15 @@ bool Refusals::Add(Token token, std::string text) {
 
 std::optional<std::string> Refusals::Take(std::optional<int32_t> handle) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = std::find_if(
-      waiting_.begin(), waiting_.end(),
-      [&](const Refused& each) { return !handle || each.token.handle == *handle; });
+  const auto found = std::find_if(waiting_.begin(), waiting_.end(), [&](const Refused& each) {
+    return !handle || each.token.handle == *handle;
+  });
   if (found == waiting_.end()) return std::nullopt;
   std::string text = std::move(found->text);
   const int32_t taken = found->token.handle;
-  waiting_.erase(
-      std::remove_if(waiting_.begin(), waiting_.end(),
-                     [&](const Refused& each) { return each.token.handle == taken; }),
-      waiting_.end());
+  waiting_.erase(std::remove_if(waiting_.begin(), waiting_.end(),
+                                [&](const Refused& each) { return each.token.handle == taken; }),
+                 waiting_.end());
   count_ = static_cast<int>(waiting_.size());
   return text;
 }

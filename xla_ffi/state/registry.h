@@ -76,7 +76,8 @@ class Registry {
 
   // The newest contents that all devices have: their version, 0 for a fresh state, and the count of
   // a state with them, kNoCount if it is not known; and the first version of their life, 0 before
-  // the first step. Nothing if there is neither an arena nor an unused handle. Waits for the device.
+  // the first step. Nothing if there is neither an arena nor an unused handle. Waits for the
+  // device.
   struct Newest {
     int32_t version;
     int32_t count;
@@ -93,8 +94,8 @@ class Registry {
   // Whether NewestVersion would say something. Does not wait.
   bool IsAlive(int32_t handle);
 
-  // Stores other codes and words of some leaves in the place of the newest contents, once no step, no
-  // move and no snapshot is under way, under a new version, which it returns.
+  // Stores other codes and words of some leaves in the place of the newest contents, once no step,
+  // no move and no snapshot is under way, under a new version, which it returns.
   int32_t Rewrite(DeviceId device, Token token, const std::vector<LeafRewrite>& leaves);
 
   // Limits the moments of a state to so many bytes of each device's memory (negative: no limit) and
@@ -117,11 +118,11 @@ class Registry {
 
   Handles handles_;
   std::mutex mutex_;
-  std::mutex rewriting_;  // taken before all others
+  std::mutex rewriting_;                                 // taken before all others
   std::map<DeviceId, std::unique_ptr<Device>> devices_;  // never removed
   std::set<int32_t> restarted_;                          // handles that NoteRestarted knows
   Refusals refusals_;
-  std::unordered_map<uint64_t, Signature> signatures_;   // never removed
+  std::unordered_map<uint64_t, Signature> signatures_;  // never removed
 };
 
 }  // namespace paged_optax

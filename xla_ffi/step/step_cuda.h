@@ -39,7 +39,7 @@ struct CudaUpdate {
   Header* headers;
   int num_headers;
   Reports* reports;  // null if the host has reported this step already
-  void* scratch;  // ScratchBytes
+  void* scratch;     // ScratchBytes
   const Token* token;
   const int32_t* count;
   const float* hyperparams;
