@@ -202,7 +202,7 @@ def read_rows(args, tokenizer) -> tuple[Rows, Rows]:
         files = [list(text_data.read_documents(path, tokenizer)) for path in args.text]
     else:
         conversations = text_data.python_questions()
-        np.random.default_rng(0).shuffle(conversations)  # type: ignore[arg-type]
+        args.prompt = args.prompt or conversations[text_data.HELD_OUT - 1][0]["content"]
         files = [[text_data.from_messages(messages, tokenizer) for messages in conversations]]
     halves = [text_data.split(documents) for documents in files]
     learn, hold_out = ([d for half in side for d in half] for side in zip(*halves, strict=True))
@@ -251,7 +251,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--warmup", type=int, default=10, help="updates until the peak")
     add("--weight-decay", type=float, default=0.0, help="where the optimizer has it")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="compute dtype")
-    add("--prompt", default="What does os.path.join do in Python?", help="to answer")
+    add("--prompt", help="to answer before and after (default: a question that was held out)")
     add("--answer-tokens", type=int, default=64, help="length of the answer, at most")
     add("--seed", type=int, default=0, help="seed of the adapters and the rows' order")
     add("--log-every", type=int, default=5, help="updates between two readings of the loss")
@@ -289,13 +289,14 @@ def main(argv: list[str] | None = None) -> Result:
     print(f"base in {held / 2**20:,.0f} MiB; rows: {len(learn.ids)}, held out {len(hold_out.ids)}")
 
     options = {"config": config, "scale": args.alpha / args.rank, "dtype": args.dtype}
-    said = answer(base, {}, tokenizer, args, options)
+    said = answer(base, {}, tokenizer, args, options) if args.prompt else ""
     lora, result = finetune(base, learn, hold_out, args, options)
     peft_adapter.save(args.adapter, lora, args.alpha, str(folder))
     print(finetuning.summary(result, args))
     finetuning.plot(result, args, f"QLoRA, rank {args.rank}")
-    print(f"\n{args.prompt}\nbefore: {said}")
-    print(f"after:  {answer(base, lora, tokenizer, args, options)}")
+    if args.prompt:
+        print(f"\n{args.prompt}\nbefore: {said}")
+        print(f"after:  {answer(base, lora, tokenizer, args, options)}")
     print(f"\nadapters saved in '{args.adapter}' (PEFT's format), plot as {args.out}")
     return result
 

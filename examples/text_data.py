@@ -7,6 +7,7 @@ counts for the loss. Documents are packed: they follow each other, and every row
 
 import dataclasses
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,9 @@ def python_questions() -> list[list[dict[str, str]]]:
                 continue
             question = f"What does {name}.{function} do in Python?"
             answers.setdefault(answer, question)
-    return [
+    conversations = [
         [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         for answer, question in answers.items()
     ]
+    random.Random(0).shuffle(conversations)
+    return conversations
