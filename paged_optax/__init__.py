@@ -34,6 +34,7 @@ from ._adam import (
     paged_adamw8bit,
     scale_by_paged_adam8bit,
 )
+from ._bitsandbytes import from_bitsandbytes
 from ._check import check_last
 from ._checkpoint import export_moments, import_moments, load_moments, save_moments
 from ._convert import from_optax, to_optax
@@ -42,8 +43,11 @@ from ._memory import evict, prefetch, release, release_all
 from ._moments import Moments, moments
 from ._options import Paging, Quantization
 from ._orbax import use_orbax_hook
+from ._plan import Plan, plan
+from ._plan_room import PlannedUsage
 from ._report import DeviceMemory, LeafGroup, MemoryReport, memory_report
 from ._skip import SkipNonFiniteState, skip_non_finite
+from ._to_bitsandbytes import to_bitsandbytes
 
 __version__ = "0.1.0"
 
@@ -54,6 +58,8 @@ __all__ = [
     "Moments",
     "MultiSteps",
     "Paging",
+    "Plan",
+    "PlannedUsage",
     "Quantization",
     "ScaleByPagedAdam8bitState",
     "ScaleByPagedLion8bitState",
@@ -61,6 +67,7 @@ __all__ = [
     "check_last",
     "evict",
     "export_moments",
+    "from_bitsandbytes",
     "from_optax",
     "import_moments",
     "load_moments",
@@ -69,6 +76,7 @@ __all__ = [
     "paged_adam8bit",
     "paged_adamw8bit",
     "paged_lion8bit",
+    "plan",
     "prefetch",
     "release",
     "release_all",
@@ -76,6 +84,7 @@ __all__ = [
     "scale_by_paged_adam8bit",
     "scale_by_paged_lion8bit",
     "skip_non_finite",
+    "to_bitsandbytes",
     "to_optax",
     "use_orbax_hook",
 ]
