@@ -6,8 +6,11 @@ counts for the loss. Documents are packed: they follow each other, and every row
 """
 
 import dataclasses
+import importlib
+import inspect
 import json
 import random
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,10 +139,6 @@ def batches(rows: Rows, shape: tuple[int, ...], steps: int, seed: int, first: in
 
 def python_questions() -> list[list[dict[str, str]]]:
     """Returns conversations on functions of the standard library; answers are their docstrings."""
-    import importlib
-    import inspect
-    import warnings
-
     names = "argparse ast base64 bisect calendar collections colorsys configparser contextlib copy"
     names += (
         " csv datetime dis email fileinput fnmatch fractions ftplib functools gettext glob gzip"
@@ -155,17 +154,14 @@ def python_questions() -> list[list[dict[str, str]]]:
     )
     names += " urllib.parse urllib.request uuid warnings wave weakref webbrowser zipfile zlib"
     answers = {}  # each once, so that no answer is learnt from and held out
-    for name in names.split():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            module = importlib.import_module(name)
-        for function, value in sorted(vars(module).items()):
-            lines = (inspect.getdoc(value) or "").partition("\n\n")[0].split("\n")
-            answer = " ".join(lines).strip()
-            if function.startswith("_") or not callable(value) or not 20 < len(answer) < 300:
-                continue
-            question = f"What does {name}.{function} do in Python?"
-            answers.setdefault(answer, question)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some functions are deprecated
+        for name in names.split():
+            for function, value in sorted(vars(importlib.import_module(name)).items()):
+                lines = (inspect.getdoc(value) or "").partition("\n\n")[0].split("\n")
+                answer = " ".join(lines).strip()
+                if callable(value) and not function.startswith("_") and 20 < len(answer) < 300:
+                    answers.setdefault(answer, f"What does {name}.{function} do in Python?")
     conversations = [
         [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         for answer, question in answers.items()
