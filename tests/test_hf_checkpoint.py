@@ -6,15 +6,18 @@ import sys
 import textwrap
 from pathlib import Path
 
-import hf_checkpoint
 import llama
 import ml_dtypes
 import nf4
 import numpy as np
-import peft_adapter
 import pytest
-from hf_checkpoint import CheckpointError
-from safetensors.numpy import save_file
+
+pytest.importorskip("safetensors")
+pytest.importorskip("tqdm")
+import hf_checkpoint  # noqa: E402
+import peft_adapter  # noqa: E402
+from hf_checkpoint import CheckpointError  # noqa: E402
+from safetensors.numpy import save_file  # noqa: E402
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 HF = {
