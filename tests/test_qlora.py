@@ -4,6 +4,7 @@ import json
 import types
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 import text_data
@@ -138,7 +139,8 @@ def example(tmp_path, monkeypatch):
     arguments = "model --text chats.jsonl --steps 6 --warmup 1 --seq-len 16 --batch 2"
     arguments += " --rank 4 --lr 0.02 --log-every 1 --answer-tokens 3 --prompt why"
     arguments += " --dtype float32 --save-every 2"
-    return types.SimpleNamespace(qlora=qlora, arguments=arguments.split(), folder=tmp_path)
+    with jax.numpy_dtype_promotion("standard"):  # optax's schedules need it
+        yield types.SimpleNamespace(qlora=qlora, arguments=arguments.split(), folder=tmp_path)
 
 
 @pytest.mark.slow
