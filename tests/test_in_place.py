@@ -19,7 +19,9 @@ from helpers import (
     Token,
     assert_trees_equal,
     f32,
+    is_zero,
     make_tree,
+    raise_if_rejected,
     reference,
     residuals_of,
     same_bits,
@@ -395,6 +397,24 @@ def test_a_refused_step_is_an_error():
     with pytest.raises(RAISES, match="not the newest"):
         jax.block_until_ready(apply_gradients(tx, some_grads(0)[0], state, params))
     assert newer is not None and old is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("donate", [(), (1, 2)], ids=["kept", "donated"])
+def test_a_gpu_leaves_the_parameters_of_a_refused_step(donate):
+    """In either memory; the error comes with the next call."""
+    with jax.default_device(jax.devices("gpu")[0]):
+        tx, params = paged_adamw8bit(RATE), to_jax(make_tree(50, TREE))
+        step = jax.jit(functools.partial(apply_gradients, tx), donate_argnums=donate)
+        grads = some_grads(0)[0]
+        _, old = eager(tx, params, [grads])
+        _, newer = apply_gradients(tx, grads, jax.tree.map(jnp.copy, old), params)
+        _, newest = apply_gradients(tx, grads, newer, params)
+        kept, _ = step(grads, jax.tree.map(jnp.copy, old), jax.tree.map(jnp.copy, params))
+        assert_trees_equal(kept, params)
+        with pytest.raises(RuntimeError, match="not the newest"):
+            raise_if_rejected()
+        assert not is_zero(apply_gradients(tx, grads, newest, params)[0])
 
 
 # --- Memory -------------------------------------------------------------------------------------
