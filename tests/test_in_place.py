@@ -24,6 +24,7 @@ from helpers import (
     raise_if_rejected,
     reference,
     residuals_of,
+    run_python,
     same_bits,
     stack,
     to_jax,
@@ -475,6 +476,41 @@ def test_nothing_to_step():
         new, state = apply_gradients(tx, params, tx.init(params), params)
         assert jax.tree.structure(new) == jax.tree.structure(params)
         new, state = apply_gradients(tx, params, state, new)
+
+
+def test_copied_parameters_are_noticed(tmp_path):
+    """Once, and only if they are elsewhere at each of many steps."""
+    run_python(
+        """
+        import functools, warnings
+        import jax, jax.numpy as jnp
+        from paged_optax import apply_gradients, paged_adamw8bit
+
+        jax.config.update("jax_platforms", "cpu")
+        tx = paged_adamw8bit(0.1)
+        grads = {"w": jnp.ones(5000), "b": jnp.ones(3)}
+
+        def train(num_steps, **options):
+            step = jax.jit(functools.partial(apply_gradients, tx), **options)
+            params, state = jax.tree.map(jnp.copy, grads), tx.init(grads)
+            for _ in range(num_steps):
+                params, state = step(grads, state, params)
+
+        warnings.simplefilter("error")
+        train(100, donate_argnums=(1, 2))
+        train(20)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            train(100)
+            train(100)
+            for _ in range(1000):  # the interpreter passes a notice on between two instructions
+                pass
+        (warning,) = said
+        assert "copied before each of the last 32 steps in place" in str(warning.message)
+        assert "donate_argnums" in str(warning.message)
+        """,
+        tmp_path,
+    )
 
 
 def compiled_step(tx, params, donate):
