@@ -149,6 +149,9 @@ ffi::Error UpdateCpu(ffi::ThreadPool pool, ffi::RunId run, int32_t device, Updat
     RunOnCpu(pool, call, step, fresh ? nullptr : bases[judgement.source][0],
              bases[judgement.target][0]);
     *call.new_token = Advance(&arena->header, judgement);
+    if (call.kind.output == Output::kParams && !call.leaves.empty()) {
+      registry.copies().Note(id, token.handle, call.leaves[0].params);
+    }
   });
 }
 
@@ -226,6 +229,10 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
       update.regions[i] = {call.extent.regions[i], call.ranges[i].first, call.ranges[i].count};
     }
     LaunchUpdate(update, device, stream);
+    // The host does not know which state this is, but of one state alone it can say something.
+    if (call.kind.output == Output::kParams && update.num_headers == 1 && !call.leaves.empty()) {
+      registry.copies().Note(gpu.id(), 0, call.leaves[0].params);
+    }
     gpu.AfterStep(lock, stream);
   });
 }
