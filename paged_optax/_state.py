@@ -9,13 +9,15 @@ the moments stay as they were. `xla_ffi/README.md` gives the full contract.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from . import _calls
 from ._ffi import TOKEN_SHAPE
@@ -64,6 +66,20 @@ def new_token(num_leaves: int) -> Token:
     if num_leaves == 0:
         return Token(jnp.zeros(TOKEN_SHAPE, jnp.int32))
     return Token(_calls.issue(np.array([next(_seeds) % 2**31, 0], np.int32)))
+
+
+def replicate(state: T, params: Sequence[Any]) -> T:
+    """A fresh state on the mesh of the parameters, if they are on one: the same on every device.
+
+    A state that is restored or moved where the parameters are finds the mesh in it.
+    """
+    shardings = [getattr(leaf, "sharding", None) for leaf in params if not isinstance(leaf, Tracer)]
+    for sharding in shardings:
+        if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+            continue
+        if isinstance(sharding.mesh, Mesh) and sharding.is_fully_addressable:
+            return jax.device_put(state, NamedSharding(sharding.mesh, P()))
+    return state
 
 
 def check_state(state: Any, kind: type) -> jax.Array:

@@ -16,7 +16,7 @@ from ._options import Options
 from ._refusals import guard
 from ._rule import Rule, stack
 from ._skip import Skip, follow, skipping
-from ._state import Token, check_state, new_token
+from ._state import Token, check_state, new_token, replicate
 from ._step import make_step
 from ._validate import check_dtypes, check_flag, check_rate, check_shapes
 
@@ -75,7 +75,9 @@ def _paged(
         leaves = jax.tree_util.tree_leaves_with_path(params)
         check_dtypes("parameter", leaves)
         guard(*(leaf for _, leaf in leaves if isinstance(leaf, Tracer)))
-        return state_type(count=jnp.zeros([], jnp.int32), token=new_token(num_leaves=len(leaves)))
+        arrays = [leaf for _, leaf in leaves]
+        state = state_type(count=jnp.zeros([], jnp.int32), token=new_token(num_leaves=len(leaves)))
+        return replicate(state, arrays)
 
     def update_fn(updates, state, params=None, *, skip: Skip | None = None, **extra_args):
         del extra_args
