@@ -43,6 +43,8 @@ from ._memory import evict, prefetch, release, release_all
 from ._moments import Moments, moments
 from ._options import Paging, Quantization
 from ._orbax import use_orbax_hook
+from ._plan import Plan, plan
+from ._plan_room import PlannedUsage
 from ._report import DeviceMemory, LeafGroup, MemoryReport, memory_report
 from ._skip import SkipNonFiniteState, skip_non_finite
 from ._to_bitsandbytes import to_bitsandbytes
@@ -56,6 +58,8 @@ __all__ = [
     "Moments",
     "MultiSteps",
     "Paging",
+    "Plan",
+    "PlannedUsage",
     "Quantization",
     "ScaleByPagedAdam8bitState",
     "ScaleByPagedLion8bitState",
@@ -72,6 +76,7 @@ __all__ = [
     "paged_adam8bit",
     "paged_adamw8bit",
     "paged_lion8bit",
+    "plan",
     "prefetch",
     "release",
     "release_all",
