@@ -11,6 +11,7 @@ References:
   Hugging Face, `safetensors <https://huggingface.co/docs/safetensors>`_
 """
 
+import concurrent.futures
 import contextlib
 import json
 import math
@@ -78,12 +79,19 @@ def write(file: BinaryIO, states: Sequence[Contents | None], **extra: Any) -> in
     file.write(struct.pack("<Q", len(text)))
     file.write(text)
     sums, written = [zlib.crc32(text)], 8 + len(text)
-    for entry in _metadata.entries_of(states):
-        array = entry.read()
-        assert array.dtype == entry.field.dtype and array.shape == entry.shape, entry.key
-        data = memoryview(np.ascontiguousarray(array).reshape(-1)).cast("B")
-        sums.append(zlib.crc32(data))
-        written += file.write(data)
+    # One array is written while the next one is read and summed.
+    with concurrent.futures.ThreadPoolExecutor(1) as writer:
+        pending: concurrent.futures.Future[int] | None = None
+        for entry in _metadata.entries_of(states):
+            array = entry.read()
+            assert array.dtype == entry.field.dtype and array.shape == entry.shape, entry.key
+            data = memoryview(np.ascontiguousarray(array).reshape(-1)).cast("B")
+            sums.append(zlib.crc32(data))
+            if pending is not None:
+                written += pending.result()
+            pending = writer.submit(file.write, data)
+        if pending is not None:
+            written += pending.result()
     return written + file.write(np.array(sums, "<u4").tobytes())
 
 

@@ -29,10 +29,12 @@ PROGRAM = """
         step, params = checkpoints.make_step(tx), checkpoints.make_params(dtype)
         with checkpoints.Saver(sys.argv[1], sys.argv[2]) as saver:
             state = saver.restore(tx.init(params))
-            for i in range(int(state[0].count), 100_000):
+            first = int(state[0].count)
+            for i in range(first, 100_000):
                 _, state = checkpoints.advance(step, params, state, i, 1)
                 saver.save(i + 1, state)
-                print("saved", flush=True)
+                if i == first + 2:  # Orbax ends the save before when it begins another
+                    print("saved", flush=True)
 
     for line in sys.stdin:
         child = os.fork()

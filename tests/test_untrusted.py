@@ -117,9 +117,9 @@ def test_mutated_arrays(format, count):
             at, size = int(rng.integers(len(data))), int(rng.integers(1, 9))
             data[at : at + size] = rng.bytes(len(data[at : at + size]))
         array = np.frombuffer(bytes(data), good[name].dtype).reshape(good[name].shape)
-        state = paged_optax.import_moments(tx.init(params), good | {name: array})
+        restored = paged_optax.import_moments(tx.init(params), good | {name: array})
         try:
-            _, state = update(params, state, params)
+            _, state = update(params, restored, params)
             jax.block_until_ready(state)
             found = moments(state)
             assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(found))
@@ -127,7 +127,7 @@ def test_mutated_arrays(format, count):
         except RAISES:
             refused += 1
         finally:
-            paged_optax.release(state)
+            paged_optax.release(restored)
     assert refused < tried
 
 
