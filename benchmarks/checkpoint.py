@@ -22,6 +22,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +117,7 @@ def main() -> None:
 def run(folder: Path, num_leaves: int) -> None:
     tx = paged_optax.scale_by_paged_adam8bit()
     update = jax.jit(tx.update, donate_argnums=0)
-    shapes = [jax.ShapeDtypeStruct(LEAF, jnp.bfloat16)] * num_leaves
+    shapes: Any = [jax.ShapeDtypeStruct(LEAF, jnp.bfloat16)] * num_leaves
 
     @jax.jit
     def make_grads():

@@ -4,6 +4,7 @@ Nothing here is about paged moments: Orbax carries them because `paged_optax` is
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -29,37 +30,38 @@ class Checkpoints:
         if self.manager:
             self.manager.close()  # waits for the checkpoint that is being written
 
-    def _state(self):
+    def _states(self) -> dict[str, Any]:
         # What is trained; the rest of the model is made anew by the same arguments.
         return {
-            "params": nnx.to_pure_dict(nnx.state(self.model, self.optimizer.wrt)),
-            "optimizer": nnx.to_pure_dict(nnx.state(self.optimizer)),
+            "params": nnx.state(self.model, self.optimizer.wrt),
+            "optimizer": nnx.state(self.optimizer),
         }
+
+    def _arrays(self) -> dict[str, Any]:
+        return {name: nnx.to_pure_dict(state) for name, state in self._states().items()}
 
     def restore(self) -> tuple[int, list]:
         """Puts the newest checkpoint into model and optimizer; returns its step and history."""
         step = self.manager and self.manager.latest_step()
         if not self.manager or step is None:
             return 0, []
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, self._state())
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, self._arrays())
         restored = self.manager.restore(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(shapes), history=ocp.args.JsonRestore()
+                arrays=ocp.args.StandardRestore(shapes), history=ocp.args.JsonRestore()
             ),
         )
-        for module, name in ((self.model, "params"), (self.optimizer, "optimizer")):
-            kinds = (self.optimizer.wrt,) if name == "params" else ()
-            state = nnx.state(module, *kinds)
-            nnx.replace_by_pure_dict(state, restored["state"][name])
-            nnx.update(module, state)
-        return step, [tuple(row) for row in restored["history"]]
+        for name, state in self._states().items():
+            nnx.replace_by_pure_dict(state, restored["arrays"][name])
+            nnx.update(self.model if name == "params" else self.optimizer, state)
+        return step, [tuple(row) for row in restored["history"]["rows"]]
 
     def save(self, step: int, history: list) -> None:
         """Saves after every so many steps; training goes on while the files are written."""
         if self.manager and step % self.every == 0:
             items = {
-                "state": ocp.args.StandardSave(self._state()),
-                "history": ocp.args.JsonSave(history),
+                "arrays": ocp.args.StandardSave(self._arrays()),
+                "history": ocp.args.JsonSave({"rows": list(history)}),
             }
             self.manager.save(step, args=ocp.args.Composite(**items))
