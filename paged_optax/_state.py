@@ -9,7 +9,7 @@ the moments stay as they were. `xla_ffi/README.md` gives the full contract.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import jax
@@ -68,18 +68,23 @@ def new_token(num_leaves: int) -> Token:
     return Token(_calls.issue(np.array([next(_seeds) % 2**31, 0], np.int32)))
 
 
-def replicate(state: T, params: Sequence[Any]) -> T:
+def make_beside(params: Sequence[Any], make: Callable[[], T]) -> T:
     """A fresh state on the mesh of the parameters, if they are on one: the same on every device.
 
-    A state that is restored or moved where the parameters are finds the mesh in it.
+    A program that restores a state, or puts it where the parameters are, finds the mesh in it.
     """
-    shardings = [getattr(leaf, "sharding", None) for leaf in params if not isinstance(leaf, Tracer)]
-    for sharding in shardings:
-        if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+    for leaf in params:
+        sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+        if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
             continue
-        if isinstance(sharding.mesh, Mesh) and sharding.is_fully_addressable:
-            return jax.device_put(state, NamedSharding(sharding.mesh, P()))
-    return state
+        if sharding.mesh.size == 1:
+            continue
+        everywhere = NamedSharding(sharding.mesh, P())
+        if sharding.is_fully_addressable:
+            return jax.device_put(make(), everywhere)
+        # One program of all processes, so that they get the same handle.
+        return jax.jit(make, out_shardings=everywhere)()
+    return make()
 
 
 def check_state(state: Any, kind: type) -> jax.Array:

@@ -12,11 +12,12 @@ from jax.core import Tracer
 
 from . import _calls
 from ._ffi import SKIP_STEP
+from ._names import number_tree
 from ._options import Options
 from ._refusals import guard
 from ._rule import Rule, stack
 from ._skip import Skip, follow, skipping
-from ._state import Token, check_state, new_token, replicate
+from ._state import Token, check_state, make_beside, new_token
 from ._step import make_step
 from ._validate import check_dtypes, check_flag, check_rate, check_shapes
 
@@ -72,12 +73,15 @@ def _paged(
     """The transformation that makes the custom call, for the direction or all of `descent`."""
 
     def init_fn(params):
-        leaves = jax.tree_util.tree_leaves_with_path(params)
+        leaves, tree = jax.tree_util.tree_flatten_with_path(params)
         check_dtypes("parameter", leaves)
         guard(*(leaf for _, leaf in leaves if isinstance(leaf, Tracer)))
-        arrays = [leaf for _, leaf in leaves]
-        state = state_type(count=jnp.zeros([], jnp.int32), token=new_token(num_leaves=len(leaves)))
-        return replicate(state, arrays)
+        # `moments` of a state that is restored before any update shows them in this tree.
+        number_tree(tuple(jax.tree_util.keystr(path) for path, _ in leaves), tree)
+        return make_beside(
+            [leaf for _, leaf in leaves],
+            lambda: state_type(jnp.zeros([], jnp.int32), new_token(num_leaves=len(leaves))),
+        )
 
     def update_fn(updates, state, params=None, *, skip: Skip | None = None, **extra_args):
         del extra_args

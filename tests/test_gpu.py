@@ -245,7 +245,7 @@ def test_missing_moments_start_over_on_the_device():
     step = jax.jit(tx.update)
     state = from_elsewhere(tx.init(params)._replace(count=jnp.int32(100)), 57)
     raise_if_rejected()
-    with pytest.warns(RuntimeWarning, match=r"start at zero on gpu:0"):
+    with pytest.warns(RuntimeWarning, match=r"start at zero on cuda:0"):
         _, state = step(params, state)
         jax.block_until_ready(state)
         memory_report(state)

@@ -161,8 +161,7 @@ RESUME = """
     def main():
         params, x = make_inputs(mesh)
         if phase == "save":
-            state = jax.jit(tx.init, out_shardings=NamedSharding(mesh, P()))(params)
-            params, state = advance(params, state, x, 3)
+            params, state = advance(params, tx.init(params), x, 3)
             save(params, state)
             ends = {"save": advance(params, state, x, 3)}
         else:
