@@ -9,6 +9,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import psutil
@@ -45,8 +46,10 @@ def windows(text: np.ndarray, starts: np.ndarray, seq_len: int) -> jax.Array:
     """
     ids = text[starts[..., None] + np.arange(seq_len + 1)].astype(np.int32)
     mesh = jax.sharding.get_mesh()
-    sharding = None if mesh.empty else NamedSharding(mesh, P(None, mesh.axis_names))
-    return jax.device_put(ids, sharding)
+    if mesh.empty:
+        return jnp.asarray(ids)
+    sharding = NamedSharding(mesh, P(None, mesh.axis_names))
+    return jax.make_array_from_callback(ids.shape, sharding, ids.__getitem__)
 
 
 # -------------------------------------------------------------------------------- the two trainings
@@ -54,7 +57,7 @@ def windows(text: np.ndarray, starts: np.ndarray, seq_len: int) -> jax.Array:
 
 @dataclasses.dataclass
 class Result:
-    """The outcome of a fine-tuning: losses in nats per byte, sizes in bytes."""
+    """The outcome of a fine-tuning: losses in nats per token, sizes in bytes."""
 
     before: float  # held-out loss of the base model
     after: float
@@ -64,6 +67,7 @@ class Result:
     report: str  # the optimizer's own account of its memory
     # columns: seconds, training loss, memory in use, memory of the optimizer state
     history: list[tuple[float, float, int, int]]
+    token: str = "byte"
 
 
 def held_out_loss(model: nnx.Module, text: np.ndarray, args: argparse.Namespace) -> float:
@@ -81,7 +85,8 @@ def train(model, optimizer, text, args, steps, accumulate, title, done=0, on_ste
     """
     rng = np.random.default_rng(args.seed)
     start = time.perf_counter()
-    with tqdm(total=steps, desc=title, unit="step", initial=done) as bar:
+    silent = jax.process_index() > 0
+    with tqdm(total=steps, desc=title, unit="step", initial=done, disable=silent) as bar:
         for step in range(steps):
             starts = rng.integers(len(text) - args.seq_len, size=(accumulate, args.batch))
             if step < done:
@@ -143,8 +148,8 @@ def finetune(model: nnx.Module, optimizer: nnx.Optimizer, args: argparse.Namespa
             done=done,
             on_step=lambda step: checkpoints.save(step, history),
         ):
-            in_use, held = memory_in_use(), sum(state_bytes().values())
-            history.append((earlier + seconds, loss, in_use, held))
+            held = jax.process_count() * sum(state_bytes().values())
+            history.append((earlier + seconds, loss, memory_in_use(), held))
     after = held_out_loss(model, hold_out, args)
 
     tokens = (args.steps - 1) * args.accumulate * args.batch * args.seq_len
@@ -165,7 +170,8 @@ def summary(result: Result, args: argparse.Namespace) -> str:
     rows = {args.optimizer: result.history[-1][3], "float32 AdamW": 8 * result.parameters}
     return "\n".join(
         [
-            f"held-out loss {result.before:.4f} before, {result.after:.4f} after (nats per byte)",
+            f"held-out loss {result.before:.4f} before, {result.after:.4f} after"
+            f" (nats per {result.token})",
             f"{result.tokens_per_second:,.0f} tokens per second",
             f"\n{'optimizer memory':<18}{'bytes':>12}{'per parameter':>16}",
             *(f"{k:<18}{size:>12,}{size / result.parameters:>16.2f}" for k, size in rows.items()),
@@ -181,7 +187,7 @@ def plot(result: Result, args: argparse.Namespace, title: str) -> None:
     top, middle, bottom = figure.subplots(3, sharex=True, height_ratios=(2, 1, 1))
     top.plot(seconds, losses, label="training")
     top.plot([0, seconds[-1]], [result.before, result.after], "o", label="held out")
-    top.set(title=f"{title}, {args.optimizer}", ylabel="loss (nats per byte)")
+    top.set(title=f"{title}, {args.optimizer}", ylabel=f"loss (nats per {result.token})")
     top.legend()
     middle.plot(seconds, in_use / 2**20)
     whose = "process" if jax.default_backend() == "cpu" else "held by XLA"

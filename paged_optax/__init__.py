@@ -38,6 +38,7 @@ from ._bitsandbytes import from_bitsandbytes
 from ._check import check_last
 from ._checkpoint import export_moments, import_moments, load_moments, save_moments
 from ._convert import from_optax, to_optax
+from ._in_place import apply_gradients
 from ._lion import ScaleByPagedLion8bitState, paged_lion8bit, scale_by_paged_lion8bit
 from ._memory import evict, prefetch, release, release_all
 from ._moments import Moments, moments
@@ -64,6 +65,7 @@ __all__ = [
     "ScaleByPagedAdam8bitState",
     "ScaleByPagedLion8bitState",
     "SkipNonFiniteState",
+    "apply_gradients",
     "check_last",
     "evict",
     "export_moments",

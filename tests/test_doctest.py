@@ -18,6 +18,7 @@ import paged_optax
 README = Path(__file__).parent.parent / "README.md"
 COMPATIBILITY = README.parent / "docs" / "compatibility.md"
 CHECKPOINTS = README.parent / "docs" / "checkpoints.md"
+SEVERAL_GPUS = README.parent / "docs" / "several_gpus.md"
 PLANNING = README.parent / "docs" / "planning.md"
 
 MODULES = ["paged_optax"] + [
@@ -39,6 +40,7 @@ FUNCTIONS = [
     paged_optax.paged_adamw8bit,
     paged_optax.paged_adam8bit,
     paged_optax.MultiSteps,
+    paged_optax.apply_gradients,
     paged_optax.moments,
     paged_optax.memory_report,
     paged_optax.save_moments,
@@ -76,8 +78,9 @@ def python_blocks(text):
         (README, ["-W", "error"]),
         (CHECKPOINTS, []),  # Orbax warns of its own code
         (PLANNING, ["-W", "error"]),
+        (SEVERAL_GPUS, ["-W", "error"]),
     ],
-    ids=["readme", "checkpoints", "planning"],
+    ids=["readme", "checkpoints", "planning", "several_gpus"],
 )
 def test_documents_run(document, options, tmp_path):
     """All Python blocks, one after the other, in a process and a folder of their own."""
@@ -135,5 +138,5 @@ def test_every_claim_of_compatibility_names_its_tests():
 @pytest.mark.skipif(not README.exists(), reason="tests without the source tree")
 def test_quickstart_is_what_the_readme_shows():
     quickstart = (README.parent / "examples" / "quickstart.py").read_text(encoding="utf-8")
-    (block,) = python_blocks(README.read_text(encoding="utf-8"))
+    block, *_ = python_blocks(README.read_text(encoding="utf-8"))
     assert block in quickstart
