@@ -146,7 +146,7 @@ def test_shards_become_one(params):
     """A leaf that is cut over devices goes through float32."""
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("x")
-    kernel = {"kernel": jax.device_put(params["kernel"], jax.NamedSharding(mesh, spec))}
+    kernel = {"kernel": jax.device_put(params["kernel"], jax.sharding.NamedSharding(mesh, spec))}
     tx = paged_optax.scale_by_paged_adam8bit(quantization=DYNAMIC)
     _, state = jax.jit(tx.update)(kernel, tx.init(kernel), kernel)
     theirs = to_bitsandbytes(state, ["['kernel']"])["state"][0][NESTED]

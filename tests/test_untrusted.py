@@ -225,4 +225,4 @@ def test_restored_and_dropped_again(count, tx, tmp_path):
     before = memory_of_process()
     for _ in range(count):
         restore()
-    assert memory_of_process() - before < 16 * 2**20
+    assert memory_of_process() - before < 48 * 2**20
