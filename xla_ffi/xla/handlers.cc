@@ -71,7 +71,8 @@ Request MakeRequest(DeviceId device, int64_t run, const UpdateAttrs& attrs, cons
           &call.signature,
           call.fingerprint,
           part,
-          attrs.names};
+          attrs.names,
+          attrs.restart};
 }
 
 constexpr int64_t kBlocksPerTask = 64;
@@ -143,12 +144,13 @@ ffi::Error UpdateCpu(ffi::ThreadPool pool, ffi::RunId run, int32_t device, Updat
       *call.new_token = token;
       return;
     }
-    const AnyStep step = PrepareStep(call.kind, call.hyperparams, count);
+    const AnyStep step =
+        PrepareStep(call.kind, call.hyperparams, StepsSeen(arena->header, judgement, count));
     const auto& bases = arena->segments.bases;  // of one segment
     const bool fresh = judgement.verdict == Verdict::kFresh;
     RunOnCpu(pool, call, step, fresh ? nullptr : bases[judgement.source][0],
              bases[judgement.target][0]);
-    *call.new_token = Advance(&arena->header, judgement);
+    *call.new_token = Advance(&arena->header, judgement, count);
     if (call.kind.output == Output::kParams && !call.leaves.empty()) {
       registry.copies().Note(id, token.handle, call.leaves[0].params);
     }
@@ -195,7 +197,7 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
     registry.handles().NoteCall();
     std::shared_ptr<const Source> source;  // outlives the lock
     const ContentsLock lock = gpu.Acquire();
-    if (gpu.MayBeFirstUse(lock, registry.handles(), run.run_id)) {
+    if (gpu.MayBeFirstUse(lock, registry.handles(), run.run_id, call.fingerprint)) {
       // Only now does the host wait for the device.
       Token token;
       int32_t part;
