@@ -20,8 +20,10 @@ def error_texts(root: Path) -> list[ErrorText]:
     """All texts of errors and warnings below `root`, sorted."""
     found = set()
     for path in sorted((root / "paged_optax").rglob("*.py")):
+        kinds: dict[str, str] = {}
         for text, kind in _of_python(path.read_text(encoding="utf-8")):
-            found.add(ErrorText(text, kind, str(path.relative_to(root))))
+            kinds[text] = kinds.get(text) or kind
+        found |= {ErrorText(text, kinds[text], str(path.relative_to(root))) for text in kinds}
     for path in sorted((root / "xla_ffi").rglob("*.[ch]*")):
         if path.suffix in (".cc", ".h", ".cu") and not path.name.startswith("testing"):
             for text in _of_cpp(path.read_text(encoding="utf-8")):
@@ -43,6 +45,9 @@ def _of_python(source: str) -> Iterator[tuple[str, str]]:
                 yield from _words(node.args[0], kind, named)
             elif kind == "warn":
                 yield from _words(node.args[0], "warning", named)
+        elif isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            for argument in node.exc.args:  # of a helper that makes the exception
+                yield from _words(argument, "", named)
 
 
 def _words(node: ast.expr, kind: str, named: dict[str, ast.expr]) -> Iterator[tuple[str, str]]:
