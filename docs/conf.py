@@ -7,6 +7,7 @@ The root of the sources is the repository, so that a link is the same on the sit
 (`python -m sphinx` would import the source folder, which has no extension.)
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -38,6 +39,7 @@ autodoc_typehints = "none"  # signatures have them, as they are written
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_custom_sections = ["Errors"]
 toc_object_entries_show_parents = "hide"
 
 html_theme = "furo"
@@ -51,5 +53,18 @@ pygments_style, pygments_dark_style = "friendly", "github-dark"
 copybutton_exclude = ".linenos, .gp, .go"
 
 
+def say_as_it_is(app, what, name, obj, options, lines):
+    """Errors that are told in a sentence, not by their classes, are no list of classes."""
+    text = "\n".join(lines)
+    lines[:] = re.sub(r"^( *)Raises:\n(?= +As )", r"\1Errors:\n", text, flags=re.M).split("\n")
+
+
+def skip_fields(app, what, name, obj, skip, options):
+    """A field of a NamedTuple has no docstring of its own."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
+
+
 def setup(app):
     app.connect("source-read", fill_in.fill_in)
+    app.connect("autodoc-process-docstring", say_as_it_is, priority=100)  # before Napoleon
+    app.connect("autodoc-skip-member", skip_fields)
