@@ -49,7 +49,7 @@ html_show_sphinx = False
 html_static_path = ["_site/static"]
 html_css_files = ["site.css"]
 html_extra_path = ["_site/root"]  # an index.html that leads to docs/
-pygments_style, pygments_dark_style = "friendly", "github-dark"
+pygments_style, pygments_dark_style = "friendly", "native"
 copybutton_exclude = ".linenos, .gp, .go"
 
 

@@ -1,4 +1,4 @@
-"""Puts what is made from the sources where a page says ``<!-- NAME -->`` or ``<!-- NAME: X -->``."""
+"""Puts what is made from the sources where a page says ``<!-- NAME -->``."""
 
 import re
 from pathlib import Path
