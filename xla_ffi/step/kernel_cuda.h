@@ -160,8 +160,7 @@ __device__ __forceinline__ void LoadLane(const Group& group, int i,
     if (group.source == nullptr) {
 #pragma unroll
       for (int k = 0; k < kLane; ++k) {
-        lane.codes[s][k] =
-            Format::Zero(s == kNonNegativeState<Rule> ? Role::kNonNegative : Role::kSigned);
+        lane.codes[s][k] = Format::template Zero<Rule>(s);
       }
     } else {
       LoadCodes(group.source + i * kStateBytes + s * group.stride, lane.codes[s]);
@@ -209,7 +208,9 @@ __device__ __forceinline__ void StepRun(const Shared<Rule, Format>& shared, cons
     Load(leaf.grads, leaf.dtype, start, count, values);
     Lane<Rule, Format, kLane> lane;
     LoadLane(group, i, lane);
-    StepBlock(FastMath(), shared.step, shared.tables, leaf.key, start, values, lane, Warp());
+    const int num_fresh = group.source == nullptr ? count : 0;
+    StepBlock(FastMath(), shared.step, shared.tables, leaf.key, start, num_fresh, values, lane,
+              Warp());
     StoreLane(lane, i, thread, group);
     if constexpr (kOutput == Output::kUpdate) {
       const uint8_t* residuals = nullptr;

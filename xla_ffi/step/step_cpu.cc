@@ -67,8 +67,7 @@ PAGED_HD void LoadLane(const uint8_t* source, const BlockPlace& place,
                   sizeof(lane.codes[s]));
       continue;
     }
-    constexpr int kNu = kNonNegativeState<Rule>;
-    const Code zero = Format::Zero(s == kNu ? Role::kNonNegative : Role::kSigned);
+    const Code zero = Format::template Zero<Rule>(s);
     for (int k = 0; k < kLane; ++k) lane.codes[s][k] = zero;
   }
   for (int w = 0; w < kNumWords<Rule, Format>; ++w) lane.words[w] = 0;
@@ -103,7 +102,9 @@ PAGED_CLONES void RunBlocks(const StepOf<Rule>& step, const CpuWork& work, int64
     const BlockPlace place = work.region.Locate(block);
     Load(leaf.grads, leaf.dtype, start, count, values);
     LoadLane(work.source, place, lane);
-    StepBlock(IeeeMath(), step, kTables<Format>, leaf.key, start, values, lane, WholeBlock());
+    const int num_fresh = work.source == nullptr ? count : 0;
+    StepBlock(IeeeMath(), step, kTables<Format>, leaf.key, start, num_fresh, values, lane,
+              WholeBlock());
     StoreLane(lane, place, work.target);
     if constexpr (kOutput == Output::kUpdate) {
       StepParams(work, step.params, leaf, start, count, place.residuals, values);
@@ -123,7 +124,7 @@ void Run(const AnyStep& step, const CpuWork& work, int64_t begin, int64_t end) {
 CpuStep FindCpuStep(const StepKind& kind, int8_t format) {
   CpuStep found = nullptr;
   Visit(Rules(), kind.rule, [&](auto rule) {
-    using Rule = typename decltype(rule)::type;
+    using Rule = typename decltype(rule)::type::Arithmetic;
     Visit(Formats(), format, [&](auto chosen) {
       using Format = typename decltype(chosen)::type;
       found = kind.output == Output::kUpdate ? &Run<Rule, Format, Output::kUpdate>
@@ -137,7 +138,7 @@ AnyStep PrepareStep(const StepKind& kind, const float* hyperparams, int32_t coun
   AnyStep any{};
   Visit(Rules(), kind.rule, [&](auto rule) {
     using Rule = typename decltype(rule)::type;
-    const StepOf<Rule> step = PrepareStep<Rule>(kind, hyperparams, count);
+    const auto step = PrepareStep<Rule>(kind, hyperparams, count);
     std::memcpy(any.bytes, &step, sizeof(step));
   });
   return any;

@@ -57,7 +57,7 @@ __global__ void CopyLeavesKernel(const __grid_constant__ LeafCopy<kLeaves> copy)
 template <class... Rule>
 __device__ void Prepare(List<Rule...>, const ResolveArgs& args, int32_t count, AnyStep& step) {
   int i = 0;
-  ((i++ == args.kind.rule ? void(reinterpret_cast<StepOf<Rule>&>(step) =
+  ((i++ == args.kind.rule ? void(reinterpret_cast<StepOf<typename Rule::Arithmetic>&>(step) =
                                      PrepareStep<Rule>(args.kind, args.hyperparams, count))
                           : void()),
    ...);
@@ -148,7 +148,7 @@ using Kernel = void (*)(RegionStep);
 Kernel FindKernel(const StepKind& kind, int format) {
   Kernel found = nullptr;
   Visit(Rules(), kind.rule, [&](auto rule) {
-    using Rule = typename decltype(rule)::type;
+    using Rule = typename decltype(rule)::type::Arithmetic;
     Visit(Formats(), format, [&](auto chosen) {
       using Format = typename decltype(chosen)::type;
       found = kind.output == Output::kUpdate ? StepKernel<Rule, Format, Output::kUpdate>
