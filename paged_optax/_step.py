@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 
 from ._names import leaf_keys, number_paths, number_tree
@@ -90,7 +91,7 @@ def make_step(
       decays: of each leaf, whether weight decay applies; None if the step returns the direction.
       skip_elements: whether elements with a bad gradient are skipped, also without the option.
     """
-    formats = _formats(options.quantization, grads)
+    formats = _formats(options.quantization, jax.tree.unflatten(treedef, grads))
     rounds_at_random = decays is not None or any(FORMATS[i]["is_random"] for i in formats)
     return Step(
         decays=decays or (),
@@ -111,9 +112,8 @@ def make_step(
     )
 
 
-def _formats(quantization: Quantization, grads: Sequence[Any]) -> tuple[int, ...]:
-    large, small = FORMAT_NAMES.index(quantization.codec), FORMAT_NAMES.index("float32")
-    return tuple(large if np.size(grad) >= quantization.min_size else small for grad in grads)
+def _formats(quantization: Quantization, grads: Any) -> tuple[int, ...]:
+    return tuple(FORMAT_NAMES.index(name) for name in quantization.formats(grads))
 
 
 def _placement(paging: Paging) -> dict[str, Any]:

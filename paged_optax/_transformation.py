@@ -63,6 +63,33 @@ def descend(
     return _finish([*links, optax.scale_by_learning_rate(learning_rate)], options)
 
 
+def compose(
+    options: Options, *links: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """A chain of any links, which skips as a whole what `non_finite` says.
+
+    Its paged links must not skip by themselves: see `part_of`.
+    """
+    mode = options.non_finite
+    if mode == "propagate":
+        return _chain(list(links))
+    return skipping(_chain(list(links)), mode.removeprefix("skip_"), f"non_finite={mode!r}")
+
+
+def ascend(
+    rule: Rule, options: Options, state_type: type[Any]
+) -> optax.GradientTransformationExtraArgs:
+    """A step along the direction of a rule, of updates that have the learning rate already."""
+    if options.param_rounding == "nearest":
+        return transformation(rule, options, state_type)
+    return descend(rule, -1.0, options, state_type)
+
+
+def part_of(options: Options, param_rounding: str = "nearest") -> Options:
+    """The options of a link inside of `compose`."""
+    return dataclasses.replace(options, non_finite="propagate", param_rounding=param_rounding)
+
+
 def _paged(
     rule: Rule,
     options: Options,
@@ -93,7 +120,7 @@ def _paged(
             step,
             token,
             count,
-            stack((*rule.hyperparams, *rates)),
+            stack((*rule.hyperparams(state.count), *rates)),
             grads,
             [jnp.asarray(param) for param in jax.tree.leaves(params)],
         )

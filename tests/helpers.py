@@ -36,8 +36,10 @@ from paged_optax import (
 from paged_optax import _ext as ext  # noqa: F401
 from paged_optax import _reference as reference
 from paged_optax import _testing as hooks  # noqa: F401  functions of C++ for tests alone
+from paged_optax._muon import momentum as muon_momentum  # noqa: F401
 from paged_optax._names import leaf_keys  # noqa: F401
 from paged_optax._non_finite import count_bad, count_elements  # noqa: F401
+from paged_optax._options import make_options  # noqa: F401
 from paged_optax._shards import Shards, cuts_of  # noqa: F401
 
 f32 = np.float32

@@ -49,7 +49,7 @@ struct Rss {
                                                 BadElement bad) {
     const RootScale root = {1.0f, hyperparams[1], 0.0f};
     return Squares::Make(1.0f, 1.0f, hyperparams[0], root, /*is_zero_at_zero=*/true,
-                         /*is_valid=*/true, bad);
+                         /*has_valid_decay=*/true, bad);
   }
 };
 

@@ -71,6 +71,9 @@ PAGED_HD bool IsUsable(float grad) { return (BitsOf(grad) & 0x7fffffffu) < kUnus
 // rule then makes every direction NaN and keeps every state, so that what is stored stays finite.
 PAGED_HD bool IsDecay(float rate) { return rate >= 0.0f && rate < 1.0f; }
 
+// The same for the value at which a state starts.
+PAGED_HD bool IsInitial(float value) { return value >= 0.0f && BitsOf(value) <= kLargestFinite; }
+
 // The direction of an element whose gradient is unusable. It can be skipped, a bad decay rate
 // cannot.
 PAGED_HD float BadDirection(bool is_valid, BadElement bad) {

@@ -21,10 +21,16 @@ struct Squares {
   };
 
   PAGED_HD static Coefficients Make(float a, float c, float initial, const RootScale& root,
-                                    bool is_zero_at_zero, bool is_valid, BadElement bad) {
+                                    bool is_zero_at_zero, bool has_valid_decay, BadElement bad) {
+    const bool is_valid = has_valid_decay && IsInitial(initial);
     const float weight = is_valid ? c : FloatOf(kNanBits);
-    return {a,      weight, is_valid ? initial : 0.0f, root, BadDirection(is_valid, bad),
-            SafeNu(weight), is_zero_at_zero};
+    return {a,
+            weight,
+            IsInitial(initial) ? initial : 0.0f,
+            root,
+            BadDirection(is_valid, bad),
+            SafeNu(weight),
+            is_zero_at_zero};
   }
 
   template <int K, class Math>

@@ -64,13 +64,13 @@ struct StdDev {
 
   PAGED_HD static Centered::Coefficients Prepare(const float* hyperparams, int32_t count,
                                                  uint32_t flags, BadElement bad) {
-    const float decay = hyperparams[0], eps = hyperparams[1];
-    const bool is_valid = IsDecay(decay), in_sqrt = (flags & 1) != 0;
+    const float decay = hyperparams[0], eps = hyperparams[1], initial = hyperparams[2];
+    const bool is_valid = IsDecay(decay) && IsInitial(initial), in_sqrt = (flags & 1) != 0;
     const int64_t t = static_cast<int64_t>(count) + 1;
     const double bias = (flags & 2) != 0 ? 1.0 - Power(decay, t) : 1.0;
     return {decay,
             is_valid ? 1.0f - decay : FloatOf(kNanBits),
-            is_valid ? hyperparams[2] : 0.0f,
+            IsInitial(initial) ? initial : 0.0f,
             static_cast<float>(1.0 / bias),
             in_sqrt ? eps : 0.0f,
             in_sqrt ? 0.0f : eps,
