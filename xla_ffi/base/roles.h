@@ -1,7 +1,6 @@
 // What a rule declares about its states, for formats; and lists of types.
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <utility>
@@ -18,12 +17,7 @@ enum class Role : int8_t {
 
 // For the arithmetic of a rule (rules/rule.h).
 template <class Arithmetic>
-inline constexpr int kNumStates = static_cast<int>(Arithmetic::kRoles.size());
-
-template <class Arithmetic>
-PAGED_HD constexpr Role RoleOf(int state) {
-  return Arithmetic::kRoles[state];
-}
+inline constexpr int kNumStates = static_cast<int>(sizeof(Arithmetic::kRoles) / sizeof(Role));
 
 // The place of the first state with a role; -1 if there is none.
 template <class Arithmetic>
@@ -40,6 +34,12 @@ inline constexpr int kFirstSigned = FindState<Arithmetic>(Role::kSigned);
 // There is at most one state that is never negative.
 template <class Arithmetic>
 inline constexpr int kNonNegativeState = FindState<Arithmetic>(Role::kNonNegative);
+
+// Without a look into kRoles, which device code cannot see.
+template <class Arithmetic>
+PAGED_HD constexpr Role RoleOf(int state) {
+  return state == kNonNegativeState<Arithmetic> ? Role::kNonNegative : Role::kSigned;
+}
 
 // The types of a list, in order. A number in a signature or a program is a place in such a list.
 template <class... T>

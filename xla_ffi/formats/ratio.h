@@ -296,7 +296,7 @@ struct Ratio {
                                  const float (&directions)[K],
                                  float (&states)[kNumStates<Arithmetic>][K],
                                  Lane<Arithmetic, Ratio, K>& lane, Block block) {
-    constexpr int kNu = kNonNegativeState<Arithmetic>, kActive = kFirstSigned<Arithmetic>;
+    constexpr int kNu = kNonNegativeState<Arithmetic>;
     float (&nu)[K] = states[kNu];
     uint32_t top = block.Max(range.largest);
     if (top > kLargestNu) {
@@ -306,7 +306,7 @@ struct Ratio {
         nu[k] = Select(BitsOf(nu[k]) < kLargestNu, nu[k], FloatOf(kLargestNu));
       }
     }
-    const float (&active)[K] = kActive < 0 ? directions : states[kActive < 0 ? 0 : kActive];
+    const float (&active)[K] = ActiveOf<Arithmetic>(states, directions);
     const RatioWindow window = FitBlock(nu, active, top, range.least, block);
     uint32_t not_zero[K];
     EncodeRatioNus(window, random, nu, lane.codes[kNu], not_zero);
@@ -318,6 +318,14 @@ struct Ratio {
       PAGED_UNROLL
       for (int k = 0; k < K; ++k) states[s][k] = FloatOf(BitsOf(states[s][k]) & not_zero[k]);
     }
+  }
+
+  // What is 0 where an element is idle.
+  template <class Arithmetic, int K>
+  PAGED_HD static const float (&ActiveOf(const float (&states)[kNumStates<Arithmetic>][K],
+                                         const float (&directions)[K]))[K] {
+    if constexpr (kFirstSigned<Arithmetic> >= 0) return states[kFirstSigned<Arithmetic>];
+    else return directions;
   }
 
   // First moments of a block, in units. Returns the word.

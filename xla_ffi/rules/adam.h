@@ -20,7 +20,7 @@ struct Adam {
   using Arithmetic = Adam;
   static constexpr char kName[] = "adam";
   static constexpr std::array kStates = {"mu", "nu"};
-  static constexpr std::array kRoles = {Role::kSigned, Role::kNonNegative};
+  static constexpr Role kRoles[] = {Role::kSigned, Role::kNonNegative};
   static constexpr bool kHasInitial = false;
   static constexpr std::array<HyperparamInfo, 4> kHyperparams = {
       {{"b1", Domain::kDecay},

@@ -14,7 +14,7 @@
 namespace paged_optax {
 
 struct TwoMeans {
-  static constexpr std::array kRoles = {Role::kSigned, Role::kSigned, Role::kNonNegative};
+  static constexpr Role kRoles[] = {Role::kSigned, Role::kSigned, Role::kNonNegative};
   static constexpr bool kHasInitial = false;
 
   struct Coefficients {

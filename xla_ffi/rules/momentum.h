@@ -9,7 +9,7 @@
 namespace paged_optax {
 
 struct Momentum {
-  static constexpr std::array kRoles = {Role::kSigned};
+  static constexpr Role kRoles[] = {Role::kSigned};
   static constexpr bool kHasInitial = false;
 
   struct Coefficients {

@@ -9,7 +9,7 @@
 namespace paged_optax {
 
 struct Squares {
-  static constexpr std::array kRoles = {Role::kNonNegative};
+  static constexpr Role kRoles[] = {Role::kNonNegative};
   static constexpr bool kHasInitial = true;
 
   struct Coefficients {

@@ -16,7 +16,7 @@
 namespace paged_optax {
 
 struct Centered {
-  static constexpr std::array kRoles = {Role::kSigned, Role::kNonNegative};
+  static constexpr Role kRoles[] = {Role::kSigned, Role::kNonNegative};
   static constexpr bool kHasInitial = true;
 
   struct Coefficients {
