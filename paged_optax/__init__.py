@@ -34,11 +34,15 @@ from ._adam import (
     paged_adamw8bit,
     scale_by_paged_adam8bit,
 )
+<<<<<<< HEAD
 from ._ademamix import (
     ScaleByPagedAdemamix8bitState,
     paged_ademamix8bit,
     scale_by_paged_ademamix8bit,
 )
+=======
+from ._bitsandbytes import from_bitsandbytes
+>>>>>>> main
 from ._check import check_last
 from ._checkpoint import export_moments, import_moments, load_moments, save_moments
 from ._composed import paged_lamb8bit, paged_lars8bit, paged_nadamw8bit
@@ -55,6 +59,8 @@ from ._moments import Moments, moments
 from ._muon import ScaleByPagedMuon8bitState, paged_muon8bit
 from ._options import Paging, Quantization
 from ._orbax import use_orbax_hook
+from ._plan import Plan, plan
+from ._plan_room import PlannedUsage
 from ._report import DeviceMemory, LeafGroup, MemoryReport, memory_report
 from ._rmsprop import (
     ScaleByPagedRms8bitState,
@@ -68,6 +74,7 @@ from ._rmsprop import (
 )
 from ._sgd import ScaleByPagedTrace8bitState, paged_sgd8bit, scale_by_paged_trace8bit
 from ._skip import SkipNonFiniteState, skip_non_finite
+from ._to_bitsandbytes import to_bitsandbytes
 
 __version__ = "0.1.0"
 
@@ -78,6 +85,8 @@ __all__ = [
     "Moments",
     "MultiSteps",
     "Paging",
+    "Plan",
+    "PlannedUsage",
     "Quantization",
     "ScaleByPagedAdam8bitState",
     "ScaleByPagedAdemamix8bitState",
@@ -92,6 +101,7 @@ __all__ = [
     "check_last",
     "evict",
     "export_moments",
+    "from_bitsandbytes",
     "from_optax",
     "import_moments",
     "load_moments",
@@ -104,11 +114,15 @@ __all__ = [
     "paged_lamb8bit",
     "paged_lars8bit",
     "paged_lion8bit",
+<<<<<<< HEAD
     "paged_muon8bit",
     "paged_nadamw8bit",
     "paged_rmsprop8bit",
     "paged_sgd8bit",
     "paged_signum8bit",
+=======
+    "plan",
+>>>>>>> main
     "prefetch",
     "release",
     "release_all",
@@ -123,6 +137,7 @@ __all__ = [
     "scale_by_paged_stddev8bit",
     "scale_by_paged_trace8bit",
     "skip_non_finite",
+    "to_bitsandbytes",
     "to_optax",
     "use_orbax_hook",
 ]

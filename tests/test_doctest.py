@@ -18,6 +18,7 @@ import paged_optax
 README = Path(__file__).parent.parent / "README.md"
 COMPATIBILITY = README.parent / "docs" / "compatibility.md"
 CHECKPOINTS = README.parent / "docs" / "checkpoints.md"
+PLANNING = README.parent / "docs" / "planning.md"
 
 MODULES = ["paged_optax"] + [
     f"paged_optax.{module.name}"
@@ -44,6 +45,7 @@ FUNCTIONS = [
     paged_optax.export_moments,
     paged_optax.to_optax,
     paged_optax.from_optax,
+    paged_optax.plan,
     paged_optax.release,
     paged_optax.skip_non_finite,
 ]
@@ -70,8 +72,12 @@ def python_blocks(text):
 @pytest.mark.skipif(not README.exists(), reason="tests without the source tree")
 @pytest.mark.parametrize(
     ("document", "options"),
-    [(README, ["-W", "error"]), (CHECKPOINTS, [])],  # Orbax warns of its own code
-    ids=["readme", "checkpoints"],
+    [
+        (README, ["-W", "error"]),
+        (CHECKPOINTS, []),  # Orbax warns of its own code
+        (PLANNING, ["-W", "error"]),
+    ],
+    ids=["readme", "checkpoints", "planning"],
 )
 def test_documents_run(document, options, tmp_path):
     """All Python blocks, one after the other, in a process and a folder of their own."""

@@ -113,7 +113,7 @@ void StepLeaf(int rule, py::buffer values, int dtype, int format, py::buffer are
     throw StatusError(StatusCode::kInvalidArgument, "blocks outside the leaf, or arena too small");
   }
   uint8_t* base = static_cast<uint8_t*>(arena_info.ptr);
-  const CpuWork work{&leaf, 1, region, fresh ? nullptr : base, base};
+  const CpuWork work{&leaf, 1, region, fresh ? nullptr : base, base, Output::kDirection};
   const StepKind kind{static_cast<int8_t>(rule), Output::kDirection, flags, BadElement::kNan};
   FindCpuStep(kind, leaf.format)(PrepareStep(kind, hyperparams.data(), count), work, begin, end);
 }

@@ -41,9 +41,10 @@ PAGED_HD void Store(const Leaf& leaf, int64_t start, int count, const float (&va
   }
 }
 
-PAGED_HD void StepParams(const CpuWork& work, const ParamStep& step, const Leaf& leaf,
-                         int64_t start, int count, int64_t residual_offset,
-                         float (&values)[kLane]) {
+// Not a part of RunBlocks, because it is the same for all rules and formats.
+PAGED_CLONES void StepParams(const CpuWork& work, const ParamStep& step, const Leaf& leaf,
+                             int64_t start, int count, int64_t residual_offset,
+                             float (&values)[kLane]) {
   alignas(64) float params[kLane];
   alignas(64) uint8_t residuals[kLane];
   Load(leaf.params, leaf.param_dtype, start, count, params);
@@ -86,7 +87,7 @@ PAGED_HD void StoreLane(const Lane<Rule, Format, kLane>& lane, const BlockPlace&
   std::memcpy(target + place.words, lane.words, kNumWords<Rule, Format> * sizeof(uint32_t));
 }
 
-template <class Rule, class Format, Output kOutput>
+template <class Rule, class Format>
 PAGED_CLONES void RunBlocks(const StepOf<Rule>& step, const CpuWork& work, int64_t begin,
                             int64_t end) {
   alignas(64) float values[kLane];
@@ -106,17 +107,17 @@ PAGED_CLONES void RunBlocks(const StepOf<Rule>& step, const CpuWork& work, int64
     StepBlock(IeeeMath(), step, kTables<Format>, leaf.key, start, num_fresh, values, lane,
               WholeBlock());
     StoreLane(lane, place, work.target);
-    if constexpr (kOutput == Output::kUpdate) {
+    if (work.output == Output::kUpdate) {
       StepParams(work, step.params, leaf, start, count, place.residuals, values);
     }
     Store(leaf, start, count, values);
   }
 }
 
-template <class Rule, class Format, Output kOutput>
+template <class Rule, class Format>
 void Run(const AnyStep& step, const CpuWork& work, int64_t begin, int64_t end) {
   ScopedIeeeMode mode;
-  RunBlocks<Rule, Format, kOutput>(reinterpret_cast<const StepOf<Rule>&>(step), work, begin, end);
+  RunBlocks<Rule, Format>(reinterpret_cast<const StepOf<Rule>&>(step), work, begin, end);
 }
 
 }  // namespace
@@ -127,8 +128,7 @@ CpuStep FindCpuStep(const StepKind& kind, int8_t format) {
     using Rule = typename decltype(rule)::type::Arithmetic;
     Visit(Formats(), format, [&](auto chosen) {
       using Format = typename decltype(chosen)::type;
-      found = kind.output == Output::kUpdate ? &Run<Rule, Format, Output::kUpdate>
-                                             : &Run<Rule, Format, Output::kDirection>;
+      found = &Run<Rule, Format>;
     });
   });
   return found;
