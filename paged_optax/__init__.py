@@ -34,15 +34,12 @@ from ._adam import (
     paged_adamw8bit,
     scale_by_paged_adam8bit,
 )
-<<<<<<< HEAD
 from ._ademamix import (
     ScaleByPagedAdemamix8bitState,
     paged_ademamix8bit,
     scale_by_paged_ademamix8bit,
 )
-=======
 from ._bitsandbytes import from_bitsandbytes
->>>>>>> main
 from ._check import check_last
 from ._checkpoint import export_moments, import_moments, load_moments, save_moments
 from ._composed import paged_lamb8bit, paged_lars8bit, paged_nadamw8bit
@@ -114,15 +111,12 @@ __all__ = [
     "paged_lamb8bit",
     "paged_lars8bit",
     "paged_lion8bit",
-<<<<<<< HEAD
     "paged_muon8bit",
     "paged_nadamw8bit",
     "paged_rmsprop8bit",
     "paged_sgd8bit",
     "paged_signum8bit",
-=======
     "plan",
->>>>>>> main
     "prefetch",
     "release",
     "release_all",
