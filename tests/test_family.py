@@ -75,7 +75,7 @@ COMPOSED = {
         {
             **{"ns_coeffs": "dion", "ns_steps": 5, "beta": 0.9, "nesterov": False},
             **{"adaptive": True, "preconditioning": "schatten", "consistent_rms": 0.2},
-            **{"weight_decay": 0.1, "weight_decay_mask": {"v": True, "w": False}},
+            **{"weight_decay": 0.1, "weight_decay_mask": True},
             **{"adam_b1": 0.8, "adam_learning_rate": 1e-3},
             "muon_weight_dimension_numbers": lambda params: {
                 "b": None,
@@ -93,8 +93,6 @@ every_composed = pytest.mark.parametrize("name", COMPOSED)
 @pytest.mark.usefixtures("standard_promotion")
 def test_follows_optax(name):
     theirs, ours, arguments = COMPOSED[name]
-    if "weight_decay_mask" in arguments and "muon" in name:
-        arguments = arguments | {"weight_decay_mask": True}
     params, grads = params_and_grads()
     result, _ = train(ours(RATE, **arguments, quantization=FLOAT32_MOMENTS), params, grads)
     expected, _ = train(theirs(RATE, **arguments), params, grads)
@@ -132,11 +130,12 @@ def test_skips_elements_alone(name):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result))
     for tree in moments(state):
         if tree is not None and isinstance(tree["w"], np.ndarray):
-            initial = tree["w"].ravel()[0]
-            assert initial == arguments.get("initial_scale", 0.0) or abs(initial) < 1e-6
+            start = arguments.get("initial_scale", 0.0)
+            assert abs(tree["w"].ravel()[0] - start) <= start / 128 + 1e-6
 
 
 @pytest.mark.parametrize("name", ["lars", "rmsprop_momentum"])
+@pytest.mark.usefixtures("standard_promotion")
 def test_rounds_parameters_after_momentum(name):
     """The last link sees the change of the parameter, so it can keep residuals."""
     _, ours, arguments = COMPOSED[name]
@@ -155,7 +154,8 @@ def _is_trace(node):
     return isinstance(node, paged_optax.ScaleByPagedTrace8bitState)
 
 
-def test_momentum_of_muon_is_the_reference_of_all_its_arguments():
+@pytest.mark.usefixtures("standard_promotion")
+def test_bfloat16_momentum_of_muon_is_close_to_float32():
     """With 8 bits and with bfloat16: the distance of a step from float32's."""
     params = {"w": make_tree(0, {"w": (128, 96)})["w"]}
     grads = [make_tree(1 + i, {"w": (128, 96)}) for i in range(20)]
@@ -285,7 +285,8 @@ def test_a_format_for_each_leaf(kind, tmp_path):
         updates, state = tx.update(grad, state, params)
     arrays = export_moments(state)
     for name, dtype in (dtypes | {"b": "float32", "s": "float32"}).items():
-        assert arrays[f"0.0['{name}'].0.nu"].dtype == dtype
+        (found,) = [x for key, x in arrays.items() if key.endswith(f"['{name}'].0.nu")]
+        assert found.dtype == dtype
     names = codec(params) if callable(codec) else codec
     for name in ("v", "w"):
         alone = Quantization(names if isinstance(names, str) else names[name])
@@ -340,7 +341,10 @@ def test_bytes_of_wide_formats(codec, size):
 CONVERTED = {
     "sgd": (optax.sgd(RATE, 0.9), paged_optax.paged_sgd8bit, {"momentum": 0.9}),
     "rmsprop": (
-        optax.rmsprop(RATE, bias_correction=True, initial_scale=0.1),
+        optax.chain(
+            optax.scale_by_rms(bias_correction=True, initial_scale=0.1),
+            optax.scale_by_learning_rate(RATE),
+        ),
         paged_optax.paged_rmsprop8bit,
         {"bias_correction": True, "initial_scale": 0.1},
     ),

@@ -251,7 +251,7 @@ def rss(grad, nu, count: int, hyperparams: RssHyperparams, skip_elements: bool =
     f32 = np.float32
     initial, eps = (f32(x) for x in hyperparams)
     if not _is_initial(initial):
-        return np.where(nu == 0, f32(0), f32(np.nan)), nu
+        return np.full_like(nu, np.nan), nu
     used, nu = _add_squares(grad, nu, f32(1), f32(1))
     direction = _over_root(_usable(grad, used, skip_elements), nu, f32(1), eps, f32(0))
     return np.where(nu == 0, f32(0), direction), nu

@@ -30,7 +30,7 @@ struct Squares {
             root,
             BadDirection(is_valid, bad),
             SafeNu(weight),
-            is_zero_at_zero};
+            is_zero_at_zero && is_valid};
   }
 
   template <int K, class Math>
