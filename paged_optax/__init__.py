@@ -50,6 +50,7 @@ from ._ema import (
     scale_by_paged_ema8bit,
     scale_by_paged_signum8bit,
 )
+from ._in_place import apply_gradients
 from ._lion import ScaleByPagedLion8bitState, paged_lion8bit, scale_by_paged_lion8bit
 from ._memory import evict, prefetch, release, release_all
 from ._moments import Moments, moments
@@ -95,6 +96,7 @@ __all__ = [
     "ScaleByPagedStddev8bitState",
     "ScaleByPagedTrace8bitState",
     "SkipNonFiniteState",
+    "apply_gradients",
     "check_last",
     "evict",
     "export_moments",

@@ -10,7 +10,7 @@ from ._adam import ScaleByPagedAdam8bitState, paged_adamw8bit
 from ._options import Paging, Quantization, make_options
 from ._rule import Rule
 from ._sgd import ScaleByPagedTrace8bitState
-from ._transformation import ascend, compose, part_of, transformation
+from ._transformation import ascend, before_others, compose, part_of
 from ._validate import check_decay, check_rate
 
 
@@ -83,7 +83,7 @@ def paged_lamb8bit(
     rule = Rule("adam", b1=b1, b2=b2, eps=eps, eps_root=eps_root, nesterov=False)
     return compose(
         options,
-        transformation(rule, part_of(options), ScaleByPagedAdam8bitState),
+        before_others(rule, options, ScaleByPagedAdam8bitState),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_trust_ratio(),
         optax.scale_by_learning_rate(learning_rate),

@@ -10,7 +10,7 @@ from ._adam import ScaleByPagedAdam8bitState
 from ._options import Options, Paging, Quantization, make_options
 from ._rule import Rule
 from ._state import Token, paged_state
-from ._transformation import compose, part_of, transformation
+from ._transformation import before_others, compose, descend, part_of, transformation
 from ._validate import check_decay, check_rate
 
 _STANDARD = (3.4445, -4.7750, 2.0315)  # optax.contrib.muon's default coefficients
@@ -123,7 +123,6 @@ def paged_muon8bit(
     )
     if adam_learning_rate is None:
         adam_learning_rate = learning_rate
-    part = part_of(options)
     orthogonalize = optax.contrib.muon(
         -1.0,  # optax's sign
         ns_coeffs,
@@ -137,18 +136,16 @@ def paged_muon8bit(
         consistent_rms=consistent_rms,
     )
     muon = [
-        momentum(beta, nesterov, part),
+        before_others(_momentum_rule(beta, nesterov), options, ScaleByPagedMuon8bitState),
         _stateless(orthogonalize),
         optax.add_decayed_weights(weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     ]
     adam = Rule("adam", b1=adam_b1, b2=adam_b2, eps=eps, eps_root=adam_eps_root, nesterov=nesterov)
-    adamw = [
-        transformation(adam, part, ScaleByPagedAdam8bitState),
-        optax.add_decayed_weights(adam_weight_decay),
-        optax.scale_by_learning_rate(adam_learning_rate),
-    ]
-    parts = {"muon": optax.chain(*muon), "adam": optax.chain(*adamw)}
+    adamw = descend(
+        adam, adam_learning_rate, part_of(options), ScaleByPagedAdam8bitState, adam_weight_decay
+    )
+    parts = {"muon": optax.chain(*muon), "adam": adamw}
     labels = _labels(muon_weight_dimension_numbers)
     return compose(options, optax.partition(parts, labels))
 
@@ -157,8 +154,11 @@ def momentum(
     beta: jax.typing.ArrayLike, nesterov: bool, options: Options
 ) -> optax.GradientTransformationExtraArgs:
     """The bias-corrected momentum alone."""
-    rule = Rule("muon", beta=beta, nesterov=nesterov)
-    return transformation(rule, options, ScaleByPagedMuon8bitState)
+    return transformation(_momentum_rule(beta, nesterov), options, ScaleByPagedMuon8bitState)
+
+
+def _momentum_rule(beta: jax.typing.ArrayLike, nesterov: bool) -> Rule:
+    return Rule("muon", beta=beta, nesterov=nesterov)
 
 
 def _stateless(tx: optax.GradientTransformation) -> optax.GradientTransformation:

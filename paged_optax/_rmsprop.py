@@ -9,7 +9,7 @@ from ._options import Paging, Quantization, make_options
 from ._rule import Rule
 from ._sgd import ScaleByPagedTrace8bitState
 from ._state import Token, paged_state
-from ._transformation import ascend, compose, descend, part_of, transformation
+from ._transformation import ascend, before_others, compose, descend, part_of, transformation
 from ._validate import check_rate
 
 
@@ -279,7 +279,7 @@ def paged_rmsprop8bit(
     trace = Rule("trace", decay=momentum, nesterov=nesterov)
     return compose(
         options,
-        transformation(rule, part_of(options), state_type),
+        before_others(rule, options, state_type),
         optax.scale_by_learning_rate(learning_rate),
         ascend(trace, part_of(options, param_rounding), ScaleByPagedTrace8bitState),
     )

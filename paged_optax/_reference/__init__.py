@@ -39,6 +39,7 @@ from .rounding import (
     random_bits_from,
     round_stochastically,
     split_master,
+    step_params,
     update_params,
 )
 from .rules import (
@@ -107,5 +108,6 @@ __all__ = [
     "round_stochastically",
     "split_master",
     "step_leaf",
+    "step_params",
     "update_params",
 ]

@@ -64,8 +64,9 @@ __device__ Share MyShare(int64_t resident_end, int64_t end) {
   return share;
 }
 
-// Directions on entry, updates on return. `source` and `target`: the residuals of the lane. Null
-// where there are none; `source` also for a fresh state.
+// Directions on entry, updates or new parameters on return. `source` and `target`: the residuals of
+// the lane. Null where there are none; `source` also for a fresh state.
+template <Output kOutput>
 __device__ inline void StepParams(const ParamStep& step, const Leaf& leaf, int64_t start, int count,
                                   const uint8_t* source, uint8_t* target, float (&values)[kLane]) {
   alignas(16) float params[kLane];
@@ -73,8 +74,8 @@ __device__ inline void StepParams(const ParamStep& step, const Leaf& leaf, int64
   constexpr uint32_t kZeros = kZeroResidual * 0x01010101u;
   uint2 residuals{kZeros, kZeros};
   if (source != nullptr) residuals = *reinterpret_cast<const uint2*>(source);
-  UpdateParams<kLane>(step, leaf, start, params, reinterpret_cast<uint8_t (&)[kLane]>(residuals),
-                      values);
+  UpdateParams<kOutput>(step, leaf, start, params, reinterpret_cast<uint8_t (&)[kLane]>(residuals),
+                        values);
   if (target != nullptr) *reinterpret_cast<uint2*>(target) = residuals;
 }
 
@@ -188,21 +189,37 @@ __device__ __forceinline__ void StoreLane(const Lane<Rule, Format, kLane>& lane,
   }
 }
 
+// A kernel that does whatever its call says with directions. The others do one thing only.
+inline constexpr Output kAnyOutput = static_cast<Output>(-1);
+
+// Kernels for one output each run as fast as they can, and take long to compile. So they are only
+// made of what many train with.
+template <class Rule, class Format>
+inline constexpr bool kHasOwnKernels =
+    std::is_same_v<Format, Ratio> && !std::is_same_v<Rule, Centered>;
+
+// A refused step changes nothing: its update is zero, and parameters stay.
+__device__ inline void StoreRefused(Output output, const Leaf& leaf, int64_t start, int count) {
+  alignas(16) float values[kLane] = {};
+  if (output == Output::kParams) {
+    if (leaf.results == leaf.params) return;
+    Load(leaf.params, leaf.param_dtype, start, count, values);
+  }
+  Store(leaf, start, count, values);
+}
+
 // Blocks [i, end) of a group, all of `leaf`, of which the thread has the elements from `start` on.
-template <class Rule, class Format, Output kOutput>
+template <class Rule, class Format>
 __device__ __forceinline__ void StepRun(const Shared<Rule, Format>& shared, const Leaf& leaf,
-                                        bool has_residuals, int64_t start, int end, int thread,
-                                        int& i, Group& group) {
+                                        Output output, bool has_residuals, int64_t start, int end,
+                                        int thread, int& i, Group& group) {
 #pragma unroll 1
   for (; i < end; ++i, start += kBlockSize) {
     const int64_t left = leaf.size - start;
     const int count = left < 0 ? 0 : (left < kLane ? static_cast<int>(left) : kLane);
     alignas(16) float values[kLane];
     if (group.target == nullptr) {
-      // A refused step changes nothing: its update is zero.
-#pragma unroll
-      for (int k = 0; k < kLane; ++k) values[k] = 0.0f;
-      Store(leaf, start, count, values);
+      StoreRefused(output, leaf, start, count);
       continue;
     }
     Load(leaf.grads, leaf.dtype, start, count, values);
@@ -212,7 +229,7 @@ __device__ __forceinline__ void StepRun(const Shared<Rule, Format>& shared, cons
     StepBlock(FastMath(), shared.step, shared.tables, leaf.key, start, num_fresh, values, lane,
               Warp());
     StoreLane(lane, i, thread, group);
-    if constexpr (kOutput == Output::kUpdate) {
+    if (TakesParams(output)) {
       const uint8_t* residuals = nullptr;
       uint8_t* new_residuals = nullptr;
       if (has_residuals) {
@@ -220,7 +237,12 @@ __device__ __forceinline__ void StepRun(const Shared<Rule, Format>& shared, cons
         if (group.source != nullptr) residuals = group.source + offset;
         new_residuals = group.target + offset;
       }
-      StepParams(shared.step.params, leaf, start, count, residuals, new_residuals, values);
+      const ParamStep& step = shared.step.params;
+      if (output == Output::kUpdate) {
+        StepParams<Output::kUpdate>(step, leaf, start, count, residuals, new_residuals, values);
+      } else {
+        StepParams<Output::kParams>(step, leaf, start, count, residuals, new_residuals, values);
+      }
     }
     Store(leaf, start, count, values);
   }
@@ -241,12 +263,13 @@ __global__ void __launch_bounds__(kThreads, 3) StepKernel(const __grid_constant_
   const ResolvedStep& resolved = *args.resolved;
   Fill(resolved, shared);
   const bool accepted = resolved.accepted;
+  const Output output = kOutput == kAnyOutput ? args.output : kOutput;
   const bool has_residuals = args.region.shape.residual_bytes != 0;
   Region region = args.region;
   // Constants, so that the compiler can fold them.
   region.shape = {kNumStates<Rule>, sizeof(typename Format::Code) * kBlockSize,
                   kNumWords<Rule, Format>,
-                  kOutput == Output::kUpdate ? args.region.shape.residual_bytes : 0};
+                  TakesParams(output) ? args.region.shape.residual_bytes : 0};
   const int64_t end = region.num_blocks;
   const int64_t resident_end = accepted ? min(resolved.resident_blocks[args.format], end) : end;
   const int thread = static_cast<int>(threadIdx.x) % kWarpSize;
@@ -269,9 +292,8 @@ __global__ void __launch_bounds__(kThreads, 3) StepKernel(const __grid_constant_
       const int64_t in_leaf = block - leaf.first_block;
       const int64_t left_in_leaf = NumBlocks(leaf.size) - in_leaf;
       const int run_end = left_in_leaf < num - i ? i + static_cast<int>(left_in_leaf) : num;
-      StepRun<Rule, Format, kOutput>(shared, leaf, has_residuals,
-                                     in_leaf * kBlockSize + thread * kLane, run_end, thread, i,
-                                     group);
+      StepRun(shared, leaf, output, has_residuals, in_leaf * kBlockSize + thread * kLane, run_end,
+              thread, i, group);
     }
     if (group.has_word) *reinterpret_cast<uint32_t*>(group.target + group.to_words) = group.word;
   }

@@ -29,12 +29,12 @@ PAGED_HD void Load(const void* source, DType dtype, int64_t start, int count,
 }
 
 PAGED_HD void Store(const Leaf& leaf, int64_t start, int count, const float (&values)[kLane]) {
-  if (leaf.dtype == DType::kFloat32) {
-    std::memcpy(static_cast<float*>(leaf.updates) + start, values, count * sizeof(float));
+  if (leaf.result_dtype == DType::kFloat32) {
+    std::memcpy(static_cast<float*>(leaf.results) + start, values, count * sizeof(float));
     return;
   }
-  uint16_t* halves = static_cast<uint16_t*>(leaf.updates) + start;
-  if (leaf.dtype == DType::kBFloat16) {
+  uint16_t* halves = static_cast<uint16_t*>(leaf.results) + start;
+  if (leaf.result_dtype == DType::kBFloat16) {
     for (int k = 0; k < count; ++k) halves[k] = ToBFloat16(values[k]);
   } else {
     for (int k = 0; k < count; ++k) halves[k] = ToFloat16(values[k]);
@@ -42,6 +42,7 @@ PAGED_HD void Store(const Leaf& leaf, int64_t start, int count, const float (&va
 }
 
 // Not a part of RunBlocks, because it is the same for all rules and formats.
+template <Output kOutput>
 PAGED_CLONES void StepParams(const CpuWork& work, const ParamStep& step, const Leaf& leaf,
                              int64_t start, int count, int64_t residual_offset,
                              float (&values)[kLane]) {
@@ -54,7 +55,7 @@ PAGED_CLONES void StepParams(const CpuWork& work, const ParamStep& step, const L
   } else {
     std::memset(residuals, kZeroResidual, sizeof(residuals));
   }
-  UpdateParams<kLane>(step, leaf, start, params, residuals, values);
+  UpdateParams<kOutput>(step, leaf, start, params, residuals, values);
   if (has_residuals) std::memcpy(work.target + residual_offset, residuals, sizeof(residuals));
 }
 
@@ -108,7 +109,9 @@ PAGED_CLONES void RunBlocks(const StepOf<Rule>& step, const CpuWork& work, int64
               WholeBlock());
     StoreLane(lane, place, work.target);
     if (work.output == Output::kUpdate) {
-      StepParams(work, step.params, leaf, start, count, place.residuals, values);
+      StepParams<Output::kUpdate>(work, step.params, leaf, start, count, place.residuals, values);
+    } else if (work.output == Output::kParams) {
+      StepParams<Output::kParams>(work, step.params, leaf, start, count, place.residuals, values);
     }
     Store(leaf, start, count, values);
   }

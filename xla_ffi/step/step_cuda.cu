@@ -144,6 +144,23 @@ namespace {
 
 using Kernel = void (*)(RegionStep);
 
+template <class Rule, class Format>
+Kernel FindStepKernel(Output output) {
+  if constexpr (kHasOwnKernels<Rule, Format>) {
+    switch (output) {
+      case Output::kDirection:
+        return StepKernel<Rule, Format, Output::kDirection>;
+      case Output::kUpdate:
+        return StepKernel<Rule, Format, Output::kUpdate>;
+      case Output::kParams:
+        return StepKernel<Rule, Format, Output::kParams>;
+    }
+    return nullptr;
+  } else {
+    return StepKernel<Rule, Format, kAnyOutput>;
+  }
+}
+
 // nullptr if there is no such rule or format.
 Kernel FindKernel(const StepKind& kind, int format) {
   Kernel found = nullptr;
@@ -151,8 +168,7 @@ Kernel FindKernel(const StepKind& kind, int format) {
     using Rule = typename decltype(rule)::type::Arithmetic;
     Visit(Formats(), format, [&](auto chosen) {
       using Format = typename decltype(chosen)::type;
-      found = kind.output == Output::kUpdate ? StepKernel<Rule, Format, Output::kUpdate>
-                                             : StepKernel<Rule, Format, Output::kDirection>;
+      found = FindStepKernel<Rule, Format>(kind.output);
     });
   });
   return found;
@@ -217,7 +233,7 @@ void LaunchUpdate(const CudaUpdate& update, int device, Stream stream) {
     const int64_t blocks = std::min(int64_t{num_multiprocessors} * blocks_per_multiprocessor,
                                     (work.region.num_blocks + kWarps - 1) / kWarps);
     kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
-        {resolved, table + work.first_leaf, work.num_leaves, work.region, i});
+        {resolved, table + work.first_leaf, work.num_leaves, work.region, i, update.kind.output});
     CUDA_CHECK(cudaGetLastError());
   }
 }
