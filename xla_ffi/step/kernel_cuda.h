@@ -189,8 +189,8 @@ __device__ __forceinline__ void StoreLane(const Lane<Rule, Format, kLane>& lane,
   }
 }
 
-// A kernel that does whatever its call says with directions. The others do one thing only.
-inline constexpr Output kAnyOutput = static_cast<Output>(-1);
+// In place of an Output: a kernel that does whatever its call says. The others do one thing only.
+inline constexpr int kAnyOutput = -1;
 
 // Kernels for one output each run as fast as they can, and take long to compile. So they are only
 // made of what many train with.
@@ -257,13 +257,20 @@ __device__ __forceinline__ void CopyLeaf(const Leaf& source, int thread, Leaf& l
   __syncwarp();
 }
 
-template <class Rule, class Format, Output kOutput>
-__global__ void __launch_bounds__(kThreads, 3) StepKernel(const __grid_constant__ RegionStep args) {
+// Thread blocks that a multiprocessor has at once, which leaves a thread 80 registers. Three states
+// and parameters need a few more.
+template <class Rule, class Format, int kOutput>
+inline constexpr int kMinBlocks =
+    kNumStates<Rule> > 2 && kOutput > static_cast<int>(Output::kDirection) ? 2 : 3;
+
+template <class Rule, class Format, int kOutput>
+__global__ void __launch_bounds__(kThreads, (kMinBlocks<Rule, Format, kOutput>))
+    StepKernel(const __grid_constant__ RegionStep args) {
   __shared__ Shared<Rule, Format> shared;
   const ResolvedStep& resolved = *args.resolved;
   Fill(resolved, shared);
   const bool accepted = resolved.accepted;
-  const Output output = kOutput == kAnyOutput ? args.output : kOutput;
+  const Output output = kOutput == kAnyOutput ? args.output : static_cast<Output>(kOutput);
   const bool has_residuals = args.region.shape.residual_bytes != 0;
   Region region = args.region;
   // Constants, so that the compiler can fold them.

@@ -149,11 +149,11 @@ Kernel FindStepKernel(Output output) {
   if constexpr (kHasOwnKernels<Rule, Format>) {
     switch (output) {
       case Output::kDirection:
-        return StepKernel<Rule, Format, Output::kDirection>;
+        return StepKernel<Rule, Format, static_cast<int>(Output::kDirection)>;
       case Output::kUpdate:
-        return StepKernel<Rule, Format, Output::kUpdate>;
+        return StepKernel<Rule, Format, static_cast<int>(Output::kUpdate)>;
       case Output::kParams:
-        return StepKernel<Rule, Format, Output::kParams>;
+        return StepKernel<Rule, Format, static_cast<int>(Output::kParams)>;
     }
     return nullptr;
   } else {
