@@ -100,7 +100,7 @@ def measure(model, name: str, num_steps: int) -> tuple[float, list[float]]:
     def error(u, v):
         pairs = zip(jax.tree.leaves(u), jax.tree.leaves(v), strict=True)
         if is_sign:
-            return sum(jnp.sum(a != b) for a, b in pairs).astype(jnp.float32)
+            return jnp.asarray(sum(jnp.sum(a != b) for a, b in pairs), jnp.float32)
         return sum(jnp.sum((a - b) ** 2) for a, b in pairs)
 
     def step(carry, ids):

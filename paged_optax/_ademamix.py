@@ -148,7 +148,7 @@ def paged_ademamix8bit(
       >>> params = {"w": jnp.ones((64, 64))}
       >>> updates, state = tx.update(params, tx.init(params), params)
       >>> print(f"{updates['w'][0, 0]:.4f}")
-      -0.1000
+      -0.1001
 
     References:
       Pagliardini et al., `The AdEMAMix Optimizer: Better, Faster, Older

@@ -145,7 +145,7 @@ def paged_muon8bit(
     adamw = descend(
         adam, adam_learning_rate, part_of(options), ScaleByPagedAdam8bitState, adam_weight_decay
     )
-    parts = {"muon": optax.chain(*muon), "adam": adamw}
+    parts: dict[Any, Any] = {"muon": optax.chain(*muon), "adam": adamw}
     labels = _labels(muon_weight_dimension_numbers)
     return compose(options, optax.partition(parts, labels))
 
@@ -169,7 +169,8 @@ def _stateless(tx: optax.GradientTransformation) -> optax.GradientTransformation
         return optax.EmptyState()
 
     def update_fn(updates, state, params=None):
-        return tx.update(updates, tx.init(updates), params)[0], state
+        with jax.numpy_dtype_promotion("standard"):  # optax's powers of counts need it
+            return tx.update(updates, tx.init(updates), params)[0], state
 
     return optax.GradientTransformation(init_fn, update_fn)
 

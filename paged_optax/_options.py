@@ -58,7 +58,7 @@ class Quantization:
       ...   if name.endswith("mu"):
       ...     print(name, array.dtype)
       0.0['embed'].0.mu float32
-      0.0['w'].0.mu uint8
+      0.1['w'].0.mu uint8
     """
 
     codec: str | Any | Callable[[Any], Any] = "ratio"

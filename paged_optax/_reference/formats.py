@@ -241,7 +241,7 @@ def quantize_two_ratios(m1, m2, nu, random: np.ndarray) -> TwoRatios:
     firsts, nu = [_to_blocks(m1), _to_blocks(m2)], _to_blocks(nu)
     random = np.pad(random, (0, nu.size - random.size)).reshape(nu.shape)
     codes, scales, nu_codes, words = _quantize_ratios(firsts, nu, random, firsts[0])
-    return TwoRatios(*codes, nu_codes, *scales, words)
+    return TwoRatios(codes[0], codes[1], nu_codes, scales[0], scales[1], words)
 
 
 def random_of(place: int, random: np.ndarray) -> np.ndarray:
@@ -331,7 +331,8 @@ def encode(
         mu, nu = states
         return quantize_ratio(mu, nu, random())
     if isinstance(like, TwoRatios):
-        return quantize_two_ratios(*states, random())
+        m1, m2, nu = states
+        return quantize_two_ratios(m1, m2, nu, random())
     encoded = []
     for place, (x, old, sign) in enumerate(zip(states, like, signed, strict=True)):
         if isinstance(old, Squares):

@@ -101,8 +101,7 @@ def bound_ratio(mu, nu, decay: float, b2: float):
     gradients but shrinking ones lead there.
     """
     f32 = np.float32
-    decay, b2 = f32(decay), f32(b2)
-    if not decay * decay > b2:
+    if not f32(decay) * f32(decay) > f32(b2):
         return mu
     with np.errstate(all="ignore"):
         return np.where(mu * mu > f32(2) * nu, f32(0), mu)
@@ -114,7 +113,7 @@ def _bound_adam(states, hyperparams: Hyperparams):
     return [bound_ratio(mu, nu, b1, b2) if _are_decays(b1, b2) else mu, nu]
 
 
-def _are_decays(*rates: float) -> bool:
+def _are_decays(*rates: Any) -> bool:
     return all(0 <= np.float32(rate) < 1 for rate in rates)
 
 

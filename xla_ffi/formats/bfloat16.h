@@ -1,7 +1,8 @@
-// States in bfloat16, rounded at random without bias: the exponent of float32 and 7 bits of fraction.
+// States in bfloat16, rounded at random without bias: the exponent of float32 and 7 bits of
+// fraction.
 //
-// Rounding to nearest would lose what is less than a 256th of a state, and a decay rate near 1 moves
-// a state by less. The upper half of an element's random word rounds the state that is never
+// Rounding to nearest would lose what is less than a 256th of a state, and a decay rate near 1
+// moves a state by less. The upper half of an element's random word rounds the state that is never
 // negative and the lower half the others, as in ratio.h.
 #pragma once
 

@@ -199,10 +199,9 @@ struct Dynamic {
       const float inverse = InverseScale(FloatOf(lane.words[s]));
       PAGED_UNROLL
       for (int k = 0; k < K; ++k) {
-        lane.codes[s][k] =
-            IsSigned<Arithmetic>(s)
-                ? EncodeSigned(maps.of_signed, states[s][k], inverse)
-                : EncodeNonNegative(maps.of_non_negative, states[s][k], inverse);
+        lane.codes[s][k] = IsSigned<Arithmetic>(s)
+                               ? EncodeSigned(maps.of_signed, states[s][k], inverse)
+                               : EncodeNonNegative(maps.of_non_negative, states[s][k], inverse);
       }
     }
   }

@@ -323,9 +323,11 @@ struct Ratio {
   // What is 0 where an element is idle.
   template <class Arithmetic, int K>
   PAGED_HD static const float (&ActiveOf(const float (&states)[kNumStates<Arithmetic>][K],
-                                         const float (&directions)[K]))[K] {
-    if constexpr (kFirstSigned<Arithmetic> >= 0) return states[kFirstSigned<Arithmetic>];
-    else return directions;
+                                         const float (&directions)[K])) [K] {
+    if constexpr (kFirstSigned<Arithmetic> >= 0)
+      return states[kFirstSigned<Arithmetic>];
+    else
+      return directions;
   }
 
   // First moments of a block, in units. Returns the word.

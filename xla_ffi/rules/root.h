@@ -36,8 +36,8 @@ PAGED_HD bool IsInRange(const RootScale& c, BitRange range, const float (&nu)[K]
       eps_root == 0 ? eps >= Math::kLeastDivisor : eps_root >= Math::kLeastRadicand;
   constexpr uint32_t kLargestEps = 0x71800000;  // 2^100; the bits of negative numbers are greater
   const float largest = FloatOf(range.largest) * c.nu_scale + c.eps_root;
-  return least >= Math::kLeastRadicand && BitsOf(largest) <= kLargestFinite &&
-         eps <= kLargestEps && eps_root <= kLargestEps && (!has_zeros || zeros_in_range);
+  return least >= Math::kLeastRadicand && BitsOf(largest) <= kLargestFinite && eps <= kLargestEps &&
+         eps_root <= kLargestEps && (!has_zeros || zeros_in_range);
 }
 
 // Divides `values`. `range` is that of the second moments.

@@ -22,9 +22,9 @@ struct Centered {
   struct Coefficients {
     float decay, rest;  // rest = 1 - decay
     float initial;
-    float unbias;          // of m' and v'
-    float eps_root, eps;   // of the root of s
-    float bad_grad;        // takes the place of an unusable gradient: NaN, or 0 to skip the element
+    float unbias;         // of m' and v'
+    float eps_root, eps;  // of the root of s
+    float bad_grad;       // takes the place of an unusable gradient: NaN, or 0 to skip the element
   };
 
   template <int K, class Math>

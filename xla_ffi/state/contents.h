@@ -24,8 +24,8 @@ struct LeafPart {
 
 using LeafParts = std::vector<LeafPart>;
 
-// The states of every leaf, in tree order, out of one slot. A leaf has the codes of every state and then,
-// if its format has words, the words of every state. Reads each chunk of a region once.
+// The states of every leaf, in tree order, out of one slot. A leaf has the codes of every state and
+// then, if its format has words, the words of every state. Reads each chunk of a region once.
 std::vector<LeafParts> ReadLeaves(const LockedArena& locked, int32_t slot);
 
 // The residuals of every leaf's parameters, 256 a block; throws if the arena keeps none.

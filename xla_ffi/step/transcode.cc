@@ -90,9 +90,8 @@ Transcoder FindTranscoder(int8_t rule, int8_t format) {
     using Rule = typename decltype(rule_type)::type::Arithmetic;
     Visit(Formats(), format, [&](auto format_type) {
       using Format = typename decltype(format_type)::type;
-      found = {&Zero<Rule, Format>, &MayStoreWord<Rule, Format>, &MayStoreCodes<Rule, Format>,
-               &MayStoreValues<Rule>,
-               &Decode<Rule, Format>, &Encode<Rule, Format>};
+      found = {&Zero<Rule, Format>,   &MayStoreWord<Rule, Format>, &MayStoreCodes<Rule, Format>,
+               &MayStoreValues<Rule>, &Decode<Rule, Format>,       &Encode<Rule, Format>};
     });
   });
   return found;
