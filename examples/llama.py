@@ -181,21 +181,31 @@ def run_layer(x, layer: Arrays, lora: Arrays, config: Config, scale: float, kv, 
     return x + linear(jax.nn.silu(linear(h, "gate_proj")) * linear(h, "up_proj"), "down_proj"), kv
 
 
-def hidden(base, lora, ids, config: Config, scale=1.0, dtype="bfloat16", cache=None):
-    """Returns what the head sees, (batch, time, dim), and the cache with these tokens in it."""
+def identity(x):
+    return x
+
+
+def hidden(
+    base, lora, ids, config: Config, scale=1.0, dtype="bfloat16", cache=None, whole=identity
+):
+    """Returns what the head sees, (batch, time, dim), and the cache with these tokens in it.
+
+    Where a device has a part of each array, `whole` makes arrays whole. It is called for what is
+    used next, so that no device ever has all of the model.
+    """
     past = None if cache is None else cache.used
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(x, stacks):
         layer, adapters, kv = stacks
-        return run_layer(x, layer, adapters, config, scale, kv, past)
+        return run_layer(x, whole(layer), whole(adapters), config, scale, kv, past)
 
-    x = base["embed"].astype(dtype)[ids]
+    x = whole(base["embed"]).astype(dtype)[ids]
     kv = None if cache is None else (cache.keys, cache.values)
     x, kv = jax.lax.scan(step, x, (base["layers"], lora, kv))
     if cache is not None:
         cache = Cache(kv[0], kv[1], cache.used + ids.shape[1])
-    return rms_norm(x, base["norm"], config), cache
+    return rms_norm(x, whole(base["norm"]), config), cache
 
 
 def head(base: Arrays, x: jax.Array) -> jax.Array:
@@ -212,14 +222,18 @@ def logits(base, lora, ids, config: Config, scale=1.0, dtype="bfloat16") -> jax.
 # ------------------------------------------------------------------------------------- the loss
 
 
-def loss_sum(base, lora, ids, weights, config: Config, scale=1.0, dtype="bfloat16") -> jax.Array:
+def loss_sum(
+    base, lora, ids, weights, config: Config, scale=1.0, dtype="bfloat16", whole=identity
+) -> jax.Array:
     """Returns the sum of weighted cross-entropies of `ids` (batch, time + 1), in nats.
 
     `weights` (batch, time) belong to `ids[:, 1:]`. Logits are made for a chunk of tokens at a time
     and made again in the backward pass, because with large vocabularies they would take more memory
-    than the layers.
+    than the layers. For `whole` see `hidden`.
     """
-    x, _ = hidden(base, lora, ids[:, :-1], config, scale, dtype)
+    x, _ = hidden(base, lora, ids[:, :-1], config, scale, dtype, whole=whole)
+    name = "embed" if config.tied else "head"
+    words = whole({name: base[name]})
     batch, time = weights.shape
     chunks = -(-time * batch // LOSS_CHUNK)
     pad = -time % chunks
@@ -229,14 +243,14 @@ def loss_sum(base, lora, ids, weights, config: Config, scale=1.0, dtype="bfloat1
         return jnp.moveaxis(y.reshape(batch, chunks, -1, *y.shape[2:]), 1, 0)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def add(total, chunk):
+    def chunk_loss(chunk):
         x, labels, weights = chunk
-        scores = head(base, x)
+        scores = head(words, x)
         right = jnp.take_along_axis(scores, labels[..., None], axis=-1)[..., 0]
-        return total + ((jax.nn.logsumexp(scores, axis=-1) - right) * weights).sum(), None
+        return ((jax.nn.logsumexp(scores, axis=-1) - right) * weights).sum()
 
     chunked = tuple(map(cut, (x, ids[:, 1:], weights)))
-    return jax.lax.scan(add, jnp.zeros((), jnp.float32), chunked)[0]
+    return jax.lax.map(chunk_loss, chunked).sum()
 
 
 # ---------------------------------------------------------------------------------- new weights

@@ -16,11 +16,12 @@ from ._plan_model import (
     given_model,
     named_model,
     with_analysis,
+    with_temporaries,
 )
 from ._plan_room import PlannedUsage, Room
 from ._plan_text import describe
 
-CONTEXT = 660 * 2**20  # of CUDA, cuDNN and cuBLAS: 635 to 661 MiB on an H200
+CONTEXT = 680 * 2**20  # of CUDA, cuDNN and cuBLAS: 635 to 680 MiB on an H200
 LINK = 50e9  # bytes per second, each way at once: PCIe 5 x16 (docs/paging.md)
 
 
@@ -35,8 +36,7 @@ class Plan:
       context: bytes of the GPU outside of XLA's pool, for CUDA and its libraries.
       frozen: bytes of weights that are not trained, and of other arguments of a compiled step.
       params: bytes of the trained parameters.
-      gradients: bytes of their gradients; 0 where a compiled step has them in `temporaries`.
-      temporaries: bytes for activations and everything else in XLA's pool; None if not known.
+      gradients: bytes of their gradients; 0 where a compiled step has them among its temporaries.
       link: bytes per second between host and GPU, each way while both are busy.
       usage: the `PlannedUsage` with the optimizer.
       other: the same with `optax.adamw`.
@@ -49,21 +49,20 @@ class Plan:
     frozen: int
     params: int
     gradients: int
-    temporaries: int | None
     link: float
     usage: PlannedUsage
     other: PlannedUsage
 
     @property
     def fits(self) -> bool:
-        """Whether it fits with the optimizer; without `temporaries`, as far as is known."""
+        """Whether it fits with the optimizer; where activations are not known, without them."""
         return self.usage.fits
 
     @property
     def is_tight(self) -> bool:
         """Whether it fits without the reserve that XLA's pool should have."""
         needed = self.usage.pool + self.usage.reserve + self.context
-        return self.fits and self.temporaries is not None and needed > self.card
+        return self.fits and self.usage.temporaries is not None and needed > self.card
 
     @property
     def total(self) -> int:
@@ -91,6 +90,7 @@ def plan(
     base: str | None = None,
     batch: int | None = None,
     sequence: int | None = None,
+    clip: bool | None = None,
     frozen: Any = None,
     compiled: Any = None,
     activations: int | str | None = None,
@@ -108,7 +108,8 @@ def plan(
     Args:
       model: the trained parameters, as a tree of arrays or `jax.ShapeDtypeStruct`s (from
         `jax.eval_shape`); those with a sharding count with one device's part. Or the name of a
-        published shape: ``"7b"``, ``"8b"``, ``"13b"``, ``"24b"``, ``"33b"``, ``"65b"``, ``"70b"``.
+        published shape: ``"7b"``, ``"8b"``, ``"13b"``, ``"24b"``, ``"32b"``, ``"33b"``, ``"65b"``
+        or ``"70b"``.
       optimizer: any transformation, alone or in a chain. By default `paged_adamw8bit`, with
         ``param_rounding="compensated"`` if all of a named model is trained.
       card: memory of the GPU, as ``"48GiB"`` or a number of bytes; None for this machine's.
@@ -119,6 +120,8 @@ def plan(
         for 64 weights), ``"nf4-double"`` (scales are quantized too) or ``"bfloat16"``.
       batch: sequences in a step of a named model; 1 by default.
       sequence: tokens in each; 2,048 by default.
+      clip: whether gradients of a named model are clipped by their global norm, for which XLA
+        copies the largest one; True by default.
       frozen: weights next to the trained parameters: a tree, or their size.
       compiled: the training step with `optimizer` in it, compiled for such a GPU by
         ``jax.jit(step).lower(...).compile()``, or what its ``memory_analysis()`` returned.
@@ -153,7 +156,7 @@ def plan(
     References:
       Dettmers et al., `QLoRA <https://arxiv.org/abs/2305.14314>`_, 2023
     """
-    about = _about(model, rank=rank, base=base, batch=batch, sequence=sequence)
+    about = _about(model, rank=rank, base=base, batch=batch, sequence=sequence, clip=clip)
     if optimizer is None:
         full = isinstance(model, str) and rank is None
         optimizer = paged_adamw8bit(1e-4, param_rounding="compensated" if full else "nearest")
@@ -175,7 +178,6 @@ def plan(
         frozen=about.frozen,
         params=about.param_bytes,
         gradients=about.gradients,
-        temporaries=about.temporaries,
         link=room.link,
         usage=room.usage(about, kept, name or "the optimizer"),
         other=room.usage(about, kept_by(optax.adamw(1e-4), about.params), "optax.adamw"),
@@ -202,8 +204,7 @@ def _with_known(about: Model, kept: Kept, compiled: Any, frozen: Any, activation
     if frozen is not None:
         about = dataclasses.replace(about, frozen=about.frozen + frozen_bytes(frozen))
     if activations is not None:
-        known = parse_bytes("activations", activations)
-        about = dataclasses.replace(about, temporaries=known)
+        about = with_temporaries(about, parse_bytes("activations", activations))
     return about
 
 

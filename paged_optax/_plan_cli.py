@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
         " set it up. Runs nothing and needs no GPU. The exit status is 0 if it fits, 1 if not.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--model", required=True, help="7b, 8b, 13b, 24b, 33b, 65b or 70b")
+    parser.add_argument("--model", required=True, help="7b, 8b, 13b, 24b, 32b, 33b, 65b or 70b")
     parser.add_argument("--card", help="memory of the GPU, such as 48GiB; default: this machine's")
     parser.add_argument("--host", help="host memory for moments; default: what is available here")
     parser.add_argument("--rank", type=int, help="of LoRA adapters; default: train all weights")
@@ -33,6 +33,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--batch", type=int, help="sequences in a step; default: 1")
     parser.add_argument("--sequence", type=int, help="tokens in each; default: 2048")
+    parser.add_argument("--no-clip", action="store_true", help="gradients are not clipped")
     parser.add_argument(
         "--optimizer",
         default="paged_adamw8bit",
@@ -68,6 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
             base=arguments.base,
             batch=arguments.batch,
             sequence=arguments.sequence,
+            clip=not arguments.no_clip,
             activations=arguments.activations,
             link=None if arguments.link is None else parse_bytes("link", arguments.link),
             name=arguments.optimizer,

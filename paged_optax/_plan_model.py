@@ -21,13 +21,15 @@ class Model:
       frozen: weights that are not trained, and other arguments of a compiled step.
       gradients: 0 where `temporaries` have them.
       temporaries: what XLA needs besides; None if not known.
+      paged_temporaries: the same with a paged optimizer.
     """
 
     subject: str
     params: Any
     frozen: int
     gradients: int
-    temporaries: int | None
+    temporaries: int | None = None
+    paged_temporaries: int | None = None
 
     @property
     def param_bytes(self) -> int:
@@ -49,11 +51,16 @@ def given_model(params: Any) -> Model:
         )
     count = sum(leaf.size for leaf in leaves)
     gradients = tree_bytes(local_shapes(params))
-    return Model(f"{_count(count)} parameters", params, 0, gradients, None)
+    return Model(f"{_count(count)} parameters", params, 0, gradients)
 
 
 def named_model(
-    name: str, rank: int | None, base: str | None, batch: int | None, sequence: int | None
+    name: str,
+    rank: int | None,
+    base: str | None,
+    batch: int | None,
+    sequence: int | None,
+    clip: bool | None,
 ) -> Model:
     """A model of a published shape: adapters of this rank, or all of it."""
     shape = find_shape(name)
@@ -77,23 +84,38 @@ def named_model(
         params,
         0 if rank is None else shape.frozen_bytes(base),
         gradients,
-        _estimate(shape, params, tokens),
+        *_estimate(shape, params, tokens, clip is not False),
     )
 
 
-def _estimate(shape: Shape, params: Any, tokens: int) -> int:
-    """What XLA needs besides parameters, gradients and state for a step of a named model.
+def _estimate(shape: Shape, params: Any, tokens: int, clips: bool) -> tuple[int, int]:
+    """What XLA needs besides parameters, gradients and state, without and with paged moments.
 
-    Two moments of a step can be the peak. In the backward pass of a layer there are, next to the
-    gradients of all layers, a saved residual stream for each layer, the layer's weights and one
-    matrix more in 16 bits, and four arrays of the hidden width. When gradients are clipped and
-    applied, there is a copy of the largest parameter, and a hole as large as the next smaller one.
+    In the backward pass of a layer there are, next to the gradients of all layers, a saved residual
+    stream for each layer, the layer's weights, and what the feed-forward part or the attention
+    needs (`_layer_bytes`). The gradient of the embedding comes later. A paged optimizer needs all
+    clipped gradients at once, so there is a copy of the largest one, and a hole as large as the
+    next smaller one; the embedding's place may then be taken.
     """
-    saved = 2 * shape.layers * tokens * shape.width
-    matrices = [inputs * outputs for inputs, outputs in shape.projections.values()]
-    layer = 2 * (sum(matrices) + max(matrices)) + 8 * tokens * shape.hidden
+    saved, layer = 2 * shape.layers * tokens * shape.width, _layer_bytes(shape, tokens)
+    later = num_bytes(params["embed"]) if "embed" in params else 0
     sizes = sorted({num_bytes(leaf) for leaf in jax.tree.leaves(params) if leaf.ndim == 3})
-    return max(saved + layer, sum(sizes[-2:]))
+    backward = saved + layer - later
+    return backward, max(saved + layer, sum(sizes[-2:])) if clips else backward
+
+
+def _layer_bytes(shape: Shape, tokens: int) -> int:
+    """Weights and activations in 16 bits during the backward pass of a layer.
+
+    For the feed-forward part, there are a matrix more and four arrays of its width; for the
+    attention, six times queries, keys and values, and nine residual streams. The counts were fitted
+    to what XLA says of examples/llama.py, with fused attention.
+    """
+    matrices = {name: inputs * outputs for name, (inputs, outputs) in shape.projections.items()}
+    feed_forward = max(matrices.values()) + 4 * tokens * shape.hidden
+    width = sum(shape.projections[name][1] for name in "qkv")
+    attention = (6 * width + 9 * shape.width) * tokens
+    return 2 * (sum(matrices.values()) + max(feed_forward, attention))
 
 
 def with_analysis(model: Model, compiled: Any, kept: Kept) -> Model:
@@ -113,8 +135,13 @@ def with_analysis(model: Model, compiled: Any, kept: Kept) -> Model:
             " training step of these parameters, with this optimizer in it"
         )
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    temporaries = stats.temp_size_in_bytes + outputs
-    return dataclasses.replace(model, frozen=frozen, gradients=0, temporaries=temporaries)
+    model = dataclasses.replace(model, frozen=frozen, gradients=0)
+    return with_temporaries(model, stats.temp_size_in_bytes + outputs)
+
+
+def with_temporaries(model: Model, nbytes: int) -> Model:
+    """The model with a known number in place of estimates."""
+    return dataclasses.replace(model, temporaries=nbytes, paged_temporaries=nbytes)
 
 
 def frozen_bytes(frozen: Any) -> int:

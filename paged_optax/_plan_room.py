@@ -22,6 +22,7 @@ class PlannedUsage:
     Attributes:
       optimizer: its name.
       state: optimizer state in XLA's pool.
+      temporaries: bytes for activations and everything else in XLA's pool; None if not known.
       pool: the most that XLA's pool has in use at one time, as far as it is known.
       moments: paged moments, wherever they are.
       resident: those of them that have room in the GPU's memory.
@@ -34,6 +35,7 @@ class PlannedUsage:
 
     optimizer: str
     state: int
+    temporaries: int | None
     pool: int
     moments: int
     resident: int
@@ -86,14 +88,16 @@ class Room:
     def usage(self, model: Model, kept: Kept, optimizer: str) -> PlannedUsage:
         """What training takes with an optimizer."""
         peak = model.param_bytes + model.frozen + model.gradients + kept.in_xla
-        peak += model.temporaries or 0
-        pool, fraction = self._pool(model, kept, peak)
+        temporaries = model.paged_temporaries if kept.states else model.temporaries
+        peak += temporaries or 0
+        pool, fraction = self._pool(kept, peak, is_known=temporaries is not None)
         moments = kept.forecast(self.card - self.context - pool)
         host = moments["on_gpu"] * self.devices
         rate = min(LINK_SHARE * self.link, STEP_RATE)
         return PlannedUsage(
             optimizer=optimizer,
             state=kept.in_xla,
+            temporaries=temporaries,
             pool=peak,
             moments=moments["on_gpu"],
             resident=moments["resident"],
@@ -104,12 +108,12 @@ class Room:
             problems=tuple(self._problems(peak, host)),
         )
 
-    def _pool(self, model: Model, kept: Kept, peak: int) -> tuple[int, float | None]:
+    def _pool(self, kept: Kept, peak: int, is_known: bool) -> tuple[int, float | None]:
         """The size to give to XLA's pool, and the fraction that does it; None for the default."""
         most = self.card - self.context
         wanted = min(peak + math.ceil(peak * RESERVE), most)
         default = int(PREALLOCATED * self.card)
-        if model.temporaries is None and wanted <= default:
+        if not is_known and wanted <= default:
             return default, None
         if wanted <= default <= most:
             residents = [kept.forecast(most - size)["resident"] for size in (wanted, default)]

@@ -15,7 +15,7 @@ def describe(plan: Any) -> str:
         ("parameters", plan.params, plan.params),
         ("gradients", plan.gradients, plan.gradients),
         ("optimizer state in XLA's pool", usage.state, other.state),
-        ("activations and the like", plan.temporaries, plan.temporaries),
+        ("activations and the like", usage.temporaries, other.temporaries),
         ("XLA's pool, at most in use", usage.pool, other.pool),
         ("moments in GPU memory", usage.resident, other.resident),
         ("CUDA and its libraries", plan.context, plan.context),
@@ -38,7 +38,7 @@ def describe(plan: Any) -> str:
 def _verdict(plan: Any) -> str:
     if not plan.fits:
         return "it does not fit"
-    if plan.temporaries is None:
+    if plan.usage.temporaries is None:
         return "it may fit"
     return "it just fits" if plan.is_tight else "it fits"
 
@@ -48,7 +48,7 @@ def _advice(plan: Any) -> list[str]:
     for side in (usage, plan.other):
         for problem in side.problems:
             lines.append(f"{side.optimizer} does not fit: {problem}.")
-    if plan.temporaries is None:
+    if plan.usage.temporaries is None:
         left = format_bytes(max(0, plan.card - plan.total))
         lines.append(
             f"Activations are not counted; {left} are left for them. To count them, pass"
@@ -69,7 +69,7 @@ def _settings(plan: Any) -> list[str]:
     if usage.mem_fraction is not None:
         fraction = f"{usage.mem_fraction:.3f}".lstrip("0").rstrip("0")
         lines.append(f"Set XLA_PYTHON_CLIENT_MEM_FRACTION={fraction} before JAX starts.")
-    elif plan.temporaries is not None:
+    elif usage.temporaries is not None:
         lines.append("XLA's default pool, 75 % of the GPU, is large enough: set nothing.")
     if not usage.moments:
         return lines

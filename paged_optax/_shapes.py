@@ -1,6 +1,7 @@
 """Published sizes of language models, and what training one of such a shape takes."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ class Shape:
       vocab: number of tokens.
       head_dim: of all heads.
       source: where the sizes are published.
+      qkv_bias: whether the first three matrices of a layer have biases.
     """
 
     width: int
@@ -38,6 +40,7 @@ class Shape:
     vocab: int
     source: str
     head_dim: int = 128
+    qkv_bias: bool = False
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
@@ -60,15 +63,20 @@ class Shape:
 
     def whole(self) -> Any:
         """All parameters in bfloat16, layers stacked."""
-        rest = {
+        matrices = {name: (self.layers, *sizes) for name, sizes in self.projections.items()}
+        return _arrays(matrices | self._rest(), jnp.bfloat16)
+
+    def _rest(self) -> dict[str, tuple[int, ...]]:
+        """What is not a projection, and so is never in NF4."""
+        biased = ("q", "k", "v") if self.qkv_bias else ()
+        biases = {f"{name}_bias": (self.layers, self.projections[name][1]) for name in biased}
+        return biases | {
             "embed": (self.vocab, self.width),
             "head": (self.width, self.vocab),
             "norm": (self.width,),
             "attention_norms": (self.layers, self.width),
             "mlp_norms": (self.layers, self.width),
         }
-        matrices = {name: (self.layers, *sizes) for name, sizes in self.projections.items()}
-        return _arrays(rest | matrices, jnp.bfloat16)
 
     def adapters(self, rank: int) -> Any:
         """LoRA of all seven matrices in float32, layers stacked."""
@@ -80,7 +88,7 @@ class Shape:
 
     def frozen_bytes(self, base: str) -> int:
         """Bytes of the weights under adapters: matrices as `base` says, the rest in bfloat16."""
-        rest = 2 * self.vocab * self.width + (2 * self.layers + 1) * self.width
+        rest = sum(math.prod(shape) for shape in self._rest().values())
         return round(self.layers * self.layer_weights * FROZEN_BYTES[base]) + 2 * rest
 
 
@@ -94,6 +102,9 @@ SHAPES = {
     "8b": Shape(4096, 14336, 32, 32, 8, 128_256, "The Llama 3 Herd, arXiv:2407.21783, table 3"),
     "13b": Shape(5120, 13824, 40, 40, 40, 32_000, _LLAMA),
     "24b": Shape(5120, 32768, 40, 32, 8, 131_072, "Mistral Small 3 (2501), config.json"),
+    "32b": Shape(
+        5120, 27648, 64, 40, 8, 152_064, "Qwen2.5 report, arXiv:2412.15115", qkv_bias=True
+    ),
     "33b": Shape(6656, 17920, 60, 52, 52, 32_000, _LLAMA),
     "65b": Shape(8192, 22016, 80, 64, 64, 32_000, _LLAMA),
     "70b": Shape(8192, 28672, 80, 64, 8, 32_000, "Touvron et al., Llama 2, arXiv:2307.09288"),

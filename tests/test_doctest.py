@@ -18,6 +18,7 @@ import paged_optax
 README = Path(__file__).parent.parent / "README.md"
 COMPATIBILITY = README.parent / "docs" / "compatibility.md"
 CHECKPOINTS = README.parent / "docs" / "checkpoints.md"
+SEVERAL_GPUS = README.parent / "docs" / "several_gpus.md"
 PLANNING = README.parent / "docs" / "planning.md"
 
 MODULES = ["paged_optax"] + [
@@ -77,8 +78,9 @@ def python_blocks(text):
         (README, ["-W", "error"]),
         (CHECKPOINTS, []),  # Orbax warns of its own code
         (PLANNING, ["-W", "error"]),
+        (SEVERAL_GPUS, ["-W", "error"]),
     ],
-    ids=["readme", "checkpoints", "planning"],
+    ids=["readme", "checkpoints", "planning", "several_gpus"],
 )
 def test_documents_run(document, options, tmp_path):
     """All Python blocks, one after the other, in a process and a folder of their own."""

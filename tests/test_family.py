@@ -391,3 +391,26 @@ def test_bitsandbytes_has_no_such_state():
     assert not is_zero(updates)
     with pytest.raises(ValueError, match="ademamix"):
         paged_optax.to_bitsandbytes(state, ["['w']"])
+
+
+# --- In place -------------------------------------------------------------------------------------
+
+IN_PLACE = {name: row[1:] for name, row in COMPOSED.items()} | {
+    "sgd": (paged_optax.paged_sgd8bit, {"momentum": 0.9}),
+    "ademamix": (paged_optax.paged_ademamix8bit, {"b3": optax.linear_schedule(0.9, 0.999, 9)}),
+}
+
+
+@pytest.mark.parametrize("name", ["lamb", "lars", "rmsprop_momentum", "muon", "sgd", "ademamix"])
+@pytest.mark.usefixtures("standard_promotion")
+def test_steps_in_place(name):
+    """The parameters of `tx.update` and `apply_updates`, up to a contraction in XLA."""
+    make, arguments = IN_PLACE[name]
+    tx = make(optax.linear_schedule(1e-2, 1e-3, 9), **arguments)
+    params, grads = params_and_grads(3)
+    expected, _ = train(tx, params, grads)
+    state = tx.init(params)
+    params, step = to_jax(params), jax.jit(functools.partial(paged_optax.apply_gradients, tx))
+    for grad in grads:
+        params, state = step(to_jax(grad), state, params)
+    assert_trees_close(params, expected, rtol=1e-5, atol=1e-6)
