@@ -111,7 +111,7 @@ def export_moments(opt_state: Any) -> dict[str, np.ndarray]:
       opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it: the newest.
 
     Returns:
-      Arrays of uint8, uint32 and float32 by name.
+      Arrays of uint8, uint16 (the bits of bfloat16), uint32 and float32 by name.
 
     Raises:
       As `save_moments`, without OSError.

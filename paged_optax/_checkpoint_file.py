@@ -27,7 +27,7 @@ from ._ahead import ahead
 from ._contents import Contents, Damaged, FilePart
 
 _SUMS = "crc32"
-_DTYPES = {"uint8": "U8", "uint32": "U32", "float32": "F32"}
+_DTYPES = {"uint8": "U8", "uint16": "U16", "uint32": "U32", "float32": "F32"}
 _MAX_HEADER = 100 * 2**20  # bytes, as in safetensors itself
 
 # --- Writing -------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from . import _calls
 from ._ffi import SKIP_STEP
-from ._in_place import in_place
+from ._in_place import in_place, not_in_place
 from ._names import number_tree
 from ._options import Options
 from ._refusals import guard
@@ -64,6 +64,47 @@ def descend(
         links.append(optax.add_decayed_weights(weight_decay, mask))
     links.append(optax.scale_by_learning_rate(learning_rate))
     return _finish(links, options, paged.chain_in_place(descent))
+
+
+def compose(
+    options: Options, *links: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """A chain of any links, which skips as a whole what `non_finite` says.
+
+    Its paged links must not skip by themselves: see `part_of`. Those with other links after them
+    are `before_others`.
+    """
+    mode, tx = options.non_finite, _chain(list(links), None)
+    if mode == "propagate":
+        return tx
+    return skipping(tx, mode.removeprefix("skip_"), f"non_finite={mode!r}")
+
+
+def before_others(
+    rule: Rule, options: Options, state_type: type[Any]
+) -> optax.GradientTransformationExtraArgs:
+    """`transformation`, as a link of `compose` that returns directions in place too."""
+    tx = transformation(rule, part_of(options), state_type)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        with not_in_place():
+            return tx.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+
+def ascend(
+    rule: Rule, options: Options, state_type: type[Any]
+) -> optax.GradientTransformationExtraArgs:
+    """A step along the direction of a rule, of updates that have the learning rate already."""
+    if options.param_rounding == "nearest":
+        return transformation(rule, options, state_type)
+    return descend(rule, -1.0, options, state_type)
+
+
+def part_of(options: Options, param_rounding: str = "nearest") -> Options:
+    """The options of a link inside of `compose`."""
+    return dataclasses.replace(options, non_finite="propagate", param_rounding=param_rounding)
 
 
 class _Paged:
@@ -148,7 +189,7 @@ class _Paged:
             ),
             token,
             count,
-            stack((*self._rule.hyperparams, *(rates.values if rates else ()))),
+            stack((*self._rule.hyperparams(state.count), *(rates.values if rates else ()))),
             grads,
             [jnp.asarray(param) for param in olds],
         )

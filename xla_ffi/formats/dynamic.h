@@ -175,36 +175,57 @@ struct Dynamic {
     return MakeDynamicMaps<Level>();
   }
 
-  PAGED_HD static constexpr Code Zero(Role role) { return role == Role::kSigned ? 127 : 0; }
+  // Which map a state takes. In bitsandbytes a state that is alone takes the signed one even if it
+  // is never negative.
+  template <class Arithmetic>
+  PAGED_HD static constexpr bool IsSigned(int state) {
+    return kNumStates<Arithmetic> == 1 || RoleOf<Arithmetic>(state) == Role::kSigned;
+  }
 
-  static bool MayStore(Role, bool, uint32_t word, bool) { return word < kInfinity; }
+  template <class Arithmetic>
+  PAGED_HD static constexpr Code Zero(int state) {
+    return IsSigned<Arithmetic>(state) ? 127 : 0;
+  }
 
-  template <class Rule, int K, class Level>
-  PAGED_HD static void Decode(const DynamicMaps<Level>& maps, const Lane<Rule, Dynamic, K>& lane,
-                              float (&states)[kNumStates<Rule>][K]) {
-    constexpr int kNu = kNonNegativeState<Rule>;
+  template <class Arithmetic>
+  static bool MayStoreWord(int, uint32_t word, bool) {
+    return word < kInfinity;
+  }
+
+  template <class Arithmetic>
+  static bool MayStoreCode(int state, Code& code) {
+    const bool is_negative = IsSigned<Arithmetic>(state) && code < 127;
+    return !is_negative || RoleOf<Arithmetic>(state) == Role::kSigned;
+  }
+
+  template <class Arithmetic, int K, class Level>
+  PAGED_HD static void Decode(const DynamicMaps<Level>& maps,
+                              const Lane<Arithmetic, Dynamic, K>& lane,
+                              float (&states)[kNumStates<Arithmetic>][K]) {
     PAGED_UNROLL
-    for (int s = 0; s < kNumStates<Rule>; ++s) {
-      const DynamicMap<Level>& map = s == kNu ? maps.of_non_negative : maps.of_signed;
+    for (int s = 0; s < kNumStates<Arithmetic>; ++s) {
+      const DynamicMap<Level>& map =
+          IsSigned<Arithmetic>(s) ? maps.of_signed : maps.of_non_negative;
       const float scale = FloatOf(lane.words[s]);
       PAGED_UNROLL
       for (int k = 0; k < K; ++k) states[s][k] = map.value[lane.codes[s][k]] * scale;
     }
   }
 
-  template <class Rule, int K, class Math, class Level, class Random, class Block>
+  template <class Arithmetic, int K, class Math, class Level, class Random, class Block>
   PAGED_HD static void Encode(Math, const DynamicMaps<Level>& maps, BitRange range, Random,
-                              float (&states)[kNumStates<Rule>][K], Lane<Rule, Dynamic, K>& lane,
-                              Block block) {
-    constexpr int kNu = kNonNegativeState<Rule>;
+                              const float (&)[K], float (&states)[kNumStates<Arithmetic>][K],
+                              Lane<Arithmetic, Dynamic, K>& lane, Block block) {
+    constexpr int kNu = kNonNegativeState<Arithmetic>;
     PAGED_UNROLL
-    for (int s = 0; s < kNumStates<Rule>; ++s) {
+    for (int s = 0; s < kNumStates<Arithmetic>; ++s) {
       lane.words[s] = block.Max(s == kNu ? range.largest : BitsOf(LargestMagnitude(states[s])));
       const float inverse = InverseScale(FloatOf(lane.words[s]));
       PAGED_UNROLL
       for (int k = 0; k < K; ++k) {
-        lane.codes[s][k] = s == kNu ? EncodeNonNegative(maps.of_non_negative, states[s][k], inverse)
-                                    : EncodeSigned(maps.of_signed, states[s][k], inverse);
+        lane.codes[s][k] = IsSigned<Arithmetic>(s)
+                               ? EncodeSigned(maps.of_signed, states[s][k], inverse)
+                               : EncodeNonNegative(maps.of_non_negative, states[s][k], inverse);
       }
     }
   }

@@ -83,8 +83,12 @@ void RunOnCpu(ffi::ThreadPool& pool, const UpdateCall& call, const AnyStep& step
   for (size_t i = 0; i < kFormats.size(); ++i) {
     const Region& region = call.extent.regions[i];
     if (region.num_blocks == 0) continue;
-    const CpuWork work{call.leaves.data() + call.ranges[i].first, call.ranges[i].count, region,
-                       source, target};
+    const CpuWork work{call.leaves.data() + call.ranges[i].first,
+                       call.ranges[i].count,
+                       region,
+                       source,
+                       target,
+                       call.kind.output};
     const CpuStep run = FindCpuStep(call.kind, static_cast<int8_t>(i));
     const int64_t num_tasks = (region.num_blocks + kBlocksPerTask - 1) / kBlocksPerTask;
     ParallelFor(pool, num_tasks, [&](int64_t task) {
