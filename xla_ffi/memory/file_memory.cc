@@ -9,8 +9,8 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <string>
-#include <vector>
 
 #include "base/faults.h"
 #include "base/notice.h"
@@ -18,6 +18,7 @@
 #include "memory/file_system.h"
 #include "memory/host_memory.h"
 #include "memory/preflight.h"
+#include "memory/promises.h"
 
 namespace paged_optax {
 namespace {
@@ -92,7 +93,8 @@ class File {
   // A full disk would otherwise show as a SIGBUS in the middle of a step.
   void Reserve(const std::string& directory, int64_t nbytes) {
     const FileSystem system = Examine(fd_);
-    if (system.is_in_ram) CheckHostMemory(nbytes);
+    std::optional<HostPromise> promise;  // until the room is taken
+    if (system.is_in_ram) promise.emplace(nbytes);
     if (!system.danger.empty()) {
       PostNotice({0, 0,
                   "moments in Paging(directory='" + directory + "') are at risk: " + system.danger +
@@ -150,11 +152,7 @@ class FileMemory final : public Memory {
   }
 
   int64_t ResidentBytes() const override {
-    const int64_t nbytes = geometry().NumBytes(), page = sysconf(_SC_PAGESIZE);
-    std::vector<unsigned char> pages((nbytes + page - 1) / page);
-    if (PAGED_CALL(mincore, -1, data_, nbytes, pages.data()) != 0) return nbytes;
-    const auto is_resident = [](unsigned char flags) { return (flags & 1) != 0; };
-    return std::min<int64_t>(nbytes, page * std::count_if(pages.begin(), pages.end(), is_resident));
+    return MappedBytes(data_, geometry().NumBytes());
   }
 
   void PageOut(int64_t nbytes) override {

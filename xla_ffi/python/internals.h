@@ -18,6 +18,7 @@ struct Internals {
   void (*post_notice)(Notice notice);
   void (*deliver_notices)();
   void (*pretend_not_managed)(bool pretend);
+  void (*pretend_available)(int64_t nbytes);
   // base/faults.h; nothing in a build without tests.
   void (*ask_for_failure)(const std::string& call, int after, int error);
   bool (*withdraw_failure)();

@@ -14,6 +14,7 @@
 #include "memory/gpus.h"
 #include "memory/memory.h"
 #include "memory/preflight.h"
+#include "memory/promises.h"
 #include "python/checkpoint.h"
 #include "python/errors.h"
 #include "python/internals.h"
@@ -219,6 +220,7 @@ constexpr Internals kInternals{[] { return Registry::Get().NumArenas(); },
                                PostNotice,
                                DeliverNotices,
                                PretendNotManaged,
+                               PretendAvailable,
                                AskForFailure,
                                WithdrawFailure,
                                [](long type) { return Classify(type).danger; }};

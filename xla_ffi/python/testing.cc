@@ -148,10 +148,14 @@ void AddInternals(py::module_& module) {
   module.def(
       "pretend_not_managed", [](bool pretend) { Ext().pretend_not_managed(pretend); },
       py::arg("pretend"));
+  module.def(
+      "pretend_available", [](int64_t nbytes) { Ext().pretend_available(nbytes); },
+      py::arg("nbytes"));
 }
 
 void AddMemory(py::module_& module) {
-  module.def("check_host_memory", &CheckHostMemory);
+  module.def("check_host_memory",
+             [](int64_t nbytes) { CheckHostMemory(nbytes, AvailableHostBytes(), /*promised=*/0); });
   module.def("check_address_space", &CheckAddressSpace);
 #if PAGED_OPTAX_CUDA
   module.def("count_inexact", &CountInexact, py::arg("ordinal"));

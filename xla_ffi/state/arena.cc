@@ -19,7 +19,8 @@ std::shared_ptr<Arena> MakeArena(const Request& request, Token token) {
                                        std::string(request.shards),
                                        LeafNames(request.names, signature.Leaves().size()),
                                        request.policy,
-                                       request.part});
+                                       request.part,
+                                       request.run});
   arena->header = {token.handle,          0,
                    signature.num_slots(), {0, 0},
                    &arena->segments,      LayoutOf(request.fingerprint, request.part)};

@@ -41,6 +41,7 @@ struct Arena {
   LeafNames names;
   PlacementPolicy policy;
   int32_t part;  // which parts of the leaves the device has
+  int64_t run;   // the execution that it was made in
   std::unique_ptr<Memory> memory = nullptr;
   SegmentTable segments = {};  // on the GPU only a copy: the device has its own
   ContentsMutex mutex = {};    // CPU: guards the contents. A GPU has one for all its arenas

@@ -97,13 +97,13 @@ void RunOnCpu(ffi::ThreadPool& pool, const UpdateCall& call, const AnyStep& step
 // Handlers
 // ---------------------------------------------------------------------------------------------------
 
-// The seed tells apart two calls of one program.
-ffi::Error IssueCpu(ffi::RunId run, int32_t device, bool shared, ffi::BufferR1<ffi::S32> seed,
-                    ffi::Result<ffi::BufferR1<ffi::S32>> token) {
+// The attribute `site` only has a place in memory, which is another for each call of a program.
+ffi::Error IssueCpu(ffi::RunId run, int32_t device, bool shared, std::string_view site,
+                    ffi::BufferR1<ffi::S32> seed, ffi::Result<ffi::BufferR1<ffi::S32>> token) {
   return Guarded([&] {
     const DeviceId id{Platform::kCpu, device};
     const int32_t handle =
-        Registry::Get().handles().Issue(id, run.run_id, *seed.typed_data(), shared);
+        Registry::Get().handles().Issue(id, run.run_id, {*seed.typed_data(), site.data()}, shared);
     *reinterpret_cast<Token*>(token->typed_data()) = {handle, 0};
   });
 }
@@ -147,6 +147,7 @@ XLA_FFI_DEFINE_HANDLER(kIssueCpu, IssueCpu,
                            .Ctx<ffi::RunId>()
                            .Ctx<ffi::DeviceOrdinal>()
                            .Attr<bool>("shared")
+                           .Attr<std::string_view>("site")
                            .Arg<ffi::BufferR1<ffi::S32>>()    // seed
                            .Ret<ffi::BufferR1<ffi::S32>>());  // token
 
@@ -163,10 +164,11 @@ XLA_FFI_DEFINE_HANDLER(kUpdateCpu, UpdateCpu,
 
 // The seed is in device memory; but the calls of a program run in the same order on every GPU.
 ffi::Error IssueCuda(cudaStream_t stream, ffi::RunId run, int32_t device, bool shared,
-                     ffi::BufferR1<ffi::S32> /*seed*/, ffi::Result<ffi::BufferR1<ffi::S32>> token) {
+                     std::string_view /*site*/, ffi::BufferR1<ffi::S32> /*seed*/,
+                     ffi::Result<ffi::BufferR1<ffi::S32>> token) {
   return Guarded([&] {
     const DeviceId id{Platform::kCuda, device};
-    const int32_t handle = Registry::Get().handles().Issue(id, run.run_id, /*seed=*/0, shared);
+    const int32_t handle = Registry::Get().handles().Issue(id, run.run_id, {/*seed=*/0}, shared);
     LaunchWriteToken({handle, 0}, reinterpret_cast<Token*>(token->typed_data()), device, stream);
   });
 }
@@ -226,6 +228,7 @@ XLA_FFI_DEFINE_HANDLER(kIssueCuda, IssueCuda,
                            .Ctx<ffi::RunId>()
                            .Ctx<ffi::DeviceOrdinal>()
                            .Attr<bool>("shared")
+                           .Attr<std::string_view>("site")
                            .Arg<ffi::BufferR1<ffi::S32>>()    // seed
                            .Ret<ffi::BufferR1<ffi::S32>>());  // token
 
