@@ -35,9 +35,10 @@ class Faults {
     return was_asked;
   }
 
-  // Whether the call at hand has to fail. If so, errno is set.
-  bool Take(const char* name) {
+  // Whether the call at hand has to fail. If so, errno is set. `call` starts with the name.
+  bool Take(const std::string& call) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    const std::string name = call.substr(0, call.find('('));
     if (!is_asked_ || (!name_.empty() && name_ != name) || after_-- > 0) return false;
     is_asked_ = false;
     errno = error_;
@@ -57,9 +58,12 @@ class Faults {
 // `failed` is what the call returns when it fails; it may use errno.
 #define PAGED_CALL(name, failed, ...) \
   (::paged_optax::Faults::Get().Take(#name) ? (failed) : name(__VA_ARGS__))
+// Whether something that is no single call has to fail.
+#define PAGED_FAILS(name) ::paged_optax::Faults::Get().Take(name)
 
 #else
 
 #define PAGED_CALL(name, failed, ...) name(__VA_ARGS__)
+#define PAGED_FAILS(name) false
 
 #endif  // PAGED_OPTAX_TESTING

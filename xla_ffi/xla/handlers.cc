@@ -173,6 +173,33 @@ ffi::Error IssueCuda(cudaStream_t stream, ffi::RunId run, int32_t device, bool s
   });
 }
 
+void Launch(CudaDevice& gpu, const ContentsLock& lock, const UpdateCall& call,
+            ffi::ScratchAllocator& scratch, cudaStream_t stream) {
+  const auto buffer = scratch.Allocate(ScratchBytes(call.leaves.size()), kScratchAlignment);
+  if (!buffer.has_value()) {
+    throw StatusError(StatusCode::kResourceExhausted, "XLA has no scratch memory left");
+  }
+  gpu.BeforeStep(lock, stream);
+  CudaUpdate update{};
+  update.headers = gpu.headers(lock);
+  update.num_headers = gpu.num_headers(lock);
+  update.rejection = gpu.device_rejection();
+  update.scratch = *buffer;
+  update.token = call.token;
+  update.count = call.count;
+  update.hyperparams = call.hyperparams;
+  update.part = call.part;
+  update.new_token = call.new_token;
+  update.kind = call.kind;
+  update.fingerprint = call.fingerprint;
+  update.leaves = call.leaves.data();
+  for (size_t i = 0; i < kFormats.size(); ++i) {
+    update.regions[i] = {call.extent.regions[i], call.ranges[i].first, call.ranges[i].count};
+  }
+  LaunchUpdate(update, gpu.id().ordinal, stream);
+  gpu.AfterStep(lock, stream);
+}
+
 ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::RunId run,
                       int32_t device, UpdateAttrs attrs, ffi::RemainingArgs args,
                       ffi::RemainingRets rets) {
@@ -183,10 +210,11 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
     registry.ThrowIfRejected(gpu);
     registry.handles().NoteCall();
     std::shared_ptr<const Source> source;  // outlives the lock
-    const ContentsLock lock = gpu.Acquire();
+    std::shared_ptr<Arena> made;
+    Token token{};
+    ContentsLock lock = gpu.Acquire();
     if (gpu.MayBeFirstUse(lock, registry.handles(), run.run_id)) {
       // Only now does the host wait for the device.
-      Token token;
       int32_t part;
       CUDA_CHECK(
           cudaMemcpyAsync(&token, call.token, sizeof(token), cudaMemcpyDeviceToHost, stream));
@@ -194,31 +222,15 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
       CUDA_CHECK(cudaStreamSynchronize(stream));
       Request request = MakeRequest(gpu.id(), run.run_id, attrs, call, part);
       if (token.version == 1) request.source = source = registry.handles().SourceOf(token.handle);
-      gpu.BindOnFirstUse(lock, registry.handles(), request, token, stream);
+      made = gpu.BindOnFirstUse(lock, registry.handles(), request, token, stream);
     }
-    const auto buffer = scratch.Allocate(ScratchBytes(call.leaves.size()), kScratchAlignment);
-    if (!buffer.has_value()) {
-      throw StatusError(StatusCode::kResourceExhausted, "XLA has no scratch memory left");
+    try {
+      Launch(gpu, lock, call, scratch, stream);
+    } catch (const std::exception& error) {
+      if (made) registry.handles().UndoFirstUse(token.handle, run.run_id, error.what());
+      throw;
     }
-    gpu.BeforeStep(lock, stream);
-    CudaUpdate update{};
-    update.headers = gpu.headers(lock);
-    update.num_headers = gpu.num_headers(lock);
-    update.rejection = gpu.device_rejection();
-    update.scratch = *buffer;
-    update.token = call.token;
-    update.count = call.count;
-    update.hyperparams = call.hyperparams;
-    update.part = call.part;
-    update.new_token = call.new_token;
-    update.kind = call.kind;
-    update.fingerprint = call.fingerprint;
-    update.leaves = call.leaves.data();
-    for (size_t i = 0; i < kFormats.size(); ++i) {
-      update.regions[i] = {call.extent.regions[i], call.ranges[i].first, call.ranges[i].count};
-    }
-    LaunchUpdate(update, device, stream);
-    gpu.AfterStep(lock, stream);
+    if (made) gpu.EndFirstUse(registry.handles(), *made, source != nullptr, stream);
   });
 }
 
