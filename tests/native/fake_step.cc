@@ -10,17 +10,18 @@
 #include "state/fits.h"
 #include "step/step_cuda.h"
 
-void Check(const char* what, const uint8_t* bytes, int64_t nbytes, uint8_t expected) {
-  if (nbytes == 0 || (bytes[0] == expected && std::memcmp(bytes, bytes + 1, nbytes - 1) == 0))
-    return;
+void Check(const char* what, const uint8_t* sample, uint8_t expected) {
+  if (sample[0] == expected && std::memcmp(sample, sample + 1, kSample - 1) == 0) return;
   std::fprintf(stderr, "%s: other bytes than %d: lost moments\n", what, expected);
   std::abort();
 }
 
 void StepBytes(const uint8_t* source, uint8_t* target, int64_t nbytes, uint8_t before,
                uint8_t after) {
-  if (source != nullptr) Check("step", source, nbytes, before);
-  std::memset(target, after, nbytes);
+  for (int64_t at = 0; at + kSample <= nbytes; at += kStride) {
+    if (source != nullptr) Check("step", source + at, before);
+    std::memset(target + at, after, kSample);
+  }
 }
 
 namespace paged_optax {
@@ -76,9 +77,11 @@ void LaunchWriteSegments(const SegmentTable& segments, SegmentTable* destination
 void CheckFits(const Source&, const Request&) {}
 
 void Fill(const Source&, const Request&, Arena& arena) {
-  const std::vector<uint8_t> bytes(arena.memory->geometry().slot_bytes,
-                                   Pattern(arena.header.handle, 1));
-  arena.memory->Write(0, 0, static_cast<int64_t>(bytes.size()), bytes.data());
+  const std::vector<uint8_t> sample(kSample, Pattern(arena.header.handle, 1));
+  const int64_t nbytes = arena.memory->geometry().slot_bytes;
+  for (int64_t at = 0; at + kSample <= nbytes; at += kStride) {
+    arena.memory->Write(0, at, kSample, sample.data());
+  }
   arena.header.version = arena.header.versions[0] = 1;
 }
 

@@ -52,18 +52,18 @@ constexpr const char* RoomAndFile(const char* path) {
   } while (0)
 
 // kernel<<<...>>>(...), checked.
-#define CUDA_LAUNCH(...)                                                                    \
-  do {                                                                                      \
-    if (PAGED_FAILS("launch")) {                                                            \
-      ::paged_optax::ThrowCudaError(cudaErrorLaunchOutOfResources, "a launch",              \
-                                    ::paged_optax::RoomAndFile(__FILE__), __LINE__);        \
-    }                                                                                       \
-    __VA_ARGS__;                                                                            \
-    const cudaError_t cuda_launch_error = cudaGetLastError();                               \
-    if (cuda_launch_error != cudaSuccess) {                                                 \
-      ::paged_optax::ThrowCudaError(cuda_launch_error, "a launch",                          \
-                                    ::paged_optax::RoomAndFile(__FILE__), __LINE__);        \
-    }                                                                                       \
+#define CUDA_LAUNCH(...)                                                             \
+  do {                                                                               \
+    if (PAGED_FAILS("launch")) {                                                     \
+      ::paged_optax::ThrowCudaError(cudaErrorLaunchOutOfResources, "a launch",       \
+                                    ::paged_optax::RoomAndFile(__FILE__), __LINE__); \
+    }                                                                                \
+    __VA_ARGS__;                                                                     \
+    const cudaError_t cuda_launch_error = cudaGetLastError();                        \
+    if (cuda_launch_error != cudaSuccess) {                                          \
+      ::paged_optax::ThrowCudaError(cuda_launch_error, "a launch",                   \
+                                    ::paged_optax::RoomAndFile(__FILE__), __LINE__); \
+    }                                                                                \
   } while (0)
 
 // Makes `device` current for the calling thread and restores the former one. A thread that has

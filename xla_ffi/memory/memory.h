@@ -45,8 +45,8 @@ class Memory {
 
   // A move, in four calls by one thread, `stream` being the same. Prepare may take long; of a kind
   // that changes no address it does everything. Enqueue comes while no step is running, or with the
-  // stream waiting for it, and returns at once. Only Publish changes what Address says. Finish comes
-  // when the stream is done. A move that fails before it was published ends with Abandon.
+  // stream waiting for it, and returns at once. Only Publish changes what Address says. Finish
+  // comes when the stream is done. A move that fails before it was published ends with Abandon.
   virtual bool ChangesAddresses() const { return false; }
   virtual void Prepare(const Move&, Stream) {}
   virtual void Enqueue(const Move&, Stream) {}
@@ -58,6 +58,8 @@ class Memory {
   // nobody has to say so.
   virtual std::shared_ptr<std::atomic<bool>> is_taken() const { return nullptr; }
 
+  // What is wrong with the memory although its contents are whole; empty if nothing is.
+  virtual std::string Trouble() const { return ""; }
   // Throws if contents may have been lost without a step's doing. Every use asks first.
   virtual void CheckContents() {}
 

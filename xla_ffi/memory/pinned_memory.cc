@@ -43,8 +43,7 @@ class Pool {
   }
 
   void Free(uint8_t* data, Stream stream) {
-    (void)(pool_ == nullptr ? PAGED_CUDA(cudaFree(data))
-                            : PAGED_CUDA(cudaFreeAsync(data, stream)));
+    (void)(pool_ == nullptr ? PAGED_CUDA(cudaFree(data)) : PAGED_CUDA(cudaFreeAsync(data, stream)));
   }
 
   // Gives back what is not in use.

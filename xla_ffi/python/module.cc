@@ -159,6 +159,7 @@ py::dict ReportToPython(const ArenaReport& report) {
   item["limit"] = report.residency.limit;
   item["moved"] = report.residency.moved_bytes;
   item["moving_seconds"] = report.residency.moving_seconds;
+  item["trouble"] = report.trouble;
   item["leaves"] = leaves;
   item["leaf_bytes"] = leaf_bytes;
   return item;

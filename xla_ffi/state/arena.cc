@@ -61,7 +61,8 @@ ArenaReport Report(const LockedArena& locked) {
           arena.signature.rule(),
           arena.signature.num_slots(),
           arena.signature.num_devices(),
-          arena.signature.Leaves()};
+          arena.signature.Leaves(),
+          arena.memory->Trouble()};
 }
 
 }  // namespace paged_optax

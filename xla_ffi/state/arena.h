@@ -97,6 +97,7 @@ struct ArenaReport {
   int32_t num_slots;
   int64_t num_devices;
   std::vector<Signature::LeafInfo> leaves;
+  std::string trouble;  // as Memory::Trouble says
 };
 
 ArenaReport Report(const LockedArena& locked);

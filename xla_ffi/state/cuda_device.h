@@ -31,8 +31,8 @@ class CudaDevice final : public Device {
   bool MayBeFirstUse(const ContentsLock&, const Handles& handles, int64_t run) const;
   // Makes the arena of a fresh token, or of one that was restored, if this is its first use: then
   // returns it, for EndFirstUse to be called after the step is launched. If something fails before,
-  // the caller undoes the first use (Handles::UndoFirstUse). Gives the lock up meanwhile, and nobody
-  // holds the contents when it returns.
+  // the caller undoes the first use (Handles::UndoFirstUse). Gives the lock up meanwhile, and
+  // nobody holds the contents when it returns.
   std::shared_ptr<Arena> BindOnFirstUse(ContentsLock& lock, Handles& handles,
                                         const Request& request, Token token, Stream stream);
   void EndFirstUse(Handles& handles, const Arena& arena, bool is_restored, Stream stream);

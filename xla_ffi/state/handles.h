@@ -122,11 +122,11 @@ class Handles {
   Range own_;
   std::vector<Range> shared_;  // one for each job, the last one counts
   std::vector<Range> parents_;
-  std::map<int64_t, Run> runs_;  // recent
-  std::deque<int64_t> order_;    // of the runs, oldest first
-  int64_t num_issued_ = 0;       // in recent runs
+  std::map<int64_t, Run> runs_;                                // recent
+  std::deque<int64_t> order_;                                  // of the runs, oldest first
+  int64_t num_issued_ = 0;                                     // in recent runs
   std::map<std::pair<int32_t, int64_t>, std::string> undone_;  // why, by handle and run
-  std::set<int32_t> unused_;  // issued, no arena on any device yet
+  std::set<int32_t> unused_;                                   // issued, no arena on any device yet
   std::atomic<int64_t> num_unused_{0};
   std::map<int32_t, Staged> staged_;
   std::deque<Forgotten> forgotten_;  // oldest first

@@ -235,7 +235,8 @@ void Pager::Enqueue(const ContentsLock& lock, Arena& arena, const Move& move, in
   try {
     LaunchWriteSegments(table, arena.header.segments, ordinal_, stream_);
   } catch (...) {  // the device still sees everything where it was
-    memory.Publish({move.first, move.count, move.to == Tier::kDevice ? Tier::kHost : Tier::kDevice});
+    memory.Publish(
+        {move.first, move.count, move.to == Tier::kDevice ? Tier::kHost : Tier::kDevice});
     throw;
   }
   // From here on the books say what the device will see, whatever happens.

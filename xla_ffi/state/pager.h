@@ -67,8 +67,8 @@ class Pager {
   Planner planner_;
   int64_t allowance_ = 0;  // bytes that may still move in the background
   bool is_placing_ = false;
-  std::string broken_;     // why the device may see moments in other places than the host
-  int urgent_ = 0;         // calls that wait for moves, which then need no allowance
+  std::string broken_;  // why the device may see moments in other places than the host
+  int urgent_ = 0;      // calls that wait for moves, which then need no allowance
   std::thread thread_;
   std::condition_variable wake_, settled_;
   bool stopping_ = false;

@@ -244,10 +244,11 @@ RegionLaunch PrepareLaunch(const StepKind& kind, const Region& region, int forma
   } catch (const StatusError&) {
     is_whole = false;
   }
-  text += is_whole ? ". No step was made: the moments are as they were."
-                   : ". Part of the step was made, so the moments of this optimizer state cannot be "
-                     "trusted any more (with replay=True, those before the step can). Make a new "
-                     "state with init(params).";
+  text += is_whole
+              ? ". No step was made: the moments are as they were."
+              : ". Part of the step was made, so the moments of this optimizer state cannot be "
+                "trusted any more (with replay=True, those before the step can). Make a new "
+                "state with init(params).";
   throw StatusError(error.code(), text);
 }
 
