@@ -5,8 +5,10 @@
 #if PAGED_OPTAX_TESTING
 
 #include <cerrno>
+#include <chrono>
 #include <mutex>
 #include <string>
+#include <thread>
 
 namespace paged_optax {
 
@@ -18,7 +20,8 @@ class Faults {
     return *faults;
   }
 
-  // Lets `after` calls of this name pass, or of any name if it is empty, and fails the next one.
+  // Lets `after` calls of this name pass, or of any name if it is empty, and fails the next one. An
+  // error below 0 is a time in ms: the call only takes so much longer.
   void Ask(const std::string& name, int after, int error) {
     const std::lock_guard<std::mutex> lock(mutex_);
     name_ = name;
@@ -37,15 +40,21 @@ class Faults {
 
   // Whether the call at hand has to fail. If so, errno is set. `call` starts with the name.
   bool Take(const std::string& call) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const std::string name = call.substr(0, call.find('('));
-    if (!is_asked_ || (!name_.empty() && name_ != name) || after_-- > 0) return false;
-    is_asked_ = false;
-    errno = error_;
-    return true;
+    const int error = Next(call.substr(0, call.find('(')));
+    if (error < 0) std::this_thread::sleep_for(std::chrono::milliseconds(-error));
+    if (error > 0) errno = error;
+    return error > 0;
   }
 
  private:
+  // 0 for none.
+  int Next(const std::string& name) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!is_asked_ || (!name_.empty() && name_ != name) || after_-- > 0) return 0;
+    is_asked_ = false;
+    return error_;
+  }
+
   std::mutex mutex_;
   std::string name_;
   int after_ = 0;

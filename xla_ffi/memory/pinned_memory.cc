@@ -66,9 +66,12 @@ class PinnedMemory final : public Memory {
         resident_(geometry.NumSegments(), false) {}
 
   ~PinnedMemory() override {
-    ScopedDevice scope(device_);
-    for (uint8_t* copy : copies_) {
-      if (copy != nullptr) (void)PAGED_CUDA(cudaFree(copy));
+    try {
+      ScopedDevice scope(device_);
+      for (uint8_t* copy : copies_) {
+        if (copy != nullptr) (void)PAGED_CUDA(cudaFree(copy));
+      }
+    } catch (const StatusError&) {  // CUDA does not work any more
     }
   }
 
