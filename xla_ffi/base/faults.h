@@ -30,6 +30,12 @@ class Faults {
     is_asked_ = true;
   }
 
+  // Whether a call still has to fail.
+  bool IsAsked() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return is_asked_;
+  }
+
   // Withdraws what was asked for; returns whether no call has failed for it yet.
   bool Withdraw() {
     const std::lock_guard<std::mutex> lock(mutex_);

@@ -54,6 +54,11 @@ class Promises {
     return next_++;
   }
 
+  int64_t Sum() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return Promised(/*is_pretended=*/false);
+  }
+
   void Keep(int64_t number, std::function<int64_t()> untaken) {
     const std::lock_guard<std::mutex> lock(mutex_);
     promises_.at(number).untaken = std::move(untaken);
@@ -103,6 +108,8 @@ void HostPromise::End() {
   if (promises_ != nullptr && promises_ == g_current) promises_->Remove(number_);
   promises_ = nullptr;
 }
+
+int64_t PromisedBytes() { return Promises::Get().Sum(); }
 
 void PretendAvailable(int64_t nbytes) { g_pretended = nbytes; }
 

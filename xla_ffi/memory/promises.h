@@ -29,6 +29,9 @@ class HostPromise {
   int64_t number_;
 };
 
+// What all promises may still take.
+int64_t PromisedBytes();
+
 // For the tests: as if so many bytes were available before any promise; negative: what is.
 void PretendAvailable(int64_t nbytes);
 

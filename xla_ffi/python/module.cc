@@ -210,9 +210,11 @@ void AskForFailure(const std::string& call, int after, int error) {
   Faults::Get().Ask(call, after, error);
 }
 bool WithdrawFailure() { return Faults::Get().Withdraw(); }
+bool IsFailureAsked() { return Faults::Get().IsAsked(); }
 #else
 void AskForFailure(const std::string&, int, int) {}
 bool WithdrawFailure() { return false; }
+bool IsFailureAsked() { return false; }
 #endif
 
 constexpr Internals kInternals{[] { return Registry::Get().NumArenas(); },
@@ -222,8 +224,10 @@ constexpr Internals kInternals{[] { return Registry::Get().NumArenas(); },
                                DeliverNotices,
                                PretendNotManaged,
                                PretendAvailable,
+                               PromisedBytes,
                                AskForFailure,
                                WithdrawFailure,
+                               IsFailureAsked,
                                [](long type) { return Classify(type).danger; }};
 
 }  // namespace

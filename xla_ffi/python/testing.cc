@@ -144,6 +144,8 @@ void AddInternals(py::module_& module) {
       },
       py::arg("call"), py::arg("error"), py::arg("after") = 0);
   module.def("withdraw_failure", [] { return Ext().withdraw_failure(); });
+  module.def("is_asked", [] { return Ext().is_failure_asked(); });
+  module.def("promised", [] { return Ext().promised_bytes(); });
   module.def("danger_of", [](long type) { return Ext().danger_of(type); }, py::arg("type"));
   module.def(
       "pretend_not_managed", [](bool pretend) { Ext().pretend_not_managed(pretend); },
