@@ -57,7 +57,9 @@ def test_states_do_not_share_a_promise():
     first, second = tx.init(params), tx.init(params)
     hooks.pretend_available(6 * MIB)
     _, first = step(tx, params, first)
-    match = "need 4.1. MiB of host memory but 6.00 MiB are available.*of which 4.1. MiB are promised"
+    match = (
+        "need 4.06 MiB of host memory but 6.00 MiB are available.*of which 4.06 MiB are promised"
+    )
     with pytest.raises(RAISES, match=match):
         step(tx, params, second)
     _, first = step(tx, params, first)

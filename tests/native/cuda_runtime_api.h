@@ -94,7 +94,7 @@ inline cudaError_t Free(void* data, std::atomic<int64_t>& count) {
 
 // Of much memory only the samples that fake_step.h looks at: the rest would take a sanitizer long.
 inline cudaError_t Copy(void* to, const void* from, size_t nbytes) {
-  constexpr size_t kStride = 1 << 17, kSample = 64;
+  constexpr size_t kStride = 1 << 20, kSample = 64;
   if (nbytes < kStride) return std::memcpy(to, from, nbytes), cudaSuccess;
   for (size_t at = 0; at + kSample <= nbytes; at += kStride) {
     std::memcpy(static_cast<char*>(to) + at, static_cast<const char*>(from) + at, kSample);

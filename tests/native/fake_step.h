@@ -8,7 +8,7 @@
 #include "layout/geometry.h"
 
 // Bytes of a sample, and from one to the next.
-inline constexpr int64_t kSample = 64, kStride = 1 << 17;
+inline constexpr int64_t kSample = 64, kStride = 1 << 20;
 
 // Of moments with this handle and version.
 inline uint8_t Pattern(int32_t handle, int32_t version) {

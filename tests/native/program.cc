@@ -306,7 +306,11 @@ void Scenario() {
 }
 
 void RunFaults() {
+  constexpr int kMany = 1 << 20;
+  Faults::Get().Ask("", kMany, 2);
   Scenario();
+  std::printf("about %d calls\n", kMany - Faults::Get().NumLeft());
+  std::fflush(stdout);
   int num_faults = 0;
   for (;; ++num_faults) {
     Faults::Get().Ask("", num_faults, /*error=*/2);

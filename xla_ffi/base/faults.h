@@ -36,6 +36,12 @@ class Faults {
     return is_asked_;
   }
 
+  // Calls that were to pass and have not come yet, since the last Ask.
+  int NumLeft() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return after_;
+  }
+
   // Withdraws what was asked for; returns whether no call has failed for it yet.
   bool Withdraw() {
     const std::lock_guard<std::mutex> lock(mutex_);
