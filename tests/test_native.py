@@ -69,3 +69,8 @@ def test_threads(program):
 def test_every_call_fails_once(program):
     """Each call of the system and of CUDA, in turn: an error, and then everything goes on."""
     assert "arenas left 0" in start(program, "faults")
+
+
+def test_handles(program):
+    """Devices that are 5,000 inits apart agree; so do two jobs that follow each other."""
+    start(program, "handles")

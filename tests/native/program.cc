@@ -1,5 +1,6 @@
 // Drives the registry, both kinds of devices and the pager without XLA, Python or a GPU:
 //   program threads SECONDS   from many threads at once, for ThreadSanitizer
+//   program handles           what devices and jobs agree on
 //   program faults            a run in which each call of the system or of CUDA fails once, in turn
 // Ends with an error if moments are lost or memory is kept. What is refused is no error.
 #include <atomic>
@@ -329,9 +330,58 @@ void RunFaults() {
   if (num_faults < 100) std::abort();
 }
 
+void Expect(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "%s\n", what);
+  std::abort();
+}
+
+void RunHandles() {
+  constexpr DeviceId first{Platform::kCpu, 0}, second{Platform::kCpu, 1};
+  constexpr int kMany = 5000;
+  Handles handles;
+  // One device is 5,000 inits and first uses ahead of the other.
+  std::vector<int32_t> of_first;
+  for (int i = 0; i < kMany; ++i) {
+    of_first.push_back(handles.Issue(first, 1, {7}, false));
+    Expect(handles.ClaimFirstUse(of_first.back(), 1), "not a first use");
+  }
+  for (int i = 0; i < kMany; ++i) {
+    Expect(handles.Issue(second, 1, {7}, false) == of_first[i], "devices disagree");
+    Expect(handles.ClaimFirstUse(of_first[i], 1), "not a first use on the second device");
+    Expect(!handles.ClaimFirstUse(of_first[i], 2), "a first use in another execution");
+  }
+  // Places of one seed that the devices run in another order.
+  const int here = 0, there = 0;
+  const int32_t at_here = handles.Issue(first, 2, {7, &here}, false);
+  const int32_t at_there = handles.Issue(first, 2, {7, &there}, false);
+  Expect(at_here != at_there, "one handle for two states");
+  Expect(handles.Issue(second, 2, {7, &there}, false) == at_there, "places are mixed up");
+  Expect(handles.Issue(second, 2, {7, &here}, false) == at_here, "places are mixed up");
+  // Two jobs, one after the other.
+  handles.SetSharedBase(1000);
+  const int32_t of_job = handles.Issue(first, 3, {1}, true);
+  handles.SetSharedBase(5000000);
+  const int32_t of_next = handles.Issue(first, 4, {1}, true);
+  Expect(of_next - of_job == 5000000 - 1000, "the base of the first job counts");
+  Expect(handles.OriginOf(of_job) == Handles::Origin::kUnused, "the first job is forgotten");
+  // A first use that fails is as if it had not been.
+  handles.UndoFirstUse(of_first[0], 1, "no memory");
+  Expect(handles.WasUndone(of_first[0], 1) && handles.ClaimFirstUse(of_first[0], 9), "not undone");
+  try {
+    handles.ClaimFirstUse(of_first[0], 1);
+    Expect(false, "a device that is late makes an arena");
+  } catch (const StatusError&) {
+  }
+  handles.Release(of_first[0]);
+  Expect(!handles.WasUndone(of_first[0], 1), "kept after release");
+}
+
 int Main(int argc, char** argv) {
   if (argc == 3 && std::strcmp(argv[1], "threads") == 0) {
     RunThreads(std::atoi(argv[2]));
+  } else if (argc == 2 && std::strcmp(argv[1], "handles") == 0) {
+    RunHandles();
   } else if (argc == 2 && std::strcmp(argv[1], "faults") == 0) {
     RunFaults();
   } else {
