@@ -633,13 +633,13 @@ def touched_pages(array):
 def test_tied_weights(on_cpu):
     """Kept as two leaves, they drift apart in the ratio format, whose random bits follow names."""
     rng = np.random.default_rng(0)
-    params = {"in": jnp.ones((64, 128)), "out": jnp.ones((64, 128))}
+    params = {name: jax.numpy.ones((64, 128)) for name in ("in", "out")}
 
     def difference(codec):
-        tx = paged_optax.scale_by_paged_adam8bit(quantization=paged_optax.Quantization(codec))
+        tx = scale_by_paged_adam8bit(quantization=Quantization(codec))
         state, update = tx.init(params), jax.jit(tx.update)
         for _ in range(5):
-            grad = jnp.asarray(rng.standard_normal((64, 128)), jnp.float32)
+            grad = jax.numpy.asarray(rng.standard_normal((64, 128)), jax.numpy.float32)
             updates, state = update({"in": grad, "out": grad}, state)
         return np.abs(updates["in"] - updates["out"]).max()
 

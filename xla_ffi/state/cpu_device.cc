@@ -78,7 +78,7 @@ std::shared_ptr<Arena> CpuDevice::FindOrMake(Handles& handles, const Request& re
     }
   }
   if (request.source != nullptr) {
-    handles.NoteFilled(token.handle, request.signature->num_devices());
+    handles.NoteFilled(token.handle, request.run, request.signature->num_devices());
   }
   return arena;
 }

@@ -95,8 +95,9 @@ int64_t Handles::NumFilled(int32_t handle) const {
 }
 
 // The caller has the source too, so it does not go here.
-void Handles::NoteFilled(int32_t handle, int64_t num_devices) {
+void Handles::NoteFilled(int32_t handle, int64_t run, int64_t num_devices) {
   const Lock<Handles> lock(mutex_);
+  if (undone_.count({handle, run}) != 0) return;  // meanwhile, by another device
   const auto found = staged_.find(handle);
   if (found == staged_.end()) return;
   const int64_t local = found->second.source->local_devices;

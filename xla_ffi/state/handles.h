@@ -47,8 +47,8 @@ class Handles {
   int32_t Stage(std::shared_ptr<const Source> source, bool shared);
   // What was staged for a handle; null if nothing was, or if all devices have taken it over.
   std::shared_ptr<const Source> SourceOf(int32_t handle) const;
-  // One of so many devices took over what was staged.
-  void NoteFilled(int32_t handle, int64_t num_devices);
+  // One of so many devices took over what was staged, in this execution.
+  void NoteFilled(int32_t handle, int64_t run, int64_t num_devices);
   int64_t NumFilled(int32_t handle) const;
 
   // A random number that the processes of this job have in common. A job that follows in the same
