@@ -9,6 +9,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import psutil
@@ -44,8 +45,10 @@ def windows(text: np.ndarray, starts: np.ndarray, seq_len: int) -> jax.Array:
     """
     ids = text[starts[..., None] + np.arange(seq_len + 1)].astype(np.int32)
     mesh = jax.sharding.get_mesh()
-    sharding = None if mesh.empty else NamedSharding(mesh, P(None, mesh.axis_names))
-    return jax.device_put(ids, sharding)
+    if mesh.empty:
+        return jnp.asarray(ids)
+    sharding = NamedSharding(mesh, P(None, mesh.axis_names))
+    return jax.make_array_from_callback(ids.shape, sharding, ids.__getitem__)
 
 
 # -------------------------------------------------------------------------------- the two trainings
@@ -77,7 +80,8 @@ def train(model, optimizer, text, args, steps, accumulate, title):
     """Updates `model` `steps` times on random windows; yields (seconds, loss) every few steps."""
     rng = np.random.default_rng(args.seed)
     start = time.perf_counter()
-    with tqdm(total=steps, desc=title, unit="step") as bar:
+    silent = jax.process_index() > 0
+    with tqdm(total=steps, desc=title, unit="step", disable=silent) as bar:
         for step in range(steps):
             starts = rng.integers(len(text) - args.seq_len, size=(accumulate, args.batch))
             loss = train_step(model, optimizer, windows(text, starts, args.seq_len), args.dtype)
@@ -130,7 +134,8 @@ def finetune(model: nnx.Module, optimizer: nnx.Optimizer, args: argparse.Namespa
     before = held_out_loss(model, hold_out, args)
     steps = train(model, optimizer, learn, args, args.steps, args.accumulate, "fine-tune")
     history = [
-        (*seconds_loss, memory_in_use(), sum(state_bytes().values())) for seconds_loss in steps
+        (*seconds_loss, memory_in_use(), jax.process_count() * sum(state_bytes().values()))
+        for seconds_loss in steps
     ]
     after = held_out_loss(model, hold_out, args)
 

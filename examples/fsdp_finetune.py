@@ -12,6 +12,11 @@ Try::
 
     python examples/fsdp_finetune.py --optimizer adamw
     python examples/fsdp_finetune.py --devices 2 --text my_notes/*.md --steps 300
+
+With one process a GPU, on one machine or several, start each with the address of the first::
+
+    CUDA_VISIBLE_DEVICES=0 python examples/fsdp_finetune.py --distributed localhost:1234 2 0 &
+    CUDA_VISIBLE_DEVICES=1 python examples/fsdp_finetune.py --distributed localhost:1234 2 1
 """
 
 import argparse
@@ -102,9 +107,22 @@ def shares(model: Llama, result: Result, args: argparse.Namespace) -> str:
     return f"{line}: 1/{devices} of them"
 
 
+def join(job: list[str]) -> None:
+    """Makes this process one of a job. Without arguments JAX asks Slurm, Open MPI or Kubernetes."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if not job:
+        jax.distributed.initialize()
+        return
+    address, processes, process = job
+    jax.config.update("jax_num_cpu_devices", max(DEVICES) // int(processes))
+    jax.distributed.initialize(address, int(processes), int(process))
+
+
 def make_mesh(args: argparse.Namespace) -> jax.sharding.Mesh:
     """Returns a line of `--devices` devices, whose shardings are part of array types (Explicit)."""
     jax.config.update("jax_num_cpu_devices", max(DEVICES))  # before JAX looks for devices
+    if args.distributed is not None:
+        join(args.distributed)
     found = jax.devices()
     devices = vars(args).get("devices", max(n for n in DEVICES if n <= len(found)))
     if devices > len(found):
@@ -127,7 +145,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     devices = {"type": int, "choices": DEVICES, "default": argparse.SUPPRESS}
     parser.add_argument("--devices", **devices, help="devices to use (default: all)")
-    return finetuning.parse(parser, argv)
+    parser.add_argument(
+        "--distributed",
+        nargs="*",
+        metavar=("ADDRESS", "PROCESSES PROCESS"),
+        help="be one process of several: address of the first, their number, and which one",
+    )
+    args = finetuning.parse(parser, argv)
+    if len(args.distributed or []) not in (0, 3):
+        parser.error("argument --distributed: give address, number and index; or none")
+    return args
 
 
 def main(argv: list[str] | None = None) -> Result:
@@ -138,10 +165,12 @@ def main(argv: list[str] | None = None) -> Result:
         model = make_model(args.seed)
         finetuning.pretrain(model, args)
         result = finetune(model, args)
+        text = shares(model, result, args)
+    if jax.process_index() == 0:
         print(finetuning.summary(result, args))
-        print(shares(model, result, args))
-    finetuning.plot(result, args, f"FSDP, devices: {mesh.size}")
-    print(f"plot saved as {args.out}")
+        print(text)
+        finetuning.plot(result, args, f"FSDP, devices: {mesh.size}")
+        print(f"plot saved as {args.out}")
     return result
 
 

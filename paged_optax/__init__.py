@@ -34,16 +34,21 @@ from ._adam import (
     paged_adamw8bit,
     scale_by_paged_adam8bit,
 )
+from ._bitsandbytes import from_bitsandbytes
 from ._check import check_last
 from ._checkpoint import export_moments, import_moments, load_moments, save_moments
 from ._convert import from_optax, to_optax
+from ._in_place import apply_gradients
 from ._lion import ScaleByPagedLion8bitState, paged_lion8bit, scale_by_paged_lion8bit
 from ._memory import evict, prefetch, release, release_all
 from ._moments import Moments, moments
 from ._options import Paging, Quantization
 from ._orbax import use_orbax_hook
+from ._plan import Plan, plan
+from ._plan_room import PlannedUsage
 from ._report import DeviceMemory, LeafGroup, MemoryReport, memory_report
 from ._skip import SkipNonFiniteState, skip_non_finite
+from ._to_bitsandbytes import to_bitsandbytes
 
 __version__ = "0.1.0"
 
@@ -54,13 +59,17 @@ __all__ = [
     "Moments",
     "MultiSteps",
     "Paging",
+    "Plan",
+    "PlannedUsage",
     "Quantization",
     "ScaleByPagedAdam8bitState",
     "ScaleByPagedLion8bitState",
     "SkipNonFiniteState",
+    "apply_gradients",
     "check_last",
     "evict",
     "export_moments",
+    "from_bitsandbytes",
     "from_optax",
     "import_moments",
     "load_moments",
@@ -69,6 +78,7 @@ __all__ = [
     "paged_adam8bit",
     "paged_adamw8bit",
     "paged_lion8bit",
+    "plan",
     "prefetch",
     "release",
     "release_all",
@@ -76,6 +86,7 @@ __all__ = [
     "scale_by_paged_adam8bit",
     "scale_by_paged_lion8bit",
     "skip_non_finite",
+    "to_bitsandbytes",
     "to_optax",
     "use_orbax_hook",
 ]

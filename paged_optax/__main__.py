@@ -1,5 +1,9 @@
-"""``python -m paged_optax``: what was built, what this machine has, and whether the two fit."""
+"""``python -m paged_optax``: what was built, what this machine has, and whether the two fit.
 
+``python -m paged_optax plan`` says whether a training step fits on a GPU.
+"""
+
+import argparse
 import importlib.metadata
 import os
 import platform
@@ -9,6 +13,26 @@ _LABEL_WIDTH = 22
 
 
 def main() -> int:
+    """Runs the command that the arguments name; without one, prints the report.
+
+    Returns:
+      The exit status.
+    """
+    try:
+        from paged_optax._plan_cli import add_parser
+    except ImportError:  # the report says why
+        return report()
+    parser = argparse.ArgumentParser(
+        "python -m paged_optax",
+        description="Without a command: what was built, what this machine offers, and whether a"
+        " step works on each device.",
+    )
+    add_parser(parser.add_subparsers(title="commands"))
+    arguments = parser.parse_args()
+    return arguments.run(arguments) if "run" in arguments else report()
+
+
+def report() -> int:
     """Prints the report.
 
     Returns:

@@ -3,6 +3,7 @@
 Moments change in place, so a paged optimizer must not run at micro-steps that discard its result.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
+
+from ._in_place import in_place, stepping_in_place
 
 
 class MultiSteps:
@@ -167,19 +170,9 @@ class MultiSteps:
                 state.acc_grads,
             )
 
-        def step(grads, inner_state, params):
-            new_updates, new_state = self._opt.update(
-                _cast_like(grads, updates), inner_state, params, **extra_args
-            )
-            return new_updates, _cast_like(new_state, inner_state)
-
-        def wait(grads, inner_state, params):
-            new_updates, _ = jax.eval_shape(step, grads, inner_state, params)
-            return _zeros_like(new_updates), inner_state
-
         # Accumulators stay out of the branches, where XLA would copy them.
-        new_updates, inner_state = _cond(
-            is_last, step, wait, acc_grads, state.inner_opt_state, params
+        new_updates, inner_state = self._update_inner(
+            is_last, acc_grads, updates, state.inner_opt_state, params, extra_args
         )
         return new_updates, optax.MultiStepsState(
             mini_step=jnp.where(is_last, 0, mini_step),
@@ -198,6 +191,39 @@ class MultiSteps:
     def gradient_transformation(self) -> optax.GradientTransformationExtraArgs:
         """The same as an `optax.GradientTransformationExtraArgs`, for `optax.chain` and others."""
         return optax.GradientTransformationExtraArgs(self.init, self.update)
+
+    def _update_inner(self, is_last, grads, like, inner_state, params, extra_args):
+        """The wrapped optimizer's update where a cycle ends; its gradients are cast like `like`."""
+        outer = in_place()
+        is_new: Any = None  # where the optimizer steps in place
+
+        def step(grads, inner_state, params):
+            nonlocal is_new
+            with contextlib.nullcontext() if outer is None else stepping_in_place() as inner:
+                new_updates, new_state = self._opt.update(
+                    _cast_like(grads, like), inner_state, params, **extra_args
+                )
+            if inner is not None:
+                new_updates, is_new = inner.receive(new_updates, params)
+            return new_updates, _cast_like(new_state, inner_state)
+
+        def wait(grads, inner_state, params):
+            new_updates, _ = jax.eval_shape(step, grads, inner_state, params)
+            return keep(new_updates, params), inner_state
+
+        def keep(new_updates, params):
+            """Parameters where they are stepped in place, and updates of zero elsewhere."""
+            if outer is None:
+                return _zeros_like(new_updates)
+            return jax.tree.map(
+                lambda update, new, param: jnp.asarray(param) if new else jnp.zeros_like(update),
+                new_updates,
+                is_new,
+                params,
+            )
+
+        results, inner_state = _cond(is_last, step, wait, grads, inner_state, params)
+        return results if outer is None else outer.resend(results, is_new, params), inner_state
 
     def _get_k_steps(self, gradient_step: jax.Array) -> jax.Array:
         k_steps = self._every_k_schedule

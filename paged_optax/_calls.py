@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from . import _ffi
 from ._job import is_shared, share_base
+from ._non_finite import varying
 from ._partition import Place, spread
 from ._refusals import guard
 from ._shards import Shards
@@ -55,7 +56,8 @@ def update(
         matter: where the compiler decides, gradients are cut as their parameters are.
 
     Returns:
-      The token of the advanced moments, and the updates with the gradients' shapes and dtypes.
+      The token of the advanced moments; and the directions or updates, which have the gradients'
+      dtypes, or the new parameters.
 
     Raises:
       NotImplementedError: under `jax.vmap`.
@@ -63,10 +65,18 @@ def update(
     """
     if not step.takes_params:  # then the step does not depend on their values
         params = [jax.lax.stop_gradient(param) for param in params]
+    elif step.replaced.stop is None:
+        params = [_vary_like(param, grad) for param, grad in zip(params, grads, strict=True)]
     operands = guard(token, count, jnp.asarray(hyperparams), *grads, *params)
     end = len(operands) - len(params)
-    token, *updates = spread(_Update(step), operands[:end], end - len(grads), operands[end:])
-    return token, updates
+    token, *results = spread(_Update(step), operands[:end], end - len(grads), operands[end:])
+    return token, results
+
+
+def _vary_like(param: jax.Array, grad: jax.Array) -> jax.Array:
+    """The parameter, which varies along the mesh axes that its gradient varies along."""
+    axes = tuple(sorted(varying(grad) - varying(param)))
+    return jax.lax.pcast(param, axes, to="varying") if axes else param
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from . import _arrays, _checkpoint_file
 from ._contents import Contents, merge
 from ._replace import replace_moments
-from ._state import find_states, read_token
+from ._state import find_states, read_count, read_token
 from ._transfer import opened
 
 
@@ -171,13 +171,6 @@ def _opened(opt_state: Any) -> Iterator[list[Contents | None]]:
     with contextlib.ExitStack() as stack:
         pairs = zip(states, counts, strict=True)
         yield [stack.enter_context(opened(state.token, count)) for state, count in pairs]
-
-
-def read_count(count: Any) -> int:
-    """The value of a count, which is the same on all devices."""
-    (leaf,) = jax.tree.leaves(count)  # opens an nnx.Variable
-    shards = getattr(leaf, "addressable_shards", None)
-    return int(np.asarray(shards[0].data if shards else leaf))
 
 
 def _tokens(opt_state: Any) -> list[tuple[int, int]]:

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._checkpoint import read_count
 from ._contents import Contents, Leaf, with_arrays
 from ._moments import moments
 from ._names import number_tree
 from ._replace import replace_moments
-from ._state import is_state
+from ._state import is_state, read_count
 
 _KINDS = (optax.ScaleByAdamState, optax.ScaleByLionState)
 

@@ -35,7 +35,7 @@ for _name, _platform, _handler in _ext.targets():
 # program. Static: `shared` (bool), whether other processes take part in the program.
 issue_call_p = jax.extend.core.Primitive("paged_optax_issue_call")
 # update_call_p: token, count, hyperparams, part, gradients, and parameters if the step takes them
-# -> the advanced token, updates. Static: `step`, a `Step`.
+# -> the advanced token, and what the step returns. Static: `step`, a `Step`.
 update_call_p = jax.extend.core.Primitive("paged_optax_update_call")
 issue_call_p.multiple_results = update_call_p.multiple_results = True
 # position_p: nothing -> int32 (): the device's place in its mesh, over axes of all types. It is for
@@ -52,7 +52,7 @@ def _issue_avals(seed, *, shared):
 @update_call_p.def_abstract_eval
 def _update_avals(token, count, hyperparams, part, *leaves, step):
     del count, hyperparams, part
-    return [token, *leaves[: len(step.formats)]]
+    return [token, *leaves[step.replaced]]
 
 
 def _lower_issue(ctx, seed, *, shared):
@@ -61,8 +61,9 @@ def _lower_issue(ctx, seed, *, shared):
 
 
 def _lower_update(ctx, *operands, step: Step):
-    # Each update takes the place of its gradient.
-    aliases = {NUM_SCALARS + i: 1 + i for i in range(len(step.formats))}
+    # Each result takes the place of its gradient, or of its parameter.
+    places = range(NUM_SCALARS, len(operands))[step.replaced]
+    aliases = {place: 1 + i for i, place in enumerate(places)}
     lowering = jax.ffi.ffi_lowering(
         _UPDATE_TARGET, has_side_effect=True, operand_output_aliases=aliases
     )

@@ -141,21 +141,23 @@ def _to_trees(tree: int, leaves: list[Values]) -> Values:
 
 def _decode(contents: Contents) -> list[Values]:
     """The values of every leaf of a state that was restored and not updated yet."""
-    states = RULES[rule_number(contents.rule)]["states"]
+    return [decode_leaf(contents, i) for i in range(len(contents.leaves))]
+
+
+def decode_leaf(contents: Contents, i: int) -> Values:
+    """The values of a leaf whose boxes are all there, in float32."""
+    leaf, states = contents.leaves[i], RULES[rule_number(contents.rule)]["states"]
     signed = [role == "signed" for _, role in states]
-    leaves = []
-    for i, leaf in enumerate(contents.leaves):
-        values = {name: np.zeros(leaf.shape, np.float32) for name, _ in states}
-        fields = [field for field in contents.fields(leaf) if field.name != "residual"]
-        for b, start in enumerate(leaf.starts):
-            parts = [_pad(contents.read(i, b, field), field) for field in fields]
-            stored = reference.from_arrays(leaf.format, parts, signed)
-            index = tuple(slice(at, at + n) for at, n in zip(start, leaf.box, strict=True))
-            decoded = reference.decode(stored, signed, math.prod(leaf.box))
-            for (name, _), flat in zip(states, decoded, strict=True):
-                values[name][index] = flat.reshape(leaf.box)
-        leaves.append(values)
-    return leaves
+    values = {name: np.zeros(leaf.shape, np.float32) for name, _ in states}
+    fields = [field for field in contents.fields(leaf) if field.name != "residual"]
+    for b, start in enumerate(leaf.starts):
+        parts = [_pad(contents.read(i, b, field), field) for field in fields]
+        stored = reference.from_arrays(leaf.format, parts, signed)
+        index = tuple(slice(at, at + n) for at, n in zip(start, leaf.box, strict=True))
+        decoded = reference.decode(stored, signed, math.prod(leaf.box))
+        for (name, _), flat in zip(states, decoded, strict=True):
+            values[name][index] = flat.reshape(leaf.box)
+    return values
 
 
 def _pad(array: np.ndarray, field: Field) -> np.ndarray:

@@ -27,7 +27,7 @@ def count_bad(grads: Sequence[jax.Array], reduce: Callable[..., jax.Array]) -> j
     totals: dict[tuple[str, ...], jax.Array] = {}  # by the manual axes that gradients vary along
     for grad in grads:
         count = reduce(is_bad(grad)).astype(jnp.int32)
-        axes = tuple(sorted(_varying(count)))
+        axes = tuple(sorted(varying(count)))
         totals[axes] = add_counts(totals[axes], count) if axes in totals else count
     if not any(totals):  # jax.shard_map does not tell: gradients may vary along all axes
         mesh = jax.sharding.get_abstract_mesh()
@@ -54,7 +54,7 @@ def _stop(count: jax.Array, about: jax.Array) -> jax.Array:
     return jnp.where(about < 2.0**30, count, _LARGEST)
 
 
-def _varying(x: jax.Array) -> frozenset[str]:
+def varying(x: jax.Array) -> frozenset[str]:
     """The manual axes that a value is known to vary along; none without ``check_vma``."""
     return getattr(getattr(jax.typeof(x), "manual_axis_type", None), "varying", frozenset())
 

@@ -7,6 +7,7 @@ place, so the wrapper cannot undo a step afterwards.
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ._in_place import NewParam
 from ._non_finite import add_counts, count_bad, count_elements, is_bad
 from ._state import has_states, is_paged
 from ._validate import check_choice
@@ -142,7 +144,7 @@ def skipping(
         if step is not None:
             inner_state = _choose(step, state.inner_state, inner_state)
             if makes_zeros:
-                updates = _choose(step, jax.tree.map(jnp.zeros_like, updates), updates)
+                updates = jax.tree.map(functools.partial(_zero, step), updates)
         return updates, SkipNonFiniteState(skipped, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -215,6 +217,13 @@ def _take_out(
         clean.append(jnp.where(mask, jnp.zeros_like(grad), grad))
         masks[name] = mask | outer[name] if outer and name in outer else mask
     return jax.tree.unflatten(treedef, clean), masks
+
+
+def _zero(pred: jax.Array, update: Any) -> Any:
+    """The update, or 0. A parameter that was stepped in place knows of the skip."""
+    if isinstance(update, NewParam):
+        return update
+    return jnp.where(pred, jnp.zeros_like(update), update)
 
 
 def _choose(pred: jax.Array, on_true: Any, on_false: Any) -> Any:

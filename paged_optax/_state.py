@@ -204,3 +204,10 @@ def read_handle(token: Any) -> tuple[int, int]:
         )
     ((handle, version),) = copies
     return handle, version
+
+
+def read_count(count: Any) -> int:
+    """The value of a count, which is the same on all devices."""
+    (leaf,) = jax.tree.leaves(count)  # opens an nnx.Variable
+    shards = getattr(leaf, "addressable_shards", None)
+    return int(np.asarray(shards[0].data if shards else leaf))

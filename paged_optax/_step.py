@@ -41,7 +41,7 @@ class Step:
     keys: Int64s  # of each leaf, for its random bits; () if nothing is rounded at random
     names: str  # paths of the leaves, a line each
     num_devices: int  # that the program runs on
-    output: int  # a number in `_tables.OUTPUTS`: the direction, or the update of the parameters
+    output: int  # a number in `_tables.OUTPUTS`: direction, update, or new parameter
     param_rounding: int  # an index into PARAM_ROUNDINGS
     paths: int  # a number for the names
     pinned: bool  # pinned instead of managed memory
@@ -55,6 +55,13 @@ class Step:
     def takes_params(self) -> bool:
         """Whether the parameters are operands."""
         return self.output != OUTPUTS.index("direction")
+
+    @property
+    def replaced(self) -> slice:
+        """Of the leaves among the operands, those whose memory and types the results have."""
+        num_leaves = len(self.formats)
+        in_place = self.output == OUTPUTS.index("params")
+        return slice(num_leaves, None) if in_place else slice(num_leaves)
 
     def attributes(self) -> dict[str, Any]:
         """The fields as the FFI takes them."""
@@ -76,7 +83,8 @@ def make_step(
     paths: tuple[str, ...],
     treedef: Any,
     *,
-    decays: tuple[bool, ...] | None = None,
+    output: str = "direction",
+    decays: tuple[bool, ...] = (),
     skip_elements: bool = False,
 ) -> Step:
     """The step of a program on one device.
@@ -87,20 +95,22 @@ def make_step(
       grads: gradients of all leaves; their sizes decide the formats.
       paths: names of the leaves.
       treedef: structure of the tree.
-      decays: of each leaf, whether weight decay applies; None if the step returns the direction.
+      output: a name in `_tables.OUTPUTS`.
+      decays: of each leaf, whether weight decay applies; () for a direction.
       skip_elements: whether elements with a bad gradient are skipped, also without the option.
     """
     formats = _formats(options.quantization, grads)
-    rounds_at_random = decays is not None or any(FORMATS[i]["is_random"] for i in formats)
+    takes_params = output != "direction"
+    rounds_at_random = takes_params or any(FORMATS[i]["is_random"] for i in formats)
     return Step(
-        decays=decays or (),
+        decays=decays,
         flags=rule.flags,
         formats=formats,
         keys=leaf_keys(paths, options.quantization.seed) if rounds_at_random else (),
         names="\n".join(paths),
         num_devices=1,
-        output=OUTPUTS.index("direction" if decays is None else "update"),
-        param_rounding=0 if decays is None else PARAM_ROUNDINGS.index(options.param_rounding),
+        output=OUTPUTS.index(output),
+        param_rounding=PARAM_ROUNDINGS.index(options.param_rounding) if takes_params else 0,
         paths=number_paths(paths),
         replay=options.replay,
         rule=rule.number,

@@ -2,8 +2,8 @@
 
 import contextvars
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax.core import Tracer
 
 from . import _calls
 from ._ffi import SKIP_STEP
+from ._in_place import in_place
 from ._options import Options
 from ._refusals import guard
 from ._rule import Rule, stack
@@ -36,7 +37,7 @@ def transformation(
       options: what all paged optimizers have.
       state_type: a NamedTuple of ``count`` and ``token``, registered by `paged_state`.
     """
-    return _finish([_paged(rule, options, state_type)], options)
+    return _finish([_Paged(rule, options, state_type).direction()], options)
 
 
 def descend(
@@ -49,59 +50,108 @@ def descend(
 ) -> optax.GradientTransformationExtraArgs:
     """A step against the direction of a rule, with weight decay unless that is None.
 
-    It is a chain, as in optax; with a `param_rounding` other than ``"nearest"``, it is one
-    transformation that does the same in one call. Arguments are those of `transformation` and of
-    `paged_optax.paged_adamw8bit`.
+    It is a chain, as in optax; in place, or with a `param_rounding` other than ``"nearest"``, one
+    call does it all. Arguments are those of `transformation` and of `paged_optax.paged_adamw8bit`.
     """
     check_rate("learning_rate", learning_rate)
+    paged = _Paged(rule, options, state_type)
+    descent = _Descent(learning_rate, 0.0 if weight_decay is None else weight_decay, mask)
     if options.param_rounding != "nearest":
-        descent = _Descent(learning_rate, 0.0 if weight_decay is None else weight_decay, mask)
-        return _finish([_paged(rule, options, state_type, descent)], options)
-    links: list[optax.GradientTransformation] = [_paged(rule, options, state_type)]
+        return _finish([paged.descent(descent)], options)
+    links: list[Any] = [paged.direction()]
     if weight_decay is not None:
         links.append(optax.add_decayed_weights(weight_decay, mask))
-    return _finish([*links, optax.scale_by_learning_rate(learning_rate)], options)
+    links.append(optax.scale_by_learning_rate(learning_rate))
+    return _finish(links, options, paged.chain_in_place(descent))
 
 
-def _paged(
-    rule: Rule,
-    options: Options,
-    state_type: type[Any],
-    descent: "_Descent | None" = None,
-) -> optax.GradientTransformationExtraArgs:
-    """The transformation that makes the custom call, for the direction or all of `descent`."""
+class _Paged:
+    """A paged optimizer: makes states, and steps them by the custom call."""
 
-    def init_fn(params):
+    def __init__(self, rule: Rule, options: Options, state_type: type[Any]):
+        self._rule = rule
+        self._options = options
+        self._state_type = state_type
+
+    def init(self, params: Any) -> Any:
         leaves = jax.tree_util.tree_leaves_with_path(params)
         check_dtypes("parameter", leaves)
         guard(*(leaf for _, leaf in leaves if isinstance(leaf, Tracer)))
-        return state_type(count=jnp.zeros([], jnp.int32), token=new_token(num_leaves=len(leaves)))
+        token = new_token(num_leaves=len(leaves))
+        return self._state_type(count=jnp.zeros([], jnp.int32), token=token)
 
-    def update_fn(updates, state, params=None, *, skip: Skip | None = None, **extra_args):
-        del extra_args
-        token = check_state(state, state_type)
+    def direction(self) -> optax.GradientTransformationExtraArgs:
+        """Returns directions. In place, they are what parameters change by."""
+
+        def update_fn(updates, state, params=None, *, skip: Skip | None = None, **extra_args):
+            del extra_args
+            rates = None
+            if in_place():
+                rates = _Rates((-1.0, 0.0), (False,) * len(jax.tree.leaves(updates)))
+            return self._step(updates, state, params, skip, rates)
+
+        return optax.GradientTransformationExtraArgs(self.init, update_fn)
+
+    def descent(self, descent: "_Descent") -> optax.GradientTransformationExtraArgs:
+        """Returns updates of the parameters."""
+
+        def update_fn(updates, state, params=None, *, skip: Skip | None = None, **extra_args):
+            del extra_args
+            check_state(state, self._state_type)
+            rates = descent.resolve([state.count] * 2, updates, params)
+            return self._step(updates, state, params, skip, rates)
+
+        return optax.GradientTransformationExtraArgs(self.init, update_fn)
+
+    def chain_in_place(self, descent: "_Descent") -> Callable[..., Any]:
+        """The update, in place, of a chain of the direction, weight decay and the learning rate.
+
+        The states of the latter two hold a count each if they are schedules, and nothing else.
+        """
+
+        def update_fn(updates, state, params=None, *, skip: Skip | None = None, **extra_args):
+            del extra_args
+            counts = [(jax.tree.leaves(link) or [None])[0] for link in (state[-1], state[1])]
+            rates = descent.resolve(counts, updates, params)
+            results, paged_state = self._step(updates, state[0], params, skip, rates)
+            return results, (paged_state, *jax.tree.map(optax.safe_increment, state[1:]))
+
+        return update_fn
+
+    def _step(
+        self, updates: Any, state: Any, params: Any, skip: Skip | None, rates: "_Rates | None"
+    ) -> tuple[Any, Any]:
+        """Directions (without `rates`), updates or `NewParam`s of one step, and the next state."""
+        token = check_state(state, self._state_type)
         paths, grads, treedef = _flatten(updates, params)
         skip_step, grads, has_masks = follow(skip, paths, grads)
         count, next_count = _count(state.count, skip_step)
         if not grads:
-            return updates, state_type(next_count, Token(token))
-        rates, decays = descent.resolve(state.count, updates, params) if descent else ((), None)
-        step = make_step(
-            rule, options, grads, paths, treedef, decays=decays, skip_elements=has_masks
-        )
+            return updates, self._state_type(next_count, Token(token))
+        destination = in_place()
+        olds = jax.tree.leaves(params)
         token, results = _calls.update(
-            step,
+            make_step(
+                self._rule,
+                self._options,
+                grads,
+                paths,
+                treedef,
+                output="direction" if rates is None else "params" if destination else "update",
+                decays=rates.decays if rates else (),
+                skip_elements=has_masks,
+            ),
             token,
             count,
-            stack((*rule.hyperparams, *rates)),
+            stack((*self._rule.hyperparams, *(rates.values if rates else ()))),
             grads,
-            [jnp.asarray(param) for param in jax.tree.leaves(params)],
+            [jnp.asarray(param) for param in olds],
         )
-        if descent and (observe := observer.get()):
+        if destination:
+            results = destination.send(results, olds)
+        elif rates and (observe := observer.get()):
             observe(token, results)
-        return jax.tree.unflatten(treedef, results), state_type(next_count, Token(token))
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+        return jax.tree.unflatten(treedef, results), self._state_type(next_count, Token(token))
 
 
 def _flatten(updates: Any, params: Any) -> tuple[tuple[str, ...], list[jax.Array], Any]:
@@ -121,6 +171,13 @@ def _count(count: jax.Array, skip: jax.Array | None) -> tuple[jax.Array, jax.Arr
     return jnp.where(skip, SKIP_STEP, count), jnp.where(skip, count, next_count)
 
 
+class _Rates(NamedTuple):
+    """What remains to be done with the direction in one step."""
+
+    values: tuple[Any, Any]  # learning rate and weight decay
+    decays: tuple[bool, ...]  # of each leaf, whether weight decay applies
+
+
 @dataclasses.dataclass(frozen=True)
 class _Descent:
     """What remains to be done with the direction, for a custom call that does it too."""
@@ -129,8 +186,14 @@ class _Descent:
     weight_decay: optax.ScalarOrSchedule
     mask: Any
 
-    def resolve(self, count: jax.Array, updates: Any, params: Any) -> tuple[tuple, tuple]:
-        """Learning rate and weight decay of this step, and which leaves decay."""
+    def resolve(self, counts: Sequence[Any], updates: Any, params: Any) -> _Rates:
+        """Those of this step.
+
+        Args:
+          counts: the steps so far, for the learning rate's and for the weight decay's schedule.
+          updates: gradients, for a mask that is a function.
+          params: parameters.
+        """
         if params is None:
             raise ValueError(
                 "param_rounding other than 'nearest' needs the parameters: pass them to update"
@@ -138,13 +201,13 @@ class _Descent:
             )
         check_dtypes("parameter", jax.tree_util.tree_leaves_with_path(params))
         rates = []
-        for name in ("learning_rate", "weight_decay"):
+        for name, count in zip(("learning_rate", "weight_decay"), counts, strict=True):
             value = getattr(self, name)
             if callable(value):
                 value = value(count)
                 check_rate(f"{name}, from its schedule,", value)
             rates.append(value)
-        return tuple(rates), _decays(self.mask, updates)
+        return _Rates((rates[0], rates[1]), _decays(self.mask, updates))
 
 
 def _decays(mask: Any, updates: Any) -> tuple[bool, ...]:
@@ -158,13 +221,21 @@ def _decays(mask: Any, updates: Any) -> tuple[bool, ...]:
     return tuple(jax.tree.leaves(flags))
 
 
-def _finish(links: list[Any], options: Options) -> optax.GradientTransformationExtraArgs:
-    """The links as one transformation, which skips what `non_finite` says."""
+def _finish(
+    links: list[Any], options: Options, in_place_fn: Callable[..., Any] | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """The links as one transformation, which skips what `non_finite` says.
+
+    Args:
+      links: the first is the paged optimizer.
+      options: the user's.
+      in_place_fn: the update of all of them, in place; None if there is but one.
+    """
     mode = options.non_finite
     if mode == "propagate":
-        return links[0] if len(links) == 1 else _chain(links)
+        return links[0] if len(links) == 1 else _chain(links, in_place_fn)
     return skipping(
-        _chain(links),
+        _chain(links, in_place_fn),
         mode.removeprefix("skip_"),
         f"non_finite={mode!r}",
         sends_masks=False,
@@ -172,7 +243,9 @@ def _finish(links: list[Any], options: Options) -> optax.GradientTransformationE
     )
 
 
-def _chain(links: list[Any]) -> optax.GradientTransformationExtraArgs:
+def _chain(
+    links: list[Any], in_place_fn: Callable[..., Any] | None
+) -> optax.GradientTransformationExtraArgs:
     """`optax.chain`, which says what is wrong with a state that was made with other options."""
     tx = optax.chain(*links)
 
@@ -183,6 +256,8 @@ def _chain(links: list[Any]) -> optax.GradientTransformationExtraArgs:
                 " not return; was it made with another param_rounding or non_finite? Start with"
                 " init(params)."
             )
+        if in_place_fn and in_place():
+            return in_place_fn(updates, state, params, **extra_args)
         return tx.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)

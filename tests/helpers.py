@@ -18,10 +18,12 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from jax.interpreters import mlir
 
 from paged_optax import (
     Quantization,
     _ext,
+    _ffi,
     _job,
     _names,
     _process,
@@ -37,9 +39,12 @@ from paged_optax import (
 from paged_optax import _ext as ext  # noqa: F401
 from paged_optax import _reference as reference
 from paged_optax import _testing as hooks  # noqa: F401  functions of C++ for tests alone
+from paged_optax._bytes import parse_bytes  # noqa: F401
+from paged_optax._forecast import kept_by  # noqa: F401
 from paged_optax._names import leaf_keys  # noqa: F401
 from paged_optax._non_finite import count_bad, count_elements  # noqa: F401
 from paged_optax._shards import Shards, cuts_of  # noqa: F401
+from paged_optax._state import Token  # noqa: F401
 
 f32 = np.float32
 BLOCK = 256  # elements
@@ -228,6 +233,16 @@ def run_python(code, folder, *arguments, options=(), check=True, **environment):
     )
     assert not check or process.returncode == 0, process.stdout + process.stderr
     return process
+
+
+def let_cpu_build_compile_for_gpus():
+    """Programs for GPUs can be compiled, and not run, also where the build has no CUDA code."""
+    if _ext.build_info()["cuda"]:
+        return
+    for name, _, handler in _ext.targets():
+        jax.ffi.register_ffi_target(name, handler, platform="CUDA")
+    mlir.register_lowering(_ffi.issue_call_p, _ffi._lower_issue, platform="cuda")
+    mlir.register_lowering(_ffi.update_call_p, _ffi._lower_update, platform="cuda")
 
 
 # --- What is stored -----------------------------------------------------------------------------

@@ -124,37 +124,64 @@ class Specification:
 
     def update(self, grads, params=None, learning_rate=0.0, weight_decay=0.0, masked=()):
         """Updates, and the specification after the step; `masked` leaves do not decay."""
-        updates, leaves, residuals = {}, dict(self.leaves), dict(self.residuals)
+        updates, residuals = {}, dict(self.residuals)
+        directions, leaves = self._directions(grads)
         for name, grad in grads.items():
-            grad = np.asarray(grad)
-            key = leaf_key(name, self.quantization.seed)
-            direction, leaves[name] = reference.directions(
-                grad,
-                self.leaves[name],
-                self.count,
-                self.optimizer.hyperparams,
-                **self.optimizer.flags,
-                rule=self.optimizer.rule,
-                skip_elements=self.skip_elements,
-                leaf_key=key,
-            )
             if self.rounding is None:
                 with np.errstate(over="ignore"):
-                    update = direction.astype(grad.dtype)
+                    update = directions[name].astype(grad.dtype)
             else:
                 update, residuals[name] = reference.update_params(
-                    direction,
+                    directions[name],
                     np.ravel(params[name]),
                     self.residuals[name],
-                    reference.random_bits(key, self.count, 0, grad.size),
+                    self._random_bits(name, grad.size),
                     reference.ParamHyperparams(learning_rate, weight_decay),
                     grad.dtype,
                     self.rounding,
                     name not in masked,
                 )
             updates[name] = update.reshape(grad.shape)
-        after = dataclasses.replace(self, leaves=leaves, residuals=residuals, count=self.count + 1)
-        return updates, after
+        return updates, self._after(leaves, residuals)
+
+    def step(self, grads, params, learning_rate, weight_decay=0.0, masked=()):
+        """Parameters, and the specification, after a step in place."""
+        results, residuals = {}, dict(self.residuals)
+        directions, leaves = self._directions(grads)
+        for name, param in params.items():
+            result, residuals[name] = reference.step_params(
+                directions[name],
+                np.ravel(param),
+                self.residuals[name],
+                self._random_bits(name, param.size),
+                reference.ParamHyperparams(learning_rate, weight_decay),
+                self.rounding or "nearest",
+                name not in masked,
+            )
+            results[name] = result.reshape(param.shape)
+        return results, self._after(leaves, residuals)
+
+    def _directions(self, grads):
+        directions, leaves = {}, dict(self.leaves)
+        for name, grad in grads.items():
+            directions[name], leaves[name] = reference.directions(
+                np.asarray(grad),
+                self.leaves[name],
+                self.count,
+                self.optimizer.hyperparams,
+                **self.optimizer.flags,
+                rule=self.optimizer.rule,
+                skip_elements=self.skip_elements,
+                leaf_key=leaf_key(name, self.quantization.seed),
+            )
+        return directions, leaves
+
+    def _random_bits(self, name, size):
+        key = leaf_key(name, self.quantization.seed)
+        return reference.random_bits(key, self.count, 0, size)
+
+    def _after(self, leaves, residuals):
+        return dataclasses.replace(self, leaves=leaves, residuals=residuals, count=self.count + 1)
 
     def moments(self, shapes):
         """Float32 values: a dict of the optimizer's states, each a dict of leaves."""

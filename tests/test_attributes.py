@@ -22,7 +22,9 @@ def test_names_and_types():
     assert _step.attribute_types() == attributes == sorted(attributes)
 
 
-def make(rule=None, decays=None, skip_elements=False, sizes=(10, 5000), **options):
+def make(
+    rule=None, decays=(), skip_elements=False, output="direction", sizes=(10, 5000), **options
+):
     options = dict(replay=False, non_finite="propagate", quantization=None, paging=None) | options
     tree = {f"w{i}": jnp.ones(size) for i, size in enumerate(sizes)}
     paths = tuple(f"['{name}']" for name in tree)
@@ -32,6 +34,7 @@ def make(rule=None, decays=None, skip_elements=False, sizes=(10, 5000), **option
         list(tree.values()),
         paths,
         jax.tree.structure(tree),
+        output=output,
         decays=decays,
         skip_elements=skip_elements,
     )
@@ -53,6 +56,7 @@ def test_an_update(tmp_path, monkeypatch):
     paging = Paging(device_bytes=5, headroom_bytes=7, memory="pinned", directory="moments")
     step = make(
         Rule("adam", **ADAM | {"nesterov": True}),
+        output="update",
         decays=(True, False),
         skip_elements=True,
         param_rounding="compensated",

@@ -18,6 +18,8 @@ import paged_optax
 README = Path(__file__).parent.parent / "README.md"
 COMPATIBILITY = README.parent / "docs" / "compatibility.md"
 CHECKPOINTS = README.parent / "docs" / "checkpoints.md"
+SEVERAL_GPUS = README.parent / "docs" / "several_gpus.md"
+PLANNING = README.parent / "docs" / "planning.md"
 
 MODULES = ["paged_optax"] + [
     f"paged_optax.{module.name}"
@@ -38,12 +40,14 @@ FUNCTIONS = [
     paged_optax.paged_adamw8bit,
     paged_optax.paged_adam8bit,
     paged_optax.MultiSteps,
+    paged_optax.apply_gradients,
     paged_optax.moments,
     paged_optax.memory_report,
     paged_optax.save_moments,
     paged_optax.export_moments,
     paged_optax.to_optax,
     paged_optax.from_optax,
+    paged_optax.plan,
     paged_optax.release,
     paged_optax.skip_non_finite,
 ]
@@ -70,8 +74,13 @@ def python_blocks(text):
 @pytest.mark.skipif(not README.exists(), reason="tests without the source tree")
 @pytest.mark.parametrize(
     ("document", "options"),
-    [(README, ["-W", "error"]), (CHECKPOINTS, [])],  # Orbax warns of its own code
-    ids=["readme", "checkpoints"],
+    [
+        (README, ["-W", "error"]),
+        (CHECKPOINTS, []),  # Orbax warns of its own code
+        (PLANNING, ["-W", "error"]),
+        (SEVERAL_GPUS, ["-W", "error"]),
+    ],
+    ids=["readme", "checkpoints", "planning", "several_gpus"],
 )
 def test_documents_run(document, options, tmp_path):
     """All Python blocks, one after the other, in a process and a folder of their own."""
@@ -129,5 +138,5 @@ def test_every_claim_of_compatibility_names_its_tests():
 @pytest.mark.skipif(not README.exists(), reason="tests without the source tree")
 def test_quickstart_is_what_the_readme_shows():
     quickstart = (README.parent / "examples" / "quickstart.py").read_text(encoding="utf-8")
-    (block,) = python_blocks(README.read_text(encoding="utf-8"))
+    block, *_ = python_blocks(README.read_text(encoding="utf-8"))
     assert block in quickstart

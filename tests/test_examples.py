@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from processes import free_port
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 FSDP = """
@@ -56,6 +58,35 @@ def test_fsdp_keeps_gradients_in_shards(tmp_path):
     assert process.returncode == 0, process.stderr
     assert "1/8 of them" in process.stdout
     assert (tmp_path / "fsdp_finetune.png").exists()
+
+
+@pytest.mark.slow
+def test_fsdp_in_two_processes(tmp_path):
+    """Each has four of the eight devices; the first one alone reports."""
+    for module in "matplotlib", "psutil", "tqdm":
+        pytest.importorskip(module)
+    job = ["--distributed", f"localhost:{free_port()}", "2"]
+    children = [
+        subprocess.Popen(
+            [sys.executable, str(EXAMPLES / "fsdp_finetune.py"), *job, str(index)]
+            + ["--steps=2", "--pretrain-steps=2", f"--out={index}.png"],
+            cwd=tmp_path,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        texts = [child.communicate(timeout=900)[0] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    assert [child.returncode for child in children] == [0, 0], "\n".join(texts)
+    assert "1/8 of them" in texts[0] and "elsewhere" in texts[0]
+    assert "held-out" not in texts[1]
+    assert [path.name for path in tmp_path.glob("*.png")] == ["0.png"]
 
 
 def run_before_and_after(tmp_path, *arguments):

@@ -5,6 +5,7 @@ The oracle is the same optimizer without Flax's: plain optax on the model's para
 
 import copy
 import functools
+import pickle
 
 import flax.linen as nn
 import flax.serialization
@@ -20,6 +21,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import paged_optax
+import paged_optax.flax
 from helpers import RAISES, assert_found_and_freed, assert_trees_close, assert_trees_equal
 from paged_optax import memory_report, moments, paged_adamw8bit, release
 
@@ -346,6 +348,91 @@ def test_nnx_gradient_through_a_step():
 
     with pytest.raises(TypeError, match="cannot be differentiated"):
         nnx.grad(loss_after_a_step)(*make())
+
+
+# --- In place: the classes of paged_optax.flax --------------------------------------------------
+
+
+@pytest.mark.parametrize("donate", [(), (0, 1)], ids=["kept", "donated"])
+def test_nnx_in_place(donate):
+    """The losses, the model and the whole state of nnx.Optimizer."""
+
+    def run(cls):
+        model = make_model()
+        optimizer = cls(model, make_clipped(), wrt=nnx.Param)
+        losses, _ = train_with(nnx.jit(step, donate_argnums=donate), model, optimizer)
+        return losses, optimizer
+
+    ours, optimizer = run(paged_optax.flax.Optimizer)
+    theirs, other = run(nnx.Optimizer)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    assert optimizer.step[...] == other.step[...] == NUM_STEPS
+    assert jax.tree.structure(nnx.state(optimizer)) == jax.tree.structure(nnx.state(other))
+
+
+def test_nnx_in_place_of_model_and_optimizer():
+    optimizer = paged_optax.flax.ModelAndOptimizer(make_model(), make_clipped(), wrt=nnx.Param)
+    assert isinstance(optimizer, nnx.ModelAndOptimizer)
+    losses = []
+    for _ in range(NUM_STEPS):
+        loss, grads = nnx.value_and_grad(target)(optimizer.model)
+        losses.append(loss)
+        assert optimizer.update(grads) is None
+    np.testing.assert_allclose(losses, jit(nnx.Param)[0], rtol=1e-4)
+
+
+def test_nnx_in_place_is_saved():
+    """With its moments, as any nnx.Optimizer: pickle carries them in the pure state."""
+
+    def make_optimizer(model):
+        return paged_optax.flax.Optimizer(model, make_clipped(), wrt=nnx.Param)
+
+    model = make_model()
+    optimizer = make_optimizer(model)
+    train_with(step, model, optimizer)
+    data = pickle.dumps((nnx.to_pure_dict(nnx.state(model)), nnx.as_pure(optimizer.opt_state)))
+    other = make_model()
+    restored = make_optimizer(other)
+    params, opt_state = pickle.loads(data)
+    nnx.update(other, params)
+    nnx.update(restored.opt_state, nnx.state(opt_state))
+    ours, theirs = (train_with(step, *x)[0] for x in ((model, optimizer), (other, restored)))
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_linen_in_place(device):
+    """The losses and the whole state of linen's TrainState, also from its bytes."""
+
+    def run(cls, saved=False):
+        state, losses = make_train_state(make_clipped(), device, cls), []
+        for i in range(NUM_STEPS):
+            if saved and i == 3:
+                data = flax.serialization.to_bytes(state)
+                fresh = make_train_state(make_clipped(), device, cls)
+                state = flax.serialization.from_bytes(fresh, data)
+            state, loss = linen_step(state)
+            losses.append(loss)
+        return losses, state
+
+    ours, state = run(paged_optax.flax.TrainState)
+    theirs, other = run(TrainState)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    assert state.step == other.step == NUM_STEPS
+    assert jax.tree.structure(state.opt_state) == jax.tree.structure(other.opt_state)
+    np.testing.assert_array_equal(run(paged_optax.flax.TrainState, saved=True)[0], ours)
+
+
+def test_linen_in_place_with_fp8(device):
+    """Flax overwrites this collection with its gradients, and gives it no optimizer."""
+    name = flax.linen.fp8_ops.OVERWRITE_WITH_GRADIENT
+    params = {"params": {"w": jnp.ones((8, 8))}, name: {"scale": jnp.ones(1)}}
+    grads = {"params": {"w": jnp.ones((8, 8))}, name: {"scale": jnp.full(1, 3.0)}}
+
+    def run(cls):
+        state = cls.create(apply_fn=None, params=params, tx=make_clipped())
+        return state.apply_gradients(grads=grads).params
+
+    assert_trees_close(run(paged_optax.flax.TrainState), run(TrainState))
 
 
 # --- linen --------------------------------------------------------------------------------------

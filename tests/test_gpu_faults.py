@@ -57,7 +57,7 @@ def attempt(action, *args, is_patient, replay=False):
 
 def run(tx, update, is_patient=False, replay=False):
     """Updates and moments of two steps, with moves in between."""
-    state, updates = tx.init(grads(0)), []
+    state, updates = attempt(tx.init, grads(0), is_patient=is_patient), []
     try:
         for step in range(2):
             result, state = attempt(
@@ -71,8 +71,7 @@ def run(tx, update, is_patient=False, replay=False):
         attempt(release, state, is_patient=True)
 
 
-@pytest.mark.parametrize("replay", [False, True])
-@pytest.mark.parametrize("memory", ["managed", "pinned"])
+@pytest.mark.parametrize("memory, replay", [("managed", False), ("pinned", True)])
 def test_every_call_fails_once(memory, replay):
     """Each in turn: an error, and then the same bits; or an error that says what is lost."""
     tx = paged_optax.scale_by_paged_adam8bit(

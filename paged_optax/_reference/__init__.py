@@ -32,6 +32,7 @@ from .rounding import (
     random_bits_from,
     round_stochastically,
     split_master,
+    step_params,
     update_params,
 )
 from .rules import RULES, Hyperparams, LeafState, LionHyperparams, LionState, Rule, adam, lion
@@ -74,5 +75,6 @@ __all__ = [
     "round_stochastically",
     "split_master",
     "step_leaf",
+    "step_params",
     "update_params",
 ]

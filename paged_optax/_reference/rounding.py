@@ -106,6 +106,48 @@ def join_master(params: np.ndarray, residuals: np.ndarray) -> np.ndarray:
     return np.where(param == 0, param, from_aligned_bits(bits, dtype))
 
 
+def change(direction, params, hyperparams: ParamHyperparams, decays: bool = True) -> np.ndarray:
+    """What float32 parameters change by, before any rounding to another type."""
+    lr, decay = (np.float32(x) for x in hyperparams)
+    with np.errstate(all="ignore"):
+        return -lr * (direction + (decay if decays else np.float32(0)) * params)
+
+
+def step_params(
+    direction: np.ndarray,
+    params: np.ndarray,
+    residuals: np.ndarray,
+    random: np.ndarray,
+    hyperparams: ParamHyperparams,
+    rounding: str,
+    decays: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A step in place of one leaf's parameters, all arrays flat.
+
+    Args:
+      direction: what the rule returned, float32.
+      params: float32, bfloat16 or float16.
+      residuals: uint8, those of the parameters; used for ``"compensated"`` and 16 bits.
+      random: uint32, for 16-bit parameters.
+      hyperparams: learning rate and weight decay.
+      rounding: ``"nearest"``, ``"stochastic"`` or ``"compensated"``.
+      decays: whether weight decay applies.
+
+    Returns:
+      ``(params, residuals)`` after the step.
+    """
+    dtype, master = params.dtype, params.astype(np.float32)
+    if rounding == "compensated" and dtype != np.float32:
+        master = join_master(params, residuals)
+    with np.errstate(all="ignore"):
+        exact = master + change(direction, master, hyperparams, decays)
+        if dtype == np.float32 or rounding == "nearest":
+            return exact.astype(dtype), residuals
+    if rounding == "compensated":
+        return split_master(exact, random, dtype)
+    return round_stochastically(exact, random, dtype), residuals
+
+
 def update_params(
     direction: np.ndarray,
     params: np.ndarray,
@@ -115,36 +157,23 @@ def update_params(
     dtype,
     rounding: str,
     decays: bool = True,
-):
-    """Updates of one leaf's parameters, all arrays flat.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Updates of one leaf's parameters, of type `dtype`; other arguments as of `step_params`.
 
-    Args:
-      direction: what `adam` returned.
-      params: float32, bfloat16 or float16.
-      residuals: uint8, those of the parameters; used for ``"compensated"`` and 16 bits.
-      random: uint32, for 16-bit parameters.
-      hyperparams: learning rate and weight decay.
-      dtype: of the updates.
-      rounding: ``"stochastic"`` or ``"compensated"``.
-      decays: whether weight decay applies.
+    `rounding` is ``"stochastic"`` or ``"compensated"``.
 
     Returns:
       ``(update, residuals)``; the new parameters are ``params + update`` in their own type.
     """
-    lr, decay = (np.float32(x) for x in hyperparams)
-    decay = decay if decays else np.float32(0)
-    param = params.astype(np.float32)
-    compensated = rounding == "compensated" and params.dtype != np.float32
     with np.errstate(all="ignore"):
-        master = join_master(params, residuals) if compensated else param
-        change = -lr * (direction + decay * master)
         if params.dtype == np.float32:
-            return change.astype(dtype), residuals
-        exact = master + change
-        if not compensated:
-            rounded = round_stochastically(exact, random, params.dtype)
-            return (rounded.astype(np.float32) - param).astype(dtype), residuals
-        rounded, residuals = split_master(exact, random, params.dtype)
+            return change(direction, params, hyperparams, decays).astype(dtype), residuals
+        rounded, residuals = step_params(
+            direction, params, residuals, random, hyperparams, rounding, decays
+        )
+        param = params.astype(np.float32)
         update = (rounded.astype(np.float32) - param).astype(dtype)
         landed = (param + update.astype(np.float32)).astype(params.dtype)
+    if rounding != "compensated":
+        return update, residuals
     return update, np.where(landed == rounded, residuals, np.uint8(ZERO_RESIDUAL))

@@ -22,6 +22,7 @@
 #include "python/notices.h"
 #include "rules/rules.h"
 #include "state/contents.h"
+#include "state/forecast.h"
 #include "state/registry.h"
 #include "step/leaf.h"
 #include "xla/handlers.h"
@@ -176,6 +177,44 @@ py::list Describe(int32_t handle, int32_t version) {
   return result;
 }
 
+// A state as Python describes it: the fields of a step, and the shape of each leaf on a device.
+Prospect ProspectFromPython(const py::dict& state) {
+  const int rule = state["rule"].cast<int>();
+  if (rule < 0 || rule >= Rules::kSize) {
+    throw StatusError(StatusCode::kInvalidArgument, "there is no rule " + std::to_string(rule));
+  }
+  Prospect prospect{Signature(static_cast<int8_t>(rule), /*paths=*/0,
+                              state["replay"].cast<bool>() ? 2 : 1, /*num_devices=*/1, ""),
+                    {state["device_bytes"].cast<int64_t>(), state["headroom_bytes"].cast<int64_t>(),
+                     /*pinned=*/false, /*directory=*/""}};
+  const auto formats = state["formats"].cast<std::vector<int>>();
+  const auto shapes = state["shapes"].cast<std::vector<std::vector<int64_t>>>();
+  if (formats.size() != shapes.size()) {
+    throw StatusError(StatusCode::kInvalidArgument, "each leaf needs a format and a shape");
+  }
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    prospect.signature.Append(static_cast<int8_t>(formats[i]), shapes[i].data(),
+                              static_cast<int64_t>(shapes[i].size()));
+  }
+  if (state["has_residuals"].cast<bool>()) prospect.signature.KeepResiduals();
+  return prospect;
+}
+
+py::list ForecastToPython(const std::vector<py::dict>& states, int64_t free_bytes) {
+  std::vector<Prospect> prospects;
+  for (const py::dict& state : states) prospects.push_back(ProspectFromPython(state));
+  py::list result;
+  for (const Forecast& forecast : MakeForecast(prospects, free_bytes)) {
+    py::dict item;
+    item["on_cpu"] = forecast.on_cpu;
+    item["on_gpu"] = forecast.on_gpu;
+    item["resident"] = forecast.resident;
+    item["host_traffic"] = forecast.host_traffic;
+    result.append(item);
+  }
+  return result;
+}
+
 // Calls read(locked arena, slot) for the contents that a token stands for, without the GIL.
 template <class F>
 auto ReadContents(const std::string& platform, int ordinal, Token token, const F& read) {
@@ -249,6 +288,7 @@ PYBIND11_MODULE(_ext, module) {
   module.def("free_device_bytes", &FreeDeviceBytes, py::arg("ordinal"));
   module.def("available_host_bytes", &AvailableHostBytes);
   module.def("describe", &Describe, py::arg("handle"), py::arg("version"));
+  module.def("forecast", &ForecastToPython, py::arg("states"), py::arg("free_bytes"));
   module.def("read_leaves", &ReadLeavesToPython, py::arg("platform"), py::arg("ordinal"),
              py::arg("handle"), py::arg("version"));
   module.def("read_residuals", &ReadResidualsToPython, py::arg("platform"), py::arg("ordinal"),

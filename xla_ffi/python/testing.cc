@@ -100,8 +100,8 @@ void StepLeaf(int rule, py::buffer values, int dtype, int format, py::buffer are
   const py::buffer_info values_info = values.request(/*writable=*/true);
   const py::buffer_info arena_info = arena.request(/*writable=*/true);
   Leaf leaf{};
-  leaf.grads = leaf.updates = values_info.ptr;
-  leaf.dtype = static_cast<DType>(dtype);
+  leaf.grads = leaf.results = values_info.ptr;
+  leaf.dtype = leaf.result_dtype = static_cast<DType>(dtype);
   leaf.format = static_cast<int8_t>(format);
   leaf.key = static_cast<uint64_t>(leaf_key);
   leaf.size = values_info.size * values_info.itemsize / SizeOf(leaf.dtype);

@@ -28,7 +28,7 @@ std::shared_ptr<Arena> MakeArena(const Request& request, Token token) {
 }
 
 void PlaceOnHost(Arena& arena) {
-  arena.memory = MakeHostMemory(SlotBytes(arena.signature, /*granularity=*/512),
+  arena.memory = MakeHostMemory(SlotBytes(arena.signature, kCpuGranularity),
                                 arena.signature.num_slots(), arena.policy.directory);
   arena.segments = arena.memory->Table(/*num_resident=*/1);
 }

@@ -115,6 +115,8 @@ void PlaceOnHost(Arena& arena);
 void PrepareResidency(Arena& arena);
 void PlaceOnDevice(Arena& arena, const FirstShare& share, Stream stream);
 
+inline constexpr int64_t kCpuGranularity = 512;  // of the slots of a CPU; a GPU's is kChunkBytes
+
 // Bytes of one slot, which starts at a multiple of `granularity`.
 int64_t SlotBytes(const Signature& signature, int64_t granularity);
 

@@ -14,7 +14,7 @@ namespace paged_optax {
 template <class Rule>
 struct StepOf {
   typename Rule::Coefficients rule;
-  ParamStep params;  // for Output::kUpdate
+  ParamStep params;  // if the step takes the parameters
   uint32_t dither_phase;
 };
 
@@ -35,13 +35,13 @@ struct StepKind {
   BadElement bad;
 };
 
-// `hyperparams` are those of the rule, then those of MakeParamStep for Output::kUpdate. `count` is
-// the number of steps already taken.
+// `hyperparams` are those of the rule, then those of MakeParamStep if the step takes the
+// parameters. `count` is the number of steps already taken.
 template <class Rule>
 PAGED_HD StepOf<Rule> PrepareStep(const StepKind& kind, const float* hyperparams, int32_t count) {
   StepOf<Rule> step{};
   step.rule = Rule::Prepare(hyperparams, count, kind.flags, kind.bad);
-  if (kind.output == Output::kUpdate) {
+  if (TakesParams(kind.output)) {
     step.params = MakeParamStep(hyperparams + kNumHyperparams<Rule>, count);
   }
   step.dither_phase = DitherPhase(count);
@@ -64,32 +64,45 @@ PAGED_HD void StepBlock(Math math, const StepOf<Rule>& step, const Tables& table
   Format::template Encode<Rule>(math, tables, range, random, states, lane, block);
 }
 
-template <DType kParam, int K>
-PAGED_HD void RoundParams(const ParamStep& step, const Leaf& leaf, float decay, int64_t start,
-                          const float (&params)[K], uint8_t (&residuals)[K], float (&values)[K]) {
+template <Output kOutput, DType kParam, bool kCompensated, int K>
+PAGED_HD void UpdateHalves(const ParamStep& step, const Leaf& leaf, float decay, int64_t start,
+                           const float (&params)[K], uint8_t (&residuals)[K], float (&values)[K]) {
   const RandomKey key = BlockKey(step.key, leaf.key, start);
-  const uint32_t first = static_cast<uint32_t>(start);
-  if (leaf.rounding == ParamRounding::kCompensated) {
-    RoundParams<kParam, true>(step, decay, key, first, leaf.dtype, params, residuals, values);
-  } else {
-    RoundParams<kParam, false>(step, decay, key, first, leaf.dtype, params, residuals, values);
+  RoundParams<kParam, kCompensated>(step, decay, key, static_cast<uint32_t>(start), params,
+                                    residuals, values);
+  if constexpr (kOutput == Output::kUpdate) {
+    SubtractParams<kParam, kCompensated>(leaf.dtype, params, residuals, values);
   }
 }
 
-// Directions on entry, updates on return.
-template <int K>
+template <Output kOutput, DType kParam, int K>
+PAGED_HD void UpdateHalves(const ParamStep& step, const Leaf& leaf, float decay, int64_t start,
+                           const float (&params)[K], uint8_t (&residuals)[K], float (&values)[K]) {
+  if (leaf.rounding == ParamRounding::kCompensated) {
+    UpdateHalves<kOutput, kParam, true>(step, leaf, decay, start, params, residuals, values);
+  } else {
+    UpdateHalves<kOutput, kParam, false>(step, leaf, decay, start, params, residuals, values);
+  }
+}
+
+// Directions on entry, updates or new parameters on return. What is stored of a result rounds it to
+// nearest, so a new parameter of 16 bits takes no work of its own with ParamRounding::kNearest.
+template <Output kOutput, int K>
 PAGED_HD void UpdateParams(const ParamStep& step, const Leaf& leaf, int64_t start,
                            const float (&params)[K], uint8_t (&residuals)[K], float (&values)[K]) {
   const float decay = leaf.decays ? step.weight_decay : 0.0f;
   if (leaf.rounding == ParamRounding::kNearest) {
     PAGED_UNROLL
-    for (int k = 0; k < K; ++k) values[k] = Change(step, decay, values[k], params[k]);
+    for (int k = 0; k < K; ++k) {
+      const float change = Change(step, decay, values[k], params[k]);
+      values[k] = kOutput == Output::kParams ? params[k] + change : change;
+    }
     return;
   }
   if (leaf.param_dtype == DType::kBFloat16) {
-    RoundParams<DType::kBFloat16>(step, leaf, decay, start, params, residuals, values);
+    UpdateHalves<kOutput, DType::kBFloat16>(step, leaf, decay, start, params, residuals, values);
   } else {
-    RoundParams<DType::kFloat16>(step, leaf, decay, start, params, residuals, values);
+    UpdateHalves<kOutput, DType::kFloat16>(step, leaf, decay, start, params, residuals, values);
   }
 }
 

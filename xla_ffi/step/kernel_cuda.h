@@ -64,8 +64,9 @@ __device__ Share MyShare(int64_t resident_end, int64_t end) {
   return share;
 }
 
-// Directions on entry, updates on return. `source` and `target`: the residuals of the lane. Null
-// where there are none; `source` also for a fresh state.
+// Directions on entry, updates or new parameters on return. `source` and `target`: the residuals of
+// the lane. Null where there are none; `source` also for a fresh state.
+template <Output kOutput>
 __device__ inline void StepParams(const ParamStep& step, const Leaf& leaf, int64_t start, int count,
                                   const uint8_t* source, uint8_t* target, float (&values)[kLane]) {
   alignas(16) float params[kLane];
@@ -73,8 +74,8 @@ __device__ inline void StepParams(const ParamStep& step, const Leaf& leaf, int64
   constexpr uint32_t kZeros = kZeroResidual * 0x01010101u;
   uint2 residuals{kZeros, kZeros};
   if (source != nullptr) residuals = *reinterpret_cast<const uint2*>(source);
-  UpdateParams<kLane>(step, leaf, start, params, reinterpret_cast<uint8_t (&)[kLane]>(residuals),
-                      values);
+  UpdateParams<kOutput>(step, leaf, start, params, reinterpret_cast<uint8_t (&)[kLane]>(residuals),
+                        values);
   if (target != nullptr) *reinterpret_cast<uint2*>(target) = residuals;
 }
 
@@ -189,6 +190,17 @@ __device__ __forceinline__ void StoreLane(const Lane<Rule, Format, kLane>& lane,
   }
 }
 
+// A refused step changes nothing: its update is zero, and parameters stay.
+template <Output kOutput>
+__device__ inline void StoreRefused(const Leaf& leaf, int64_t start, int count) {
+  alignas(16) float values[kLane] = {};
+  if constexpr (kOutput == Output::kParams) {
+    if (leaf.results == leaf.params) return;
+    Load(leaf.params, leaf.param_dtype, start, count, values);
+  }
+  Store(leaf, start, count, values);
+}
+
 // Blocks [i, end) of a group, all of `leaf`, of which the thread has the elements from `start` on.
 template <class Rule, class Format, Output kOutput>
 __device__ __forceinline__ void StepRun(const Shared<Rule, Format>& shared, const Leaf& leaf,
@@ -200,10 +212,7 @@ __device__ __forceinline__ void StepRun(const Shared<Rule, Format>& shared, cons
     const int count = left < 0 ? 0 : (left < kLane ? static_cast<int>(left) : kLane);
     alignas(16) float values[kLane];
     if (group.target == nullptr) {
-      // A refused step changes nothing: its update is zero.
-#pragma unroll
-      for (int k = 0; k < kLane; ++k) values[k] = 0.0f;
-      Store(leaf, start, count, values);
+      StoreRefused<kOutput>(leaf, start, count);
       continue;
     }
     Load(leaf.grads, leaf.dtype, start, count, values);
@@ -211,7 +220,7 @@ __device__ __forceinline__ void StepRun(const Shared<Rule, Format>& shared, cons
     LoadLane(group, i, lane);
     StepBlock(FastMath(), shared.step, shared.tables, leaf.key, start, values, lane, Warp());
     StoreLane(lane, i, thread, group);
-    if constexpr (kOutput == Output::kUpdate) {
+    if constexpr (TakesParams(kOutput)) {
       const uint8_t* residuals = nullptr;
       uint8_t* new_residuals = nullptr;
       if (has_residuals) {
@@ -219,7 +228,7 @@ __device__ __forceinline__ void StepRun(const Shared<Rule, Format>& shared, cons
         if (group.source != nullptr) residuals = group.source + offset;
         new_residuals = group.target + offset;
       }
-      StepParams(shared.step.params, leaf, start, count, residuals, new_residuals, values);
+      StepParams<kOutput>(shared.step.params, leaf, start, count, residuals, new_residuals, values);
     }
     Store(leaf, start, count, values);
   }
@@ -245,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, 3) StepKernel(const __grid_constant_
   // Constants, so that the compiler can fold them.
   region.shape = {kNumStates<Rule>, sizeof(typename Format::Code) * kBlockSize,
                   kNumWords<Rule, Format>,
-                  kOutput == Output::kUpdate ? args.region.shape.residual_bytes : 0};
+                  TakesParams(kOutput) ? args.region.shape.residual_bytes : 0};
   const int64_t end = region.num_blocks;
   const int64_t resident_end = accepted ? min(resolved.resident_blocks[args.format], end) : end;
   const int thread = static_cast<int>(threadIdx.x) % kWarpSize;

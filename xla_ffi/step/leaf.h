@@ -10,21 +10,27 @@ namespace paged_optax {
 enum class Output : int8_t {
   kDirection,  // what the rule says, before the learning rate
   kUpdate,     // what the parameter changes by: the step takes the parameters too
+  kParams,     // the new parameter, in place of the old one
 };
-inline constexpr std::array kOutputNames = {"direction", "update"};
+inline constexpr std::array kOutputNames = {"direction", "update", "params"};
 
-// Gradients and updates share a buffer (the call aliases them) except where XLA feeds a slice of
-// something larger, as in a scan over stacked gradients.
+// Whether the step takes the parameters.
+PAGED_HD constexpr bool TakesParams(Output output) { return output != Output::kDirection; }
+
+// The results share a buffer with the gradients, or for kParams with the parameters (the call
+// aliases them), except where XLA feeds a slice of something larger, as in a scan over stacked
+// gradients.
 struct Leaf {
   const void* grads;
-  void* updates;
-  const void* params;   // kUpdate
+  void* results;
+  const void* params;   // unless the output is kDirection
   int64_t size;         // elements
   int64_t first_block;  // in the region of its format
   uint64_t key;         // of its random bits
-  DType dtype;          // of gradients and updates
+  DType dtype;          // of gradients
+  DType result_dtype;
   int8_t format;
-  // For kUpdate:
+  // Unless the output is kDirection:
   DType param_dtype;
   ParamRounding rounding;
   bool decays;  // whether weight decay applies

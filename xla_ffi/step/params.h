@@ -2,10 +2,11 @@
 // rounding, or with a master weight of which 8 further bits are kept with the states. Specified in
 // NumPy by paged_optax/_reference.
 //
-// The step returns an update u in the gradient's type. The caller adds p + u in the parameter's
-// type, and the sum should be the rounded parameter p' without a second rounding. u = p' - p is
-// such a number whenever p' lies between p / 2 and 2 p (P. Sterbenz, 1974) or p is 0. Elsewhere,
-// where a step is about as large as its parameter, u is p' - p rounded to nearest.
+// A step in place returns the rounded parameter p'. Otherwise it returns an update u in the
+// gradient's type. The caller adds p + u in the parameter's type, and the sum should be p' without
+// a second rounding. u = p' - p is such a number whenever p' lies between p / 2 and 2 p
+// (P. Sterbenz, 1974) or p is 0. Elsewhere, where a step is about as large as its parameter, u is
+// p' - p rounded to nearest.
 //
 // Everything happens on the bits of float32. There a bfloat16 is a number whose last 16 bits are 0.
 // A float16 times 2^-112 is one whose last 13 bits are 0, subnormal halves included. Adding to the
@@ -116,20 +117,29 @@ PAGED_HD float Change(const ParamStep& step, float decay, float direction, float
   return step.minus_learning_rate * (direction + decay * param);
 }
 
-// Directions on entry, updates of the type `dtype` on return, for the elements from number `first`
-// on. The parameters stay; their residuals, if kept, are those of the parameters to come.
+// Directions on entry, the new parameters on return, for the elements from number `first` on. The
+// residuals, if kept, become those of the new parameters.
 template <DType kParam, bool kCompensated, int K>
 PAGED_HD void RoundParams(const ParamStep& step, float decay, RandomKey key, uint32_t first,
-                          DType dtype, const float (&params)[K], uint8_t (&residuals)[K],
-                          float (&values)[K]) {
-  float rounded[K];
+                          const float (&params)[K], uint8_t (&residuals)[K], float (&values)[K]) {
   PAGED_UNROLL
   for (int k = 0; k < K; ++k) {
     const uint32_t random = RandomBits(key, first + static_cast<uint32_t>(k));
     const float master = kCompensated ? JoinMaster<kParam>(params[k], residuals[k]) : params[k];
     const float exact = master + Change(step, decay, values[k], master);
-    rounded[k] = kCompensated ? SplitMaster<kParam>(exact, random, &residuals[k])
-                              : RoundStochastically<kParam>(exact, random);
+    values[k] = kCompensated ? SplitMaster<kParam>(exact, random, &residuals[k])
+                             : RoundStochastically<kParam>(exact, random);
+  }
+}
+
+// New parameters on entry, updates of the type `dtype` on return.
+template <DType kParam, bool kCompensated, int K>
+PAGED_HD void SubtractParams(DType dtype, const float (&params)[K], uint8_t (&residuals)[K],
+                             float (&values)[K]) {
+  float rounded[K];
+  PAGED_UNROLL
+  for (int k = 0; k < K; ++k) {
+    rounded[k] = values[k];
     values[k] = rounded[k] - params[k];
   }
   RoundAllToNearest(dtype, values);

@@ -29,18 +29,19 @@ PAGED_HD void Load(const void* source, DType dtype, int64_t start, int count,
 }
 
 PAGED_HD void Store(const Leaf& leaf, int64_t start, int count, const float (&values)[kLane]) {
-  if (leaf.dtype == DType::kFloat32) {
-    std::memcpy(static_cast<float*>(leaf.updates) + start, values, count * sizeof(float));
+  if (leaf.result_dtype == DType::kFloat32) {
+    std::memcpy(static_cast<float*>(leaf.results) + start, values, count * sizeof(float));
     return;
   }
-  uint16_t* halves = static_cast<uint16_t*>(leaf.updates) + start;
-  if (leaf.dtype == DType::kBFloat16) {
+  uint16_t* halves = static_cast<uint16_t*>(leaf.results) + start;
+  if (leaf.result_dtype == DType::kBFloat16) {
     for (int k = 0; k < count; ++k) halves[k] = ToBFloat16(values[k]);
   } else {
     for (int k = 0; k < count; ++k) halves[k] = ToFloat16(values[k]);
   }
 }
 
+template <Output kOutput>
 PAGED_HD void StepParams(const CpuWork& work, const ParamStep& step, const Leaf& leaf,
                          int64_t start, int count, int64_t residual_offset,
                          float (&values)[kLane]) {
@@ -53,7 +54,7 @@ PAGED_HD void StepParams(const CpuWork& work, const ParamStep& step, const Leaf&
   } else {
     std::memset(residuals, kZeroResidual, sizeof(residuals));
   }
-  UpdateParams<kLane>(step, leaf, start, params, residuals, values);
+  UpdateParams<kOutput>(step, leaf, start, params, residuals, values);
   if (has_residuals) std::memcpy(work.target + residual_offset, residuals, sizeof(residuals));
 }
 
@@ -105,8 +106,8 @@ PAGED_CLONES void RunBlocks(const StepOf<Rule>& step, const CpuWork& work, int64
     LoadLane(work.source, place, lane);
     StepBlock(IeeeMath(), step, kTables<Format>, leaf.key, start, values, lane, WholeBlock());
     StoreLane(lane, place, work.target);
-    if constexpr (kOutput == Output::kUpdate) {
-      StepParams(work, step.params, leaf, start, count, place.residuals, values);
+    if constexpr (TakesParams(kOutput)) {
+      StepParams<kOutput>(work, step.params, leaf, start, count, place.residuals, values);
     }
     Store(leaf, start, count, values);
   }
@@ -118,6 +119,19 @@ void Run(const AnyStep& step, const CpuWork& work, int64_t begin, int64_t end) {
   RunBlocks<Rule, Format, kOutput>(reinterpret_cast<const StepOf<Rule>&>(step), work, begin, end);
 }
 
+template <class Rule, class Format>
+CpuStep FindRun(Output output) {
+  switch (output) {
+    case Output::kDirection:
+      return &Run<Rule, Format, Output::kDirection>;
+    case Output::kUpdate:
+      return &Run<Rule, Format, Output::kUpdate>;
+    case Output::kParams:
+      return &Run<Rule, Format, Output::kParams>;
+  }
+  return nullptr;
+}
+
 }  // namespace
 
 CpuStep FindCpuStep(const StepKind& kind, int8_t format) {
@@ -126,8 +140,7 @@ CpuStep FindCpuStep(const StepKind& kind, int8_t format) {
     using Rule = typename decltype(rule)::type;
     Visit(Formats(), format, [&](auto chosen) {
       using Format = typename decltype(chosen)::type;
-      found = kind.output == Output::kUpdate ? &Run<Rule, Format, Output::kUpdate>
-                                             : &Run<Rule, Format, Output::kDirection>;
+      found = FindRun<Rule, Format>(kind.output);
     });
   });
   return found;

@@ -154,6 +154,19 @@ namespace {
 
 using Kernel = void (*)(RegionStep);
 
+template <class Rule, class Format>
+Kernel FindStepKernel(Output output) {
+  switch (output) {
+    case Output::kDirection:
+      return StepKernel<Rule, Format, Output::kDirection>;
+    case Output::kUpdate:
+      return StepKernel<Rule, Format, Output::kUpdate>;
+    case Output::kParams:
+      return StepKernel<Rule, Format, Output::kParams>;
+  }
+  return nullptr;
+}
+
 // nullptr if there is no such rule or format.
 Kernel FindKernel(const StepKind& kind, int format) {
   Kernel found = nullptr;
@@ -161,8 +174,7 @@ Kernel FindKernel(const StepKind& kind, int format) {
     using Rule = typename decltype(rule)::type;
     Visit(Formats(), format, [&](auto chosen) {
       using Format = typename decltype(chosen)::type;
-      found = kind.output == Output::kUpdate ? StepKernel<Rule, Format, Output::kUpdate>
-                                             : StepKernel<Rule, Format, Output::kDirection>;
+      found = FindStepKernel<Rule, Format>(kind.output);
     });
   });
   return found;

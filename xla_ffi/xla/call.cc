@@ -98,29 +98,35 @@ T Scalars(const ffi::RemainingArgs& args, size_t index, ffi::DataType dtype, siz
 }
 
 Leaf ParseLeaf(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
-               const ffi::RemainingRets& rets, size_t i, bool takes_params, Signature& signature) {
+               const ffi::RemainingRets& rets, size_t i, Output output, Signature& signature) {
   const ffi::AnyBuffer grad = *args.get<ffi::AnyBuffer>(kNumScalars + i);
-  ffi::AnyBuffer update = **rets.get<ffi::AnyBuffer>(1 + i);
-  if (update.element_count() != grad.element_count() ||
-      update.element_type() != grad.element_type()) {
-    Refuse("an update differs from its gradient in size or type");
-  }
+  ffi::AnyBuffer result = **rets.get<ffi::AnyBuffer>(1 + i);
   const auto dims = grad.dimensions();
   Leaf leaf{};
   leaf.grads = grad.untyped_data();
-  leaf.updates = update.untyped_data();
+  leaf.results = result.untyped_data();
   leaf.size = static_cast<int64_t>(grad.element_count());
   leaf.format = attrs.formats[i];
   leaf.first_block = signature.Append(leaf.format, dims.begin(), static_cast<int64_t>(dims.size()));
   leaf.dtype = DTypeOf(grad.element_type());
+  leaf.result_dtype = DTypeOf(result.element_type());
   if (attrs.keys.size() != 0) leaf.key = static_cast<uint64_t>(attrs.keys[i]);
-  if (!takes_params) return leaf;
+  if (result.element_count() != grad.element_count()) {
+    Refuse("a result has another size than its gradient");
+  }
+  if (output != Output::kParams && leaf.result_dtype != leaf.dtype) {
+    Refuse("an update has another type than its gradient");
+  }
+  if (!TakesParams(output)) return leaf;
   const ffi::AnyBuffer param = *args.get<ffi::AnyBuffer>(kNumScalars + attrs.formats.size() + i);
   if (param.element_count() != grad.element_count()) {
     Refuse("a parameter has another size than its gradient");
   }
   leaf.params = param.untyped_data();
   leaf.param_dtype = DTypeOf(param.element_type());
+  if (output == Output::kParams && leaf.result_dtype != leaf.param_dtype) {
+    Refuse("a new parameter has another type than the old one");
+  }
   leaf.rounding = leaf.param_dtype == DType::kFloat32
                       ? ParamRounding::kNearest
                       : static_cast<ParamRounding>(attrs.param_rounding);
@@ -144,7 +150,7 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
   }
   InRange("param_rounding", attrs.param_rounding, static_cast<int64_t>(kParamRoundingNames.size()));
   const StepKind kind = KindOf(attrs);
-  const bool takes_params = kind.output == Output::kUpdate;
+  const bool takes_params = TakesParams(kind.output);
   CheckCounts(attrs, takes_params, args.size(), rets.size());
   UpdateCall call{
       Signature(kind.rule, attrs.paths, attrs.replay ? 2 : 1, attrs.num_devices, attrs.shards)};
@@ -166,7 +172,7 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
   call.leaves.resize(num_leaves);
   for (size_t i = 0; i < num_leaves; ++i) {
     call.leaves[next[attrs.formats[i]]++] =
-        ParseLeaf(attrs, args, rets, i, takes_params, call.signature);
+        ParseLeaf(attrs, args, rets, i, kind.output, call.signature);
   }
   call.extent = call.signature.MakeExtent();
   call.fingerprint = call.signature.Fingerprint();

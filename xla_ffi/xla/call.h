@@ -56,7 +56,8 @@ struct LeafRange {
 // Operands: token s32[2], count s32[], hyperparams f32[n] (those of the rule, then those of
 // MakeParamStep if the step takes the parameters), part s32[] (which parts of the leaves the device
 // has), then one gradient a leaf and, if the step takes them, one parameter a leaf. kSkipStep as
-// count is a step that is skipped. Results: token s32[2], then one update a leaf.
+// count is a step that is skipped. Results: token s32[2], then a direction, an update or a new
+// parameter a leaf, as the output says.
 struct UpdateCall {
   Signature signature;
   uint64_t fingerprint = 0;

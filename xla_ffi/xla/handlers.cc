@@ -93,6 +93,18 @@ void RunOnCpu(ffi::ThreadPool& pool, const UpdateCall& call, const AnyStep& step
   }
 }
 
+// What a skipped step returns: updates of zero, or parameters as they were.
+void SkipOnCpu(const UpdateCall& call) {
+  for (const Leaf& leaf : call.leaves) {
+    const size_t nbytes = leaf.size * SizeOf(leaf.result_dtype);
+    if (call.kind.output != Output::kParams) {
+      std::memset(leaf.results, 0, nbytes);
+    } else if (leaf.results != leaf.params) {
+      std::memcpy(leaf.results, leaf.params, nbytes);
+    }
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------
 // Handlers
 // ---------------------------------------------------------------------------------------------------
@@ -127,9 +139,7 @@ ffi::Error UpdateCpu(ffi::ThreadPool pool, ffi::RunId run, int32_t device, Updat
       throw StatusError(StatusCode::kFailedPrecondition, registry.Explain(id, rejection));
     }
     if (count == kSkipStep) {
-      for (const Leaf& leaf : call.leaves) {
-        std::memset(leaf.updates, 0, leaf.size * SizeOf(leaf.dtype));
-      }
+      SkipOnCpu(call);
       *call.new_token = token;
       return;
     }
@@ -158,7 +168,7 @@ XLA_FFI_DEFINE_HANDLER(kUpdateCpu, UpdateCpu,
                            .Ctx<ffi::DeviceOrdinal>()
                            .Attrs<UpdateAttrs>()
                            .RemainingArgs()    // as UpdateCall says
-                           .RemainingRets());  // token, updates
+                           .RemainingRets());  // token, results
 
 #if PAGED_OPTAX_CUDA
 
@@ -252,7 +262,7 @@ XLA_FFI_DEFINE_HANDLER(kUpdateCuda, UpdateCuda,
                            .Ctx<ffi::DeviceOrdinal>()
                            .Attrs<UpdateAttrs>()
                            .RemainingArgs()    // as UpdateCall says
-                           .RemainingRets());  // token, updates
+                           .RemainingRets());  // token, results
 
 #endif  // PAGED_OPTAX_CUDA
 

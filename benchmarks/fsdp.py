@@ -1,0 +1,134 @@
+"""Training in shards (FSDP), for the benchmarks of several GPUs: two programs and their data.
+
+Every device keeps an equal part of each array of the model, of its gradient, and of its moments,
+and works on an equal part of the batch. A layer is gathered while it runs, and once more in the
+backward pass. The gradients of a gather are summed over the devices and come back as shards.
+"""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import llama  # noqa: E402  # pyright: ignore[reportMissingImports]
+
+AXIS = "fsdp"
+RANK = 64  # of the adapters of QLoRA
+SHAPES = llama.SHAPES | {
+    "tiny": llama.Config(512, 256, 2, 4, 2, 512, 64),
+    "100m": llama.Config(512, 768, 12, 12, 4, 2048, 64),
+}
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+
+
+def make_mesh(count: int) -> jax.sharding.Mesh:
+    """A line of the first devices, whose shardings are part of array types (Explicit)."""
+    kinds = (AxisType.Explicit,)
+    return jax.make_mesh((count,), (AXIS,), axis_types=kinds, devices=jax.devices()[:count])
+
+
+def specs_of(arrays: Any) -> Any:
+    """Cuts arrays along their first dimension, and those that are stacked by layer at the second.
+
+    Each device gets whole rows, so that blocks of moments are the same on any number of devices.
+    """
+
+    def spec(path, array):
+        stacked = array.ndim > 1 and path[0].key not in ("embed", "head")
+        return P(None, AXIS) if stacked else P(AXIS)
+
+    return jax.tree_util.tree_map_with_path(spec, arrays)
+
+
+def gather(shards: Any) -> Any:
+    """Whole arrays."""
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS, axis=0, tiled=True), shards)
+
+
+def make_weights(config: llama.Config, method: str) -> tuple[Any, Any]:
+    """Returns (frozen, trained): NF4 weights and adapters for "qlora", all weights for "full"."""
+    base = llama.random_base(jax.random.key(0), config, method == "qlora")
+    if method == "full":
+        return {}, base
+    return base, llama.init_lora(jax.random.key(1), config, RANK)
+
+
+@dataclasses.dataclass
+class Training:
+    """A model, its optimizer state, and the two programs of a step.
+
+    Attributes:
+      frozen, trained, state: arrays in shards, and the optimizer state.
+      grad: (frozen, trained, ids) to (loss, gradients), compiled.
+      update: (trained, state, gradients) to (trained, state, leftover), compiled. It takes over
+        what it is given.
+    """
+
+    frozen: Any
+    trained: Any
+    state: Any
+    grad: Callable
+    update: Callable
+
+    def step(self, ids: jax.Array) -> jax.Array:
+        """Queues a step; returns its loss."""
+        loss, grads = self.grad(self.frozen, self.trained, ids)
+        self.trained, self.state, _ = self.update(self.trained, self.state, grads)
+        return loss
+
+
+def begin(
+    config: llama.Config, method: str, tx: optax.GradientTransformation, ids: jax.Array, paged: bool
+) -> Training:
+    """Makes random weights on the mesh that is set, and compiles the programs for `ids`."""
+    make = functools.partial(make_weights, config, method)
+    specs = tuple(specs_of(tree) for tree in jax.eval_shape(make))
+    mesh = jax.sharding.get_mesh()
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    frozen, trained = jax.jit(make, out_shardings=shardings)()
+    state = jax.jit(tx.init)(trained)
+
+    def local_loss(frozen, trained, ids):
+        base, lora = (frozen, trained) if method == "qlora" else (trained, {})
+        ones = jnp.ones((ids.shape[0], ids.shape[1] - 1))
+        total = llama.loss_sum(base, lora, ids, ones, config, whole=gather)
+        return jax.lax.pmean(total / ones.size, AXIS)
+
+    loss = jax.shard_map(local_loss, in_specs=(*specs, P(AXIS)), out_specs=P())
+    grad = jax.jit(jax.value_and_grad(loss, argnums=1)).lower(frozen, trained, ids).compile()
+
+    # The paged update writes into the buffers of the gradients. So these are donated, and the
+    # updates are a result that takes their place. Those of optax.adamw are never in memory.
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2) if paged else (0, 1))
+    def update(trained, state, grads):
+        updates, state = tx.update(grads, state, trained)
+        return optax.apply_updates(trained, updates), state, updates if paged else None
+
+    compiled = update.lower(trained, state, trained).compile()
+    found = [name for name in COLLECTIVES if name in (compiled.as_text() or "")]
+    if paged and found:
+        raise SystemExit(f"the compiled update has collectives: {', '.join(found)}")
+    return Training(frozen, trained, state, grad, compiled)
+
+
+def batches(batch: int, length: int) -> Iterator[jax.Array]:
+    """Yields ids (batch, length + 1) of Python's documentation, the same on every mesh."""
+    text = np.frombuffer("".join(topics.values()).encode(), np.uint8).astype(np.int32)
+    rng = np.random.default_rng(0)
+    sharding = NamedSharding(jax.sharding.get_mesh(), P(AXIS))
+    while True:
+        starts = rng.integers(len(text) - length - 1, size=batch)
+        ids = text[starts[:, None] + np.arange(length + 1)]
+        yield jax.make_array_from_callback(ids.shape, sharding, ids.__getitem__)
