@@ -324,9 +324,14 @@ void RunFaults() {
   int num_faults = 0;
   for (;; ++num_faults) {
     Faults::Get().Ask("", num_faults, /*error=*/2);
-    Scenario();
+    try {
+      Scenario();
+    } catch (const StatusError& error) {
+      std::fprintf(stderr, "call %d, %s: %s\n", num_faults, Faults::Get().Last().c_str(),
+                   error.what());
+      std::abort();
+    }
     if (Faults::Get().Withdraw()) break;  // there are no more calls
-    if (std::getenv("VERBOSE") && num_faults % 20 == 0) std::fprintf(stderr, "%d ", num_faults);
   }
   for (const char* name : {"launch", "thread"}) {
     for (int after = 0;; ++after) {

@@ -36,6 +36,12 @@ class Faults {
     return is_asked_;
   }
 
+  // The name of the call that failed last.
+  std::string Last() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return last_;
+  }
+
   // Calls that were to pass and have not come yet, since the last Ask.
   int NumLeft() {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -64,11 +70,13 @@ class Faults {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!is_asked_ || (!name_.empty() && name_ != name) || after_-- > 0) return 0;
     is_asked_ = false;
+    last_ = name;
     return error_;
   }
 
   std::mutex mutex_;
   std::string name_;
+  std::string last_;
   int after_ = 0;
   int error_ = 0;
   bool is_asked_ = false;

@@ -20,8 +20,10 @@ bool CudaDevice::MayBeFirstUse(const ContentsLock& lock, const Handles& handles,
                                int64_t run) const {
   if (handles.num_unused() > 0) return true;
   const std::vector<int32_t> used = handles.FirstUsedIn(run);
-  return std::any_of(used.begin(), used.end(),
-                     [&](int32_t handle) { return IndexOf(lock, handle) < 0; });
+  return std::any_of(used.begin(), used.end(), [&](int32_t handle) {
+    const int64_t index = IndexOf(lock, handle);
+    return index < 0 || handles.WasUndone(handle, arenas_[index]->run);
+  });
 }
 
 // The time that an arena is being made, when others have the lock.

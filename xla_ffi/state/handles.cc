@@ -144,9 +144,13 @@ std::vector<int32_t> Handles::Unused() const {
 
 std::vector<int32_t> Handles::FirstUsedIn(int64_t run) const {
   const Lock<Handles> lock(mutex_);
+  std::vector<int32_t> handles;
   const auto found = runs_.find(run);
-  if (found == runs_.end()) return {};
-  return {found->second.used.begin(), found->second.used.end()};
+  if (found != runs_.end()) handles.assign(found->second.used.begin(), found->second.used.end());
+  for (const auto& [key, why] : undone_) {
+    if (key.second == run) handles.push_back(key.first);
+  }
+  return handles;
 }
 
 std::shared_ptr<const Source> Handles::Drop(const Lock<Handles>&, int32_t handle) {

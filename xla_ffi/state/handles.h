@@ -66,7 +66,7 @@ class Handles {
   // States that were made and never used. Takes no lock.
   int64_t num_unused() const { return num_unused_; }
   std::vector<int32_t> Unused() const;
-  // Of recent executions: the handles that were used for the first time in this one.
+  // Of recent executions: the handles that were used for the first time in this one, or were to be.
   std::vector<int32_t> FirstUsedIn(int64_t run) const;
 
   // The state was released.
