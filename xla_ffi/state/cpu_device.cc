@@ -64,8 +64,12 @@ std::shared_ptr<Arena> CpuDevice::FindOrMake(Handles& handles, const Request& re
                                              Token token) {
   ListLock lock(mutex_);
   std::shared_ptr<Arena> arena = FindMade(lock, token.handle);
-  if (arena != nullptr) return arena;
-  if (token.version != 0 && request.source == nullptr) return nullptr;
+  const bool may_be_first = token.version == 0 || request.source != nullptr;
+  if (arena != nullptr) {
+    if (!may_be_first || !handles.WasUndone(token.handle, arena->run)) return arena;
+    arenas_.erase(token.handle);  // Abandon has not come yet
+  }
+  if (!may_be_first) return nullptr;
   if (!handles.ClaimFirstUse(token.handle, request.run)) return nullptr;
   {
     Making making(lock, *this, token.handle);
