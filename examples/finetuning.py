@@ -56,7 +56,7 @@ def windows(text: np.ndarray, starts: np.ndarray, seq_len: int) -> jax.Array:
 
 @dataclasses.dataclass
 class Result:
-    """The outcome of a fine-tuning: losses in nats per byte, sizes in bytes."""
+    """The outcome of a fine-tuning: losses in nats per token, sizes in bytes."""
 
     before: float  # held-out loss of the base model
     after: float
@@ -66,6 +66,7 @@ class Result:
     report: str  # the optimizer's own account of its memory
     # columns: seconds, training loss, memory in use, memory of the optimizer state
     history: list[tuple[float, float, int, int]]
+    token: str = "byte"
 
 
 def held_out_loss(model: nnx.Module, text: np.ndarray, args: argparse.Namespace) -> float:
@@ -157,7 +158,8 @@ def summary(result: Result, args: argparse.Namespace) -> str:
     rows = {args.optimizer: result.history[-1][3], "float32 AdamW": 8 * result.parameters}
     return "\n".join(
         [
-            f"held-out loss {result.before:.4f} before, {result.after:.4f} after (nats per byte)",
+            f"held-out loss {result.before:.4f} before, {result.after:.4f} after"
+            f" (nats per {result.token})",
             f"{result.tokens_per_second:,.0f} tokens per second",
             f"\n{'optimizer memory':<18}{'bytes':>12}{'per parameter':>16}",
             *(f"{k:<18}{size:>12,}{size / result.parameters:>16.2f}" for k, size in rows.items()),
@@ -173,7 +175,7 @@ def plot(result: Result, args: argparse.Namespace, title: str) -> None:
     top, middle, bottom = figure.subplots(3, sharex=True, height_ratios=(2, 1, 1))
     top.plot(seconds, losses, label="training")
     top.plot([0, seconds[-1]], [result.before, result.after], "o", label="held out")
-    top.set(title=f"{title}, {args.optimizer}", ylabel="loss (nats per byte)")
+    top.set(title=f"{title}, {args.optimizer}", ylabel=f"loss (nats per {result.token})")
     top.legend()
     middle.plot(seconds, in_use / 2**20)
     whose = "process" if jax.default_backend() == "cpu" else "held by XLA"
