@@ -78,7 +78,7 @@ def test_every_call_fails_once(memory, replay):
         paging=Paging(memory="pinned") if memory == "pinned" else Paging(), replay=replay
     )
     update = jax.jit(tx.update)
-    expected, num_lost = run(tx, update), 0
+    expected, num_lost, num_calls = run(tx, update), 0, 0
     for num_calls in range(2000):
         hooks.fail_call("", NO_MEMORY, after=num_calls)
         try:

@@ -300,7 +300,11 @@ void Scenario() {
     Attempt([&] { registry.Limit(state.token, 0); });
     try {
       Attempt([&] { Step(state); });
-    } catch (const Disagreement&) {
+    } catch (const Disagreement&) {  // the GPU that refused reports it, and not to the next state
+      try {
+        registry.ThrowIfRejected();
+      } catch (const StatusError&) {
+      }
       continue;
     }
     Attempt([&] { registry.Limit(state.token, -1); });
