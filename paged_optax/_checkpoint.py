@@ -27,7 +27,8 @@ def save_moments(opt_state: Any, path: str | os.PathLike[str]) -> int:
     function returns.
 
     Waits for the updates under way, and updates that start meanwhile wait for it. Takes no memory
-    of the GPU and moves no moments; the host needs memory for one leaf.
+    of the GPU and moves no moments. The host needs memory for 256 MiB of them, or for one array if
+    that is larger.
 
     With several processes (`jax.distributed`) each must make this call. Each writes the moments
     that are on its own devices, to `path` with ``-00001-of-00004`` before its suffix.

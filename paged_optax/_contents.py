@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ._ahead import ahead
 from ._tables import FORMAT_NAMES, FORMATS, RULES, rule_number
 
 BLOCK = 256  # elements
@@ -203,8 +204,11 @@ def merge(parts: Sequence[Contents]) -> Contents:
 
 def copy(contents: Contents) -> Contents:
     """The same, with all arrays in host memory."""
-    arrays = {(i, b, field.name): contents.read(i, b, field) for i, b, field in contents.keys()}
-    return with_arrays(contents, arrays)
+    keys = contents.keys()
+    # The copies are all kept, so there is no limit.
+    arrays = ahead(keys, lambda key: contents.read(*key), lambda key: 0)
+    named = zip(keys, arrays, strict=True)
+    return with_arrays(contents, {(i, b, field.name): array for (i, b, field), array in named})
 
 
 def with_arrays(

@@ -10,9 +10,10 @@ import jax
 
 from ._bytes import check_bytes
 from ._tables import FORMAT_NAMES, PARAM_ROUNDINGS
-from ._validate import check_choice, check_kind
+from ._validate import check_choice, check_kind, check_mu_dtype
 
 NON_FINITE = ("propagate", "skip_element", "skip_step")
+MISSING = ("error", "restart")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +177,7 @@ class Options:
     quantization: Quantization
     paging: Paging
     param_rounding: str
+    missing: str
 
 
 def make_options(
@@ -185,12 +187,16 @@ def make_options(
     quantization: Quantization | None,
     paging: Paging | None,
     param_rounding: str = "nearest",
+    missing: str = "error",
+    mu_dtype: None = None,
 ) -> Options:
     """Checks the options, and takes the defaults of those that are None."""
+    check_mu_dtype(mu_dtype)
     quantization = Quantization() if quantization is None else quantization
     paging = Paging() if paging is None else paging
     check_choice("non_finite", non_finite, NON_FINITE)
     check_choice("param_rounding", param_rounding, PARAM_ROUNDINGS)
+    check_choice("missing", missing, MISSING)
     check_kind("quantization", quantization, Quantization)
     check_kind("paging", paging, Paging)
-    return Options(bool(replay), non_finite, quantization, paging, param_rounding)
+    return Options(bool(replay), non_finite, quantization, paging, param_rounding, missing)

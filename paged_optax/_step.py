@@ -47,6 +47,7 @@ class Step:
     paths: int  # a number for the names
     pinned: bool  # pinned instead of managed memory
     replay: bool  # two slots of moments, so that the last step can be run again
+    restart: bool  # a state whose moments are not in this process starts over
     rule: int  # a number in `_tables.RULES`
     shards: str  # which part of each leaf a device has, see `Shards`; "": not known
     skip_elements: bool  # the direction where a gradient is not usable is 0 instead of NaN
@@ -114,6 +115,7 @@ def make_step(
         param_rounding=PARAM_ROUNDINGS.index(options.param_rounding) if takes_params else 0,
         paths=number_paths(paths),
         replay=options.replay,
+        restart=options.missing == "restart",
         rule=rule.number,
         shards="",
         skip_elements=skip_elements or options.non_finite == "skip_element",

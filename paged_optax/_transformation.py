@@ -13,11 +13,12 @@ from jax.core import Tracer
 from . import _calls
 from ._ffi import SKIP_STEP
 from ._in_place import in_place, not_in_place
+from ._names import number_tree
 from ._options import Options
 from ._refusals import guard
 from ._rule import Rule, stack
 from ._skip import Skip, follow, skipping
-from ._state import Token, check_state, new_token
+from ._state import Token, check_state, make_beside, new_token
 from ._step import make_step
 from ._validate import check_dtypes, check_flag, check_rate, check_shapes
 
@@ -115,11 +116,15 @@ class _Paged:
         self._state_type = state_type
 
     def init(self, params: Any) -> Any:
-        leaves = jax.tree_util.tree_leaves_with_path(params)
+        leaves, tree = jax.tree_util.tree_flatten_with_path(params)
         check_dtypes("parameter", leaves)
         guard(*(leaf for _, leaf in leaves if isinstance(leaf, Tracer)))
-        token = new_token(num_leaves=len(leaves))
-        return self._state_type(count=jnp.zeros([], jnp.int32), token=token)
+        # `moments` of a state that is restored before any update shows them in this tree.
+        number_tree(tuple(jax.tree_util.keystr(path) for path, _ in leaves), tree)
+        return make_beside(
+            [leaf for _, leaf in leaves],
+            lambda: self._state_type(jnp.zeros([], jnp.int32), new_token(num_leaves=len(leaves))),
+        )
 
     def direction(self) -> optax.GradientTransformationExtraArgs:
         """Returns directions. In place, they are what parameters change by."""

@@ -24,13 +24,20 @@ inline constexpr uint32_t kFirstPrefix = (127 - 23) << 7;
 inline constexpr uint32_t kLastPrefix = 127 << 7;
 
 // Everything that encoding and decoding one kind of state looks up. `Level` is the type of the
-// table's entries: a byte where shared memory is short, an int where vector units gather.
+// table's entries: a byte where shared memory is short, an int where vector units gather. There a
+// gather costs as much as twenty instructions. So the table that is looked up has both what a
+// magnitude's level is and from which lower 16 bits on it is the next one: see PackLevel.
 template <class Level>
 struct DynamicMap {
   float value[256];  // value of a code
   float upper[255];  // largest magnitude that rounds to this level and not to the next
   Level lowest[kLastPrefix - kFirstPrefix + 1];  // lowest level of the magnitudes with this prefix
 };
+
+// Whether the entries of a table are those of PackLevel.
+template <class Level>
+inline constexpr bool kIsPacked = sizeof(Level) == 4;
+inline constexpr int kNextBits = 17;  // from 0, for all of a prefix, to 2^16, for none
 
 template <class Level>
 struct DynamicMaps {
@@ -69,6 +76,17 @@ constexpr float WithPrefix(uint32_t prefix) {
   return power * (1.0f + static_cast<float>(prefix & 127) / 128.0f);
 }
 
+// The entry for a prefix: its lowest level, and from which lower 16 bits on a magnitude is above
+// `upper`, which is that of the level.
+constexpr int32_t PackLevel(int level, float upper, uint32_t prefix) {
+  double unit = 1.0 / (1 << 23);  // of a magnitude's last place
+  for (uint32_t e = prefix >> 7; e < 127; ++e) unit *= 0.5;
+  const double below =
+      (static_cast<double>(upper) - static_cast<double>(WithPrefix(prefix))) / unit;
+  const int next = below < 0.0 ? 0 : below >= 65536.0 ? 65536 : static_cast<int>(below) + 1;
+  return level << kNextBits | next;
+}
+
 // `first_bins` is N_0: 1 for the signed map, 2 for the unsigned one.
 template <class Level>
 constexpr DynamicMap<Level> MakeMap(int first_bins) {
@@ -96,7 +114,9 @@ constexpr DynamicMap<Level> MakeMap(int first_bins) {
     // One comparison must do: the next prefix starts at most one level higher.
     const bool is_narrow = level + 1 >= top || WithPrefix(prefix + 1) <= map.upper[level + 1];
     if (!is_narrow) throw "a prefix spans more than two levels";  // fails the build
-    map.lowest[prefix - kFirstPrefix] = static_cast<Level>(level < top ? level : top - 1);
+    const int lowest = level < top ? level : top - 1;
+    map.lowest[prefix - kFirstPrefix] = static_cast<Level>(
+        kIsPacked<Level> ? PackLevel(lowest, map.upper[lowest], prefix) : lowest);
   }
   return map;
 }
@@ -112,8 +132,12 @@ constexpr DynamicMaps<Level> MakeDynamicMaps() {
 template <class Level>
 PAGED_HD int NearestLevel(const DynamicMap<Level>& map, float magnitude) {
   const int prefix = static_cast<int>(BitsOf(magnitude) >> 16) - static_cast<int>(kFirstPrefix);
-  const int level = map.lowest[prefix < 0 ? 0 : prefix];
-  return level + (magnitude > map.upper[level] ? 1 : 0);
+  const int entry = map.lowest[prefix < 0 ? 0 : prefix];
+  if constexpr (kIsPacked<Level>) {
+    const int lower = static_cast<int>(BitsOf(magnitude) & 0xffffu);
+    return (entry >> kNextBits) + (lower >= (entry & ((1 << kNextBits) - 1)) ? 1 : 0);
+  }
+  return entry + (magnitude > map.upper[entry] ? 1 : 0);
 }
 
 // Factor that brings a block with this scale into [-1, 1]. Below the smallest normal float the

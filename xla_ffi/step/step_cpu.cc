@@ -28,6 +28,32 @@ PAGED_HD void Load(const void* source, DType dtype, int64_t start, int count,
   }
 }
 
+// Fetches what will be needed soon while something else is computed: a block takes so many
+// instructions that the processor does not see the loads of the next one in time.
+PAGED_HD void Prefetch(const void* data, int64_t nbytes) {
+  constexpr int64_t kLine = 64;
+  for (int64_t i = 0; i < nbytes; i += kLine) {
+    __builtin_prefetch(static_cast<const uint8_t*>(data) + i);
+  }
+}
+
+// The block of a leaf that starts at element `start`, or what there is of it.
+PAGED_HD void PrefetchBlock(const void* data, DType dtype, int64_t start, int64_t size) {
+  const int64_t left = size - start, count = left < kBlockSize ? left : kBlockSize;
+  if (count <= 0) return;
+  Prefetch(static_cast<const uint8_t*>(data) + start * SizeOf(dtype), count * SizeOf(dtype));
+}
+
+// The codes of the block after the one at `place`, if they follow it.
+template <class Rule, class Format>
+PAGED_HD void PrefetchCodes(const CpuWork& work, const BlockPlace& place) {
+  constexpr int64_t kBytes = sizeof(typename Format::Code) * kBlockSize;
+  if (work.source == nullptr) return;
+  for (int s = 0; s < kNumStates<Rule>; ++s) {
+    Prefetch(work.source + place.codes + s * place.state_stride + kBytes, kBytes);
+  }
+}
+
 PAGED_HD void Store(const Leaf& leaf, int64_t start, int count, const float (&values)[kLane]) {
   if (leaf.result_dtype == DType::kFloat32) {
     std::memcpy(static_cast<float*>(leaf.results) + start, values, count * sizeof(float));
@@ -103,6 +129,11 @@ PAGED_CLONES void RunBlocks(const StepOf<Rule>& step, const CpuWork& work, int64
     const int count = left < kLane ? static_cast<int>(left) : kLane;
     const BlockPlace place = work.region.Locate(block);
     Load(leaf.grads, leaf.dtype, start, count, values);
+    PrefetchBlock(leaf.grads, leaf.dtype, start + kBlockSize, leaf.size);
+    if constexpr (TakesParams(kOutput)) {
+      PrefetchBlock(leaf.params, leaf.param_dtype, start, leaf.size);
+    }
+    if (block + 1 < end) PrefetchCodes<Rule, Format>(work, place);
     LoadLane(work.source, place, lane);
     const int num_fresh = work.source == nullptr ? count : 0;
     StepBlock(IeeeMath(), step, kTables<Format>, leaf.key, start, num_fresh, values, lane,

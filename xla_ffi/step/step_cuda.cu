@@ -73,7 +73,7 @@ __device__ void Resolve(const ResolveArgs& args, Token token, Header* header) {
   const bool skipped = IsAccepted(judgement.verdict) && count == kSkipStep;
   resolved.accepted = IsAccepted(judgement.verdict) && !skipped;
   if (resolved.accepted) {
-    Prepare(Rules(), args, count, resolved.step);
+    Prepare(Rules(), args, StepsSeen(*header, judgement, count), resolved.step);
     const SegmentTable& segments = *header->segments;
     const bool is_fresh = judgement.verdict == Verdict::kFresh;
     resolved.source = is_fresh ? nullptr : segments.bases[judgement.source];
@@ -84,7 +84,7 @@ __device__ void Resolve(const ResolveArgs& args, Token token, Header* header) {
     for (int i = 0; i < Formats::kSize; ++i) {
       resolved.resident_blocks[i] = args.regions[i].BlocksBelow(resident_bytes);
     }
-    *args.new_token = Advance(header, judgement);
+    *args.new_token = Advance(header, judgement, count);
     return;
   }
   *args.new_token = token;
