@@ -22,9 +22,14 @@ std::shared_ptr<Arena> MakeArena(const Request& request, Token token) {
                                        LeafNames(request.names, signature.Leaves().size()),
                                        request.policy,
                                        request.part});
-  arena->header = {token.handle,          0,
-                   signature.num_slots(), {0, 0},
-                   &arena->segments,      LayoutOf(request.fingerprint, request.part)};
+  arena->header = {token.handle,
+                   0,
+                   signature.num_slots(),
+                   {0, 0},
+                   &arena->segments,
+                   LayoutOf(request.fingerprint, request.part),
+                   0,
+                   0};
   if (request.source == nullptr) {
     arena->header.version = arena->header.first_version = token.version;
   }

@@ -130,7 +130,7 @@ PAGED_CLONES void RunBlocks(const StepOf<Rule>& step, const CpuWork& work, int64
     const BlockPlace place = work.region.Locate(block);
     Load(leaf.grads, leaf.dtype, start, count, values);
     PrefetchBlock(leaf.grads, leaf.dtype, start + kBlockSize, leaf.size);
-    if constexpr (TakesParams(kOutput)) {
+    if (TakesParams(work.output)) {
       PrefetchBlock(leaf.params, leaf.param_dtype, start, leaf.size);
     }
     if (block + 1 < end) PrefetchCodes<Rule, Format>(work, place);
