@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import psutil
+from checkpointing import Checkpoints
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -56,7 +57,7 @@ def windows(text: np.ndarray, starts: np.ndarray, seq_len: int) -> jax.Array:
 
 @dataclasses.dataclass
 class Result:
-    """The outcome of a fine-tuning: losses in nats per byte, sizes in bytes."""
+    """The outcome of a fine-tuning: losses in nats per token, sizes in bytes."""
 
     before: float  # held-out loss of the base model
     after: float
@@ -66,6 +67,7 @@ class Result:
     report: str  # the optimizer's own account of its memory
     # columns: seconds, training loss, memory in use, memory of the optimizer state
     history: list[tuple[float, float, int, int]]
+    token: str = "byte"
 
 
 def held_out_loss(model: nnx.Module, text: np.ndarray, args: argparse.Namespace) -> float:
@@ -76,19 +78,25 @@ def held_out_loss(model: nnx.Module, text: np.ndarray, args: argparse.Namespace)
     return float(np.mean([eval_step(model, ids[i], args.dtype) for i in range(len(ids))]))
 
 
-def train(model, optimizer, text, args, steps, accumulate, title):
-    """Updates `model` `steps` times on random windows; yields (seconds, loss) every few steps."""
+def train(model, optimizer, text, args, steps, accumulate, title, done=0, on_step=lambda n: None):
+    """Updates `model` on random windows; yields (seconds, loss) every few steps.
+
+    `done` of the `steps` were made before. After each, it calls `on_step` with their number.
+    """
     rng = np.random.default_rng(args.seed)
     start = time.perf_counter()
     silent = jax.process_index() > 0
-    with tqdm(total=steps, desc=title, unit="step", disable=silent) as bar:
+    with tqdm(total=steps, desc=title, unit="step", initial=done, disable=silent) as bar:
         for step in range(steps):
             starts = rng.integers(len(text) - args.seq_len, size=(accumulate, args.batch))
+            if step < done:
+                continue
             loss = train_step(model, optimizer, windows(text, starts, args.seq_len), args.dtype)
             bar.update()
             if step % LOG_EVERY == 0 or step == steps - 1:
                 bar.set_postfix(loss=f"{float(loss):.3f}")
                 yield time.perf_counter() - start, float(loss)
+            on_step(step + 1)
 
 
 def optimizer_with(adamw, peak: float, steps: int) -> optax.GradientTransformation:
@@ -132,11 +140,16 @@ def finetune(model: nnx.Module, optimizer: nnx.Optimizer, args: argparse.Namespa
         return bytes_by_device(nnx.state(optimizer, nnx.OptState))
 
     before = held_out_loss(model, hold_out, args)
-    steps = train(model, optimizer, learn, args, args.steps, args.accumulate, "fine-tune")
-    history = [
-        (*seconds_loss, memory_in_use(), jax.process_count() * sum(state_bytes().values()))
-        for seconds_loss in steps
-    ]
+    with Checkpoints(args.checkpoint_dir, args.save_every, model, optimizer) as checkpoints:
+        done, history = checkpoints.restore()
+        earlier = history[-1][0] if history else 0.0  # seconds
+        for seconds, loss in train(
+            *(model, optimizer, learn, args, args.steps, args.accumulate, "fine-tune"),
+            done=done,
+            on_step=lambda step: checkpoints.save(step, history),
+        ):
+            held = jax.process_count() * sum(state_bytes().values())
+            history.append((earlier + seconds, loss, memory_in_use(), held))
     after = held_out_loss(model, hold_out, args)
 
     tokens = (args.steps - 1) * args.accumulate * args.batch * args.seq_len
@@ -157,7 +170,8 @@ def summary(result: Result, args: argparse.Namespace) -> str:
     rows = {args.optimizer: result.history[-1][3], "float32 AdamW": 8 * result.parameters}
     return "\n".join(
         [
-            f"held-out loss {result.before:.4f} before, {result.after:.4f} after (nats per byte)",
+            f"held-out loss {result.before:.4f} before, {result.after:.4f} after"
+            f" (nats per {result.token})",
             f"{result.tokens_per_second:,.0f} tokens per second",
             f"\n{'optimizer memory':<18}{'bytes':>12}{'per parameter':>16}",
             *(f"{k:<18}{size:>12,}{size / result.parameters:>16.2f}" for k, size in rows.items()),
@@ -173,7 +187,7 @@ def plot(result: Result, args: argparse.Namespace, title: str) -> None:
     top, middle, bottom = figure.subplots(3, sharex=True, height_ratios=(2, 1, 1))
     top.plot(seconds, losses, label="training")
     top.plot([0, seconds[-1]], [result.before, result.after], "o", label="held out")
-    top.set(title=f"{title}, {args.optimizer}", ylabel="loss (nats per byte)")
+    top.set(title=f"{title}, {args.optimizer}", ylabel=f"loss (nats per {result.token})")
     top.legend()
     middle.plot(seconds, in_use / 2**20)
     whose = "process" if jax.default_backend() == "cpu" else "held by XLA"
@@ -220,6 +234,8 @@ def options(description: str, out: str, what: str, **defaults) -> argparse.Argum
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="compute dtype")
     add("--seed", type=int, default=0, help="seed of the weights and the text's order")
     add("--out", type=Path, default=Path(out), help="where to save the plot")
+    add("--checkpoint-dir", type=Path, help="save there, and go on from what is there")
+    add("--save-every", type=int, default=20, help="updates between two checkpoints")
     parser.set_defaults(**defaults)
     return parser
 

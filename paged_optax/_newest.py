@@ -114,7 +114,7 @@ def _find(state: PagedState, handle: int | None) -> tuple[int, int | None]:
     if newest is None:
         _ext.describe(handle, version or 1)  # raises what there is to say
         raise StateRefused("paged_optax: the moments of this optimizer state are not known")
-    if version and version < newest[2]:
+    if version and version != newest[3] and version < newest[2]:
         raise StateRefused(
             "paged_optax: this optimizer state is of an earlier training, whose moments ended when"
             " its initial state was updated again: it has version"

@@ -91,7 +91,7 @@ def _of_reports(handle: int, reports: list[dict[str, Any]], is_held: bool) -> St
         newest = _ext.newest(handle)
     except RuntimeError:  # the devices have different moments
         newest = None
-    version, count, _ = newest or (first["version"], None, 0)
+    version, count, *_ = newest or (first["version"], None, 0, 0)
     return StateInfo(
         handle,
         version,

@@ -24,6 +24,7 @@ from paged_optax import (
     Quantization,
     _ext,
     _ffi,
+    _job,
     _names,
     _process,
     _state,
@@ -40,8 +41,10 @@ from paged_optax import _reference as reference
 from paged_optax import _testing as hooks  # noqa: F401  functions of C++ for tests alone
 from paged_optax._bytes import parse_bytes  # noqa: F401
 from paged_optax._forecast import kept_by  # noqa: F401
+from paged_optax._muon import momentum as muon_momentum  # noqa: F401
 from paged_optax._names import leaf_keys  # noqa: F401
 from paged_optax._non_finite import count_bad, count_elements  # noqa: F401
+from paged_optax._options import make_options  # noqa: F401
 from paged_optax._shards import Shards, cuts_of  # noqa: F401
 from paged_optax._state import Token  # noqa: F401
 
@@ -403,6 +406,16 @@ available_host_bytes = _ext.available_host_bytes
 def set_available_host_bytes(monkeypatch, nbytes):
     """So much is what Python finds available, until the test ends."""
     monkeypatch.setattr(_ext, "available_host_bytes", lambda: nbytes)
+
+
+def share_base_of(monkeypatch, client):
+    """Agrees on handles as in a job with this client. Returns the bases that were set."""
+    bases = []
+    monkeypatch.setattr(_ext, "set_shared_base", bases.append)
+    monkeypatch.setattr(_job.distributed.global_state, "client", client)
+    _job.share_base()
+    _job.share_base()
+    return bases
 
 
 def raise_if_refused():

@@ -4,19 +4,25 @@ Needs torch, transformers and peft (the extra `parity`), and skips itself withou
 """
 
 import dataclasses
+import warnings
 
-import hf_checkpoint
 import jax
 import llama
 import numpy as np
-import peft_adapter
 import pytest
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+pytest.importorskip("safetensors")
+pytest.importorskip("tqdm")
+import hf_checkpoint  # noqa: E402
+import peft_adapter  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.parity]
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # theirs
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+
+pytestmark = [pytest.mark.slow, pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 SIZES = {
     "vocab_size": 160,

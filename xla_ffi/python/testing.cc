@@ -52,10 +52,11 @@ py::array_t<uint8_t> EncodeNus(const py::array_t<float, py::array::c_style>& val
   py::array_t<uint8_t> codes(values.size());
   const RatioWindow window = FitWindow(top, range, has_zeros);
   for (py::ssize_t i = 0; i < values.size(); ++i) {
-    float mu[1] = {0.0f}, nu[1] = {values.data()[i]};
+    float nu[1] = {values.data()[i]};
     const uint32_t words[1] = {random.data()[i]};
     uint8_t code[1];
-    EncodeRatioNus(window, words, mu, nu, code);
+    uint32_t not_zero[1];
+    EncodeRatioNus(window, words, nu, code, not_zero);
     codes.mutable_data()[i] = code[0];
   }
   return codes;
@@ -112,7 +113,7 @@ void StepLeaf(int rule, py::buffer values, int dtype, int format, py::buffer are
     throw StatusError(StatusCode::kInvalidArgument, "blocks outside the leaf, or arena too small");
   }
   uint8_t* base = static_cast<uint8_t*>(arena_info.ptr);
-  const CpuWork work{&leaf, 1, region, fresh ? nullptr : base, base};
+  const CpuWork work{&leaf, 1, region, fresh ? nullptr : base, base, Output::kDirection};
   const StepKind kind{static_cast<int8_t>(rule), Output::kDirection, flags, BadElement::kNan};
   FindCpuStep(kind, leaf.format)(PrepareStep(kind, hyperparams.data(), count), work, begin, end);
 }
@@ -144,14 +145,20 @@ void AddInternals(py::module_& module) {
       },
       py::arg("call"), py::arg("error"), py::arg("after") = 0);
   module.def("withdraw_failure", [] { return Ext().withdraw_failure(); });
+  module.def("is_asked", [] { return Ext().is_failure_asked(); });
+  module.def("promised", [] { return Ext().promised_bytes(); });
   module.def("danger_of", [](long type) { return Ext().danger_of(type); }, py::arg("type"));
   module.def(
       "pretend_not_managed", [](bool pretend) { Ext().pretend_not_managed(pretend); },
       py::arg("pretend"));
+  module.def(
+      "pretend_available", [](int64_t nbytes) { Ext().pretend_available(nbytes); },
+      py::arg("nbytes"));
 }
 
 void AddMemory(py::module_& module) {
-  module.def("check_host_memory", &CheckHostMemory);
+  module.def("check_host_memory",
+             [](int64_t nbytes) { CheckHostMemory(nbytes, AvailableHostBytes(), /*promised=*/0); });
   module.def("check_address_space", &CheckAddressSpace);
 #if PAGED_OPTAX_CUDA
   module.def("count_inexact", &CountInexact, py::arg("ordinal"));

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "base/notice.h"
+
 namespace paged_optax {
 
 int64_t SlotBytes(const Signature& signature, int64_t granularity) {
@@ -19,11 +21,34 @@ std::shared_ptr<Arena> MakeArena(const Request& request, Token token) {
                                        std::string(request.shards),
                                        LeafNames(request.names, signature.Leaves().size()),
                                        request.policy,
-                                       request.part});
-  arena->header = {
-      token.handle,         0, signature.num_slots(), {0, 0},
-      {kNoCount, kNoCount}, 0, &arena->segments,      LayoutOf(request.fingerprint, request.part)};
+                                       request.part,
+                                       request.run});
+  arena->header = {token.handle,
+                   0,
+                   signature.num_slots(),
+                   {0, 0},
+                   {kNoCount, kNoCount},
+                   0,
+                   &arena->segments,
+                   LayoutOf(request.fingerprint, request.part),
+                   0,
+                   0};
+  if (request.source == nullptr) {
+    arena->header.version = arena->header.first_version = token.version;
+  }
   return arena;
+}
+
+bool MayStart(const Handles& handles, const Request& request, Token token) {
+  return token.version == 0 || (request.restart && handles.IsFromElsewhere(token.handle));
+}
+
+void NoteRestart(const Arena& arena) {
+  PostNotice({arena.device.ordinal, 0,
+              "the moments of an optimizer state are not in this process, and start at zero on " +
+                  Name(arena.device) +
+                  ", as missing='restart' asks. Bias correction counts from this step. Where a "
+                  "checkpoint should have had them, see docs/checkpoints.md."});
 }
 
 void PlaceOnHost(Arena& arena) {
@@ -63,7 +88,8 @@ ArenaReport Report(const LockedArena& locked) {
           arena.signature.rule(),
           arena.signature.num_slots(),
           arena.signature.num_devices(),
-          arena.signature.Leaves()};
+          arena.signature.Leaves(),
+          arena.memory->Trouble()};
 }
 
 }  // namespace paged_optax

@@ -14,6 +14,7 @@
 #include "memory/memory.h"
 #include "memory/planner.h"
 #include "state/device_id.h"
+#include "state/handles.h"
 #include "state/hold.h"
 #include "state/leaf_names.h"
 #include "state/lock.h"
@@ -42,6 +43,7 @@ struct Arena {
   LeafNames names;
   PlacementPolicy policy;
   int32_t part;  // which parts of the leaves the device has
+  int64_t run;   // the execution that it was made in
   std::unique_ptr<Memory> memory = nullptr;
   SegmentTable segments = {};  // on the GPU only a copy: the device has its own
   ContentsMutex mutex = {};    // CPU: guards the contents. A GPU has one for all its arenas
@@ -77,6 +79,7 @@ struct Request {
   uint64_t fingerprint;
   int32_t part;                 // which parts of the leaves the device has
   std::string_view names = {};  // paths of the leaves, as LeafNames takes them; empty if unknown
+  bool restart = false;         // whether a state whose moments are not in this process starts over
   // Of a state that was restored, what its arenas are filled with.
   std::shared_ptr<const Source> source = nullptr;
 };
@@ -100,6 +103,7 @@ struct ArenaReport {
   int32_t num_slots;
   int64_t num_devices;
   std::vector<Signature::LeafInfo> leaves;
+  std::string trouble;  // as Memory::Trouble says
 };
 
 ArenaReport Report(const LockedArena& locked);
@@ -107,6 +111,13 @@ ArenaReport Report(const LockedArena& locked);
 // An arena for a fresh token, without memory yet. What is in it does not matter: the first step
 // reads nothing.
 std::shared_ptr<Arena> MakeArena(const Request& request, Token token);
+
+// Whether a call may make the arena of a token that has none: of a state that was never updated, in
+// whatever process, or of one from elsewhere that may start over.
+bool MayStart(const Handles& handles, const Request& request, Token token);
+
+// Warns that a state starts over.
+void NoteRestart(const Arena& arena);
 
 // Gives a new arena memory of the host.
 void PlaceOnHost(Arena& arena);

@@ -55,7 +55,15 @@ LockedArena Registry::Open(const Request& request, Token token) {
   handles_.NoteCall();
   Request with_source = request;  // keeps the source until no lock is held
   if (token.version == 1) with_source.source = handles_.SourceOf(token.handle);
-  auto locked = At<CpuDevice>(request.device.ordinal).Open(handles_, with_source, token);
+  std::optional<LockedArena> locked;
+  try {
+    locked = At<CpuDevice>(request.device.ordinal).Open(handles_, with_source, token);
+  } catch (...) {
+    if (handles_.WasUndone(token.handle, request.run)) {
+      for (Device* device : Devices()) device->Abandon(token.handle, request.run);
+    }
+    throw;
+  }
   if (!locked) Refuse(request.device, {Verdict::kUnknown, token, 0, request.fingerprint});
   return std::move(*locked);
 }
@@ -194,11 +202,15 @@ std::vector<ArenaReport> Registry::DescribeAll() {
 std::optional<Registry::Newest> Registry::FindNewest(int32_t handle) {
   std::vector<Header> headers;
   for (Device* device : Devices()) {
-    if (const auto locked = device->LockContents(handle)) headers.push_back(locked->header);
+    const auto locked = device->LockContents(handle);
+    // A GPU keeps what another device undid, until the state is used again.
+    if (locked && !handles_.WasUndone(handle, locked->arena->run)) {
+      headers.push_back(locked->header);
+    }
   }
   if (headers.empty()) {
     if (!handles_.MayBeUsed(handle)) return std::nullopt;
-    return handles_.SourceOf(handle) == nullptr ? Newest{0, 0, 0} : Newest{1, kNoCount, 1};
+    return handles_.SourceOf(handle) == nullptr ? Newest{0, 0, 0, 0} : Newest{1, kNoCount, 1, 0};
   }
   const Header& first = headers.front();
   std::optional<Newest> newest;
@@ -208,11 +220,14 @@ std::optional<Registry::Newest> Registry::FindNewest(int32_t handle) {
         std::all_of(headers.begin(), headers.end(),
                     [&](const Header& header) { return FindSlot(header, version) >= 0; });
     if (version == 0 || !is_everywhere || (newest && newest->version == first.version)) continue;
-    newest = Newest{version, first.counts[slot], first.started};
+    newest = Newest{version, first.counts[slot], first.started, first.first_version};
   }
   const bool none_was_used = std::all_of(headers.begin(), headers.end(),
-                                         [](const Header& header) { return header.version == 0; });
-  if (!newest && none_was_used) return Newest{0, 0, 0};
+                                         [](const Header& header) { return header.started == 0; });
+  if (!newest && none_was_used) {
+    const int32_t zero = first.first_version;
+    return Newest{zero, zero == 0 ? 0 : kNoCount, 0, zero};
+  }
   if (!newest) {
     throw StatusError(StatusCode::kFailedPrecondition,
                       "paged_optax: the devices have different moments of this optimizer state: a "
@@ -296,7 +311,7 @@ int64_t Registry::ReleaseAll() {
   const std::vector<int32_t> unused = handles_.Unused();
   std::set<int32_t> handles(unused.begin(), unused.end());
   for (Device* device : Devices()) {
-    for (const auto& arena : device->Arenas()) handles.insert(arena->header.handle);
+    for (const int32_t handle : device->States()) handles.insert(handle);
   }
   int64_t nbytes = 0;
   for (const int32_t handle : handles) nbytes += Release(handle);

