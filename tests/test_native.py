@@ -26,7 +26,8 @@ SOURCES = """
     base/device_buffer memory/file_memory memory/file_system memory/gpus memory/host_memory
     memory/managed_memory memory/memory memory/pinned_memory memory/planner memory/preflight
     memory/promises state/arena state/contents state/cpu_device state/cuda_arena state/cuda_device
-    state/explain state/handles state/pager state/registry state/shards state/signature
+    state/copies state/explain state/handles state/pager state/refusals state/registry state/shards
+    state/signature
     state/snapshot state/source state/tiling
 """.split()
 FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-fsanitize=thread", "-pthread"]
