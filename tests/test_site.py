@@ -1,0 +1,82 @@
+"""What the documentation site is made of: nothing public, no error and no page is left out."""
+
+import ast
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import paged_optax
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+
+pytestmark = [
+    pytest.mark.fast,
+    pytest.mark.skipif(not DOCS.exists(), reason="tests without the source tree"),
+]
+
+
+def module_of(name):
+    spec = importlib.util.spec_from_file_location(name, DOCS / "_site" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_public_name_is_on_one_page():
+    public_names = module_of("public_names")
+    names = [name for page in public_names.PAGES for name in public_names.names_of(page)]
+    assert sorted(names) == paged_optax.__all__
+    assert "paged_adamw8bit" in public_names.names_of("optimizers")
+    assert "save_moments" in public_names.names_of("checkpoints")
+    for page in public_names.PAGES:
+        text = (DOCS / "reference" / f"{page}.md").read_text(encoding="utf-8")
+        assert f"<!-- public names: {page} -->" in text
+
+
+def test_modules_of_the_reference_exist():
+    public_names = module_of("public_names")
+    for module in sum(public_names.MODULES.values(), []):
+        assert (ROOT / "paged_optax" / f"{module}.py").exists(), module
+
+
+def test_error_index_has_every_error():
+    """Every call of an exception with a sentence, and every StatusError, is in the list."""
+    error_texts = module_of("error_texts")
+    found = {(error.file, error.text) for error in error_texts.error_texts(ROOT)}
+    texts = [text for _, text in found]
+    for path in (ROOT / "paged_optax").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Raise) or not isinstance(node.exc, ast.Call):
+                continue
+            words = [c.value for c in ast.walk(node.exc) if isinstance(c, ast.Constant)]
+            words = [w for w in words if isinstance(w, str) and len(w.split()) > 4]
+            assert not words or any(words[0] in text for text in texts), words
+    for path in (ROOT / "xla_ffi").rglob("*.cc"):
+        if path.name.startswith("testing"):
+            continue
+        source = path.read_text(encoding="utf-8")
+        for words in re.findall(r'StatusError\([^;"]*"([^"]*)"', source):
+            assert len(words.split()) < 5 or any(words.strip() in text for text in texts), words
+
+
+def test_troubleshooting_quotes_texts_that_exist():
+    error_texts = module_of("error_texts")
+    flat = [re.sub(r"\s+", " ", error.text) for error in error_texts.error_texts(ROOT)]
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    page, _ = page.split("## What has no error")
+    quotes = [re.sub(r"\s+", " ", quote) for quote in re.findall(r"\*\*(.*?)\*\*", page, re.DOTALL)]
+    assert len(quotes) > 25
+    for quote in quotes:
+        pattern = ".*".join(map(re.escape, quote.split("…")))
+        assert any(re.search(pattern, text) for text in flat), quote
+
+
+def test_every_page_is_in_the_contents():
+    index = (DOCS / "index.md").read_text(encoding="utf-8")
+    assert "<!-- other guides -->" in index
+    for page in (DOCS / "reference").glob("*.md"):
+        assert f"\nreference/{page.stem}\n" in index
