@@ -59,8 +59,10 @@ def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
         0.0, args.lr, args.warmup, max(args.steps, args.warmup + 1)
     )
     make = OPTIMIZERS[args.optimizer]
-    decays = "weight_decay" in inspect.signature(make).parameters
-    options = {"weight_decay": args.weight_decay} if decays else {}
+    takes = inspect.signature(make).parameters
+    options = {"weight_decay": args.weight_decay} if "weight_decay" in takes else {}
+    if "momentum" in takes and takes["momentum"].default is inspect.Parameter.empty:
+        options["momentum"] = 0.9
     return optax.chain(optax.clip_by_global_norm(1.0), make(schedule, **options))
 
 
