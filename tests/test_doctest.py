@@ -77,20 +77,21 @@ def python_blocks(text):
 
 @pytest.mark.skipif(not README.exists(), reason="tests without the source tree")
 @pytest.mark.parametrize(
-    ("document", "options"),
+    ("documents", "options"),
     [
-        (README, ["-W", "error"]),
-        (CHECKPOINTS, []),  # Orbax warns of its own code
-        (PLANNING, ["-W", "error"]),
-        (SEVERAL_GPUS, ["-W", "error"]),
-        *((page, ["-W", "error"]) for page in SITE),
+        ([README], ["-W", "error"]),
+        ([CHECKPOINTS], []),  # Orbax warns of its own code
+        ([PLANNING], ["-W", "error"]),
+        ([SEVERAL_GPUS], ["-W", "error"]),
+        (SITE, ["-W", "error"]),
     ],
-    ids=lambda value: value.stem.lower() if isinstance(value, Path) else "",
+    ids=["readme", "checkpoints", "planning", "several_gpus", "site"],
 )
-def test_documents_run(document, options, tmp_path):
+def test_documents_run(documents, options, tmp_path):
     """All Python blocks, one after the other, in a process and a folder of their own."""
-    blocks = python_blocks(document.read_text(encoding="utf-8"))
-    assert blocks
+    blocks = [python_blocks(document.read_text(encoding="utf-8")) for document in documents]
+    assert all(blocks)
+    blocks = sum(blocks, [])
     process = subprocess.run(
         [sys.executable, *options, "-c", "\n".join(blocks)],
         cwd=tmp_path,
