@@ -120,7 +120,7 @@ class TorchRun:
         torch = self._torch
         dtype = getattr(torch, str(array.dtype))
         device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-        host = torch.from_numpy(np.asarray(array.astype(jnp.float32)))
+        host = torch.from_numpy(np.array(array.astype(jnp.float32)))
         return host.to(device).to(dtype)
 
     def take(self, num_steps: int) -> None:
@@ -161,14 +161,14 @@ def peers(dtype: str, codec: str) -> list[Peer]:
         Peer("paged, update and apply", _paged(False, **options)),
         Peer("paged, in place", _paged(True, **options), lambda size: 3 * size + 4),
     ]
+    if jax.default_backend() == "gpu":
+        rows.append(
+            Peer("paged, in place, on host", _paged(True, paging=Paging(device_bytes=0), **options))
+        )
     if halves:
         options["param_rounding"] = "compensated"
         rows.append(
             Peer("paged, in place, compensated", _paged(True, **options), lambda size: 3 * size + 6)
-        )
-    if jax.default_backend() == "gpu":
-        rows.append(
-            Peer("paged, in place, on host", _paged(True, paging=Paging(device_bytes=0), **options))
         )
     others = [
         ("torch", "torch.optim.AdamW, fused", _torch("torch.optim", "AdamW", fused=True)),

@@ -14,6 +14,7 @@ of 1e4 to 1e9 float32 parameters (to 1e8 on a CPU) in a loop, and --plot draws t
 import argparse
 import gc
 import json
+import re
 import statistics
 import time
 from typing import Any
@@ -115,7 +116,7 @@ def print_table(args: argparse.Namespace) -> None:
         size = sum(int(np.prod(shape)) for shape in shapes)
         print(f"\n{f'{title}, ms a step':<36}{'loop':>12}{'dispatched':>12}{'of copy':>10}")
         for peer in peers(dtype, args.codec):
-            if not any(part in peer.name for part in args.peers):
+            if not any(re.search(pattern, peer.name) for pattern in args.peers):
                 continue
             times = time_peer(peer, shapes, dtype, args.repeats, args.ways)
             gc.collect()  # the memory of what the peer leaves behind
@@ -164,7 +165,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=None)
     parser.add_argument("--codec", choices=["dynamic", "ratio"], default="ratio")
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--peers", nargs="+", default=[""], help="parts of their names")
+    parser.add_argument("--peers", nargs="+", default=[""], help="patterns of their names")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--sizes", metavar="FILE")
     parser.add_argument("--plot", nargs=2, metavar=("FILE", "PICTURE"))

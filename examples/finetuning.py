@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import psutil
+from checkpointing import Checkpoints
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -77,19 +78,25 @@ def held_out_loss(model: nnx.Module, text: np.ndarray, args: argparse.Namespace)
     return float(np.mean([eval_step(model, ids[i], args.dtype) for i in range(len(ids))]))
 
 
-def train(model, optimizer, text, args, steps, accumulate, title):
-    """Updates `model` `steps` times on random windows; yields (seconds, loss) every few steps."""
+def train(model, optimizer, text, args, steps, accumulate, title, done=0, on_step=lambda n: None):
+    """Updates `model` on random windows; yields (seconds, loss) every few steps.
+
+    `done` of the `steps` were made before. After each, it calls `on_step` with their number.
+    """
     rng = np.random.default_rng(args.seed)
     start = time.perf_counter()
     silent = jax.process_index() > 0
-    with tqdm(total=steps, desc=title, unit="step", disable=silent) as bar:
+    with tqdm(total=steps, desc=title, unit="step", initial=done, disable=silent) as bar:
         for step in range(steps):
             starts = rng.integers(len(text) - args.seq_len, size=(accumulate, args.batch))
+            if step < done:
+                continue
             loss = train_step(model, optimizer, windows(text, starts, args.seq_len), args.dtype)
             bar.update()
             if step % LOG_EVERY == 0 or step == steps - 1:
                 bar.set_postfix(loss=f"{float(loss):.3f}")
                 yield time.perf_counter() - start, float(loss)
+            on_step(step + 1)
 
 
 def optimizer_with(adamw, peak: float, steps: int) -> optax.GradientTransformation:
@@ -133,11 +140,16 @@ def finetune(model: nnx.Module, optimizer: nnx.Optimizer, args: argparse.Namespa
         return bytes_by_device(nnx.state(optimizer, nnx.OptState))
 
     before = held_out_loss(model, hold_out, args)
-    steps = train(model, optimizer, learn, args, args.steps, args.accumulate, "fine-tune")
-    history = [
-        (*seconds_loss, memory_in_use(), jax.process_count() * sum(state_bytes().values()))
-        for seconds_loss in steps
-    ]
+    with Checkpoints(args.checkpoint_dir, args.save_every, model, optimizer) as checkpoints:
+        done, history = checkpoints.restore()
+        earlier = history[-1][0] if history else 0.0  # seconds
+        for seconds, loss in train(
+            *(model, optimizer, learn, args, args.steps, args.accumulate, "fine-tune"),
+            done=done,
+            on_step=lambda step: checkpoints.save(step, history),
+        ):
+            held = jax.process_count() * sum(state_bytes().values())
+            history.append((earlier + seconds, loss, memory_in_use(), held))
     after = held_out_loss(model, hold_out, args)
 
     tokens = (args.steps - 1) * args.accumulate * args.batch * args.seq_len
@@ -222,6 +234,8 @@ def options(description: str, out: str, what: str, **defaults) -> argparse.Argum
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="compute dtype")
     add("--seed", type=int, default=0, help="seed of the weights and the text's order")
     add("--out", type=Path, default=Path(out), help="where to save the plot")
+    add("--checkpoint-dir", type=Path, help="save there, and go on from what is there")
+    add("--save-every", type=int, default=20, help="updates between two checkpoints")
     parser.set_defaults(**defaults)
     return parser
 

@@ -12,6 +12,7 @@ Try::
 
     python examples/fsdp_finetune.py --optimizer adamw
     python examples/fsdp_finetune.py --devices 2 --text my_notes/*.md --steps 300
+    python examples/fsdp_finetune.py --checkpoint-dir run  # kill it, and start it again
 
 With one process a GPU, on one machine or several, start each with the address of the first::
 

@@ -16,6 +16,7 @@ has the model and its training step, `finetuning.py` the training loops. Try::
 
     python examples/lora_finetune.py --optimizer adamw
     python examples/lora_finetune.py --text my_notes/*.md --rank 32 --steps 300
+    python examples/lora_finetune.py --checkpoint-dir run  # kill it, and start it again
 """
 
 import argparse

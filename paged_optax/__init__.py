@@ -34,19 +34,43 @@ from ._adam import (
     paged_adamw8bit,
     scale_by_paged_adam8bit,
 )
+from ._ademamix import (
+    ScaleByPagedAdemamix8bitState,
+    paged_ademamix8bit,
+    scale_by_paged_ademamix8bit,
+)
 from ._bitsandbytes import from_bitsandbytes
 from ._check import check_last
 from ._checkpoint import export_moments, import_moments, load_moments, save_moments
+from ._composed import paged_lamb8bit, paged_lars8bit, paged_nadamw8bit
 from ._convert import from_optax, to_optax
+from ._ema import (
+    ScaleByPagedEma8bitState,
+    paged_signum8bit,
+    scale_by_paged_ema8bit,
+    scale_by_paged_signum8bit,
+)
 from ._in_place import apply_gradients
 from ._lion import ScaleByPagedLion8bitState, paged_lion8bit, scale_by_paged_lion8bit
 from ._memory import evict, prefetch, release, release_all
 from ._moments import Moments, moments
+from ._muon import ScaleByPagedMuon8bitState, paged_muon8bit
 from ._options import Paging, Quantization
 from ._orbax import use_orbax_hook
 from ._plan import Plan, plan
 from ._plan_room import PlannedUsage
 from ._report import DeviceMemory, LeafGroup, MemoryReport, memory_report
+from ._rmsprop import (
+    ScaleByPagedRms8bitState,
+    ScaleByPagedRss8bitState,
+    ScaleByPagedStddev8bitState,
+    paged_adagrad8bit,
+    paged_rmsprop8bit,
+    scale_by_paged_rms8bit,
+    scale_by_paged_rss8bit,
+    scale_by_paged_stddev8bit,
+)
+from ._sgd import ScaleByPagedTrace8bitState, paged_sgd8bit, scale_by_paged_trace8bit
 from ._skip import SkipNonFiniteState, skip_non_finite
 from ._to_bitsandbytes import to_bitsandbytes
 
@@ -63,7 +87,14 @@ __all__ = [
     "PlannedUsage",
     "Quantization",
     "ScaleByPagedAdam8bitState",
+    "ScaleByPagedAdemamix8bitState",
+    "ScaleByPagedEma8bitState",
     "ScaleByPagedLion8bitState",
+    "ScaleByPagedMuon8bitState",
+    "ScaleByPagedRms8bitState",
+    "ScaleByPagedRss8bitState",
+    "ScaleByPagedStddev8bitState",
+    "ScaleByPagedTrace8bitState",
     "SkipNonFiniteState",
     "apply_gradients",
     "check_last",
@@ -75,16 +106,32 @@ __all__ = [
     "load_moments",
     "memory_report",
     "moments",
+    "paged_adagrad8bit",
     "paged_adam8bit",
     "paged_adamw8bit",
+    "paged_ademamix8bit",
+    "paged_lamb8bit",
+    "paged_lars8bit",
     "paged_lion8bit",
+    "paged_muon8bit",
+    "paged_nadamw8bit",
+    "paged_rmsprop8bit",
+    "paged_sgd8bit",
+    "paged_signum8bit",
     "plan",
     "prefetch",
     "release",
     "release_all",
     "save_moments",
     "scale_by_paged_adam8bit",
+    "scale_by_paged_ademamix8bit",
+    "scale_by_paged_ema8bit",
     "scale_by_paged_lion8bit",
+    "scale_by_paged_rms8bit",
+    "scale_by_paged_rss8bit",
+    "scale_by_paged_signum8bit",
+    "scale_by_paged_stddev8bit",
+    "scale_by_paged_trace8bit",
     "skip_non_finite",
     "to_bitsandbytes",
     "to_optax",

@@ -33,6 +33,8 @@ def scale_by_paged_adam8bit(
     non_finite: str = "propagate",
     quantization: Quantization | None = None,
     paging: Paging | None = None,
+    missing: str = "error",
+    mu_dtype: None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates according to the Adam algorithm, with moments outside XLA's memory.
 
@@ -79,6 +81,11 @@ def scale_by_paged_adam8bit(
         to decide for several optimizers together, use `skip_non_finite`.
       quantization: how moments are stored; see `Quantization`.
       paging: where moments live; see `Paging`.
+      missing: what to do with a state whose moments are not in this process: one from a checkpoint
+        that does not carry them. ``"error"``: its update is refused. ``"restart"``: its moments
+        start at zero, with a warning. Bias correction counts from there; the state's count, and
+        schedules with it, go on.
+      mu_dtype: None, for programs that pass what `optax.adam` takes.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Gradients may be float32, bfloat16 or float16,
@@ -113,7 +120,12 @@ def scale_by_paged_adam8bit(
     """
     rule = Rule("adam", b1=b1, b2=b2, eps=eps, eps_root=eps_root, nesterov=nesterov)
     options = make_options(
-        replay=replay, non_finite=non_finite, quantization=quantization, paging=paging
+        replay=replay,
+        non_finite=non_finite,
+        quantization=quantization,
+        paging=paging,
+        missing=missing,
+        mu_dtype=mu_dtype,
     )
     return transformation(rule, options, ScaleByPagedAdam8bitState)
 
@@ -133,6 +145,8 @@ def paged_adamw8bit(
     non_finite: str = "propagate",
     quantization: Quantization | None = None,
     paging: Paging | None = None,
+    missing: str = "error",
+    mu_dtype: None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with weight decay and 8-bit, paged moments: `optax.adamw` for less memory.
 
@@ -168,6 +182,8 @@ def paged_adamw8bit(
         `scale_by_paged_adam8bit`.
       quantization: how moments are stored; see `Quantization`.
       paging: where moments live; see `Paging`.
+      missing: ``"error"`` or ``"restart"``; see `scale_by_paged_adam8bit`.
+      mu_dtype: None, for programs that pass what optax's optimizer takes.
 
     Returns:
       The corresponding `optax.GradientTransformationExtraArgs`.
@@ -213,6 +229,8 @@ def paged_adamw8bit(
         quantization=quantization,
         paging=paging,
         param_rounding=param_rounding,
+        missing=missing,
+        mu_dtype=mu_dtype,
     )
     return descend(rule, learning_rate, options, ScaleByPagedAdam8bitState, weight_decay, mask)
 
@@ -230,6 +248,8 @@ def paged_adam8bit(
     non_finite: str = "propagate",
     quantization: Quantization | None = None,
     paging: Paging | None = None,
+    missing: str = "error",
+    mu_dtype: None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with 8-bit, paged moments: `optax.adam` for less memory.
 
@@ -249,6 +269,8 @@ def paged_adam8bit(
         `scale_by_paged_adam8bit`.
       quantization: how moments are stored; see `Quantization`.
       paging: where moments live; see `Paging`.
+      missing: ``"error"`` or ``"restart"``; see `scale_by_paged_adam8bit`.
+      mu_dtype: None, for programs that pass what optax's optimizer takes.
 
     Returns:
       The corresponding `optax.GradientTransformationExtraArgs`.
@@ -288,5 +310,7 @@ def paged_adam8bit(
         quantization=quantization,
         paging=paging,
         param_rounding=param_rounding,
+        missing=missing,
+        mu_dtype=mu_dtype,
     )
     return descend(rule, learning_rate, options, ScaleByPagedAdam8bitState)

@@ -82,6 +82,8 @@ def from_bitsandbytes(
     paths = tuple(jax.tree_util.keystr(path) for path, _ in pairs)
     keys = find_keys(names, paths, entries)
     check_known("transposed", transposed, paths)
+    if not paths:
+        raise ValueError("params has no leaves; pass the parameters of the optimizer")
     found = [
         _read_entry(path, np.shape(leaf), entries[keys[path]], path in transposed)
         for path, (_, leaf) in zip(paths, pairs, strict=True)
@@ -112,16 +114,18 @@ def _none(*key: Any) -> np.ndarray:
 
 def _entries_of(state_dict: Mapping[Any, Any]) -> dict[Any, dict[str, Any]]:
     """What there is of each parameter, by its key: one flat dict, in whatever layout it comes."""
-    if not isinstance(state_dict, Mapping):
+    state = state_dict.get("state", state_dict) if isinstance(state_dict, Mapping) else None
+    if not isinstance(state, Mapping):
         raise TypeError(
             f"state_dict is a {type(state_dict).__name__}; it must be what optimizer.state_dict()"
             " returned, or a dict of arrays by name"
         )
-    state = state_dict.get("state", state_dict)
     entries: dict[Any, dict[str, Any]] = {}
     for key, value in state.items():
         if isinstance(value, Mapping):
             inner = value.get(NESTED, {})
+            if not isinstance(inner, Mapping):
+                raise TypeError(f"parameter {key!r}: {NESTED} is a {type(inner).__name__}, no dict")
             entries[key] = {k: v for k, v in value.items() if k != NESTED} | dict(inner)
         elif isinstance(key, str) and "." in key:  # of a flat file
             path, field = key.removeprefix("state.").rsplit(".", 1)
@@ -190,12 +194,7 @@ def _read_entry(
     if len(formats) > 1:
         raise ValueError(f"{path}: state1 and state2 have different dtypes")
     format = formats.pop()
-    step = entry.get("step")
-    if step is None:
-        raise ValueError(f"{path}: there is no 'step' in its state")
-    count = int(_numpy(step).reshape(()))
-    if not 0 <= count < 2**31 - 1:
-        raise ValueError(f"{path}: its step is {count}; it counts the updates so far")
+    count = _steps(path, entry)
     start = (0,) * len(shape)
     if is_transposed:
         leaf = Leaf(path, theirs, format, theirs, (start,))
@@ -206,6 +205,18 @@ def _read_entry(
         values = decode_leaf(contents, 0)
         format, arrays = "float32", {k: np.ascontiguousarray(v.T) for k, v in values.items()}
     return Leaf(path, shape, format, shape, (start,)), arrays, count
+
+
+def _steps(path: str, entry: dict[str, Any]) -> int:
+    """How many steps a parameter has seen."""
+    if "step" not in entry:
+        raise ValueError(f"{path}: there is no 'step' in its state")
+    step = _numpy(entry["step"])
+    if step.size != 1 or step.dtype.kind not in "iuf" or not 0 <= step.item() < 2**31 - 1:
+        raise ValueError(f"{path}: its step is {entry['step']!r}; it counts the updates so far")
+    if step.item() != int(step.item()):
+        raise ValueError(f"{path}: its step is {step.item()}, and no whole number")
+    return int(step.item())
 
 
 def _scales(path: str, entry: dict[str, Any], number: int, signed: bool, size: int) -> np.ndarray:

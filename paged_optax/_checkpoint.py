@@ -27,7 +27,8 @@ def save_moments(opt_state: Any, path: str | os.PathLike[str]) -> int:
     function returns.
 
     Waits for the updates under way, and updates that start meanwhile wait for it. Takes no memory
-    of the GPU and moves no moments; the host needs memory for one leaf.
+    of the GPU and moves no moments. The host needs memory for 256 MiB of them, or for one array if
+    that is larger.
 
     With several processes (`jax.distributed`) each must make this call. Each writes the moments
     that are on its own devices, to `path` with ``-00001-of-00004`` before its suffix.
@@ -110,7 +111,7 @@ def export_moments(opt_state: Any) -> dict[str, np.ndarray]:
       opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it: the newest.
 
     Returns:
-      Arrays of uint8, uint32 and float32 by name.
+      Arrays of uint8, uint16 (the bits of bfloat16), uint32 and float32 by name.
 
     Raises:
       As `save_moments`, without OSError.

@@ -23,10 +23,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from . import _metadata
+from ._ahead import ahead
 from ._contents import Contents, Damaged, FilePart
 
 _SUMS = "crc32"
-_DTYPES = {"uint8": "U8", "uint32": "U32", "float32": "F32"}
+_DTYPES = {"uint8": "U8", "uint16": "U16", "uint32": "U32", "float32": "F32"}
 _MAX_HEADER = 100 * 2**20  # bytes, as in safetensors itself
 
 # --- Writing -------------------------------------------------------------------------------------
@@ -64,7 +65,7 @@ def move(old: str, path: str) -> None:
 
 
 def write(file: BinaryIO, states: Sequence[Contents | None], **extra: Any) -> int:
-    """Writes states, one array after the other.
+    """Writes states, one array after the other, while the next ones are read and summed.
 
     Args:
       file: opened for writing bytes.
@@ -78,13 +79,22 @@ def write(file: BinaryIO, states: Sequence[Contents | None], **extra: Any) -> in
     file.write(struct.pack("<Q", len(text)))
     file.write(text)
     sums, written = [zlib.crc32(text)], 8 + len(text)
-    for entry in _metadata.entries_of(states):
-        array = entry.read()
-        assert array.dtype == entry.field.dtype and array.shape == entry.shape, entry.key
-        data = memoryview(np.ascontiguousarray(array).reshape(-1)).cast("B")
-        sums.append(zlib.crc32(data))
+    for data, crc in ahead(_metadata.entries_of(states), _read_entry, _nbytes_of):
         written += file.write(data)
+        sums.append(crc)
     return written + file.write(np.array(sums, "<u4").tobytes())
+
+
+def _read_entry(entry: _metadata.Entry) -> tuple[memoryview, int]:
+    """The bytes of an array, and their checksum."""
+    array = entry.read()
+    assert array.dtype == entry.field.dtype and array.shape == entry.shape, entry.key
+    data = memoryview(np.ascontiguousarray(array).reshape(-1)).cast("B")
+    return data, zlib.crc32(data)
+
+
+def _nbytes_of(entry: _metadata.Entry) -> int:
+    return entry.field.dtype.itemsize * math.prod(entry.shape)
 
 
 def _encode_header(states: Sequence[Contents | None], extra: dict[str, Any]) -> bytes:

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._tables import FORMAT_NAMES, RULES, rule_number
+from ._ahead import ahead
+from ._tables import FORMAT_NAMES, FORMATS, RULES, rule_number
 
 BLOCK = 256  # elements
 
@@ -125,9 +126,10 @@ def fields_of(rule: str, format: str, has_residuals: bool) -> list[Field]:
     """The arrays of a box, in their order in the extension, with the residuals at the end."""
     states = RULES[rule_number(rule)]["states"]
     u8, u32, f32 = np.dtype(np.uint8), np.dtype(np.uint32), np.dtype(np.float32)
-    code = f32 if format == "float32" else u8
+    row = FORMATS[FORMAT_NAMES.index(format)]
+    code = {1: u8, 2: np.dtype(np.uint16), 4: f32}[row["code_bytes"]]
     fields = [Field(name, code, False) for name, _ in states]
-    for name, role in states if format != "float32" else ():
+    for name, role in states if row["words_per_state"] else ():
         if format == "ratio" and role == "nonnegative":
             fields.append(Field(f"{name}_window", u32, True))
         else:
@@ -202,8 +204,11 @@ def merge(parts: Sequence[Contents]) -> Contents:
 
 def copy(contents: Contents) -> Contents:
     """The same, with all arrays in host memory."""
-    arrays = {(i, b, field.name): contents.read(i, b, field) for i, b, field in contents.keys()}
-    return with_arrays(contents, arrays)
+    keys = contents.keys()
+    # The copies are all kept, so there is no limit.
+    arrays = ahead(keys, lambda key: contents.read(*key), lambda key: 0)
+    named = zip(keys, arrays, strict=True)
+    return with_arrays(contents, {(i, b, field.name): array for (i, b, field), array in named})
 
 
 def with_arrays(

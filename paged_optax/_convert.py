@@ -1,5 +1,6 @@
 """Moments of optax's own optimizers into paged states, and back."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,19 +9,44 @@ import numpy as np
 import optax
 
 from ._contents import Contents, Leaf, with_arrays
-from ._moments import moments
+from ._moments import Moments, moments
 from ._names import number_tree
 from ._replace import replace_moments
-from ._state import is_state, read_count
+from ._state import find_states, is_state, read_count
+from ._tables import RULES, rule_number
+from ._transfer import opened
 
-_KINDS = (optax.ScaleByAdamState, optax.ScaleByLionState)
+
+@functools.cache
+def _kinds() -> dict[type, str]:
+    """The rules by the states of optax that hold the same moments under the same names.
+
+    Of a rule with several, the last is the one that `to_optax` makes. Some of them have no public
+    name.
+    """
+    with_counts = (
+        (optax.scale_by_rms(bias_correction=True), "rms"),
+        (optax.scale_by_stddev(bias_correction=True), "stddev"),
+    )
+    return {
+        optax.ScaleByAdamState: "adam",
+        optax.ScaleByLionState: "lion",
+        optax.TraceState: "trace",
+        optax.EmaState: "ema",
+        optax.contrib.MuonState: "muon",
+        optax.ScaleByRmsState: "rms",
+        optax.ScaleByRStdDevState: "stddev",
+        optax.ScaleByRssState: "rss",
+        optax.contrib.ScaleByAdemamixState: "ademamix",
+        **{type(jax.eval_shape(tx.init, {})): rule for tx, rule in with_counts},
+    }
 
 
 def to_optax(opt_state: Any) -> Any:
     """An optimizer state with float32 moments, for optax's own optimizer.
 
-    Each paged state becomes the `optax.ScaleByAdamState` or `optax.ScaleByLionState` with the same
-    count and moments; everything else stays. What `paged_adamw8bit` made is then a state for
+    Each paged state becomes the state of optax's with the same count and moments, such as
+    `optax.ScaleByAdamState`; everything else stays. What `paged_adamw8bit` made is then a state for
     `optax.adamw`, unless it rounds parameters or skips gradients by itself. It takes 8 bytes per
     parameter for Adam, on the default device.
 
@@ -32,7 +58,8 @@ def to_optax(opt_state: Any) -> Any:
       of ``param_rounding="compensated"`` are left out.
 
     Raises:
-      As `moments`.
+      As `moments`; NotImplementedError for Muon, whose state in optax has its coefficients too:
+      take `moments`.
 
     Example:
       >>> import jax.numpy as jnp, optax, paged_optax
@@ -50,9 +77,18 @@ def to_optax(opt_state: Any) -> Any:
 
 def _to_optax(state: Any) -> Any:
     found = jax.tree.map(jnp.asarray, moments(state))
-    if found.nu is None:
-        return optax.ScaleByLionState(count=state.count, mu=found.mu)
-    return optax.ScaleByAdamState(count=state.count, mu=found.mu, nu=found.nu)
+    (paged,) = find_states(state)
+    with opened(paged.token) as contents:
+        rule = contents.rule if contents else ""
+    if rule == "muon":
+        raise NotImplementedError(
+            "the state of optax.contrib.muon also has the coefficients of its iteration, which are"
+            " not known here. Put moments(opt_state).mu into a state that its init returned."
+        )
+    kind: Any = [kind for kind, name in _kinds().items() if name == rule][-1]
+    values = {name: getattr(found, name) for name in kind._fields if name in Moments._fields}
+    counts = {name: state.count for name in kind._fields if name.startswith("count")}
+    return kind(**values, **counts)
 
 
 def from_optax(opt_state: Any, optax_state: Any) -> Any:
@@ -64,8 +100,9 @@ def from_optax(opt_state: Any, optax_state: Any) -> Any:
     Args:
       opt_state: what the paged optimizer's `init` returned. Only its structure matters. Do not use
         it any more.
-      optax_state: a state with as many `optax.ScaleByAdamState` and `optax.ScaleByLionState` in it
+      optax_state: a state with as many states of optax's optimizers in it (`to_optax` has examples)
         as `opt_state` has paged states, or such a state itself. Moments may have any float dtype.
+        Where optax keeps no count, that of `opt_state` stays.
 
     Returns:
       `opt_state` with other tokens and counts.
@@ -84,25 +121,28 @@ def from_optax(opt_state: Any, optax_state: Any) -> Any:
       >>> print(state[0].count)
       1
     """
-    nodes = jax.tree.leaves(optax_state, is_leaf=lambda node: isinstance(node, _KINDS))
-    found = [_from_optax(node) for node in nodes if isinstance(node, _KINDS)]
+    kinds = tuple(_kinds())
+    nodes = jax.tree.leaves(optax_state, is_leaf=lambda node: isinstance(node, kinds))
+    found = [_from_optax(node) for node in nodes if isinstance(node, kinds)]
     if not found:
         raise ValueError(
-            f"there is no state of optax.scale_by_adam or scale_by_lion in this"
-            f" {type(optax_state).__name__}"
+            "there is no state of optax.scale_by_adam, scale_by_lion or another optimizer that has"
+            f" a paged form in this {type(optax_state).__name__}"
         )
     return replace_moments(opt_state, found, convert=True)
 
 
 def _from_optax(state: Any) -> Contents:
-    is_adam = isinstance(state, optax.ScaleByAdamState)
-    trees = {"mu": state.mu, "nu": state.nu} if is_adam else {"mu": state.mu}
-    return float32_contents("adam" if is_adam else "lion", trees, read_count(state.count))
+    rule = _kinds()[type(state)]
+    trees = {name: getattr(state, name) for name, _ in RULES[rule_number(rule)]["states"]}
+    has_count = "count" in state._fields  # every tuple has a method of this name
+    return float32_contents(rule, trees, read_count(state.count) if has_count else None)
 
 
-def float32_contents(rule: str, trees: dict[str, Any], count: int) -> Contents:
+def float32_contents(rule: str, trees: dict[str, Any], count: int | None) -> Contents:
     """Contents in float32, of trees by the names of the rule's states."""
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(trees["mu"])
+    first = next(iter(trees))
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(trees[first])
     names = tuple(jax.tree_util.keystr(path) for path, _ in pairs)
     leaves = {name: jax.tree.leaves(tree) for name, tree in trees.items()}
     arrays = {
@@ -112,7 +152,7 @@ def float32_contents(rule: str, trees: dict[str, Any], count: int) -> Contents:
     }
     described = tuple(
         Leaf(name, shape, "float32", shape, ((0,) * len(shape),))
-        for name, shape in zip(names, map(np.shape, leaves["mu"]), strict=True)
+        for name, shape in zip(names, map(np.shape, leaves[first]), strict=True)
     )
     bare = Contents(rule, False, number_tree(names, treedef), described, _no_data, count)
     return with_arrays(bare, arrays)

@@ -137,6 +137,16 @@ def stepping_in_place() -> Iterator[InPlace]:
         _active.reset(token)
 
 
+@contextlib.contextmanager
+def not_in_place() -> Iterator[None]:
+    """While a paged optimizer's update runs whose updates others need."""
+    token = _active.set(None)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
 def apply_gradients(
     tx: optax.GradientTransformation,
     grads: optax.Updates,

@@ -30,6 +30,8 @@ def scale_by_paged_lion8bit(
     non_finite: str = "propagate",
     quantization: Quantization | None = None,
     paging: Paging | None = None,
+    missing: str = "error",
+    mu_dtype: None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates according to the Lion algorithm, with its moment outside XLA's memory.
 
@@ -52,6 +54,8 @@ def scale_by_paged_lion8bit(
       non_finite: what to do with gradients that are not finite; see `scale_by_paged_adam8bit`.
       quantization: how the moment is stored; see `Quantization`.
       paging: where the moment lives; see `Paging`.
+      missing: ``"error"`` or ``"restart"``; see `scale_by_paged_adam8bit`.
+      mu_dtype: None, for programs that pass what optax's optimizer takes.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Gradients may be float32, bfloat16 or float16,
@@ -74,7 +78,12 @@ def scale_by_paged_lion8bit(
       <https://arxiv.org/abs/2302.06675>`_, 2023
     """
     options = make_options(
-        replay=replay, non_finite=non_finite, quantization=quantization, paging=paging
+        replay=replay,
+        non_finite=non_finite,
+        quantization=quantization,
+        paging=paging,
+        missing=missing,
+        mu_dtype=mu_dtype,
     )
     return transformation(Rule("lion", b1=b1, b2=b2), options, ScaleByPagedLion8bitState)
 
@@ -91,6 +100,8 @@ def paged_lion8bit(
     non_finite: str = "propagate",
     quantization: Quantization | None = None,
     paging: Paging | None = None,
+    missing: str = "error",
+    mu_dtype: None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lion with weight decay and an 8-bit, paged moment: `optax.lion` for less memory.
 
@@ -112,6 +123,8 @@ def paged_lion8bit(
       non_finite: what to do with gradients that are not finite; see `scale_by_paged_adam8bit`.
       quantization: how the moment is stored; see `Quantization`.
       paging: where the moment lives; see `Paging`.
+      missing: ``"error"`` or ``"restart"``; see `scale_by_paged_adam8bit`.
+      mu_dtype: None, for programs that pass what optax's optimizer takes.
 
     Returns:
       The corresponding `optax.GradientTransformationExtraArgs`.
@@ -138,6 +151,8 @@ def paged_lion8bit(
         quantization=quantization,
         paging=paging,
         param_rounding=param_rounding,
+        missing=missing,
+        mu_dtype=mu_dtype,
     )
     rule = Rule("lion", b1=b1, b2=b2)
     return descend(rule, learning_rate, options, ScaleByPagedLion8bitState, weight_decay, mask)

@@ -26,12 +26,17 @@ Values = dict[str, Any]
 class Moments(NamedTuple):
     """Dequantized moments, in the tree of the parameters: float32 NumPy arrays.
 
-    A moment that no optimizer of the state has is None. If some of several optimizers have it, the
-    leaves of the others are `optax.MaskedNode`.
+    The names are those of optax's own states. A moment that no optimizer of the state has is None.
+    If some of several optimizers have it, the leaves of the others are `optax.MaskedNode`.
     """
 
-    mu: Any = None
-    nu: Any = None
+    mu: Any = None  # Adam, Lion, Muon, centered RMSprop
+    nu: Any = None  # Adam, AdEMAMix, RMSprop
+    trace: Any = None  # momentum
+    ema: Any = None  # moving averages
+    m1: Any = None  # AdEMAMix: the fast mean
+    m2: Any = None  # the slow one
+    sum_of_squares: Any = None  # Adagrad
 
 
 def moments(opt_state: Any, *, gather: bool = False) -> Moments:

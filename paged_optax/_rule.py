@@ -1,5 +1,6 @@
 """An optimizer's rule: its name, its hyperparameters and its flags, checked against the tables."""
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ class Rule:
 
     Args:
       name: of the rule, as in `_tables.RULES`.
+      schedules: the hyperparameters that may also be schedules.
       **values: all of its hyperparameters (floats or traced scalars) and flags (bools), by name.
 
     Raises:
@@ -22,17 +24,31 @@ class Rule:
       TypeError: for anything but a number, and for other names than those of the rule.
     """
 
-    def __init__(self, name: str, **values: Any):
+    def __init__(self, name: str, *, schedules: Collection[str] = (), **values: Any):
         self.number = rule_number(name)
         row = RULES[self.number]
         hyperparams, flags = row["hyperparams"], row["flags"]
         names = [key for key, _ in hyperparams] + flags
         if sorted(values) != sorted(names):
             raise TypeError(f"rule {name} takes {', '.join(names)}, not {', '.join(values)}")
-        for key, domain in hyperparams:
-            check_range(key, values[key], below=1.0 if domain == "decay" else np.inf)
-        self.hyperparams = tuple(values[key] for key, _ in hyperparams)  # in the operand's order
+        self._ranges = [(key, 1.0 if domain == "decay" else np.inf) for key, domain in hyperparams]
+        for key, below in self._ranges:
+            if not (key in schedules and callable(values[key])):
+                check_range(key, values[key], below)
+        self._values = values
         self.flags = sum(bool(values[key]) << bit for bit, key in enumerate(flags))
+
+    def hyperparams(self, count: jax.Array) -> tuple[jax.typing.ArrayLike, ...]:
+        """Those of the step after `count` steps, in the operand's order."""
+        return tuple(self._at(key, below, count) for key, below in self._ranges)
+
+    def _at(self, key: str, below: float, count: jax.Array) -> jax.typing.ArrayLike:
+        value = self._values[key]
+        if not callable(value):
+            return value
+        scheduled: Any = value(count)
+        check_range(f"{key}, from its schedule,", scheduled, below)
+        return scheduled
 
 
 def stack(scalars: tuple[jax.typing.ArrayLike, ...]) -> jax.typing.ArrayLike:

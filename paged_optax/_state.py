@@ -9,13 +9,15 @@ the moments stay as they were. `xla_ffi/README.md` gives the full contract.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from . import _calls
 from ._ffi import TOKEN_SHAPE
@@ -64,6 +66,25 @@ def new_token(num_leaves: int) -> Token:
     if num_leaves == 0:
         return Token(jnp.zeros(TOKEN_SHAPE, jnp.int32))
     return Token(_calls.issue(np.array([next(_seeds) % 2**31, 0], np.int32)))
+
+
+def make_beside(params: Sequence[Any], make: Callable[[], T]) -> T:
+    """A fresh state on the mesh of the parameters, if they are on one: the same on every device.
+
+    A program that restores a state, or puts it where the parameters are, finds the mesh in it.
+    """
+    for leaf in params:
+        sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+        if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
+            continue
+        if sharding.mesh.size == 1:
+            continue
+        everywhere = NamedSharding(sharding.mesh, P())
+        if sharding.is_fully_addressable:
+            return jax.device_put(make(), everywhere)
+        # One program of all processes, so that they get the same handle.
+        return jax.jit(make, out_shardings=everywhere)()
+    return make()
 
 
 def check_state(state: Any, kind: type) -> jax.Array:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 
 from ._names import leaf_keys, number_paths, number_tree
@@ -46,6 +47,7 @@ class Step:
     paths: int  # a number for the names
     pinned: bool  # pinned instead of managed memory
     replay: bool  # two slots of moments, so that the last step can be run again
+    restart: bool  # a state whose moments are not in this process starts over
     rule: int  # a number in `_tables.RULES`
     shards: str  # which part of each leaf a device has, see `Shards`; "": not known
     skip_elements: bool  # the direction where a gradient is not usable is 0 instead of NaN
@@ -99,7 +101,7 @@ def make_step(
       decays: of each leaf, whether weight decay applies; () for a direction.
       skip_elements: whether elements with a bad gradient are skipped, also without the option.
     """
-    formats = _formats(options.quantization, grads)
+    formats = _formats(options.quantization, jax.tree.unflatten(treedef, grads))
     takes_params = output != "direction"
     rounds_at_random = takes_params or any(FORMATS[i]["is_random"] for i in formats)
     return Step(
@@ -113,6 +115,7 @@ def make_step(
         param_rounding=PARAM_ROUNDINGS.index(options.param_rounding) if takes_params else 0,
         paths=number_paths(paths),
         replay=options.replay,
+        restart=options.missing == "restart",
         rule=rule.number,
         shards="",
         skip_elements=skip_elements or options.non_finite == "skip_element",
@@ -121,9 +124,8 @@ def make_step(
     )
 
 
-def _formats(quantization: Quantization, grads: Sequence[Any]) -> tuple[int, ...]:
-    large, small = FORMAT_NAMES.index(quantization.codec), FORMAT_NAMES.index("float32")
-    return tuple(large if np.size(grad) >= quantization.min_size else small for grad in grads)
+def _formats(quantization: Quantization, grads: Any) -> tuple[int, ...]:
+    return tuple(FORMAT_NAMES.index(name) for name in quantization.formats(grads))
 
 
 def _placement(paging: Paging) -> dict[str, Any]:

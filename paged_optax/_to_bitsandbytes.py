@@ -13,6 +13,7 @@ from ._state import find_states, read_count
 from ._tables import RULES, rule_number
 from ._transfer import opened
 
+_THEIRS = ("adam", "lion", "trace", "rms", "rss")  # rules, with state1 and perhaps state2
 _MIN_8BIT_SIZE = 4096  # of bitsandbytes: smaller parameters have float32 moments
 
 
@@ -58,6 +59,11 @@ def to_bitsandbytes(
     with opened(states[0].token) as contents:
         if contents is None:
             raise ValueError("this optimizer state was never updated: there are no moments yet")
+        if contents.rule not in _THEIRS:
+            raise ValueError(
+                f"bitsandbytes has no optimizer with the states of the rule {contents.rule!r}, or"
+                f" keeps them in another way; there are {', '.join(_THEIRS)}"
+            )
         paths = [leaf.name for leaf in contents.leaves]
         pairs = list(names.items() if isinstance(names, Mapping) else enumerate(names))
         keys = find_keys(names, paths, {key: {} for key, _ in pairs})

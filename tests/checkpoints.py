@@ -288,6 +288,47 @@ def save_linen_host(state, folder):
     checkpoints.save_checkpoint(folder / "c", {"opt": jax.device_get(state)}, 3)
 
 
+class Saver:
+    """Saves a state again and again in one folder, by `save_moments` or by Orbax."""
+
+    def __init__(self, way, folder):
+        self.folder = Path(folder)
+        self.folder.mkdir(exist_ok=True)
+        self.manager = None
+        if way == "orbax":
+            import orbax.checkpoint as ocp
+
+            options = ocp.CheckpointManagerOptions(max_to_keep=2)
+            self.manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.manager:
+            self.manager.close()
+
+    def save(self, step, state):
+        if not self.manager:
+            paged_optax.save_moments(state, self.folder / "m.safetensors")
+            return
+        import orbax.checkpoint as ocp
+
+        self.manager.save(step, args=ocp.args.StandardSave({"opt": state}))
+
+    def restore(self, fresh):
+        """The newest state that is there; the fresh one if there is none."""
+        if not self.manager:
+            path = self.folder / "m.safetensors"
+            return paged_optax.load_moments(fresh, path) if path.exists() else fresh
+        if self.manager.latest_step() is None:
+            return fresh
+        import orbax.checkpoint as ocp
+
+        args = ocp.args.StandardRestore(abstract(fresh))
+        return self.manager.restore(self.manager.latest_step(), args=args)["opt"]
+
+
 WAYS = {
     "file": (save_file, load_file),
     "file_abstract": (save_file, load_abstract),

@@ -40,8 +40,10 @@ from paged_optax import _reference as reference
 from paged_optax import _testing as hooks  # noqa: F401  functions of C++ for tests alone
 from paged_optax._bytes import parse_bytes  # noqa: F401
 from paged_optax._forecast import kept_by  # noqa: F401
+from paged_optax._muon import momentum as muon_momentum  # noqa: F401
 from paged_optax._names import leaf_keys  # noqa: F401
 from paged_optax._non_finite import count_bad, count_elements  # noqa: F401
+from paged_optax._options import make_options  # noqa: F401
 from paged_optax._shards import Shards, cuts_of  # noqa: F401
 from paged_optax._state import Token  # noqa: F401
 

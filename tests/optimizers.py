@@ -10,9 +10,18 @@ from typing import Any
 
 import numpy as np
 import optax
+import pytest
 
 import paged_optax
-from helpers import FORMATS, leaf_key, reference, same_bits, stored_leaves
+from helpers import (
+    FORMATS,
+    leaf_key,
+    make_options,
+    muon_momentum,
+    reference,
+    same_bits,
+    stored_leaves,
+)
 from paged_optax import Quantization, moments
 
 
@@ -23,7 +32,8 @@ class Optimizer:
     Attributes:
       name: of the row.
       direction: makes the transformation without a learning rate; takes the shared options.
-      descent: makes the one with a learning rate, which is its first argument.
+      descent: makes the one with a learning rate, which is its first argument; None if there is
+        none.
       optax: what makes the same as `descent` in optax.
       rule: its name in the reference.
       hyperparams: the reference's, of the values that the factories have by default.
@@ -32,12 +42,14 @@ class Optimizer:
       weight_decay: what `descent` has by default.
       formats: that can store its moments.
       rtol, atol: how close updates with float32 moments are to optax's.
+      marks: of its tests. Of rows that share their arithmetic with another one most are slow.
+        Those that are not belong to ``pytest -m fast``.
     """
 
     name: str
     direction: Callable[..., optax.GradientTransformation]
-    descent: Callable[..., optax.GradientTransformation]
-    optax: Callable[..., optax.GradientTransformation]
+    descent: Callable[..., optax.GradientTransformation] | None
+    optax: Callable[..., optax.GradientTransformation] | None
     rule: str
     hyperparams: Any
     states: tuple[str, ...]
@@ -46,6 +58,12 @@ class Optimizer:
     formats: tuple[str, ...] = tuple(FORMATS)
     rtol: float = 6e-5  # optax's bias correction is less exact: test_reference.py
     atol: float = 1e-6
+    marks: tuple[Any, ...] = (pytest.mark.fast,)
+
+    @property
+    def param(self):
+        """For `pytest.mark.parametrize`."""
+        return pytest.param(self, id=self.name, marks=self.marks)
 
 
 ADAM = {
@@ -64,6 +82,24 @@ NESTEROV = {
 }
 ADAMW = {"descent": paged_optax.paged_adamw8bit, "optax": optax.adamw, "weight_decay": 1e-4}
 
+RMS_OF_TORCH = {
+    "decay": 0.99,
+    "initial_scale": 0.5,
+    "eps_in_sqrt": False,
+    "bias_correction": True,
+}
+# A larger eps than by default: after the first steps a variance is a difference of nearly equal
+# numbers.
+CENTERED = {"eps": 1e-4, "initial_scale": 0.1}
+SLOW = (pytest.mark.slow,)
+
+
+def _options(replay=False, non_finite="propagate", quantization=None, paging=None):
+    return make_options(
+        replay=replay, non_finite=non_finite, quantization=quantization, paging=paging
+    )
+
+
 OPTIMIZERS = [
     Optimizer("adam", **ADAM),
     Optimizer("nadam", **ADAM | NESTEROV),
@@ -78,7 +114,114 @@ OPTIMIZERS = [
         states=("mu",),
         weight_decay=1e-3,
     ),
+    Optimizer(
+        "sgd",
+        direction=functools.partial(paged_optax.scale_by_paged_trace8bit, 0.9),
+        descent=functools.partial(paged_optax.paged_sgd8bit, momentum=0.9),
+        optax=functools.partial(optax.sgd, momentum=0.9),
+        rule="trace",
+        hyperparams=reference.DecayHyperparams(0.9),
+        states=("trace",),
+    ),
+    Optimizer(
+        "nesterov",
+        direction=functools.partial(paged_optax.scale_by_paged_trace8bit, 0.8, nesterov=True),
+        descent=functools.partial(paged_optax.paged_sgd8bit, momentum=0.8, nesterov=True),
+        optax=functools.partial(optax.sgd, momentum=0.8, nesterov=True),
+        rule="trace",
+        hyperparams=reference.DecayHyperparams(0.8),
+        states=("trace",),
+        flags={"nesterov": True},
+        marks=SLOW,
+    ),
+    Optimizer(
+        "ema",
+        direction=functools.partial(paged_optax.scale_by_paged_ema8bit, 0.9),
+        descent=None,
+        optax=None,
+        rule="ema",
+        hyperparams=reference.DecayHyperparams(0.9),
+        states=("ema",),
+        flags={"debias": True},
+        marks=SLOW,
+    ),
+    Optimizer(
+        "signum",
+        direction=paged_optax.scale_by_paged_signum8bit,
+        descent=paged_optax.paged_signum8bit,
+        optax=lambda rate: optax.chain(
+            optax.ema(0.9, debias=False), optax.scale_by_sign(), optax.scale_by_learning_rate(rate)
+        ),
+        rule="ema",
+        hyperparams=reference.DecayHyperparams(0.9),
+        states=("ema",),
+        flags={"sign": True},
+        marks=SLOW,
+    ),
+    Optimizer(
+        "muon",
+        direction=lambda **options: muon_momentum(0.95, True, _options(**options)),
+        descent=None,
+        optax=None,
+        rule="muon",
+        hyperparams=reference.MuonHyperparams(),
+        states=("mu",),
+        flags={"nesterov": True},
+        marks=SLOW,
+    ),
+    Optimizer(
+        "rmsprop",
+        direction=paged_optax.scale_by_paged_rms8bit,
+        descent=paged_optax.paged_rmsprop8bit,
+        optax=optax.rmsprop,
+        rule="rms",
+        hyperparams=reference.RmsHyperparams(),
+        states=("nu",),
+        flags={"eps_in_sqrt": True},
+    ),
+    Optimizer(
+        "rmsprop_of_torch",
+        direction=functools.partial(paged_optax.scale_by_paged_rms8bit, **RMS_OF_TORCH),
+        descent=functools.partial(paged_optax.paged_rmsprop8bit, **RMS_OF_TORCH),
+        optax=functools.partial(optax.rmsprop, **RMS_OF_TORCH),
+        rule="rms",
+        hyperparams=reference.RmsHyperparams(0.99, 1e-8, 0.5),
+        states=("nu",),
+        flags={"bias_correction": True},
+        marks=SLOW,
+    ),
+    Optimizer(
+        "centered",
+        direction=functools.partial(paged_optax.scale_by_paged_stddev8bit, **CENTERED),
+        descent=functools.partial(paged_optax.paged_rmsprop8bit, centered=True, **CENTERED),
+        optax=functools.partial(optax.rmsprop, centered=True, **CENTERED),
+        rule="stddev",
+        hyperparams=reference.RmsHyperparams(0.9, 1e-4, 0.1),
+        states=("mu", "nu"),
+        flags={"eps_in_sqrt": True},
+        marks=SLOW,
+    ),
+    Optimizer(
+        "adagrad",
+        direction=paged_optax.scale_by_paged_rss8bit,
+        descent=paged_optax.paged_adagrad8bit,
+        optax=optax.adagrad,
+        rule="rss",
+        hyperparams=reference.RssHyperparams(),
+        states=("sum_of_squares",),
+        marks=SLOW,
+    ),
+    Optimizer(
+        "ademamix",
+        direction=functools.partial(paged_optax.scale_by_paged_ademamix8bit, alpha=5.0),
+        descent=paged_optax.paged_ademamix8bit,
+        optax=optax.contrib.ademamix,
+        rule="ademamix",
+        hyperparams=reference.AdemamixHyperparams(alpha=5.0),
+        states=("m1", "m2", "nu"),
+    ),
 ]
+DESCENTS = [row for row in OPTIMIZERS if row.descent is not None]
 BY_NAME = {row.name: row for row in OPTIMIZERS}
 
 
@@ -109,7 +252,7 @@ class Specification:
         quantization = quantization or Quantization()
 
         def init(size):
-            quantized = quantization.codec != "float32" and size >= quantization.min_size
+            quantized = size >= quantization.min_size
             return reference.init_leaf(size, quantized, quantization.codec, rule=optimizer.rule)
 
         zero = np.uint8(reference.ZERO_RESIDUAL)
@@ -203,8 +346,8 @@ def moments_of(optimizer, state):
 
 def assert_stored(stored, expected, what=""):
     """The bytes stored of a leaf's states, against those of the reference; padding is zero."""
-    if isinstance(expected[0], reference.Quantized | reference.Squares):
-        expected = [*(state.codes for state in expected), *(state.scales for state in expected)]
+    if isinstance(expected[0], tuple):  # codes and words, or codes alone, of each state
+        expected = [part for parts in zip(*expected, strict=True) for part in parts]
     for actual, part in zip(stored, expected, strict=True):
         same_bits(actual[: part.size], part, what)
         assert not actual[part.size :].any(), what

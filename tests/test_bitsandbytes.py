@@ -146,7 +146,7 @@ def test_shards_become_one(params):
     """A leaf that is cut over devices goes through float32."""
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("x")
-    kernel = {"kernel": jax.device_put(params["kernel"], jax.NamedSharding(mesh, spec))}
+    kernel = {"kernel": jax.device_put(params["kernel"], jax.sharding.NamedSharding(mesh, spec))}
     tx = paged_optax.scale_by_paged_adam8bit(quantization=DYNAMIC)
     _, state = jax.jit(tx.update)(kernel, tx.init(kernel), kernel)
     theirs = to_bitsandbytes(state, ["['kernel']"])["state"][0][NESTED]
@@ -203,6 +203,10 @@ BAD = {
     "mixed": (_edit(1, state2=lambda x: x.astype(np.float32)), "have different dtypes"),
     "no step": (_edit(1, step=None), "there is no 'step'"),
     "negative": (_edit(1, step=lambda x: -1), "its step is -1"),
+    "fraction": (_edit(1, step=lambda x: 2.5), "its step is 2.5, and no whole number"),
+    "several": (_edit(1, step=lambda x: [3, 3]), r"its step is \[3, 3\]"),
+    "text": (_edit(1, step=lambda x: "3"), "its step is '3'"),
+    "no dict": (lambda theirs: theirs["state"][1].update({NESTED: 3}), "is a int, no dict"),
     "steps": (_edit(1, step=lambda x: 7), "different numbers of steps"),
     "one moment": (_edit(1, state2=None), "some parameters have a state2 and some do not"),
     "parameter": (lambda theirs: theirs["state"].pop(1), r"no parameter 1, which is \['kernel'\]"),
@@ -263,3 +267,7 @@ def test_states_without_moments_are_refused(params):
         from_bitsandbytes(two.init(params), theirs, params, ORDER)
     with pytest.raises(TypeError, match="state_dict is a list"):
         from_bitsandbytes(tx.init(params), [1], params, ORDER)
+    with pytest.raises(TypeError, match="state_dict is a dict"):
+        from_bitsandbytes(tx.init(params), {"state": None}, params, ORDER)
+    with pytest.raises(ValueError, match="params has no leaves"):
+        from_bitsandbytes(tx.init(params), theirs, {}, [])

@@ -33,16 +33,16 @@ from helpers import (
     to_jax,
     train,
 )
-from optimizers import OPTIMIZERS, Specification, assert_as_specified, moments_of
+from optimizers import DESCENTS, OPTIMIZERS, Specification, assert_as_specified, moments_of
 from paged_optax import Quantization, memory_report, release
 
-pytestmark = pytest.mark.fast
 on_every_device = pytest.mark.usefixtures("device")
 on_cpu = pytest.mark.usefixtures("on_cpu")
-every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda row: row.name)
+every_optimizer = pytest.mark.parametrize("optimizer", [row.param for row in DESCENTS])
 # Of optimizers with one direction the first; what it promises, all of them have.
 DIRECTIONS = list({row.direction: row for row in reversed(OPTIMIZERS)}.values())
-every_direction = pytest.mark.parametrize("optimizer", DIRECTIONS, ids=lambda row: row.name)
+every_direction = pytest.mark.parametrize("optimizer", [row.param for row in DIRECTIONS])
+every_format = pytest.mark.parametrize("format", ["ratio", "dynamic", "bfloat16", "float32"])
 
 # Moments in float32 and in 8 bits, partial blocks, a scalar, no elements; all dtypes.
 SHAPES = {"b": (7,), "e": (0, 3), "g": (300,), "h": (5000,), "s": (), "v": (70, 70), "w": (64, 80)}
@@ -84,7 +84,7 @@ def assert_close_after(num_steps, params, expected):
 
 @on_every_device
 @every_direction
-@pytest.mark.parametrize("format", ["ratio", "dynamic", "float32"])
+@every_format
 def test_bits_of_the_reference(optimizer, format):
     """Updates of all dtypes, and everything stored."""
     if format not in optimizer.formats:
@@ -354,7 +354,7 @@ def test_skipped_steps_leave_no_trace(optimizer, rounding):
 
 @on_every_device
 @every_direction
-@pytest.mark.parametrize("format", ["ratio", "dynamic", "float32"])
+@every_format
 def test_skipped_elements(optimizer, format):
     """To the bit as in the reference: a direction of 0, and moments that stay."""
     if format not in optimizer.formats:
@@ -440,10 +440,15 @@ def test_memory(optimizer, min_size):
     assert report.total == report.resident == expected == release(state)
 
 
+# Every optimizer and the next one, and those with the same moments.
+PAIRS = [
+    *itertools.pairwise([*OPTIMIZERS, OPTIMIZERS[0]]),
+    *itertools.permutations(OPTIMIZERS[:3], 2),
+]
+
+
 @on_cpu
-@pytest.mark.parametrize(
-    "one, other", list(itertools.permutations(OPTIMIZERS, 2)), ids=lambda row: row.name
-)
+@pytest.mark.parametrize("one, other", PAIRS, ids=lambda row: row.name)
 def test_moments_of_another_optimizer_are_refused(one, other):
     """A state goes on in an optimizer with the same moments, and in no other."""
     _, state = stepped(one, one.direction(), 1)

@@ -695,3 +695,17 @@ def test_pmap(devices):
         moments(state)
     release(state)
     release(single)
+
+
+def test_a_fresh_state_is_on_the_mesh_of_its_parameters():
+    """Trainers that restore a state look for the mesh in it."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    params = {"w": jax.device_put(jnp.ones((64, 80)), NamedSharding(mesh, P("x")))}
+    for tx in (paged_adamw8bit(1e-3), optax.chain(optax.clip(1.0), paged_adamw8bit(1e-3))):
+        state = tx.init(params)
+        for leaf in jax.tree.leaves(state):
+            assert leaf.sharding == NamedSharding(mesh, P())
+        step = jax.jit(tx.update)
+        _, state = step(params, state, params)
+        _, state = step(params, state, params)
+        assert step._cache_size() == 1

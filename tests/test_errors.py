@@ -362,7 +362,7 @@ NOT_HERE = r"not in this process: .* checkpoint.*a token carries no moments.*ini
 
 
 @pytest.fixture(scope="module")
-def foreign_states(tmp_path_factory):
+def exported_states(tmp_path_factory):
     """States of another process, before and after its first two updates, without moments."""
     folder = tmp_path_factory.mktemp("foreign")
     run_python(
@@ -386,8 +386,21 @@ def foreign_states(tmp_path_factory):
     return [jax.tree.unflatten(treedef, map(jnp.asarray, leaves)) for leaves in states]
 
 
+handles = itertools.count(1)
+
+
+@pytest.fixture
+def foreign_states(exported_states):
+    """The same for every test, with a handle that no other test has used."""
+    offset = jnp.array([next(handles), 0], jnp.int32)
+    return [
+        state._replace(token=type(state.token)(state.token.value + offset))
+        for state in exported_states
+    ]
+
+
 @pytest.mark.parametrize("convert", [lambda x: x, np.asarray], ids=["jax", "numpy"])
-@pytest.mark.parametrize("version", [0, 2], ids=["fresh", "updated"])
+@pytest.mark.parametrize("version", [1, 2], ids=["once", "twice"])
 def test_state_of_another_process(tx, foreign_states, version, convert):
     state = jax.tree.map(convert, foreign_states[version])
     before_call = num_arenas()
@@ -395,6 +408,65 @@ def test_state_of_another_process(tx, foreign_states, version, convert):
         with pytest.raises(RAISES, match=NOT_HERE):
             jax.block_until_ready(update(make_grads(), state))
     assert num_arenas() == before_call
+
+
+@pytest.mark.parametrize("convert", [lambda x: x, np.asarray], ids=["jax", "numpy"])
+def test_state_that_another_process_never_updated(tx, foreign_states, convert):
+    """It has no moments to lose, and is as good as a new one; until it is released."""
+    state = jax.tree.map(convert, foreign_states[0])
+    update = jax.jit(tx.update)
+    expected, mine = update(make_grads(), tx.init(make_grads()))
+    actual, theirs = update(make_grads(), state)
+    assert_trees_equal(actual, expected)
+    assert_trees_equal(update(make_grads(), theirs)[0], update(make_grads(), mine)[0])
+    release(theirs)
+    with pytest.raises(RAISES, match="were released"):
+        jax.block_until_ready(update(make_grads(), state))
+
+
+def test_token_of_zeros_is_no_fresh_state(tx):
+    state = jax.tree.map(jnp.zeros_like, tx.init(make_grads()))
+    with pytest.raises(RAISES, match=NOT_HERE):
+        jax.block_until_ready(tx.update(make_grads(), state))
+
+
+@pytest.mark.parametrize("make", [scale_by_paged_adam8bit, paged_optax.scale_by_paged_lion8bit])
+def test_missing_moments_start_over(make, foreign_states):
+    """At zero, with bias correction from there; the count goes on."""
+    tx = make(missing="restart")
+    state = type(tx.init(make_grads()))(*foreign_states[2])
+    state = state._replace(count=jnp.int32(100))
+    fresh = tx.init(make_grads())
+    with pytest.warns(RuntimeWarning, match=r"are not in this process.*start at zero on cpu:0"):
+        for i in range(4):
+            grads = jax.tree.map(lambda x: x * (i + 1.0), make_grads())  # noqa: B023
+            expected, fresh = jax.jit(tx.update)(grads, fresh)
+            actual, state = jax.jit(tx.update)(grads, state)
+            assert_trees_equal(actual, expected)
+            jax.block_until_ready(state)
+    assert int(state.count) == 104
+    assert_trees_equal(moments(state), moments(fresh))
+    with pytest.raises(RAISES, match="not the newest"):
+        stale = state._replace(token=type(state.token)(state.token.value - jnp.array([0, 2])))
+        jax.block_until_ready(tx.update(make_grads(), stale))
+    release(state)
+
+
+def test_states_of_this_process_do_not_start_over():
+    """A state that was used twice, or released, is a mistake, and no missing checkpoint."""
+    tx = scale_by_paged_adam8bit(missing="restart")
+    _, first = tx.update(make_grads(), tx.init(make_grads()))
+    _, second = tx.update(make_grads(), first)
+    assert_refused(lambda: tx.update(make_grads(), first), second, "not the newest")
+    release(second)
+    with pytest.raises(RAISES, match="were released"):
+        jax.block_until_ready(tx.update(make_grads(), second))
+    invented = tx.init(make_grads())
+    token = type(invented.token)(invented.token.value + jnp.array([0, 3], jnp.int32))
+    with pytest.raises(RAISES, match="claims version 3 but was never used"):
+        jax.block_until_ready(tx.update(make_grads(), invented._replace(token=token)))
+    with pytest.raises(ValueError, match="missing is 'zero'; it must be one of error, restart"):
+        scale_by_paged_adam8bit(missing="zero")
 
 
 def test_reports_of_a_state_of_another_process(foreign_states):
@@ -845,6 +917,13 @@ def test_mu_dtype_in_its_place_in_optax():
         paged_optax.paged_adamw8bit(1e-3, 0.9, 0.95, 1e-8, 0.0, jnp.bfloat16, 0.1)
     with pytest.raises(TypeError, match="mu_dtype"):
         paged_optax.paged_adamw8bit(1e-3, weight_decay=np.dtype("float32"))
+
+
+def test_mu_dtype_that_trainers_pass_on():
+    for make in (paged_optax.paged_adamw8bit, paged_optax.paged_lion8bit):
+        make(1e-3, mu_dtype=None)
+        with pytest.raises(TypeError, match=r"mu_dtype is .*bfloat16.*can only be None"):
+            make(1e-3, mu_dtype=jnp.bfloat16)
 
 
 def test_state_of_another_optimizer(tx):

@@ -1,9 +1,11 @@
 """Examples that the suite runs itself: what they claim is checked, not only that they end."""
 
+import json
 import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,58 @@ def test_fsdp_keeps_gradients_in_shards(tmp_path):
     assert process.returncode == 0, process.stderr
     assert "1/8 of them" in process.stdout
     assert (tmp_path / "fsdp_finetune.png").exists()
+
+
+RESUMED = """
+    import json, sys
+    sys.path.insert(0, sys.argv[1])
+    import importlib
+    result = importlib.import_module(sys.argv[2]).main(sys.argv[3:])
+    losses = [loss for _, loss, _, _ in result.history]
+    print("losses", json.dumps([result.before, *losses, result.after]))
+"""
+
+
+def start_example(name, folder, *options):
+    # Programs are compiled once for all runs.
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    command = [sys.executable, "-c", textwrap.dedent(RESUMED), str(EXAMPLES), name]
+    small = ["--steps=9", "--pretrain-steps=2", "--seq-len=32", "--accumulate=1", "--save-every=2"]
+    return subprocess.Popen(
+        [*command, *small, f"--text={folder / 'text.py'}", *options],
+        cwd=folder,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"} | cache,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def losses_of(process):
+    out, err = process.communicate(timeout=1800)
+    assert process.returncode == 0, err
+    (line,) = [line for line in out.splitlines() if line.startswith("losses")]
+    return json.loads(line.removeprefix("losses"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora_finetune", "fsdp_finetune"])
+def test_example_resumes_after_a_kill(name, tmp_path):
+    """The losses are those of a run that never stopped, in every digit."""
+    for module in ["matplotlib", "psutil", "tqdm"] + ["qwix"] * (name == "lora_finetune"):
+        pytest.importorskip(module)
+    (tmp_path / "text.py").write_text("import this\n" * 1000)
+    whole = losses_of(start_example(name, tmp_path))
+    folder = tmp_path / "run"
+    with start_example(name, tmp_path, f"--checkpoint-dir={folder}") as process:
+        while process.poll() is None and not list(folder.glob("[0-9]*")):
+            time.sleep(0.01)
+        process.kill()
+    assert losses_of(start_example(name, tmp_path, f"--checkpoint-dir={folder}")) == whole
 
 
 @pytest.mark.slow

@@ -231,6 +231,50 @@ def test_foreign_token_is_refused_on_the_device(stepped):
         raise_if_rejected()
 
 
+def from_elsewhere(state, version):
+    """The state as another process would have left it."""
+    handle = int(state.token.value[0])
+    handle += 2**25 if handle < 2**29 else -(2**25)
+    return state._replace(token=type(state.token)(jnp.array([handle, version], jnp.int32)))
+
+
+def test_missing_moments_start_over_on_the_device():
+    """At zero, with bias correction from there; the count goes on, and so does everything else."""
+    tx = paged_optax.scale_by_paged_adam8bit(missing="restart")
+    params = {"w": jnp.full((64, 64), 0.5), "b": jnp.full(5, 0.25)}
+    step = jax.jit(tx.update)
+    state = from_elsewhere(tx.init(params)._replace(count=jnp.int32(100)), 57)
+    raise_if_rejected()
+    with pytest.warns(RuntimeWarning, match=r"start at zero on cuda:0"):
+        _, state = step(params, state)
+        jax.block_until_ready(state)
+        memory_report(state)
+    fresh = tx.init(params)
+    _, fresh = step(params, fresh)
+    for i in range(3):
+        grads = jax.tree.map(lambda p: p * (i + 2.0), params)  # noqa: B023
+        expected, fresh = step(grads, fresh)
+        actual, state = step(grads, state)
+        for name in params:
+            np.testing.assert_array_equal(np.asarray(actual[name]), np.asarray(expected[name]))
+    assert int(state.count) == 104 and int(state.token.value[1]) == 61
+    for name in params:
+        np.testing.assert_array_equal(moments(state).mu[name], moments(fresh).mu[name])
+        np.testing.assert_array_equal(moments(state).nu[name], moments(fresh).nu[name])
+    release(state)
+    release(fresh)
+
+
+def test_state_that_another_process_never_updated():
+    tx = paged_optax.scale_by_paged_lion8bit()
+    params = {"w": jnp.full((48, 96), 0.5)}  # no other state here has such a leaf
+    state = from_elsewhere(tx.init(params), 0)
+    _, state = tx.update(params, state)
+    _, state = tx.update(params, state)
+    np.testing.assert_allclose(moments(state).mu["w"], 0.5 * (1 - 0.99**2), rtol=0.02)
+    release(state)
+
+
 def test_fresh_state_starts_anew(stepped):
     tx, params, (fresh, _, newest) = stepped
     first, state = tx.update(params, fresh)

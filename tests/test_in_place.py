@@ -19,9 +19,12 @@ from helpers import (
     Token,
     assert_trees_equal,
     f32,
+    is_zero,
     make_tree,
+    raise_if_rejected,
     reference,
     residuals_of,
+    run_python,
     same_bits,
     stack,
     to_jax,
@@ -397,6 +400,24 @@ def test_a_refused_step_is_an_error():
     assert newer is not None and old is not None
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("donate", [(), (1, 2)], ids=["kept", "donated"])
+def test_a_gpu_leaves_the_parameters_of_a_refused_step(donate):
+    """In either memory; the error comes with the next call."""
+    with jax.default_device(jax.devices("gpu")[0]):
+        tx, params = paged_adamw8bit(RATE), to_jax(make_tree(50, TREE))
+        step = jax.jit(functools.partial(apply_gradients, tx), donate_argnums=donate)
+        grads = some_grads(0)[0]
+        _, old = eager(tx, params, [grads])
+        _, newer = apply_gradients(tx, grads, jax.tree.map(jnp.copy, old), params)
+        _, newest = apply_gradients(tx, grads, newer, params)
+        kept, _ = step(grads, jax.tree.map(jnp.copy, old), jax.tree.map(jnp.copy, params))
+        assert_trees_equal(kept, params)
+        with pytest.raises(RuntimeError, match="not the newest"):
+            raise_if_rejected()
+        assert not is_zero(apply_gradients(tx, grads, newest, params)[0])
+
+
 # --- Memory -------------------------------------------------------------------------------------
 
 
@@ -455,6 +476,41 @@ def test_nothing_to_step():
         new, state = apply_gradients(tx, params, tx.init(params), params)
         assert jax.tree.structure(new) == jax.tree.structure(params)
         new, state = apply_gradients(tx, params, state, new)
+
+
+def test_copied_parameters_are_noticed(tmp_path):
+    """Once, and only if they are elsewhere at each of many steps."""
+    run_python(
+        """
+        import functools, warnings
+        import jax, jax.numpy as jnp
+        from paged_optax import apply_gradients, paged_adamw8bit
+
+        jax.config.update("jax_platforms", "cpu")
+        tx = paged_adamw8bit(0.1)
+        grads = {"w": jnp.ones(5000), "b": jnp.ones(3)}
+
+        def train(num_steps, **options):
+            step = jax.jit(functools.partial(apply_gradients, tx), **options)
+            params, state = jax.tree.map(jnp.copy, grads), tx.init(grads)
+            for _ in range(num_steps):
+                params, state = step(grads, state, params)
+
+        warnings.simplefilter("error")
+        train(100, donate_argnums=(1, 2))
+        train(20)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            train(100)
+            train(100)
+            for _ in range(1000):  # the interpreter passes a notice on between two instructions
+                pass
+        (warning,) = said
+        assert "copied before each of the last 32 steps in place" in str(warning.message)
+        assert "donate_argnums" in str(warning.message)
+        """,
+        tmp_path,
+    )
 
 
 def compiled_step(tx, params, donate):

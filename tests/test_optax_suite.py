@@ -214,8 +214,8 @@ class LeftOut(NamedTuple):
 
 
 OLD_STATE = ((RuntimeError, ValueError), "this optimizer state is not the newest one", ONE_SLOT)
-MU_DTYPE = (TypeError, "unexpected keyword argument 'mu_dtype'")
-NO_MU_DTYPE = "`mu_dtype` is not among our arguments: moments have 8 bits"
+MU_DTYPE = (TypeError, "mu_dtype is .* it can only be None")
+NO_MU_DTYPE = "`mu_dtype` can only be None: moments have 8 bits"
 NO_COMPLEX = "complex parameters; `split_real_and_imaginary` takes them apart, and its test runs"
 NO_FLOAT64 = "float64 parameters"
 NO_MU = "the moments are outside JAX; `paged_optax.moments` reads them"

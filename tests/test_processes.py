@@ -13,8 +13,9 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-# Run by each process, and once more by one process with all devices.
-PROGRAM = """
+# Run by every process of several, or by one process with all devices: this, and one of the programs
+# below it.
+START = """
     import os
     import sys
     import traceback
@@ -22,7 +23,7 @@ PROGRAM = """
     import jax
     import numpy as np
 
-    index, count, port, platform, folder = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+    index, count, port, platform, folder = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6]
     num_devices = 4 if platform == "cpu" else 2
     if platform == "cpu":
         jax.config.update("jax_num_cpu_devices", num_devices // count)
@@ -44,40 +45,67 @@ PROGRAM = """
     # No gradient needs a sum over devices, which one process and two would round differently.
     specs = {"kernel": P(None, "x"), "bias": P("x"), "scale": P()}
     shapes = {"kernel": (64, 1024), "bias": (1024,), "scale": (8192,)}
+    tx = paged_optax.paged_adamw8bit(1e-2)
 
     def loss(params, x):
         hidden = jnp.tanh(x @ params["kernel"] + params["bias"])
         return jnp.mean(hidden**2) + jnp.mean(params["scale"] ** 2)
 
-    def train(kind):
+    def make_mesh(kind):
         devices = jax.devices()[:num_devices]
-        mesh = jax.make_mesh((num_devices,), ("x",), axis_types=(kind,), devices=devices)
+        return jax.make_mesh((num_devices,), ("x",), axis_types=(kind,), devices=devices)
+
+    def make_inputs(mesh):
         rng = np.random.default_rng(0)
-        tx = paged_optax.paged_adamw8bit(1e-2)
 
         def sharded(shape, spec):
             whole = rng.standard_normal(shape).astype(np.float32)
             sharding = NamedSharding(mesh, spec)
             return jax.make_array_from_callback(shape, sharding, lambda i: whole[i])
 
+        params = {name: sharded(shape, specs[name]) for name, shape in shapes.items()}
+        return params, sharded((16, 64), P())
+
+    @jax.jit
+    def step(params, state, x):
+        grads = jax.grad(loss)(params, x)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def advance(params, state, x, steps):
+        for _ in range(steps):
+            params, state = step(params, state, x)
+        return params, state
+
+    def results(params, state):
+        if count > 1:
+            params = multihost_utils.process_allgather(params, tiled=True)
+        moments = paged_optax.moments(state, gather=True)
+        return {
+            **{f"params/{name}": np.asarray(leaf) for name, leaf in params.items()},
+            **{f"mu/{name}": leaf for name, leaf in moments.mu.items()},
+            **{f"nu/{name}": leaf for name, leaf in moments.nu.items()},
+        }
+
+    def end_at_once(main):
+        try:
+            main()
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)  # at a regular exit a process waits for the other one
+"""
+
+TRAIN = """
+    def train(kind):
+        mesh = make_mesh(kind)
         if index == 1:  # a state of its own does not bring the shared ones out of step
             own = {"w": jnp.ones((64, 64))}
             _, state = tx.update(own, tx.init(own), own)
             assert paged_optax.moments(state).mu["w"].shape == (64, 64)
-
-        @jax.jit
-        def step(params, state, x):
-            grads = jax.grad(loss)(params, x)
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
         with jax.set_mesh(mesh):
-            params = {name: sharded(shape, specs[name]) for name, shape in shapes.items()}
-            state = jax.jit(tx.init)(params)
-            x = sharded((16, 64), P())
-            for _ in range(4):
-                params, state = step(params, state, x)
-        return params, state
+            params, x = make_inputs(mesh)
+            return advance(params, jax.jit(tx.init)(params), x, 4)
 
     def check(params, state):
         shards = state[0].token.value.addressable_shards
@@ -94,28 +122,58 @@ PROGRAM = """
                 assert "belong to other processes; to collect theirs" in str(error), error
             else:
                 raise AssertionError("moments() returned part of the moments")
-            params = multihost_utils.process_allgather(params, tiled=True)
         tokens = tokens.reshape(-1, 2)
         assert len(np.unique(tokens, axis=0)) == 1, tokens
-        moments = paged_optax.moments(state, gather=True)
-        return {
-            **{f"params/{name}": np.asarray(leaf) for name, leaf in params.items()},
-            **{f"mu/{name}": leaf for name, leaf in moments.mu.items()},
-            **{f"nu/{name}": leaf for name, leaf in moments.nu.items()},
-        }
+        return results(params, state)
 
-    try:
+    @end_at_once
+    def main():
         for kind in AxisType.Auto, AxisType.Explicit:
             np.savez(f"{folder}/{kind.name}-{count}-{index}.npz", **check(*train(kind)))
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # at a regular exit a process waits for the other one
+"""
+
+# Saves in every way after 3 of 6 steps, or resumes there.
+RESUME = """
+    import orbax.checkpoint as ocp
+
+    def save(params, state):
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(f"{folder}/orbax", {"params": params, "state": state})
+        paged_optax.save_moments(state, f"{folder}/moments.safetensors")
+
+    def restore(params, way):
+        state = jax.jit(tx.init, out_shardings=NamedSharding(mesh, P()))(params)
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+            {"params": params, "state": state},
+        )
+        with ocp.StandardCheckpointer() as checkpointer:
+            restored = checkpointer.restore(f"{folder}/orbax", shapes)
+        if way == "file":
+            state = paged_optax.load_moments(state, f"{folder}/moments.safetensors")
+        else:
+            state = restored["state"]
+        return restored["params"], state
+
+    phase, mesh = sys.argv[6], make_mesh(AxisType.Auto)
+
+    @end_at_once
+    def main():
+        params, x = make_inputs(mesh)
+        if phase == "save":
+            params, state = advance(params, tx.init(params), x, 3)
+            save(params, state)
+            ends = {"save": advance(params, state, x, 3)}
+        else:
+            ends = {way: advance(*restore(params, way), x, 3) for way in ("orbax", "file")}
+        for way, (params, state) in ends.items():
+            assert int(state[0].count.addressable_shards[0].data) == 6
+            np.savez(f"{folder}/{way}-{count}-{index}.npz", **results(params, state))
 """
 
 
-def run(folder, platform, count):
-    """Runs the program in `count` processes; none is left behind, whatever happens."""
+def run(folder, platform, count, program=TRAIN, *arguments):
+    """Runs a program in `count` processes; none is left behind, whatever happens."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -128,8 +186,8 @@ def run(folder, platform, count):
     logs = [open(folder / f"{platform}-{count}-{index}.log", "w+") for index in range(count)]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(PROGRAM)]
-            + [str(index), str(count), str(port), platform, str(folder)],
+            [sys.executable, "-c", textwrap.dedent(START + program)]
+            + [str(index), str(count), str(port), platform, str(folder), *arguments],
             cwd=folder,  # not a checkout, whose source folder would be imported
             env=environment,
             stdout=log,
@@ -182,3 +240,25 @@ def test_two_processes_agree_with_one(results, kind):
         actual = np.load(results / f"{kind}-2-{index}.npz")
         for name in expected.files:
             np.testing.assert_array_equal(actual[name], expected[name], name)
+
+
+@pytest.mark.parametrize("platform", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_two_processes_save_and_resume(platform, tmp_path):
+    """In two processes again and in one: by Orbax and by a file of each process, to the bit."""
+    pytest.importorskip("orbax.checkpoint")
+    if platform == "cuda" and len(jax.devices("gpu")) < 2:
+        pytest.skip("there is only one GPU")
+    run(tmp_path, platform, 2, RESUME, "save")
+    names = sorted(path.name for path in tmp_path.glob("moments*"))
+    assert names == ["moments-00001-of-00002.safetensors", "moments-00002-of-00002.safetensors"]
+    for count in 2, 1:
+        run(tmp_path, platform, count, RESUME, "resume")
+    expected = np.load(tmp_path / "save-2-0.npz")
+    for name in "save-2-1", *(f"{way}-{end}" for way in ("orbax", "file") for end in ENDS):
+        actual = np.load(tmp_path / f"{name}.npz")
+        assert set(actual.files) == set(expected.files)
+        for key in expected.files:
+            np.testing.assert_array_equal(actual[key], expected[key], f"{name} {key}")
+
+
+ENDS = ["2-0", "2-1", "1-0"]  # processes, and the index of one

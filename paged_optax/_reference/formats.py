@@ -1,7 +1,8 @@
 """The formats of moments: float32 values of a leaf to what is stored, and back.
 
 ``dynamic`` is the code of bitsandbytes; each state is stored alone. ``ratio`` stores first moments
-as multiples of the square roots of their second moments, so it stores both together.
+as multiples of the square roots of their second moments, so it stores both together; where a rule
+has but one kind of moment, it stores that alone.
 
 References:
   Dettmers et al., `8-bit Optimizers via Block-wise Quantization
@@ -114,15 +115,24 @@ def quantize_ratio(mu: np.ndarray, nu: np.ndarray, random: np.ndarray) -> RatioS
       nu: second moments (size,), finite and not negative.
       random: uint32 (size,). The upper bits round ``nu``, the lower 16 round ``mu``.
     """
-    mu, nu = _to_blocks(mu), np.minimum(_to_blocks(nu), np.float32(2.0**127))
+    mu, nu = _to_blocks(mu), _to_blocks(nu)
     random = np.pad(random, (0, mu.size - random.size)).reshape(mu.shape)
+    codes, (scales,), nu_codes, words = _quantize_ratios([mu], nu, random, mu)
+    return RatioState(codes[0], nu_codes, scales, words)
 
+
+def _quantize_ratios(firsts, nu, random, active):
+    """Codes and scales of each first moment, and codes and words of the second moments.
+
+    All are blocks; `active` is 0 where an element is idle.
+    """
+    nu = np.minimum(nu, np.float32(2.0**127))
     # The window reaches from the largest second moment to the smallest, both as the integers of
     # their bits, which have the order of the floats.
     bits = nu.view(np.int32).astype(np.int64)
     top = bits.max(axis=1, initial=0)
     idle_limit = (top - _IDLE_RANGE)[:, None]
-    low = np.where(mu == 0, np.maximum(bits, idle_limit), bits)
+    low = np.where(active == 0, np.maximum(bits, idle_limit), bits)
     bottom = np.where(bits > 0, low, _INFINITY).min(axis=1, initial=_INFINITY)
     span = np.maximum(top - bottom, 0)
     span += span // 64 + span // 256  # leaves some codes at both ends
@@ -145,10 +155,14 @@ def quantize_ratio(mu: np.ndarray, nu: np.ndarray, random: np.ndarray) -> RatioS
 
     # First moments in units of the stored second moments' square roots.
     _, reciprocal = ratio_unit(_decode_ratio_nu(nu_codes, words))
-    with np.errstate(over="ignore"):
-        ratio = np.where(nu_codes == 0, np.float32(0), mu * reciprocal)
-    mu_codes, scales = _quantize_squares(ratio, random, least=2.0**-64, largest=2.0**32)
-    return RatioState(mu_codes.ravel(), nu_codes.ravel(), scales, words.view(np.float32))
+    codes, scales = [], []
+    for place, mu in enumerate(firsts):
+        with np.errstate(over="ignore"):
+            ratio = np.where(nu_codes == 0, np.float32(0), mu * reciprocal)
+        stored = _quantize_squares(ratio, random_of(place, random), least=2.0**-64, largest=2.0**32)
+        codes.append(stored[0].ravel())
+        scales.append(stored[1])
+    return codes, scales, nu_codes.ravel(), words.view(np.float32)
 
 
 def _quantize_squares(x, random, least: float, largest: float):
@@ -190,11 +204,85 @@ def quantize_squares(values: np.ndarray, random: np.ndarray) -> Squares:
     return Squares(codes.ravel(), scales)
 
 
+class Window(NamedTuple):
+    """A state that is never negative in the ``ratio`` format, of a rule without signed states."""
+
+    codes: np.ndarray  # uint8 (num_blocks * 256,)
+    words: np.ndarray  # float32 (num_blocks,); their bits are the words
+
+
+class TwoRatios(NamedTuple):
+    """Two signed states and one that is never negative in the ``ratio`` format."""
+
+    m1_codes: np.ndarray
+    m2_codes: np.ndarray
+    nu_codes: np.ndarray
+    m1_scales: np.ndarray
+    m2_scales: np.ndarray
+    nu_words: np.ndarray
+
+
+def quantize_window(values: np.ndarray, random: np.ndarray, directions: np.ndarray) -> Window:
+    """Quantizes a flat float32 array block by block, rounding at random without bias.
+
+    Args:
+      values: float32 (size,), finite and not negative.
+      random: uint32 (size,), of which the upper bits count.
+      directions: float32 (size,); an element with the direction 0 is idle.
+    """
+    blocks = _to_blocks(values)
+    random = np.pad(random, (0, blocks.size - random.size)).reshape(blocks.shape)
+    _, _, codes, words = _quantize_ratios([], blocks, random, _to_blocks(directions))
+    return Window(codes, words)
+
+
+def quantize_two_ratios(m1, m2, nu, random: np.ndarray) -> TwoRatios:
+    """As `quantize_ratio`, with a second signed state whose random bits are `random_of` it."""
+    firsts, nu = [_to_blocks(m1), _to_blocks(m2)], _to_blocks(nu)
+    random = np.pad(random, (0, nu.size - random.size)).reshape(nu.shape)
+    codes, scales, nu_codes, words = _quantize_ratios(firsts, nu, random, firsts[0])
+    return TwoRatios(codes[0], codes[1], nu_codes, scales[0], scales[1], words)
+
+
+def random_of(place: int, random: np.ndarray) -> np.ndarray:
+    """The random bits, in the lower 16, of the signed state at a place among a rule's states."""
+    return random + np.uint32(place * 0x85EBCA6B % 2**32)
+
+
+class Halves(NamedTuple):
+    """A state in bfloat16."""
+
+    codes: np.ndarray  # uint16 (num_blocks * 256,): the upper halves of float32
+
+
+def quantize_halves(values: np.ndarray, random: np.ndarray) -> Halves:
+    """Rounds a flat float32 array to bfloat16, at random without bias.
+
+    Args:
+      values: finite float32 (size,).
+      random: uint32 (size,), of which the lower 16 bits count.
+    """
+    bits = _to_blocks(values).ravel().view(np.uint32)
+    random = np.pad(random & np.uint32(0xFFFF), (0, bits.size - random.size))
+    magnitude = np.minimum(bits & np.uint32(0x7FFFFFFF), np.uint32(0x7F7F0000)) + random
+    return Halves(((bits & np.uint32(0x80000000) | magnitude) >> np.uint32(16)).astype(np.uint16))
+
+
+def dequantize_halves(state: Halves) -> np.ndarray:
+    """The float32 values, padding included."""
+    return (state.codes.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
 def dequantize_ratio(state: RatioState) -> tuple[np.ndarray, np.ndarray]:
     """The float32 moments ``(mu, nu)`` that codes and words stand for, padding included."""
-    nu = _decode_ratio_nu(state.nu_codes.reshape(-1, BLOCK_SIZE), state.nu_words.view(np.uint32))
-    mu = _dequantize_squares(state.mu_codes, state.mu_scales) * ratio_unit(nu)[0]
-    return mu.ravel(), nu.ravel()
+    mu, nu = _dequantize_ratios([(state.mu_codes, state.mu_scales)], state.nu_codes, state.nu_words)
+    return mu, nu
+
+
+def _dequantize_ratios(firsts, nu_codes, nu_words) -> list[np.ndarray]:
+    nu = _decode_ratio_nu(nu_codes.reshape(-1, BLOCK_SIZE), nu_words.view(np.uint32))
+    unit = ratio_unit(nu)[0]
+    return [*((_dequantize_squares(*mu) * unit).ravel() for mu in firsts), nu.ravel()]
 
 
 def ratio_random(leaf_key: int, count: int, size: int) -> np.ndarray:
@@ -222,38 +310,68 @@ def ratio_unit(nu: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return unit.view(np.float32), reciprocal.view(np.float32)
 
 
-def encode(states: Sequence[np.ndarray], like: Any, signed: Sequence[bool], random: Any) -> Any:
+def encode(
+    states: Sequence[np.ndarray],
+    like: Any,
+    signed: Sequence[bool],
+    random: Any,
+    directions: np.ndarray,
+) -> Any:
     """Stores the states of a leaf in the format in which `like` stores them.
 
     Args:
       states: flat float32 arrays.
-      like: what was stored so far: a `RatioState`, or a NamedTuple of a `Quantized`, a
-        `Squares` or an array for each state.
+      like: what was stored so far: a `RatioState`, a `TwoRatios`, or a NamedTuple of a `Quantized`,
+        `Squares`, `Window`, `Halves` or an array for each state.
       signed: of each state, whether it can be negative.
-      random: function that returns the random bits of the ``ratio`` code.
+      random: function that returns the random bits of the formats that round at random.
+      directions: of the step, flat float32.
     """
     if isinstance(like, RatioState):
         mu, nu = states
         return quantize_ratio(mu, nu, random())
+    if isinstance(like, TwoRatios):
+        m1, m2, nu = states
+        return quantize_two_ratios(m1, m2, nu, random())
     encoded = []
-    for x, old, sign in zip(states, like, signed, strict=True):
+    for place, (x, old, sign) in enumerate(zip(states, like, signed, strict=True)):
         if isinstance(old, Squares):
             encoded.append(quantize_squares(x, random()))
+        elif isinstance(old, Window):
+            encoded.append(quantize_window(x, random(), directions))
+        elif isinstance(old, Halves):
+            bits = random_of(place, random()) if sign else random() >> np.uint32(16)
+            encoded.append(quantize_halves(x, bits))
+        elif isinstance(old, Quantized):
+            encoded.append(quantize(x, takes_signed_map(sign, signed)))
         else:
-            encoded.append(quantize(x, signed=sign) if isinstance(old, Quantized) else x)
+            encoded.append(x)
     return type(like)(*encoded)
+
+
+def takes_signed_map(sign: bool, signed: Sequence[bool]) -> bool:
+    """Which ``dynamic`` map a state takes: as in bitsandbytes the signed one if it is alone."""
+    return sign or len(signed) == 1
 
 
 def decode(stored: Any, signed: Sequence[bool], size: int) -> list[np.ndarray]:
     """The states of a leaf of `size` elements, flat float32 arrays; see `encode`."""
     if isinstance(stored, RatioState):
         return [x[:size] for x in dequantize_ratio(stored)]
+    if isinstance(stored, TwoRatios):
+        firsts = [(stored.m1_codes, stored.m1_scales), (stored.m2_codes, stored.m2_scales)]
+        decoded = _dequantize_ratios(firsts, stored.nu_codes, stored.nu_words)
+        return [x[:size] for x in decoded]
     decoded = []
     for x, sign in zip(stored, signed, strict=True):
         if isinstance(x, Squares):
             x = _dequantize_squares(*x).ravel()
+        elif isinstance(x, Window):
+            (x,) = _dequantize_ratios([], *x)
+        elif isinstance(x, Halves):
+            x = dequantize_halves(x)
         elif isinstance(x, Quantized):
-            x = dequantize(x, signed=sign)
+            x = dequantize(x, takes_signed_map(sign, signed))
         decoded.append(x[:size])
     return decoded
 
@@ -262,24 +380,36 @@ def from_arrays(format: str, arrays: Sequence[np.ndarray], signed: Sequence[bool
     """What `decode` takes, out of the arrays that an arena has of a leaf.
 
     Args:
-      format: ``"float32"``, ``"dynamic"`` or ``"ratio"``.
-      arrays: the codes of each state, then the words of each state; float32 has no words.
+      format: a name in `_tables.FORMATS`.
+      arrays: the codes of each state, then the words of each state if the format has any.
       signed: of each state, whether it can be negative.
     """
     if format == "float32":
         return tuple(arrays)
-    if format == "ratio" and not all(signed):
-        check_ratio(signed)
-        return RatioState(*arrays)
-    kind = Squares if format == "ratio" else Quantized
+    if format == "bfloat16":
+        return tuple(map(Halves, arrays))
+    kind: Any = Quantized
+    if format == "ratio":
+        kind = ratio_kind(signed)
+        if kind in (RatioState, TwoRatios):
+            return kind(*arrays)
     pairs = zip(arrays[: len(signed)], arrays[len(signed) :], strict=True)
     return tuple(kind(codes, words) for codes, words in pairs)
 
 
-def check_ratio(signed: Sequence[bool]) -> None:
-    """Refuses states for which nobody has specified the ``ratio`` format yet."""
-    if not all(signed) and tuple(signed) != (True, False):
+_RATIO_KINDS = {
+    (True,): Squares,
+    (False,): Window,
+    (True, False): RatioState,
+    (True, True, False): TwoRatios,
+}
+
+
+def ratio_kind(signed: Sequence[bool]) -> Any:
+    """The class of states in the ``ratio`` format, of one state or of all that a rule has."""
+    if tuple(signed) not in _RATIO_KINDS:
         raise NotImplementedError(f"no ratio format for states with signed={tuple(signed)}")
+    return _RATIO_KINDS[tuple(signed)]
 
 
 def _to_blocks(values: np.ndarray) -> np.ndarray:

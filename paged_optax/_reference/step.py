@@ -1,37 +1,51 @@
 """One step of one leaf: decode its states, apply the rule, encode them again."""
 
+import functools
 from typing import Any
 
 import numpy as np
 
 from .formats import (
     BLOCK_SIZE,
+    Halves,
     RatioState,
-    check_ratio,
+    Squares,
+    TwoRatios,
+    Window,
     decode,
     encode,
     quantize,
-    quantize_ratio,
     quantize_squares,
+    ratio_kind,
     ratio_random,
+    takes_signed_map,
 )
-from .rules import RULES, Hyperparams, bound_ratios
+from .rules import RULES, Hyperparams
 
 
 def init_leaf(size: int, quantized: bool, codec: str = "dynamic", rule: str = "adam") -> Any:
     """States of zero: a `LeafState`, a `RatioState`, or that of another rule."""
     zeros = np.zeros(size, np.float32)
-    _, state, signed = RULES[rule]
-    if not quantized:
-        return state(*[zeros] * len(signed))
-    if codec == "ratio" and all(signed):
-        return state(*[quantize_squares(zeros, np.zeros(size, np.uint32))] * len(signed))
+    row = RULES[rule]
+    if not quantized or codec == "float32":
+        return row.state(*[zeros] * len(row.signed))
     if codec == "ratio":
-        check_ratio(signed)
-        return quantize_ratio(zeros, zeros, np.zeros(size, np.uint32))._replace(
-            nu_words=np.zeros(-(-size // BLOCK_SIZE), np.float32)
-        )
-    return state(*(quantize(zeros, signed=sign) for sign in signed))
+        return _init_ratio(size, row)
+    if codec == "bfloat16":
+        codes = np.zeros(-(-size // BLOCK_SIZE) * BLOCK_SIZE, np.uint16)
+        return row.state(*[Halves(codes)] * len(row.signed))
+    return row.state(*(quantize(zeros, takes_signed_map(sign, row.signed)) for sign in row.signed))
+
+
+def _init_ratio(size: int, row: Any) -> Any:
+    words = np.zeros(-(-size // BLOCK_SIZE), np.float32)
+    codes = np.zeros(words.size * BLOCK_SIZE, np.uint8)
+    kind = ratio_kind(row.signed)
+    if kind is Squares:
+        return row.state(quantize_squares(np.zeros(size, np.float32), np.zeros(size, np.uint32)))
+    if kind is Window:
+        return row.state(Window(codes, words))
+    return kind(*[codes] * len(row.signed), *[words] * len(row.signed))
 
 
 def step_leaf(
@@ -84,21 +98,26 @@ def directions(
     rule: str = "adam",
     skip_elements: bool = False,
     leaf_key: int = 0,
+    **flags: bool,
 ) -> tuple[np.ndarray, Any]:
-    """As `step_leaf`, but the update is flat and float32."""
+    """As `step_leaf`, but the update is flat and float32; `flags` are other flags of the rule."""
     flat = np.asarray(grad).ravel().astype(np.float32)
-    step, _, signed = RULES[rule]
-    flags = {"nesterov": True} if nesterov else {}
-    direction, *states = step(
+    row = RULES[rule]
+    if nesterov:
+        flags["nesterov"] = True
+    states = decode(state, row.signed, flat.size)
+    if count == 0 and not all(row.signed):
+        place = row.signed.index(False)
+        states[place] = states[place] + np.float32(row.initial(hyperparams))
+    direction, *states = row.step(
         flat,
-        *decode(state, signed, flat.size),
+        *states,
         count=count,
         hyperparams=hyperparams,
         skip_elements=skip_elements,
         **flags,
     )
-    if isinstance(state, RatioState):
-        mu, nu = states
-        states = [bound_ratios(mu, nu, hyperparams), nu]
-    state = encode(states, state, signed, lambda: ratio_random(leaf_key, count, flat.size))
-    return direction, state
+    if isinstance(state, RatioState | TwoRatios):
+        states = row.bound(states, hyperparams)
+    random = functools.partial(ratio_random, leaf_key, count, flat.size)
+    return direction, encode(states, state, row.signed, random, direction)

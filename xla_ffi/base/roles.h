@@ -15,29 +15,31 @@ enum class Role : int8_t {
   kNonNegative,  // never negative: a mean of squares
 };
 
-struct StateInfo {
-  const char* name;
-  Role role;
-};
+// For the arithmetic of a rule (rules/rule.h).
+template <class Arithmetic>
+inline constexpr int kNumStates = static_cast<int>(sizeof(Arithmetic::kRoles) / sizeof(Role));
 
-template <class Rule>
-inline constexpr int kNumStates = static_cast<int>(sizeof(Rule::kStates) / sizeof(StateInfo));
-
-// The place of a rule's first state with a role; -1 if it has none.
-template <class Rule>
+// The place of the first state with a role; -1 if there is none.
+template <class Arithmetic>
 constexpr int FindState(Role role) {
-  for (int s = 0; s < kNumStates<Rule>; ++s) {
-    if (Rule::kStates[s].role == role) return s;
+  for (int s = 0; s < kNumStates<Arithmetic>; ++s) {
+    if (Arithmetic::kRoles[s] == role) return s;
   }
   return -1;
 }
 
-template <class Rule>
-inline constexpr int kFirstSigned = FindState<Rule>(Role::kSigned);
+template <class Arithmetic>
+inline constexpr int kFirstSigned = FindState<Arithmetic>(Role::kSigned);
 
-// A rule has at most one state that is never negative.
-template <class Rule>
-inline constexpr int kNonNegativeState = FindState<Rule>(Role::kNonNegative);
+// There is at most one state that is never negative.
+template <class Arithmetic>
+inline constexpr int kNonNegativeState = FindState<Arithmetic>(Role::kNonNegative);
+
+// Without a look into kRoles, which device code cannot see.
+template <class Arithmetic>
+PAGED_HD constexpr Role RoleOf(int state) {
+  return state == kNonNegativeState<Arithmetic> ? Role::kNonNegative : Role::kSigned;
+}
 
 // The types of a list, in order. A number in a signature or a program is a place in such a list.
 template <class... T>

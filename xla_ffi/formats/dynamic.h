@@ -24,13 +24,20 @@ inline constexpr uint32_t kFirstPrefix = (127 - 23) << 7;
 inline constexpr uint32_t kLastPrefix = 127 << 7;
 
 // Everything that encoding and decoding one kind of state looks up. `Level` is the type of the
-// table's entries: a byte where shared memory is short, an int where vector units gather.
+// table's entries: a byte where shared memory is short, an int where vector units gather. There a
+// gather costs as much as twenty instructions. So the table that is looked up has both what a
+// magnitude's level is and from which lower 16 bits on it is the next one: see PackLevel.
 template <class Level>
 struct DynamicMap {
   float value[256];  // value of a code
   float upper[255];  // largest magnitude that rounds to this level and not to the next
   Level lowest[kLastPrefix - kFirstPrefix + 1];  // lowest level of the magnitudes with this prefix
 };
+
+// Whether the entries of a table are those of PackLevel.
+template <class Level>
+inline constexpr bool kIsPacked = sizeof(Level) == 4;
+inline constexpr int kNextBits = 17;  // from 0, for all of a prefix, to 2^16, for none
 
 template <class Level>
 struct DynamicMaps {
@@ -69,6 +76,17 @@ constexpr float WithPrefix(uint32_t prefix) {
   return power * (1.0f + static_cast<float>(prefix & 127) / 128.0f);
 }
 
+// The entry for a prefix: its lowest level, and from which lower 16 bits on a magnitude is above
+// `upper`, which is that of the level.
+constexpr int32_t PackLevel(int level, float upper, uint32_t prefix) {
+  double unit = 1.0 / (1 << 23);  // of a magnitude's last place
+  for (uint32_t e = prefix >> 7; e < 127; ++e) unit *= 0.5;
+  const double below =
+      (static_cast<double>(upper) - static_cast<double>(WithPrefix(prefix))) / unit;
+  const int next = below < 0.0 ? 0 : below >= 65536.0 ? 65536 : static_cast<int>(below) + 1;
+  return level << kNextBits | next;
+}
+
 // `first_bins` is N_0: 1 for the signed map, 2 for the unsigned one.
 template <class Level>
 constexpr DynamicMap<Level> MakeMap(int first_bins) {
@@ -96,7 +114,9 @@ constexpr DynamicMap<Level> MakeMap(int first_bins) {
     // One comparison must do: the next prefix starts at most one level higher.
     const bool is_narrow = level + 1 >= top || WithPrefix(prefix + 1) <= map.upper[level + 1];
     if (!is_narrow) throw "a prefix spans more than two levels";  // fails the build
-    map.lowest[prefix - kFirstPrefix] = static_cast<Level>(level < top ? level : top - 1);
+    const int lowest = level < top ? level : top - 1;
+    map.lowest[prefix - kFirstPrefix] = static_cast<Level>(
+        kIsPacked<Level> ? PackLevel(lowest, map.upper[lowest], prefix) : lowest);
   }
   return map;
 }
@@ -112,8 +132,12 @@ constexpr DynamicMaps<Level> MakeDynamicMaps() {
 template <class Level>
 PAGED_HD int NearestLevel(const DynamicMap<Level>& map, float magnitude) {
   const int prefix = static_cast<int>(BitsOf(magnitude) >> 16) - static_cast<int>(kFirstPrefix);
-  const int level = map.lowest[prefix < 0 ? 0 : prefix];
-  return level + (magnitude > map.upper[level] ? 1 : 0);
+  const int entry = map.lowest[prefix < 0 ? 0 : prefix];
+  if constexpr (kIsPacked<Level>) {
+    const int lower = static_cast<int>(BitsOf(magnitude) & 0xffffu);
+    return (entry >> kNextBits) + (lower >= (entry & ((1 << kNextBits) - 1)) ? 1 : 0);
+  }
+  return entry + (magnitude > map.upper[entry] ? 1 : 0);
 }
 
 // Factor that brings a block with this scale into [-1, 1]. Below the smallest normal float the
@@ -151,36 +175,57 @@ struct Dynamic {
     return MakeDynamicMaps<Level>();
   }
 
-  PAGED_HD static constexpr Code Zero(Role role) { return role == Role::kSigned ? 127 : 0; }
+  // Which map a state takes. In bitsandbytes a state that is alone takes the signed one even if it
+  // is never negative.
+  template <class Arithmetic>
+  PAGED_HD static constexpr bool IsSigned(int state) {
+    return kNumStates<Arithmetic> == 1 || RoleOf<Arithmetic>(state) == Role::kSigned;
+  }
 
-  static bool MayStore(Role, bool, uint32_t word, bool) { return word < kInfinity; }
+  template <class Arithmetic>
+  PAGED_HD static constexpr Code Zero(int state) {
+    return IsSigned<Arithmetic>(state) ? 127 : 0;
+  }
 
-  template <class Rule, int K, class Level>
-  PAGED_HD static void Decode(const DynamicMaps<Level>& maps, const Lane<Rule, Dynamic, K>& lane,
-                              float (&states)[kNumStates<Rule>][K]) {
-    constexpr int kNu = kNonNegativeState<Rule>;
+  template <class Arithmetic>
+  static bool MayStoreWord(int, uint32_t word, bool) {
+    return word < kInfinity;
+  }
+
+  template <class Arithmetic>
+  static bool MayStoreCode(int state, Code& code) {
+    const bool is_negative = IsSigned<Arithmetic>(state) && code < 127;
+    return !is_negative || RoleOf<Arithmetic>(state) == Role::kSigned;
+  }
+
+  template <class Arithmetic, int K, class Level>
+  PAGED_HD static void Decode(const DynamicMaps<Level>& maps,
+                              const Lane<Arithmetic, Dynamic, K>& lane,
+                              float (&states)[kNumStates<Arithmetic>][K]) {
     PAGED_UNROLL
-    for (int s = 0; s < kNumStates<Rule>; ++s) {
-      const DynamicMap<Level>& map = s == kNu ? maps.of_non_negative : maps.of_signed;
+    for (int s = 0; s < kNumStates<Arithmetic>; ++s) {
+      const DynamicMap<Level>& map =
+          IsSigned<Arithmetic>(s) ? maps.of_signed : maps.of_non_negative;
       const float scale = FloatOf(lane.words[s]);
       PAGED_UNROLL
       for (int k = 0; k < K; ++k) states[s][k] = map.value[lane.codes[s][k]] * scale;
     }
   }
 
-  template <class Rule, int K, class Math, class Level, class Random, class Block>
+  template <class Arithmetic, int K, class Math, class Level, class Random, class Block>
   PAGED_HD static void Encode(Math, const DynamicMaps<Level>& maps, BitRange range, Random,
-                              float (&states)[kNumStates<Rule>][K], Lane<Rule, Dynamic, K>& lane,
-                              Block block) {
-    constexpr int kNu = kNonNegativeState<Rule>;
+                              const float (&)[K], float (&states)[kNumStates<Arithmetic>][K],
+                              Lane<Arithmetic, Dynamic, K>& lane, Block block) {
+    constexpr int kNu = kNonNegativeState<Arithmetic>;
     PAGED_UNROLL
-    for (int s = 0; s < kNumStates<Rule>; ++s) {
+    for (int s = 0; s < kNumStates<Arithmetic>; ++s) {
       lane.words[s] = block.Max(s == kNu ? range.largest : BitsOf(LargestMagnitude(states[s])));
       const float inverse = InverseScale(FloatOf(lane.words[s]));
       PAGED_UNROLL
       for (int k = 0; k < K; ++k) {
-        lane.codes[s][k] = s == kNu ? EncodeNonNegative(maps.of_non_negative, states[s][k], inverse)
-                                    : EncodeSigned(maps.of_signed, states[s][k], inverse);
+        lane.codes[s][k] = IsSigned<Arithmetic>(s)
+                               ? EncodeSigned(maps.of_signed, states[s][k], inverse)
+                               : EncodeNonNegative(maps.of_non_negative, states[s][k], inverse);
       }
     }
   }

@@ -11,16 +11,19 @@
 //   kStoresRatios    whether it stores signed states relative to the root of the other one
 //   Tables<Level>, MakeTables   what encoding and decoding look up. `Level` is a byte where shared
 //                    memory is short, an int where vector units gather
-//   static Code Zero(Role)      the code of 0
-//   static bool MayStore(role, has_non_negative, word, is_padded)
+//   static Code Zero<Arithmetic>(state)     the code of 0
+//   static bool MayStoreWord<Arithmetic>(state, word, is_padded)
 //                    for words from outside: whether a block's word of a state decodes to finite
-//                    values. `has_non_negative`: whether the rule has a state that is never
-//                    negative. `is_padded`: the block ends with zeros
-//   static void Decode<Rule>(tables, lane, states)
-//   static void Encode<Rule>(math, tables, range, random, states, lane, block)
+//                    values. `is_padded`: the block ends with zeros
+//   static bool MayStoreCode<Arithmetic>(state, Code&)
+//                    the same for a code; may make 0 of -0
+//   static void Decode<Arithmetic>(tables, lane, states)
+//   static void Encode<Arithmetic>(math, tables, range, random, directions, states, lane, block)
 //
-// Decode fills `states`, in float32. Encode stores them, and may change them. `range` is that of
-// the lane's non-negative state. random(k) is the word of the lane's element k (base/random.h).
+// A format knows the arithmetic of a rule (rules/rule.h) by its roles alone. Decode fills `states`,
+// in float32. Encode stores them, and may change them. `range` is that of the lane's non-negative
+// state. random(k) is the word of the lane's element k (base/random.h). Where no state is signed,
+// `directions` tell which elements are idle: those that have the direction 0.
 // `block` turns the extremes of a lane into those of its block; it compares bit patterns, which
 // order floats that are not negative as their values do, so the order of evaluation does not
 // matter.
@@ -34,15 +37,21 @@ namespace paged_optax {
 // Elements of a block, whose states share their words.
 inline constexpr int64_t kBlockSize = 256;
 
-template <class Rule, class Format>
-inline constexpr int kNumWords = kNumStates<Rule> * Format::kWordsPerState;
+template <class Arithmetic, class Format>
+inline constexpr int kNumWords = kNumStates<Arithmetic> * Format::kWordsPerState;
 
 // K elements of a block as they are stored.
-template <class Rule, class Format, int K>
+template <class Arithmetic, class Format, int K>
 struct Lane {
-  alignas(16) typename Format::Code codes[kNumStates<Rule>][K];
-  uint32_t words[kNumWords<Rule, Format> > 0 ? kNumWords<Rule, Format> : 1];
+  alignas(16) typename Format::Code codes[kNumStates<Arithmetic>][K];
+  uint32_t words[kNumWords<Arithmetic, Format> > 0 ? kNumWords<Arithmetic, Format> : 1];
 };
+
+// The word that rounds a state, from the word of its element. The upper bits of it round a state
+// that is never negative, the lower 16 the others, each of which has a sequence of its own.
+PAGED_HD uint32_t WordOf(int state, uint32_t word) {
+  return word + static_cast<uint32_t>(state) * 0x85ebca6bu;
+}
 
 // A lane that is a whole block.
 struct WholeBlock {

@@ -5,13 +5,14 @@
 
 #include <array>
 
+#include "formats/bfloat16.h"
 #include "formats/dynamic.h"
 #include "formats/float32.h"
 #include "formats/ratio.h"
 
 namespace paged_optax {
 
-using Formats = List<Ratio, Dynamic, Float32>;
+using Formats = List<Ratio, Dynamic, BFloat16, Float32>;
 
 // What the rest of the library knows of a format.
 struct FormatInfo {

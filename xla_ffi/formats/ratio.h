@@ -98,13 +98,12 @@ PAGED_HD void DecodeRatioNus(const uint8_t (&codes)[K], const RatioGrid& grid, f
 }
 
 // Rounds second moments between 0 and 2^127. The upper bits of `random` decide. On return, nu holds
-// what the codes stand for. A first moment whose second moment is 0 becomes 0.
+// what the codes stand for, and `not_zero` no bits where a second moment was 0, else all bits.
 template <int K>
-PAGED_HD void EncodeRatioNus(const RatioWindow& window, const uint32_t (&random)[K], float (&mu)[K],
-                             float (&nu)[K], uint8_t (&codes)[K]) {
+PAGED_HD void EncodeRatioNus(const RatioWindow& window, const uint32_t (&random)[K], float (&nu)[K],
+                             uint8_t (&codes)[K], uint32_t (&not_zero)[K]) {
   const RatioGrid& grid = window.grid;
   const int32_t base = static_cast<int32_t>(grid.base), step = static_cast<int32_t>(grid.step);
-  uint32_t not_zero[K];
   PAGED_UNROLL
   for (int k = 0; k < K; ++k) not_zero[k] = Select(BitsOf(nu[k]) == 0, 0u, ~0u);
   PAGED_UNROLL
@@ -120,8 +119,6 @@ PAGED_HD void EncodeRatioNus(const RatioWindow& window, const uint32_t (&random)
   if (grid.has_zeros) {
     PAGED_UNROLL
     for (int k = 0; k < K; ++k) codes[k] = static_cast<uint8_t>(codes[k] & not_zero[k]);
-    PAGED_UNROLL
-    for (int k = 0; k < K; ++k) mu[k] = FloatOf(BitsOf(mu[k]) & not_zero[k]);
   }
 }
 
@@ -226,11 +223,15 @@ struct Ratio {
     return {};
   }
 
-  PAGED_HD static constexpr Code Zero(Role) { return 0; }
+  template <class Arithmetic>
+  PAGED_HD static constexpr Code Zero(int) {
+    return 0;
+  }
 
-  static bool MayStore(Role role, bool has_non_negative, uint32_t word, bool is_padded) {
-    if (role == Role::kSigned) {
-      return word <= BitsOf(has_non_negative ? Limits<true>::kLargest : Limits<false>::kLargest);
+  template <class Arithmetic>
+  static bool MayStoreWord(int state, uint32_t word, bool is_padded) {
+    if (RoleOf<Arithmetic>(state) == Role::kSigned) {
+      return word <= BitsOf(Limits<(kNonNegativeState<Arithmetic> >= 0)>::kLargest);
     }
     const uint64_t units = word & 255, last = (word >> 16) + 255;  // the largest code's multiple
     if (units == 0) return word == 0;                              // all codes stand for 0
@@ -239,13 +240,18 @@ struct Ratio {
            (!is_padded || (word & kHasZeros) != 0);
   }
 
-  template <class Rule, int K>
-  PAGED_HD static void Decode(NoTables, const Lane<Rule, Ratio, K>& lane,
-                              float (&states)[kNumStates<Rule>][K]) {
-    constexpr int kNu = kNonNegativeState<Rule>;
+  template <class Arithmetic>
+  static bool MayStoreCode(int, Code&) {
+    return true;
+  }
+
+  template <class Arithmetic, int K>
+  PAGED_HD static void Decode(NoTables, const Lane<Arithmetic, Ratio, K>& lane,
+                              float (&states)[kNumStates<Arithmetic>][K]) {
+    constexpr int kNu = kNonNegativeState<Arithmetic>;
     if constexpr (kNu >= 0) DecodeRatioNus(lane.codes[kNu], GridOf(lane.words[kNu]), states[kNu]);
     PAGED_UNROLL
-    for (int s = 0; s < kNumStates<Rule>; ++s) {
+    for (int s = 0; s < kNumStates<Arithmetic>; ++s) {
       if (s == kNu) continue;
       const float step = MuStep(FloatOf(lane.words[s]));
       PAGED_UNROLL
@@ -259,34 +265,39 @@ struct Ratio {
     }
   }
 
-  template <class Rule, int K, class Math, class Random, class Block>
+  template <class Arithmetic, int K, class Math, class Random, class Block>
   PAGED_HD static void Encode(Math math, NoTables, BitRange range, Random word,
-                              float (&states)[kNumStates<Rule>][K], Lane<Rule, Ratio, K>& lane,
-                              Block block) {
-    constexpr int kNu = kNonNegativeState<Rule>;
-    static_assert(kFirstSigned<Rule> == 0, "the first state tells which are idle");
+                              const float (&directions)[K],
+                              float (&states)[kNumStates<Arithmetic>][K],
+                              Lane<Arithmetic, Ratio, K>& lane, Block block) {
+    constexpr int kNu = kNonNegativeState<Arithmetic>;
     uint32_t random[K];
     PAGED_UNROLL
     for (int k = 0; k < K; ++k) random[k] = word(k);
-    if constexpr (kNu >= 0) {
-      lane.words[kNu] = EncodeNus(range, random, states[0], states[kNu], lane.codes[kNu], block);
-    }
+    if constexpr (kNu >= 0) EncodeNus(range, random, directions, states, lane, block);
     PAGED_UNROLL
-    for (int s = 0; s < kNumStates<Rule>; ++s) {
+    for (int s = 0; s < kNumStates<Arithmetic>; ++s) {
       if (s == kNu) continue;
       if constexpr (kNu >= 0) {  // the ratio to its unit from here on
         PAGED_UNROLL
         for (int k = 0; k < K; ++k) states[s][k] *= UnitReciprocalOf(states[kNu][k]);
       }
+      PAGED_UNROLL
+      for (int k = 0; k < K; ++k) random[k] = WordOf(s, word(k));
       lane.words[s] = EncodeMus<Limits<(kNu >= 0)>>(math, random, states[s], lane.codes[s], block);
     }
   }
 
  private:
-  // Second moments of a block. On return `nu` holds what the codes stand for. Returns the word.
-  template <int K, class Block>
-  PAGED_HD static uint32_t EncodeNus(BitRange range, const uint32_t (&random)[K], float (&mu)[K],
-                                     float (&nu)[K], uint8_t (&codes)[K], Block block) {
+  // Second moments of a block. On return they are what the codes stand for, and a first moment
+  // whose second moment was 0 is 0.
+  template <class Arithmetic, int K, class Block>
+  PAGED_HD static void EncodeNus(BitRange range, const uint32_t (&random)[K],
+                                 const float (&directions)[K],
+                                 float (&states)[kNumStates<Arithmetic>][K],
+                                 Lane<Arithmetic, Ratio, K>& lane, Block block) {
+    constexpr int kNu = kNonNegativeState<Arithmetic>;
+    float (&nu)[K] = states[kNu];
     uint32_t top = block.Max(range.largest);
     if (top > kLargestNu) {
       top = kLargestNu;
@@ -295,9 +306,28 @@ struct Ratio {
         nu[k] = Select(BitsOf(nu[k]) < kLargestNu, nu[k], FloatOf(kLargestNu));
       }
     }
-    const RatioWindow window = FitBlock(nu, mu, top, range.least, block);
-    EncodeRatioNus(window, random, mu, nu, codes);
-    return window.word;
+    const float (&active)[K] = ActiveOf<Arithmetic>(states, directions);
+    const RatioWindow window = FitBlock(nu, active, top, range.least, block);
+    uint32_t not_zero[K];
+    EncodeRatioNus(window, random, nu, lane.codes[kNu], not_zero);
+    lane.words[kNu] = window.word;
+    if (!window.grid.has_zeros) return;
+    PAGED_UNROLL
+    for (int s = 0; s < kNumStates<Arithmetic>; ++s) {
+      if (s == kNu) continue;
+      PAGED_UNROLL
+      for (int k = 0; k < K; ++k) states[s][k] = FloatOf(BitsOf(states[s][k]) & not_zero[k]);
+    }
+  }
+
+  // What is 0 where an element is idle.
+  template <class Arithmetic, int K>
+  PAGED_HD static const float (&ActiveOf(const float (&states)[kNumStates<Arithmetic>][K],
+                                         const float (&directions)[K])) [K] {
+    if constexpr (kFirstSigned<Arithmetic> >= 0)
+      return states[kFirstSigned<Arithmetic>];
+    else
+      return directions;
   }
 
   // First moments of a block, in units. Returns the word.

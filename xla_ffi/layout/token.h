@@ -8,7 +8,7 @@
 namespace paged_optax {
 
 // What the optimizer state carries: which arena, and which contents of it. Version 0 is a fresh
-// state, whose moments are zero whatever the arena holds.
+// state, whose moments are zero.
 struct Token {
   int32_t handle;
   int32_t version;
@@ -25,6 +25,10 @@ struct Header {
   int32_t versions[kMaxSlots];  // of the slots' contents; 0 for none
   SegmentTable* segments;       // where the slots lie
   uint64_t layout;              // LayoutOf the calls that the moments belong to
+  // The token for which the moments are zero, whatever the arena holds. Its version is 0, unless
+  // the moments of a state were missing and it started over; then its count goes on from here.
+  int32_t first_version;
+  int32_t first_count;
 };
 
 // What an arena compares: a call's fingerprint, and which parts of the leaves its device has. The
@@ -61,8 +65,8 @@ PAGED_HD int32_t FindSlot(const Header& header, int32_t version) {
 PAGED_HD Judgement Judge(const Header* header, Token token, uint64_t layout) {
   if (header == nullptr) return {Verdict::kUnknown, 0, 0};
   if (header->layout != layout) return {Verdict::kOtherLayout, 0, 0};
-  if (token.version == 0) return {Verdict::kFresh, 0, 0};
-  const int32_t slot = FindSlot(*header, token.version);
+  if (token.version == header->first_version) return {Verdict::kFresh, 0, 0};
+  const int32_t slot = token.version == 0 ? -1 : FindSlot(*header, token.version);
   if (slot >= 0) return {Verdict::kAccept, slot, header->num_slots - 1 - slot};
   return {Verdict::kStale, 0, 0};
 }
@@ -76,11 +80,21 @@ PAGED_HD Verdict JudgeCount(Verdict verdict, int32_t count) {
 // returns.
 PAGED_HD int32_t NextVersion(int32_t version) { return version == 0x7fffffff ? 1 : version + 1; }
 
+// Steps that the moments of an accepted step have seen.
+PAGED_HD int32_t StepsSeen(const Header& header, Judgement judgement, int32_t count) {
+  if (header.first_version == 0) return count;
+  if (judgement.verdict == Verdict::kFresh || count < header.first_count) return 0;
+  return count - header.first_count;
+}
+
 // Notes an accepted step in the header and returns the token of its result.
-PAGED_HD Token Advance(Header* header, Judgement judgement) {
+PAGED_HD Token Advance(Header* header, Judgement judgement, int32_t count) {
   header->version = NextVersion(header->version);
   // A new life ends the one before it.
-  if (judgement.verdict == Verdict::kFresh) header->versions[1] = 0;
+  if (judgement.verdict == Verdict::kFresh) {
+    header->versions[1] = 0;
+    header->first_count = header->first_version == 0 ? 0 : count;
+  }
   header->versions[judgement.target] = header->version;
   return {header->handle, header->version};
 }

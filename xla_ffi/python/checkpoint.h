@@ -17,6 +17,9 @@ inline pybind11::array ToPython(LeafPart part) {
   const py::capsule owner(data, [](void* bytes) { delete[] static_cast<uint8_t*>(bytes); });
   const auto size = static_cast<py::ssize_t>(part.size);
   if (part.type == LeafPart::Type::kUint8) return py::array_t<uint8_t>(size, data, owner);
+  if (part.type == LeafPart::Type::kUint16) {
+    return py::array_t<uint16_t>(size, reinterpret_cast<const uint16_t*>(data), owner);
+  }
   return py::array_t<float>(size, reinterpret_cast<const float*>(data), owner);
 }
 

@@ -52,10 +52,11 @@ py::array_t<uint8_t> EncodeNus(const py::array_t<float, py::array::c_style>& val
   py::array_t<uint8_t> codes(values.size());
   const RatioWindow window = FitWindow(top, range, has_zeros);
   for (py::ssize_t i = 0; i < values.size(); ++i) {
-    float mu[1] = {0.0f}, nu[1] = {values.data()[i]};
+    float nu[1] = {values.data()[i]};
     const uint32_t words[1] = {random.data()[i]};
     uint8_t code[1];
-    EncodeRatioNus(window, words, mu, nu, code);
+    uint32_t not_zero[1];
+    EncodeRatioNus(window, words, nu, code, not_zero);
     codes.mutable_data()[i] = code[0];
   }
   return codes;
@@ -112,7 +113,7 @@ void StepLeaf(int rule, py::buffer values, int dtype, int format, py::buffer are
     throw StatusError(StatusCode::kInvalidArgument, "blocks outside the leaf, or arena too small");
   }
   uint8_t* base = static_cast<uint8_t*>(arena_info.ptr);
-  const CpuWork work{&leaf, 1, region, fresh ? nullptr : base, base};
+  const CpuWork work{&leaf, 1, region, fresh ? nullptr : base, base, Output::kDirection};
   const StepKind kind{static_cast<int8_t>(rule), Output::kDirection, flags, BadElement::kNan};
   FindCpuStep(kind, leaf.format)(PrepareStep(kind, hyperparams.data(), count), work, begin, end);
 }

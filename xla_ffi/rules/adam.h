@@ -12,24 +12,28 @@
 // implementations agree to the last bit.
 #pragma once
 
-#include "rules/rule.h"
+#include "rules/root.h"
 
 namespace paged_optax {
 
 struct Adam {
+  using Arithmetic = Adam;
   static constexpr char kName[] = "adam";
-  static constexpr StateInfo kStates[] = {{"mu", Role::kSigned}, {"nu", Role::kNonNegative}};
-  static constexpr HyperparamInfo kHyperparams[] = {{"b1", Domain::kDecay},
-                                                    {"b2", Domain::kDecay},
-                                                    {"eps", Domain::kNonNegative},
-                                                    {"eps_root", Domain::kNonNegative}};
+  static constexpr std::array kStates = {"mu", "nu"};
+  static constexpr Role kRoles[] = {Role::kSigned, Role::kNonNegative};
+  static constexpr bool kHasInitial = false;
+  static constexpr std::array<HyperparamInfo, 4> kHyperparams = {
+      {{"b1", Domain::kDecay},
+       {"b2", Domain::kDecay},
+       {"eps", Domain::kNonNegative},
+       {"eps_root", Domain::kNonNegative}}};
   static constexpr std::array kFlags = {"nesterov"};
 
   struct Coefficients {
-    float b1, b2, eps, eps_root;
+    float b1, b2;
     float one_minus_b1, one_minus_b2;
-    // The bias-corrected moments are mu * mu_scale + grad * grad_scale and nu * nu_scale.
-    float mu_scale, grad_scale, nu_scale;
+    float mu_scale, grad_scale;  // the bias-corrected mu is mu * mu_scale + grad * grad_scale
+    RootScale root;
     // Takes the place of the first moment of an element whose gradient is unusable: NaN, or 0 to
     // skip the element.
     float bad_mu_hat;
@@ -42,13 +46,9 @@ struct Adam {
     Coefficients c;
     c.b1 = hyperparams[0];
     c.b2 = hyperparams[1];
-    c.eps = hyperparams[2];
-    c.eps_root = hyperparams[3];
-    // A decay rate outside [0, 1) can only come from a traced value, such as a schedule gone wrong.
-    // NaN here makes every update NaN and keeps every moment: what is stored stays finite, and nu
-    // non-negative.
-    const bool is_valid = c.b1 >= 0.0f && c.b1 < 1.0f && c.b2 >= 0.0f && c.b2 < 1.0f;
+    const bool is_valid = IsDecay(c.b1) && IsDecay(c.b2);
     c.one_minus_b1 = 1.0f - c.b1;
+    // NaN makes every new second moment NaN, and so every gradient unusable.
     c.one_minus_b2 = is_valid ? 1.0f - c.b2 : FloatOf(kNanBits);
     const int64_t t = static_cast<int64_t>(count) + 1;
     const double c1 = 1.0 - Power(c.b1, t);
@@ -61,11 +61,9 @@ struct Adam {
       c.mu_scale = static_cast<float>(1.0 / c1);
       c.grad_scale = 0.0f;
     }
-    c.nu_scale = static_cast<float>(1.0 / c2);
-    // A gradient can be skipped, a bad decay rate cannot.
-    c.bad_mu_hat = is_valid && bad == BadElement::kSkip ? 0.0f : FloatOf(kNanBits);
-    const float safe_nu = c.one_minus_b2 * 1.8446744e19f * 9.2233720e18f;  // half of 2^128
-    c.safe_nu = safe_nu <= 3.40282347e38f ? BitsOf(safe_nu) : kLargestFinite;
+    c.root = {static_cast<float>(1.0 / c2), hyperparams[3], hyperparams[2]};
+    c.bad_mu_hat = BadDirection(is_valid, bad);
+    c.safe_nu = SafeNu(c.one_minus_b2);
     c.bounds_ratios = is_valid && c.b1 * c.b1 > c.b2;
     return c;
   }
@@ -74,7 +72,7 @@ struct Adam {
   PAGED_HD static BitRange Advance(Math math, const Coefficients& c, float (&values)[K],
                                    float (&states)[2][K]) {
     const BitRange range = AdvanceMoments(c, values, states[0], states[1]);
-    Direct(math, c, range, states[1], values);
+    DivideByRoot(math, c.root, range, states[1], values);
     return range;
   }
 
@@ -120,8 +118,7 @@ struct Adam {
     if (range.largest > c.safe_nu) {
       PAGED_UNROLL
       for (int k = 0; k < K; ++k) {
-        const bool is_used = static_cast<int>(IsUsable(values[k])) &
-                             static_cast<int>(BitsOf(next_nu[k]) <= kLargestFinite);
+        const bool is_used = IsUsed(values[k], next_nu[k]);
         const float next_mu = NextMu(c, values[k], mu[k]);
         const float mu_hat = MuHat<true>(c, next_mu, values[k]);
         mu[k] = Select(is_used, next_mu, mu[k]);
@@ -143,38 +140,6 @@ struct Adam {
       for (int k = 0; k < K; ++k) values[k] = MuHat<false>(c, mu[k], values[k]);
     }
     return range;
-  }
-
-  // `values` are bias-corrected first moments on entry and directions on return. `range` is that of
-  // the second moments.
-  template <int K, class Math>
-  PAGED_HD static void Direct(Math math, const Coefficients& c, BitRange range,
-                              const float (&nu)[K], float (&values)[K]) {
-    if constexpr (!Math::kIsTotal) {
-      if (!IsInRange<Math>(c, range, nu)) return Direct(IeeeMath(), c, range, nu, values);
-    }
-    PAGED_UNROLL
-    for (int k = 0; k < K; ++k) {
-      const float root = math.SqrtOrZero(nu[k] * c.nu_scale + c.eps_root);
-      values[k] *= math.Reciprocal(root + c.eps);
-    }
-  }
-
-  // Whether a lane's radicands and divisors are among those that Math computes exactly. No radicand
-  // is less than its second moment or, if that is 0, than eps_root; no divisor is less than its
-  // root, or than eps.
-  template <class Math, int K>
-  PAGED_HD static bool IsInRange(const Coefficients& c, BitRange range, const float (&nu)[K]) {
-    const bool has_zeros = range.least == 0;
-    uint32_t least = range.least;
-    if (least < Math::kLeastRadicand) least = LeastWhereNonZero(nu, nu);
-    const uint32_t eps = BitsOf(c.eps), eps_root = BitsOf(c.eps_root);
-    const bool zeros_in_range =
-        eps >= Math::kLeastDivisor && (eps_root == 0 || eps_root >= Math::kLeastRadicand);
-    constexpr uint32_t kLargestEps = 0x71800000;  // 2^100; the bits of negative numbers are greater
-    const float largest = FloatOf(range.largest) * c.nu_scale + c.eps_root;
-    return least >= Math::kLeastRadicand && BitsOf(largest) <= kLargestFinite &&
-           eps <= kLargestEps && eps_root <= kLargestEps && (!has_zeros || zeros_in_range);
   }
 };
 

@@ -4,24 +4,36 @@
 //
 // A rule is a struct with
 //
-//   kName, kStates, kHyperparams, kFlags   what it is called and what it takes
-//   Coefficients                           what all elements of a step share
-//   static Coefficients Prepare(const float* hyperparams, int32_t count, uint32_t flags,
-//                               BadElement bad)
-//   static BitRange Advance<K>(math, coefficients, values, states)
+//   Arithmetic                             what a step does to an element
+//   kName, kStates, kHyperparams, kFlags   what it is called and what it takes; kStates are names,
+//                                          one for each role of the arithmetic
+//   static Arithmetic::Coefficients Prepare(const float* hyperparams, int32_t count,
+//                                           uint32_t flags, BadElement bad)
 //
 // Prepare sees the hyperparameters in the order of kHyperparams and the number of steps taken
-// before; it runs once a step, in float64 where digits would be lost. Advance takes a lane of K
-// elements: `values` are gradients on entry and directions on return (before the learning rate),
-// `states` become the next ones. It returns the range of the state that is never negative, if there
-// is one. An element whose gradient is unusable keeps its states.
+// before; it runs once a step, in float64 where digits would be lost.
 //
-// A rule with a state that is never negative also has
+// Optimizers that differ in their coefficients alone share an arithmetic. Steps and kernels are
+// compiled for each arithmetic, so a rule more costs a function. An arithmetic is a struct with
+//
+//   kRoles         of its states, in order (base/roles.h)
+//   kHasInitial    whether its state that is never negative starts at something else than 0
+//   Coefficients   what all elements of a step share
+//   static BitRange Advance<K>(math, coefficients, values, states)
+//
+// Advance takes a lane of K elements: `values` are gradients on entry and directions on return
+// (before the learning rate), `states` become the next ones. It returns the range of the state that
+// is never negative, if there is one. An element whose gradient is unusable keeps its states.
+//
+// With kHasInitial the coefficients have a member `initial`: at the first step, that state of every
+// element has this value.
+//
+// An arithmetic with states of both roles also has
 //
 //   static void BoundRatios<K>(coefficients, states)
 //
-// for formats that store other states relative to its root: it takes back what would leave the
-// others of a block no precision.
+// for formats that store the others relative to the root of the one that is never negative: it
+// takes back what would leave the others of a block no precision.
 #pragma once
 
 #include <array>
@@ -55,6 +67,19 @@ inline constexpr uint32_t kNanBits = 0x7fc00000;
 
 PAGED_HD bool IsUsable(float grad) { return (BitsOf(grad) & 0x7fffffffu) < kUnusableGrad; }
 
+// A decay rate outside [0, 1) can only come from a traced value, such as a schedule gone wrong. A
+// rule then makes every direction NaN and keeps every state, so that what is stored stays finite.
+PAGED_HD bool IsDecay(float rate) { return rate >= 0.0f && rate < 1.0f; }
+
+// The same for the value at which a state starts.
+PAGED_HD bool IsInitial(float value) { return value >= 0.0f && BitsOf(value) <= kLargestFinite; }
+
+// The direction of an element whose gradient is unusable. It can be skipped, a bad decay rate
+// cannot.
+PAGED_HD float BadDirection(bool is_valid, BadElement bad) {
+  return is_valid && bad == BadElement::kSkip ? 0.0f : FloatOf(kNanBits);
+}
+
 // base^exponent by squaring, in float64: the same operations, so the same bits, everywhere. float32
 // would cost three digits in 1 - b2^t.
 PAGED_HD double Power(double base, int64_t exponent) {
@@ -67,7 +92,6 @@ PAGED_HD double Power(double base, int64_t exponent) {
 }
 
 template <class Rule>
-inline constexpr int kNumHyperparams =
-    static_cast<int>(sizeof(Rule::kHyperparams) / sizeof(HyperparamInfo));
+inline constexpr int kNumHyperparams = static_cast<int>(Rule::kHyperparams.size());
 
 }  // namespace paged_optax

@@ -5,11 +5,21 @@
 #include <vector>
 
 #include "rules/adam.h"
+#include "rules/ademamix.h"
+#include "rules/ema.h"
 #include "rules/lion.h"
+#include "rules/rms.h"
+#include "rules/stddev.h"
+#include "rules/trace.h"
 
 namespace paged_optax {
 
-using Rules = List<Adam, Lion>;
+using Rules = List<Adam, Lion, Trace, Ema, Muon, Rms, Rss, StdDev, AdEMAMix>;
+
+struct StateInfo {
+  const char* name;
+  Role role;
+};
 
 // What the rest of the library knows of a rule.
 struct RuleInfo {
@@ -19,12 +29,23 @@ struct RuleInfo {
   std::vector<std::string> flags;
 };
 
+template <class Rule>
+RuleInfo DescribeRule() {
+  using Arithmetic = typename Rule::Arithmetic;
+  static_assert(Rule::kStates.size() == kNumStates<Arithmetic>, "a name for each state");
+  RuleInfo info{Rule::kName,
+                {},
+                {Rule::kHyperparams.begin(), Rule::kHyperparams.end()},
+                {Rule::kFlags.begin(), Rule::kFlags.end()}};
+  for (int s = 0; s < kNumStates<Arithmetic>; ++s) {
+    info.states.push_back({Rule::kStates[s], RoleOf<Arithmetic>(s)});
+  }
+  return info;
+}
+
 template <class... Rule>
 std::vector<RuleInfo> DescribeRules(List<Rule...>) {
-  return {{Rule::kName,
-           {std::begin(Rule::kStates), std::end(Rule::kStates)},
-           {std::begin(Rule::kHyperparams), std::end(Rule::kHyperparams)},
-           {std::begin(Rule::kFlags), std::end(Rule::kFlags)}}...};
+  return {DescribeRule<Rule>()...};
 }
 
 inline const std::vector<RuleInfo>& AllRules() {

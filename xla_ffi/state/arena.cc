@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "base/notice.h"
+
 namespace paged_optax {
 
 int64_t SlotBytes(const Signature& signature, int64_t granularity) {
@@ -20,10 +22,32 @@ std::shared_ptr<Arena> MakeArena(const Request& request, Token token) {
                                        LeafNames(request.names, signature.Leaves().size()),
                                        request.policy,
                                        request.part});
-  arena->header = {token.handle,          0,
-                   signature.num_slots(), {0, 0},
-                   &arena->segments,      LayoutOf(request.fingerprint, request.part)};
+  arena->header = {token.handle,
+                   0,
+                   signature.num_slots(),
+                   {0, 0},
+                   &arena->segments,
+                   LayoutOf(request.fingerprint, request.part),
+                   0,
+                   0};
+  if (request.source == nullptr) {
+    arena->header.version = arena->header.first_version = token.version;
+  }
   return arena;
+}
+
+bool StartsState(const Lock<Handles>& lock, const Handles& handles, const Request& request,
+                 Token token) {
+  if (!handles.IsFirstUse(lock, token.handle, request.run)) return false;
+  return token.version == 0 || (request.restart && handles.IsFromElsewhere(lock, token.handle));
+}
+
+void NoteRestart(const Arena& arena) {
+  PostNotice({arena.device.ordinal, 0,
+              "the moments of an optimizer state are not in this process, and start at zero on " +
+                  Name(arena.device) +
+                  ", as missing='restart' asks. Bias correction counts from this step. Where a "
+                  "checkpoint should have had them, see docs/checkpoints.md."});
 }
 
 void PlaceOnHost(Arena& arena) {

@@ -13,6 +13,7 @@
 #include "memory/memory.h"
 #include "memory/planner.h"
 #include "state/device_id.h"
+#include "state/handles.h"
 #include "state/hold.h"
 #include "state/leaf_names.h"
 #include "state/lock.h"
@@ -75,6 +76,7 @@ struct Request {
   uint64_t fingerprint;
   int32_t part;                 // which parts of the leaves the device has
   std::string_view names = {};  // paths of the leaves, as LeafNames takes them; empty if unknown
+  bool restart = false;         // whether a state whose moments are not in this process starts over
   // Of a state that was restored, what its arenas are filled with.
   std::shared_ptr<const Source> source = nullptr;
 };
@@ -103,6 +105,14 @@ ArenaReport Report(const LockedArena& locked);
 // An arena for a fresh token, without memory yet. What is in it does not matter: the first step
 // reads nothing.
 std::shared_ptr<Arena> MakeArena(const Request& request, Token token);
+
+// Whether a call makes the arena of a token that has none: of a state that was never updated, in
+// whatever process, or of one from elsewhere that may start over.
+bool StartsState(const Lock<Handles>& lock, const Handles& handles, const Request& request,
+                 Token token);
+
+// Warns that a state starts over.
+void NoteRestart(const Arena& arena);
 
 // Gives a new arena memory of the host.
 void PlaceOnHost(Arena& arena);

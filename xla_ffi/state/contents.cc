@@ -35,22 +35,20 @@ class ChunkReader {
   int64_t chunk_ = -1;
 };
 
-LeafPart MakePart(LeafPart::Type type, int64_t size) {
-  const int64_t item = type == LeafPart::Type::kFloat32 ? sizeof(float) : 1;
-  return {type, size, std::unique_ptr<uint8_t[]>(new uint8_t[size * item])};
+LeafPart MakePart(int64_t item_bytes, int64_t size) {
+  return {LeafPart::Of(item_bytes), size,
+          std::unique_ptr<uint8_t[]>(new uint8_t[size * item_bytes])};
 }
 
 LeafParts ReadLeaf(const Region& region, const Signature::LeafInfo& leaf, ChunkReader& reader) {
   const BlockShape& shape = region.shape;
-  const bool is_float = kFormats[leaf.format].code_bytes == sizeof(float);
-  const auto type = is_float ? LeafPart::Type::kFloat32 : LeafPart::Type::kUint8;
   const int64_t blocks = NumBlocks(leaf.size);
   LeafParts parts;
   for (int32_t s = 0; s < shape.num_states; ++s) {
-    parts.push_back(MakePart(type, blocks * kBlockSize));
+    parts.push_back(MakePart(kFormats[leaf.format].code_bytes, blocks * kBlockSize));
   }
   for (int32_t w = 0; w < shape.num_words; ++w) {
-    parts.push_back(MakePart(LeafPart::Type::kFloat32, blocks));
+    parts.push_back(MakePart(sizeof(float), blocks));
   }
   ForEachRun(
       region, leaf.first_block, blocks, [&](const BlockPlace& place, int64_t done, int64_t run) {
@@ -94,7 +92,7 @@ std::vector<LeafPart> ReadResiduals(const LockedArena& locked, int32_t slot) {
   std::vector<LeafPart> leaves;
   for (const Signature::LeafInfo& leaf : arena.signature.Leaves()) {
     const int64_t blocks = NumBlocks(leaf.size);
-    LeafPart part = MakePart(LeafPart::Type::kUint8, blocks * kResidualBytes);
+    LeafPart part = MakePart(1, blocks * kResidualBytes);
     ForEachRun(extent.regions[leaf.format], leaf.first_block, blocks,
                [&](const BlockPlace& place, int64_t done, int64_t run) {
                  std::memcpy(part.data.get() + done * kResidualBytes,

@@ -10,9 +10,13 @@
 
 namespace paged_optax {
 
-// One array of a leaf: a code or a float32 an element, or a float32 a block.
+// One array of a leaf: a code an element, or a float32 a block.
 struct LeafPart {
-  enum class Type : int8_t { kUint8, kFloat32 };
+  enum class Type : int8_t { kUint8, kUint16, kFloat32 };
+  // That of items of so many bytes.
+  static Type Of(int64_t nbytes) {
+    return nbytes == 4 ? Type::kFloat32 : nbytes == 2 ? Type::kUint16 : Type::kUint8;
+  }
   Type type;
   int64_t size;
   std::unique_ptr<uint8_t[]> data;
@@ -20,9 +24,8 @@ struct LeafPart {
 
 using LeafParts = std::vector<LeafPart>;
 
-// The states of every leaf, in tree order, out of one slot. A float32 leaf has an array a state, an
-// 8-bit leaf the codes of every state and then the words of every state. Reads each chunk of a
-// region once.
+// The states of every leaf, in tree order, out of one slot. A leaf has the codes of every state and
+// then, if its format has words, the words of every state. Reads each chunk of a region once.
 std::vector<LeafParts> ReadLeaves(const LockedArena& locked, int32_t slot);
 
 // The residuals of every leaf's parameters, 256 a block; throws if the arena keeps none.

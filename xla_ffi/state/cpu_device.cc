@@ -30,14 +30,13 @@ std::shared_ptr<Arena> CpuDevice::FindOrMake(Handles& handles, const Request& re
   const auto found = arenas_.find(token.handle);
   if (found != arenas_.end()) return found->second;
   if (request.source != nullptr) return MakeFilled(handles, request, token);
-  if (token.version != 0) return nullptr;
   // Held until the arena is there: nobody else makes one for the same state meanwhile.
   const auto used = handles.Acquire();
-  if (!handles.IsFirstUse(used, token.handle, request.run)) return nullptr;
+  if (!StartsState(used, handles, request, token)) return nullptr;
   auto arena = MakeArena(request, token);
   PlaceOnHost(*arena);
   arenas_.emplace(token.handle, arena);
-  handles.NoteUsed(used, token.handle, request.run);
+  if (handles.NoteUsed(used, token.handle, request.run) && token.version != 0) NoteRestart(*arena);
   return arena;
 }
 

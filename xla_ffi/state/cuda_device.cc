@@ -15,9 +15,15 @@ CudaDevice::CudaDevice(int ordinal)
   mailbox_ = std::make_unique<MappedBuffer>(sizeof(Rejection));
 }
 
-bool CudaDevice::MayBeFirstUse(const ContentsLock& lock, const Handles& handles,
-                               int64_t run) const {
+bool CudaDevice::MayBeFirstUse(const ContentsLock& lock, const Handles& handles, int64_t run,
+                               uint64_t fingerprint) const {
   if (handles.num_unused() > 0) return true;
+  // Nothing here belongs to such a call: the state comes from another process.
+  if (std::none_of(arenas_.begin(), arenas_.end(), [&](const std::shared_ptr<Arena>& arena) {
+        return arena->header.layout == LayoutOf(fingerprint, arena->part);
+      })) {
+    return true;
+  }
   const std::vector<int32_t> used = handles.FirstUsedIn(run);
   return std::any_of(used.begin(), used.end(),
                      [&](int32_t handle) { return IndexOf(lock, handle) < 0; });
@@ -26,9 +32,13 @@ bool CudaDevice::MayBeFirstUse(const ContentsLock& lock, const Handles& handles,
 void CudaDevice::BindOnFirstUse(const ContentsLock& lock, Handles& handles, const Request& request,
                                 Token token, Stream stream) {
   const Source* source = request.source.get();
-  if ((token.version != 0 && source == nullptr) || IndexOf(lock, token.handle) >= 0) return;
-  if (!handles.IsFirstUse(handles.Acquire(), token.handle, request.run)) return;
-  if (source != nullptr) CheckFits(*source, request);
+  if (IndexOf(lock, token.handle) >= 0) return;
+  if (source == nullptr) {
+    if (!StartsState(handles.Acquire(), handles, request, token)) return;
+  } else {
+    if (!handles.IsFirstUse(handles.Acquire(), token.handle, request.run)) return;
+    CheckFits(*source, request);
+  }
   const auto arena = MakeArena(request, token);
   PrepareResidency(*arena);
   PlaceOnDevice(*arena, pager_.FirstPlacement(lock, arena->residency), stream);
@@ -38,9 +48,11 @@ void CudaDevice::BindOnFirstUse(const ContentsLock& lock, Handles& handles, cons
   }
   Append(lock, arena);  // waits for the copies of Fill too
   const auto used = handles.Acquire();
-  handles.NoteUsed(used, token.handle, request.run);
+  const bool is_first = handles.NoteUsed(used, token.handle, request.run);
   if (source != nullptr) {
     handles.NoteFilled(used, token.handle, request.signature->num_devices());
+  } else if (is_first && token.version != 0) {
+    NoteRestart(*arena);
   }
 }
 

@@ -24,8 +24,10 @@ class CudaDevice final : public Device {
   }
 
   // Whether a token may belong to a state that has no arena here yet, so that the host has to look
-  // at it: some state was made and never used, or another device was first in this same execution.
-  bool MayBeFirstUse(const ContentsLock&, const Handles& handles, int64_t run) const;
+  // at it: some state was made and never used, or another device was first in this same execution,
+  // or no arena here belongs to such a call.
+  bool MayBeFirstUse(const ContentsLock&, const Handles& handles, int64_t run,
+                     uint64_t fingerprint) const;
   // Makes the arena of a fresh token, or of one that was restored, if this is its first use.
   void BindOnFirstUse(const ContentsLock&, Handles& handles, const Request& request, Token token,
                       Stream stream);

@@ -66,7 +66,11 @@ std::string WithoutMoments(const Refusal& refusal) {
   }
   return "the moments of this optimizer state are not in this process: the state was restored "
          "from a checkpoint, unpickled or sent here as a bare token, and a token carries no "
-         "moments. Make a new state with init(params); parameters can be restored as usual.";
+         "moments. Orbax, Flax and pickle carry them where paged_optax was imported before they "
+         "saved; for other formats there are save_moments and load_moments. To go on without them, "
+         "build the optimizer with missing='restart', or make a new state with init(params), where "
+         "a trainer restored it too: trainer.optimizer = nnx.Optimizer(trainer.model, tx, "
+         "wrt=...). Parameters can be restored as usual.";
 }
 
 }  // namespace

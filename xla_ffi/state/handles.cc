@@ -11,6 +11,9 @@ namespace {
 
 constexpr size_t kRecent = 1024;  // executions that may be under way at once, with room to spare
 
+// No process issues handles below, so that a token of zeros is recognised as none.
+constexpr int32_t kLeast = 1 << 20;
+
 // Of states that were forgotten: longer and more than updates are queued.
 constexpr std::chrono::seconds kGrace{60};
 constexpr int64_t kGraceCalls = 32;
@@ -21,7 +24,7 @@ constexpr size_t kMaxForgotten = 256, kMaxForgottenSources = 32;
 // Handles start at a random number, so that a token from another process, restored without its
 // moments, is recognised instead of finding somebody else's.
 Handles::Handles(const Handles* parent)
-    : own_{static_cast<int32_t>(std::random_device{}() % (1u << 29) + (1u << 20)), 0} {
+    : own_{static_cast<int32_t>(std::random_device{}() % (1u << 29) + kLeast), 0} {
   own_.next = own_.first;
   if (parent == nullptr) return;
   parents_ = parent->parents_;
@@ -84,17 +87,27 @@ void Handles::NoteFilled(const Lock<Handles>&, int32_t handle, int64_t num_devic
   if (++found->second.num_filled >= most) staged_.erase(found);
 }
 
-bool Handles::IsFirstUse(const Lock<Handles>&, int32_t handle, int64_t run) const {
-  return unused_.count(handle) || std::any_of(used_.begin(), used_.end(), [&](const Used& used) {
-           return used.handle == handle && used.run == run;
-         });
+bool Handles::IsFirstUse(const Lock<Handles>& lock, int32_t handle, int64_t run) const {
+  if (unused_.count(handle)) return true;
+  if (handle >= kLeast && IsFromElsewhere(lock, handle) && !adopted_.count(handle)) return true;
+  return std::any_of(used_.begin(), used_.end(),
+                     [&](const Used& used) { return used.handle == handle && used.run == run; });
 }
 
-void Handles::NoteUsed(const Lock<Handles>&, int32_t handle, int64_t run) {
-  if (unused_.erase(handle) == 0) return;
+bool Handles::NoteUsed(const Lock<Handles>& lock, int32_t handle, int64_t run) {
+  const bool is_first =
+      IsFromElsewhere(lock, handle) ? adopted_.insert(handle).second : unused_.erase(handle) != 0;
+  if (!is_first) return false;
   used_.push_back({handle, run});
   if (used_.size() > kRecent) used_.pop_front();
   num_unused_ = static_cast<int64_t>(unused_.size());
+  return true;
+}
+
+bool Handles::IsFromElsewhere(const Lock<Handles>&, int32_t handle) const {
+  return !own_.Contains(handle) && !shared_.Contains(handle) &&
+         std::none_of(parents_.begin(), parents_.end(),
+                      [&](const Range& range) { return range.Contains(handle); });
 }
 
 std::vector<int32_t> Handles::Unused() const {
@@ -174,11 +187,10 @@ Handles::Sources Handles::Sweep(const Lock<Handles>& lock) {
 
 Handles::Origin Handles::OriginOf(int32_t handle) const {
   const Lock<Handles> lock(mutex_);
-  if (!own_.Contains(handle) && !shared_.Contains(handle)) {
-    const bool is_parents = std::any_of(parents_.begin(), parents_.end(),
-                                        [&](const Range& range) { return range.Contains(handle); });
-    return is_parents ? Origin::kParent : Origin::kElsewhere;
+  if (IsFromElsewhere(lock, handle)) {
+    return adopted_.count(handle) ? Origin::kUsed : Origin::kElsewhere;
   }
+  if (!own_.Contains(handle) && !shared_.Contains(handle)) return Origin::kParent;
   return unused_.count(handle) ? Origin::kUnused : Origin::kUsed;
 }
 

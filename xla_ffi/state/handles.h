@@ -40,10 +40,13 @@ class Handles {
   void SetSharedBase(int32_t random);
 
   // A state is used for the first time if it never was, or if another device was first in this same
-  // execution. The caller makes an arena for it and then calls NoteUsed.
+  // execution. The caller makes an arena for it and then calls NoteUsed, which says whether it was
+  // the first device. States of other processes are used here for the first time too.
   Lock<Handles> Acquire() { return Lock<Handles>(mutex_); }
   bool IsFirstUse(const Lock<Handles>&, int32_t handle, int64_t run) const;
-  void NoteUsed(const Lock<Handles>&, int32_t handle, int64_t run);
+  bool NoteUsed(const Lock<Handles>&, int32_t handle, int64_t run);
+  // Another process issued the handle, and no parent of this one did.
+  bool IsFromElsewhere(const Lock<Handles>&, int32_t handle) const;
 
   // States that were made and never used. Takes no lock.
   int64_t num_unused() const { return num_unused_; }
@@ -106,6 +109,7 @@ class Handles {
   std::deque<Issued> issued_;  // recent
   std::deque<Used> used_;      // recent
   std::set<int32_t> unused_;   // issued, no arena on any device yet
+  std::set<int32_t> adopted_;  // from elsewhere, with an arena here at some time
   std::atomic<int64_t> num_unused_{0};
   std::map<int32_t, Staged> staged_;
   std::deque<Forgotten> forgotten_;  // oldest first

@@ -10,12 +10,10 @@ void LeafWork::CheckValues(Window& window) const {
   for (int64_t i = 0; i < window.num_blocks() * num_words; ++i) {
     const bool is_padded = (i / num_words + 1) * kBlockSize > window.size();
     const auto state = static_cast<int32_t>(i % num_words);
-    if (!transcoder.may_store(state, window.words()[i], is_padded)) RefuseValues();
+    if (!transcoder.may_store_word(state, window.words()[i], is_padded)) RefuseValues();
   }
-  if (num_words != 0) return;
   for (int32_t s = 0; s < shape.num_states; ++s) {
-    auto* values = reinterpret_cast<float*>(window.codes(s));
-    if (!transcoder.may_store_values(s, values, window.size())) RefuseValues();
+    if (!transcoder.may_store_codes(s, window.codes(s), window.size())) RefuseValues();
   }
 }
 

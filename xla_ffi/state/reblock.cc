@@ -93,7 +93,7 @@ class Decoder {
     }
     for (size_t s = 0; s < from.words.size(); ++s) {
       words_[s] = from.WordOf(s, block);
-      if (!transcoder_.may_store(static_cast<int32_t>(s), words_[s], count < kBlockSize)) {
+      if (!transcoder_.may_store_word(static_cast<int32_t>(s), words_[s], count < kBlockSize)) {
         work_.RefuseValues();
       }
     }

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "state/arena.h"
+#include "state/copies.h"
 #include "state/device.h"
 #include "state/handles.h"
 #include "state/snapshot.h"
@@ -25,6 +26,7 @@ class Registry {
   static Registry& Get();
 
   Handles& handles() { return handles_; }
+  Copies& copies() { return copies_; }
 
   // The CpuDevice or CudaDevice with this number.
   template <class D>
@@ -87,6 +89,7 @@ class Registry {
   [[noreturn]] void Refuse(DeviceId device, const Rejection& rejection);
 
   Handles handles_;
+  Copies copies_;
   std::mutex mutex_;
   std::map<DeviceId, std::unique_ptr<Device>> devices_;  // never removed
   std::unordered_map<uint64_t, Signature> signatures_;   // never removed

@@ -35,8 +35,7 @@ LeafPart Snapshot::Read(size_t leaf, Kind kind, int32_t state, int64_t begin, in
                        : kind == Kind::kCodes ? kFormats[info.format].code_bytes
                                               : 1;
   // Whole blocks are read, and the padding is not shown.
-  LeafPart part{item == 4 ? LeafPart::Type::kFloat32 : LeafPart::Type::kUint8,
-                kind == Kind::kWords ? end - begin : elements,
+  LeafPart part{LeafPart::Of(item), kind == Kind::kWords ? end - begin : elements,
                 std::unique_ptr<uint8_t[]>(
                     new uint8_t[(end - begin) * (kind == Kind::kWords ? 4 : item * kBlockSize)])};
   std::vector<uint8_t> words;

@@ -10,7 +10,7 @@
 
 namespace paged_optax {
 
-// What all blocks of a step share.
+// What all blocks of a step share. `Rule` is the arithmetic of a rule here and in all that follows.
 template <class Rule>
 struct StepOf {
   typename Rule::Coefficients rule;
@@ -23,7 +23,7 @@ template <class L>
 struct AnyStepOf;
 template <class... Rule>
 struct AnyStepOf<List<Rule...>> {
-  alignas(16) unsigned char bytes[LargestSize<StepOf<Rule>...>()];
+  alignas(16) unsigned char bytes[LargestSize<StepOf<typename Rule::Arithmetic>...>()];
 };
 using AnyStep = AnyStepOf<Rules>;
 
@@ -38,8 +38,9 @@ struct StepKind {
 // `hyperparams` are those of the rule, then those of MakeParamStep if the step takes the
 // parameters. `count` is the number of steps already taken.
 template <class Rule>
-PAGED_HD StepOf<Rule> PrepareStep(const StepKind& kind, const float* hyperparams, int32_t count) {
-  StepOf<Rule> step{};
+PAGED_HD StepOf<typename Rule::Arithmetic> PrepareStep(const StepKind& kind,
+                                                       const float* hyperparams, int32_t count) {
+  StepOf<typename Rule::Arithmetic> step{};
   step.rule = Rule::Prepare(hyperparams, count, kind.flags, kind.bad);
   if (TakesParams(kind.output)) {
     step.params = MakeParamStep(hyperparams + kNumHyperparams<Rule>, count);
@@ -49,19 +50,26 @@ PAGED_HD StepOf<Rule> PrepareStep(const StepKind& kind, const float* hyperparams
 }
 
 // `values` are gradients on entry and directions on return, for a lane that starts at element
-// `start` of the leaf.
+// `start` of the leaf. `num_fresh`: how many of its elements make their first step.
 template <class Rule, class Format, int K, class Math, class Tables, class Block>
 PAGED_HD void StepBlock(Math math, const StepOf<Rule>& step, const Tables& tables,
-                        uint64_t leaf_key, int64_t start, float (&values)[K],
+                        uint64_t leaf_key, int64_t start, int num_fresh, float (&values)[K],
                         Lane<Rule, Format, K>& lane, Block block) {
   float states[kNumStates<Rule>][K];
   Format::template Decode<Rule>(tables, lane, states);
+  if constexpr (Rule::kHasInitial) {
+    PAGED_UNROLL
+    for (int k = 0; k < K; ++k) {
+      float& state = states[kNonNegativeState<Rule>][k];
+      state = k < num_fresh ? step.rule.initial : state;
+    }
+  }
   const BitRange range = Rule::Advance(math, step.rule, values, states);
-  if constexpr (Format::kStoresRatios && kNonNegativeState<Rule> >= 0) {
+  if constexpr (Format::kStoresRatios && kNonNegativeState<Rule> >= 0 && kFirstSigned<Rule> >= 0) {
     Rule::BoundRatios(step.rule, states);
   }
   const Dither random{Format::kIsRandom ? DitherStart(leaf_key, start) + step.dither_phase : 0};
-  Format::template Encode<Rule>(math, tables, range, random, states, lane, block);
+  Format::template Encode<Rule>(math, tables, range, random, values, states, lane, block);
 }
 
 template <Output kOutput, DType kParam, bool kCompensated, int K>

@@ -161,8 +161,7 @@ __device__ __forceinline__ void LoadLane(const Group& group, int i,
     if (group.source == nullptr) {
 #pragma unroll
       for (int k = 0; k < kLane; ++k) {
-        lane.codes[s][k] =
-            Format::Zero(s == kNonNegativeState<Rule> ? Role::kNonNegative : Role::kSigned);
+        lane.codes[s][k] = Format::template Zero<Rule>(s);
       }
     } else {
       LoadCodes(group.source + i * kStateBytes + s * group.stride, lane.codes[s]);
@@ -190,11 +189,19 @@ __device__ __forceinline__ void StoreLane(const Lane<Rule, Format, kLane>& lane,
   }
 }
 
+// In place of an Output: a kernel that does whatever its call says. The others do one thing only.
+inline constexpr int kAnyOutput = -1;
+
+// Kernels for one output each run as fast as they can, and take long to compile. So they are only
+// made of what many train with.
+template <class Rule, class Format>
+inline constexpr bool kHasOwnKernels =
+    std::is_same_v<Format, Ratio> && !std::is_same_v<Rule, Centered>;
+
 // A refused step changes nothing: its update is zero, and parameters stay.
-template <Output kOutput>
-__device__ inline void StoreRefused(const Leaf& leaf, int64_t start, int count) {
+__device__ inline void StoreRefused(Output output, const Leaf& leaf, int64_t start, int count) {
   alignas(16) float values[kLane] = {};
-  if constexpr (kOutput == Output::kParams) {
+  if (output == Output::kParams) {
     if (leaf.results == leaf.params) return;
     Load(leaf.params, leaf.param_dtype, start, count, values);
   }
@@ -202,25 +209,27 @@ __device__ inline void StoreRefused(const Leaf& leaf, int64_t start, int count) 
 }
 
 // Blocks [i, end) of a group, all of `leaf`, of which the thread has the elements from `start` on.
-template <class Rule, class Format, Output kOutput>
+template <class Rule, class Format>
 __device__ __forceinline__ void StepRun(const Shared<Rule, Format>& shared, const Leaf& leaf,
-                                        bool has_residuals, int64_t start, int end, int thread,
-                                        int& i, Group& group) {
+                                        Output output, bool has_residuals, int64_t start, int end,
+                                        int thread, int& i, Group& group) {
 #pragma unroll 1
   for (; i < end; ++i, start += kBlockSize) {
     const int64_t left = leaf.size - start;
     const int count = left < 0 ? 0 : (left < kLane ? static_cast<int>(left) : kLane);
     alignas(16) float values[kLane];
     if (group.target == nullptr) {
-      StoreRefused<kOutput>(leaf, start, count);
+      StoreRefused(output, leaf, start, count);
       continue;
     }
     Load(leaf.grads, leaf.dtype, start, count, values);
     Lane<Rule, Format, kLane> lane;
     LoadLane(group, i, lane);
-    StepBlock(FastMath(), shared.step, shared.tables, leaf.key, start, values, lane, Warp());
+    const int num_fresh = group.source == nullptr ? count : 0;
+    StepBlock(FastMath(), shared.step, shared.tables, leaf.key, start, num_fresh, values, lane,
+              Warp());
     StoreLane(lane, i, thread, group);
-    if constexpr (TakesParams(kOutput)) {
+    if (TakesParams(output)) {
       const uint8_t* residuals = nullptr;
       uint8_t* new_residuals = nullptr;
       if (has_residuals) {
@@ -228,7 +237,12 @@ __device__ __forceinline__ void StepRun(const Shared<Rule, Format>& shared, cons
         if (group.source != nullptr) residuals = group.source + offset;
         new_residuals = group.target + offset;
       }
-      StepParams<kOutput>(shared.step.params, leaf, start, count, residuals, new_residuals, values);
+      const ParamStep& step = shared.step.params;
+      if (output == Output::kUpdate) {
+        StepParams<Output::kUpdate>(step, leaf, start, count, residuals, new_residuals, values);
+      } else {
+        StepParams<Output::kParams>(step, leaf, start, count, residuals, new_residuals, values);
+      }
     }
     Store(leaf, start, count, values);
   }
@@ -243,18 +257,28 @@ __device__ __forceinline__ void CopyLeaf(const Leaf& source, int thread, Leaf& l
   __syncwarp();
 }
 
-template <class Rule, class Format, Output kOutput>
-__global__ void __launch_bounds__(kThreads, 3) StepKernel(const __grid_constant__ RegionStep args) {
+// Thread blocks that a multiprocessor has at once, which leaves a thread 80 registers. Three states
+// and parameters need a few more.
+template <class Rule, class Format, int kOutput>
+inline constexpr int kMinBlocks = kNumStates<Rule> > 2 &&
+                                          kOutput > static_cast<int>(Output::kDirection)
+                                      ? 2
+                                      : 3;
+
+template <class Rule, class Format, int kOutput>
+__global__ void __launch_bounds__(kThreads, (kMinBlocks<Rule, Format, kOutput>))
+    StepKernel(const __grid_constant__ RegionStep args) {
   __shared__ Shared<Rule, Format> shared;
   const ResolvedStep& resolved = *args.resolved;
   Fill(resolved, shared);
   const bool accepted = resolved.accepted;
+  const Output output = kOutput == kAnyOutput ? args.output : static_cast<Output>(kOutput);
   const bool has_residuals = args.region.shape.residual_bytes != 0;
   Region region = args.region;
   // Constants, so that the compiler can fold them.
   region.shape = {kNumStates<Rule>, sizeof(typename Format::Code) * kBlockSize,
                   kNumWords<Rule, Format>,
-                  TakesParams(kOutput) ? args.region.shape.residual_bytes : 0};
+                  TakesParams(output) ? args.region.shape.residual_bytes : 0};
   const int64_t end = region.num_blocks;
   const int64_t resident_end = accepted ? min(resolved.resident_blocks[args.format], end) : end;
   const int thread = static_cast<int>(threadIdx.x) % kWarpSize;
@@ -277,9 +301,8 @@ __global__ void __launch_bounds__(kThreads, 3) StepKernel(const __grid_constant_
       const int64_t in_leaf = block - leaf.first_block;
       const int64_t left_in_leaf = NumBlocks(leaf.size) - in_leaf;
       const int run_end = left_in_leaf < num - i ? i + static_cast<int>(left_in_leaf) : num;
-      StepRun<Rule, Format, kOutput>(shared, leaf, has_residuals,
-                                     in_leaf * kBlockSize + thread * kLane, run_end, thread, i,
-                                     group);
+      StepRun(shared, leaf, output, has_residuals, in_leaf * kBlockSize + thread * kLane, run_end,
+              thread, i, group);
     }
     if (group.has_word) *reinterpret_cast<uint32_t*>(group.target + group.to_words) = group.word;
   }

@@ -103,13 +103,21 @@ __device__ inline void Store(const Leaf& leaf, int64_t start, int count,
   }
 }
 
-// The codes of a state, 8 bytes or 8 floats; aligned.
+// The codes of a state, of 1, 2 or 4 bytes each; aligned.
 __device__ inline void LoadCodes(const uint8_t* source, uint8_t (&codes)[kLane]) {
   *reinterpret_cast<uint2*>(&codes[0]) = *reinterpret_cast<const uint2*>(source);
 }
 
 __device__ inline void LoadCodes(const uint8_t* source, float (&codes)[kLane]) {
   LoadFloats(reinterpret_cast<const float*>(source), codes);
+}
+
+__device__ inline void LoadCodes(const uint8_t* source, uint16_t (&codes)[kLane]) {
+  *reinterpret_cast<uint4*>(&codes[0]) = *reinterpret_cast<const uint4*>(source);
+}
+
+__device__ inline void StoreCodes(const uint16_t (&codes)[kLane], uint8_t* target) {
+  *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(&codes[0]);
 }
 
 __device__ inline void StoreCodes(const uint8_t (&codes)[kLane], uint8_t* target) {

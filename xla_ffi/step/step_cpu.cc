@@ -28,6 +28,32 @@ PAGED_HD void Load(const void* source, DType dtype, int64_t start, int count,
   }
 }
 
+// Fetches what will be needed soon while something else is computed: a block takes so many
+// instructions that the processor does not see the loads of the next one in time.
+PAGED_HD void Prefetch(const void* data, int64_t nbytes) {
+  constexpr int64_t kLine = 64;
+  for (int64_t i = 0; i < nbytes; i += kLine) {
+    __builtin_prefetch(static_cast<const uint8_t*>(data) + i);
+  }
+}
+
+// The block of a leaf that starts at element `start`, or what there is of it.
+PAGED_HD void PrefetchBlock(const void* data, DType dtype, int64_t start, int64_t size) {
+  const int64_t left = size - start, count = left < kBlockSize ? left : kBlockSize;
+  if (count <= 0) return;
+  Prefetch(static_cast<const uint8_t*>(data) + start * SizeOf(dtype), count * SizeOf(dtype));
+}
+
+// The codes of the block after the one at `place`, if they follow it.
+template <class Rule, class Format>
+PAGED_HD void PrefetchCodes(const CpuWork& work, const BlockPlace& place) {
+  constexpr int64_t kBytes = sizeof(typename Format::Code) * kBlockSize;
+  if (work.source == nullptr) return;
+  for (int s = 0; s < kNumStates<Rule>; ++s) {
+    Prefetch(work.source + place.codes + s * place.state_stride + kBytes, kBytes);
+  }
+}
+
 PAGED_HD void Store(const Leaf& leaf, int64_t start, int count, const float (&values)[kLane]) {
   if (leaf.result_dtype == DType::kFloat32) {
     std::memcpy(static_cast<float*>(leaf.results) + start, values, count * sizeof(float));
@@ -41,10 +67,11 @@ PAGED_HD void Store(const Leaf& leaf, int64_t start, int count, const float (&va
   }
 }
 
+// Not a part of RunBlocks, because it is the same for all rules and formats.
 template <Output kOutput>
-PAGED_HD void StepParams(const CpuWork& work, const ParamStep& step, const Leaf& leaf,
-                         int64_t start, int count, int64_t residual_offset,
-                         float (&values)[kLane]) {
+PAGED_CLONES void StepParams(const CpuWork& work, const ParamStep& step, const Leaf& leaf,
+                             int64_t start, int count, int64_t residual_offset,
+                             float (&values)[kLane]) {
   alignas(64) float params[kLane];
   alignas(64) uint8_t residuals[kLane];
   Load(leaf.params, leaf.param_dtype, start, count, params);
@@ -68,8 +95,7 @@ PAGED_HD void LoadLane(const uint8_t* source, const BlockPlace& place,
                   sizeof(lane.codes[s]));
       continue;
     }
-    constexpr int kNu = kNonNegativeState<Rule>;
-    const Code zero = Format::Zero(s == kNu ? Role::kNonNegative : Role::kSigned);
+    const Code zero = Format::template Zero<Rule>(s);
     for (int k = 0; k < kLane; ++k) lane.codes[s][k] = zero;
   }
   for (int w = 0; w < kNumWords<Rule, Format>; ++w) lane.words[w] = 0;
@@ -88,7 +114,7 @@ PAGED_HD void StoreLane(const Lane<Rule, Format, kLane>& lane, const BlockPlace&
   std::memcpy(target + place.words, lane.words, kNumWords<Rule, Format> * sizeof(uint32_t));
 }
 
-template <class Rule, class Format, Output kOutput>
+template <class Rule, class Format>
 PAGED_CLONES void RunBlocks(const StepOf<Rule>& step, const CpuWork& work, int64_t begin,
                             int64_t end) {
   alignas(64) float values[kLane];
@@ -103,33 +129,29 @@ PAGED_CLONES void RunBlocks(const StepOf<Rule>& step, const CpuWork& work, int64
     const int count = left < kLane ? static_cast<int>(left) : kLane;
     const BlockPlace place = work.region.Locate(block);
     Load(leaf.grads, leaf.dtype, start, count, values);
+    PrefetchBlock(leaf.grads, leaf.dtype, start + kBlockSize, leaf.size);
+    if (TakesParams(work.output)) {
+      PrefetchBlock(leaf.params, leaf.param_dtype, start, leaf.size);
+    }
+    if (block + 1 < end) PrefetchCodes<Rule, Format>(work, place);
     LoadLane(work.source, place, lane);
-    StepBlock(IeeeMath(), step, kTables<Format>, leaf.key, start, values, lane, WholeBlock());
+    const int num_fresh = work.source == nullptr ? count : 0;
+    StepBlock(IeeeMath(), step, kTables<Format>, leaf.key, start, num_fresh, values, lane,
+              WholeBlock());
     StoreLane(lane, place, work.target);
-    if constexpr (TakesParams(kOutput)) {
-      StepParams<kOutput>(work, step.params, leaf, start, count, place.residuals, values);
+    if (work.output == Output::kUpdate) {
+      StepParams<Output::kUpdate>(work, step.params, leaf, start, count, place.residuals, values);
+    } else if (work.output == Output::kParams) {
+      StepParams<Output::kParams>(work, step.params, leaf, start, count, place.residuals, values);
     }
     Store(leaf, start, count, values);
   }
 }
 
-template <class Rule, class Format, Output kOutput>
+template <class Rule, class Format>
 void Run(const AnyStep& step, const CpuWork& work, int64_t begin, int64_t end) {
   ScopedIeeeMode mode;
-  RunBlocks<Rule, Format, kOutput>(reinterpret_cast<const StepOf<Rule>&>(step), work, begin, end);
-}
-
-template <class Rule, class Format>
-CpuStep FindRun(Output output) {
-  switch (output) {
-    case Output::kDirection:
-      return &Run<Rule, Format, Output::kDirection>;
-    case Output::kUpdate:
-      return &Run<Rule, Format, Output::kUpdate>;
-    case Output::kParams:
-      return &Run<Rule, Format, Output::kParams>;
-  }
-  return nullptr;
+  RunBlocks<Rule, Format>(reinterpret_cast<const StepOf<Rule>&>(step), work, begin, end);
 }
 
 }  // namespace
@@ -137,10 +159,10 @@ CpuStep FindRun(Output output) {
 CpuStep FindCpuStep(const StepKind& kind, int8_t format) {
   CpuStep found = nullptr;
   Visit(Rules(), kind.rule, [&](auto rule) {
-    using Rule = typename decltype(rule)::type;
+    using Rule = typename decltype(rule)::type::Arithmetic;
     Visit(Formats(), format, [&](auto chosen) {
       using Format = typename decltype(chosen)::type;
-      found = FindRun<Rule, Format>(kind.output);
+      found = &Run<Rule, Format>;
     });
   });
   return found;
@@ -150,7 +172,7 @@ AnyStep PrepareStep(const StepKind& kind, const float* hyperparams, int32_t coun
   AnyStep any{};
   Visit(Rules(), kind.rule, [&](auto rule) {
     using Rule = typename decltype(rule)::type;
-    const StepOf<Rule> step = PrepareStep<Rule>(kind, hyperparams, count);
+    const auto step = PrepareStep<Rule>(kind, hyperparams, count);
     std::memcpy(any.bytes, &step, sizeof(step));
   });
   return any;

@@ -12,6 +12,7 @@ struct CpuWork {
   Region region;
   const uint8_t* source;  // base of the slot that is read; nullptr for a fresh state's zeros
   uint8_t* target;        // base of the slot that is written; may be the source
+  Output output;
 };
 
 // Steps blocks [begin, end) of a region on the calling thread.

@@ -57,7 +57,7 @@ __global__ void CopyLeavesKernel(const __grid_constant__ LeafCopy<kLeaves> copy)
 template <class... Rule>
 __device__ void Prepare(List<Rule...>, const ResolveArgs& args, int32_t count, AnyStep& step) {
   int i = 0;
-  ((i++ == args.kind.rule ? void(reinterpret_cast<StepOf<Rule>&>(step) =
+  ((i++ == args.kind.rule ? void(reinterpret_cast<StepOf<typename Rule::Arithmetic>&>(step) =
                                      PrepareStep<Rule>(args.kind, args.hyperparams, count))
                           : void()),
    ...);
@@ -73,7 +73,7 @@ __device__ void Resolve(const ResolveArgs& args, Token token, Header* header) {
   const bool skipped = IsAccepted(judgement.verdict) && count == kSkipStep;
   resolved.accepted = IsAccepted(judgement.verdict) && !skipped;
   if (resolved.accepted) {
-    Prepare(Rules(), args, count, resolved.step);
+    Prepare(Rules(), args, StepsSeen(*header, judgement, count), resolved.step);
     const SegmentTable& segments = *header->segments;
     const bool is_fresh = judgement.verdict == Verdict::kFresh;
     resolved.source = is_fresh ? nullptr : segments.bases[judgement.source];
@@ -84,7 +84,7 @@ __device__ void Resolve(const ResolveArgs& args, Token token, Header* header) {
     for (int i = 0; i < Formats::kSize; ++i) {
       resolved.resident_blocks[i] = args.regions[i].BlocksBelow(resident_bytes);
     }
-    *args.new_token = Advance(header, judgement);
+    *args.new_token = Advance(header, judgement, count);
     return;
   }
   *args.new_token = token;
@@ -146,22 +146,26 @@ using Kernel = void (*)(RegionStep);
 
 template <class Rule, class Format>
 Kernel FindStepKernel(Output output) {
-  switch (output) {
-    case Output::kDirection:
-      return StepKernel<Rule, Format, Output::kDirection>;
-    case Output::kUpdate:
-      return StepKernel<Rule, Format, Output::kUpdate>;
-    case Output::kParams:
-      return StepKernel<Rule, Format, Output::kParams>;
+  if constexpr (kHasOwnKernels<Rule, Format>) {
+    switch (output) {
+      case Output::kDirection:
+        return StepKernel<Rule, Format, static_cast<int>(Output::kDirection)>;
+      case Output::kUpdate:
+        return StepKernel<Rule, Format, static_cast<int>(Output::kUpdate)>;
+      case Output::kParams:
+        return StepKernel<Rule, Format, static_cast<int>(Output::kParams)>;
+    }
+    return nullptr;
+  } else {
+    return StepKernel<Rule, Format, kAnyOutput>;
   }
-  return nullptr;
 }
 
 // nullptr if there is no such rule or format.
 Kernel FindKernel(const StepKind& kind, int format) {
   Kernel found = nullptr;
   Visit(Rules(), kind.rule, [&](auto rule) {
-    using Rule = typename decltype(rule)::type;
+    using Rule = typename decltype(rule)::type::Arithmetic;
     Visit(Formats(), format, [&](auto chosen) {
       using Format = typename decltype(chosen)::type;
       found = FindStepKernel<Rule, Format>(kind.output);
@@ -229,7 +233,7 @@ void LaunchUpdate(const CudaUpdate& update, int device, Stream stream) {
     const int64_t blocks = std::min(int64_t{num_multiprocessors} * blocks_per_multiprocessor,
                                     (work.region.num_blocks + kWarps - 1) / kWarps);
     kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
-        {resolved, table + work.first_leaf, work.num_leaves, work.region, i});
+        {resolved, table + work.first_leaf, work.num_leaves, work.region, i, update.kind.output});
     CUDA_CHECK(cudaGetLastError());
   }
 }

@@ -26,6 +26,7 @@ struct RegionStep {
   int64_t num_leaves;
   Region region;
   int32_t format;
+  Output output;
 };
 
 // The blocks of one region in a call.

@@ -14,33 +14,29 @@ constexpr int kLane = static_cast<int>(kBlockSize);
 template <class Format>
 constexpr auto kTables = Format::template MakeTables<int32_t>();
 
-template <class Rule>
-constexpr Role RoleOf(int32_t state) {
-  return state == kNonNegativeState<Rule> ? Role::kNonNegative : Role::kSigned;
-}
-
 template <class Rule, class Format>
 uint8_t Zero(int32_t state) {
-  return static_cast<uint8_t>(Format::Zero(RoleOf<Rule>(state)));
+  return static_cast<uint8_t>(Format::template Zero<Rule>(state));
 }
 
 template <class Rule, class Format>
-bool MayStore(int32_t state, uint32_t word, bool is_padded) {
-  return Format::MayStore(RoleOf<Rule>(state), kNonNegativeState<Rule> >= 0, word, is_padded);
+bool MayStoreWord(int32_t state, uint32_t word, bool is_padded) {
+  return Format::template MayStoreWord<Rule>(state, word, is_padded);
+}
+
+template <class Rule, class Format>
+PAGED_CLONES bool MayStoreCodes(int32_t state, uint8_t* bytes, int64_t count) {
+  auto* codes = reinterpret_cast<typename Format::Code*>(bytes);
+  int bad = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    bad |= Format::template MayStoreCode<Rule>(state, codes[i]) ? 0 : 1;
+  }
+  return bad == 0;
 }
 
 template <class Rule>
-PAGED_CLONES bool MayStoreValues(int32_t state, float* values, int64_t count) {
-  const bool is_signed = RoleOf<Rule>(state) == Role::kSigned;
-  const uint32_t sign = is_signed ? 0x80000000u : 0;
-  uint32_t bad = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    uint32_t bits = BitsOf(values[i]);
-    if (!is_signed) bits = bits == 0x80000000u ? 0 : bits;
-    bad |= (bits & ~sign) > kLargestFinite ? 1 : 0;
-    values[i] = FloatOf(bits);
-  }
-  return bad == 0;
+bool MayStoreValues(int32_t state, float* values, int64_t count) {
+  return MayStoreCodes<Rule, Float32>(state, reinterpret_cast<uint8_t*>(values), count);
 }
 
 template <class Rule, class Format>
@@ -63,8 +59,11 @@ PAGED_CLONES void EncodeBlock(BlockValues values, uint8_t* const* codes, uint32_
   BitRange range{0, 0};
   if constexpr (kNonNegativeState<Rule> >= 0) range = RangeOf(states[kNonNegativeState<Rule>]);
   Lane<Rule, Format, kLane> lane;
-  Format::template Encode<Rule>(IeeeMath(), kTables<Format>, range, ToNearest(), states, lane,
-                                WholeBlock());
+  // Without gradients nothing tells which elements are idle: those that have nothing stored.
+  float active[kLane];
+  std::memcpy(active, states[0], sizeof(active));
+  Format::template Encode<Rule>(IeeeMath(), kTables<Format>, range, ToNearest(), active, states,
+                                lane, WholeBlock());
   for (int s = 0; s < kNumStates<Rule>; ++s) {
     std::memcpy(codes[s], lane.codes[s], sizeof(lane.codes[s]));
   }
@@ -88,11 +87,11 @@ void Encode(BlockValues values, uint8_t* const* codes, uint32_t* words) {
 Transcoder FindTranscoder(int8_t rule, int8_t format) {
   Transcoder found{};
   Visit(Rules(), rule, [&](auto rule_type) {
-    using Rule = typename decltype(rule_type)::type;
+    using Rule = typename decltype(rule_type)::type::Arithmetic;
     Visit(Formats(), format, [&](auto format_type) {
       using Format = typename decltype(format_type)::type;
-      found = {&Zero<Rule, Format>, &MayStore<Rule, Format>, &MayStoreValues<Rule>,
-               &Decode<Rule, Format>, &Encode<Rule, Format>};
+      found = {&Zero<Rule, Format>,   &MayStoreWord<Rule, Format>, &MayStoreCodes<Rule, Format>,
+               &MayStoreValues<Rule>, &Decode<Rule, Format>,       &Encode<Rule, Format>};
     });
   });
   return found;

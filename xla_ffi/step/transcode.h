@@ -13,12 +13,14 @@ using BlockValues = float (*)[kBlockSize];
 
 // What a format is to a rule, on the CPU.
 struct Transcoder {
-  // The code of 0 of each state as a byte; of float32 each of its four.
+  // The code of 0 of each state as a byte; where codes have several bytes, each of them.
   uint8_t (*zero)(int32_t state);
   // Whether a block's word of a state may be stored. `is_padded`: the block has fewer than
   // kBlockSize elements.
-  bool (*may_store)(int32_t state, uint32_t word, bool is_padded);
-  // Float32 only: whether values may be stored. Turns -0 into 0 where there are no signs.
+  bool (*may_store_word)(int32_t state, uint32_t word, bool is_padded);
+  // Whether codes of a state may be stored. Turns -0 into 0 where there are no signs.
+  bool (*may_store_codes)(int32_t state, uint8_t* codes, int64_t count);
+  // The same for what codes stand for.
   bool (*may_store_values)(int32_t state, float* values, int64_t count);
   // `codes`: kBlockSize of each state. `words`: one a state, if the format has any.
   void (*decode)(const uint8_t* const* codes, const uint32_t* words, BlockValues values);

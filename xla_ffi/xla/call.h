@@ -34,6 +34,7 @@ namespace paged_optax {
   X(int64_t, paths)                          \
   X(bool, pinned)                            \
   X(bool, replay)                            \
+  X(bool, restart)                           \
   X(int64_t, rule)                           \
   X(std::string_view, shards)                \
   X(bool, skip_elements)                     \

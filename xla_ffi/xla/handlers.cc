@@ -71,7 +71,8 @@ Request MakeRequest(DeviceId device, int64_t run, const UpdateAttrs& attrs, cons
           &call.signature,
           call.fingerprint,
           part,
-          attrs.names};
+          attrs.names,
+          attrs.restart};
 }
 
 constexpr int64_t kBlocksPerTask = 64;
@@ -82,8 +83,12 @@ void RunOnCpu(ffi::ThreadPool& pool, const UpdateCall& call, const AnyStep& step
   for (size_t i = 0; i < kFormats.size(); ++i) {
     const Region& region = call.extent.regions[i];
     if (region.num_blocks == 0) continue;
-    const CpuWork work{call.leaves.data() + call.ranges[i].first, call.ranges[i].count, region,
-                       source, target};
+    const CpuWork work{call.leaves.data() + call.ranges[i].first,
+                       call.ranges[i].count,
+                       region,
+                       source,
+                       target,
+                       call.kind.output};
     const CpuStep run = FindCpuStep(call.kind, static_cast<int8_t>(i));
     const int64_t num_tasks = (region.num_blocks + kBlocksPerTask - 1) / kBlocksPerTask;
     ParallelFor(pool, num_tasks, [&](int64_t task) {
@@ -143,12 +148,16 @@ ffi::Error UpdateCpu(ffi::ThreadPool pool, ffi::RunId run, int32_t device, Updat
       *call.new_token = token;
       return;
     }
-    const AnyStep step = PrepareStep(call.kind, call.hyperparams, count);
+    const AnyStep step =
+        PrepareStep(call.kind, call.hyperparams, StepsSeen(arena->header, judgement, count));
     const auto& bases = arena->segments.bases;  // of one segment
     const bool fresh = judgement.verdict == Verdict::kFresh;
     RunOnCpu(pool, call, step, fresh ? nullptr : bases[judgement.source][0],
              bases[judgement.target][0]);
-    *call.new_token = Advance(&arena->header, judgement);
+    *call.new_token = Advance(&arena->header, judgement, count);
+    if (call.kind.output == Output::kParams && !call.leaves.empty()) {
+      registry.copies().Note(id, token.handle, call.leaves[0].params);
+    }
   });
 }
 
@@ -192,7 +201,7 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
     registry.handles().NoteCall();
     std::shared_ptr<const Source> source;  // outlives the lock
     const ContentsLock lock = gpu.Acquire();
-    if (gpu.MayBeFirstUse(lock, registry.handles(), run.run_id)) {
+    if (gpu.MayBeFirstUse(lock, registry.handles(), run.run_id, call.fingerprint)) {
       // Only now does the host wait for the device.
       Token token;
       int32_t part;
@@ -226,6 +235,10 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
       update.regions[i] = {call.extent.regions[i], call.ranges[i].first, call.ranges[i].count};
     }
     LaunchUpdate(update, device, stream);
+    // The host does not know which state this is, but of one state alone it can say something.
+    if (call.kind.output == Output::kParams && update.num_headers == 1 && !call.leaves.empty()) {
+      registry.copies().Note(gpu.id(), 0, call.leaves[0].params);
+    }
     gpu.AfterStep(lock, stream);
   });
 }
