@@ -22,7 +22,14 @@ SEVERAL_GPUS = README.parent / "docs" / "several_gpus.md"
 PLANNING = README.parent / "docs" / "planning.md"
 SITE = [
     README.parent / "docs" / f"{page}.md"
-    for page in ("from_bitsandbytes", "from_optax", "how_it_works", "start", "trainers")
+    for page in (
+        "optimizers",
+        "from_bitsandbytes",
+        "from_optax",
+        "how_it_works",
+        "start",
+        "trainers",
+    )
 ]
 
 MODULES = ["paged_optax"] + [

@@ -22,7 +22,7 @@ def error_texts(root: Path) -> list[ErrorText]:
     for path in sorted((root / "paged_optax").rglob("*.py")):
         kinds: dict[str, str] = {}
         for text, kind in _of_python(path.read_text(encoding="utf-8")):
-            kinds.setdefault(text, kind)
+            kinds[text] = kinds.get(text) or kind
         found |= {ErrorText(text, kinds[text], str(path.relative_to(root))) for text in kinds}
     for path in sorted((root / "xla_ffi").rglob("*.[ch]*")):
         if path.suffix in (".cc", ".h", ".cu") and not path.name.startswith("testing"):
@@ -47,7 +47,7 @@ def _of_python(source: str) -> Iterator[tuple[str, str]]:
                 yield from _words(node.args[0], "warning", named)
         elif isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             for argument in node.exc.args:  # of a helper that makes the exception
-                yield from _words(argument, "an error", named, least=3)
+                yield from _words(argument, "", named, least=4)
 
 
 def _words(
@@ -91,7 +91,7 @@ def _sentence(text: str) -> Iterator[str]:
 
 def as_markdown(root: Path) -> str:
     rows = [
-        f"| {_escape(error.text)} | {error.kind or 'from C++'} | {_escape(Path(error.file).name)} |"
+        f"| {_escape(error.text)} | {error.kind} | {_escape(Path(error.file).name)} |"
         for error in error_texts(root)
     ]
     return "\n".join(["| text | raised as | in |", "| --- | --- | --- |", *rows])
