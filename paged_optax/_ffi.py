@@ -56,7 +56,8 @@ def _update_avals(token, count, hyperparams, part, *leaves, step):
 
 
 def _lower_issue(ctx, seed, *, shared):
-    return jax.ffi.ffi_lowering(_ISSUE_TARGET, has_side_effect=True)(ctx, seed, shared=shared)
+    lowering = jax.ffi.ffi_lowering(_ISSUE_TARGET, has_side_effect=True)
+    return lowering(ctx, seed, shared=shared, site="init")
 
 
 def _lower_update(ctx, *operands, step: Step):

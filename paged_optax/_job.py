@@ -2,6 +2,7 @@
 
 import functools
 import random
+from typing import Any
 
 import jax
 from jax._src import distributed
@@ -18,13 +19,15 @@ def is_shared(num_devices: int) -> bool:
 def share_base() -> None:
     """Has all processes count the handles of states that they share from one random number."""
     if jax.distributed.is_initialized():
-        _share_base_once()
+        client = distributed.global_state.client
+        assert client is not None
+        _share_base_of(client)
 
 
-@functools.cache
-def _share_base_once() -> None:
-    client, key = distributed.global_state.client, "paged_optax/base"
-    assert client is not None
+# The last one: `jax.distributed` may shut down and start anew, and a job has one client.
+@functools.lru_cache(maxsize=1)
+def _share_base_of(client: Any) -> None:
+    key = "paged_optax/base"
     try:
         client.key_value_set(key, str(random.SystemRandom().getrandbits(29)))
     except jax.errors.JaxRuntimeError:

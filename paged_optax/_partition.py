@@ -95,6 +95,8 @@ def _explicit(
     def function(*operands):
         mesh = jax.sharding.get_abstract_mesh()
         end = num_replicated + len(specs)
+        # A user's rule may have cut the token.
+        whole = [jax.sharding.reshard(operand, P()) for operand in operands[:num_replicated]]
         guides = operands[end:]  # none, or cut as specs say
         leaves = [
             jax.sharding.reshard(leaf, spec)
@@ -109,7 +111,7 @@ def _explicit(
             out_specs=(P(), *specs),
             axis_names=explicit,
             check_vma=False,
-        )(*operands[:num_replicated], *leaves, *guides)
+        )(*whole, *leaves, *guides)
 
     return function
 

@@ -34,6 +34,8 @@ class DeviceMemory:
       pool: what XLA's allocator holds of the GPU; None where that is not known.
       pool_in_use: the most of the pool that was in use at one time.
       evicted: whether `evict` keeps moments out of the device.
+      trouble: what is wrong with the memory although the moments are whole, such as a disk that
+        took no writes; empty if nothing is.
     """
 
     device: str
@@ -48,6 +50,7 @@ class DeviceMemory:
     pool: int | None = None
     pool_in_use: int | None = None
     evicted: bool = False
+    trouble: str = ""
 
     @property
     def on_host(self) -> int:
@@ -143,9 +146,9 @@ class MemoryReport:
 
 
 def _describe(device: DeviceMemory) -> list[str]:
-    """Lines on the memory of a GPU around the moments."""
+    """Lines on the memory of a device around the moments."""
     if device.free is None:
-        return []
+        return ["", f"{device.device}: {device.trouble}"] if device.trouble else []
     budget = "no budget" if device.budget is None else f"budget {format_bytes(device.budget)}"
     line = f"{device.device}: {device.memory} memory, {budget}, {format_bytes(device.free)} free"
     if device.pool is not None and device.pool_in_use is not None:
@@ -231,6 +234,7 @@ def _device_memory(platform: str, ordinal: int, reports: list[dict[str, Any]]) -
         pool=pool,
         pool_in_use=in_use,
         evicted=any(report["limit"] >= 0 for report in reports),
+        trouble=" ".join(filter(None, (report["trouble"] for report in reports))),
     )
 
 

@@ -209,6 +209,14 @@ def read_handle(token: Any) -> tuple[int, int]:
             " this outside of it"
         )
     token.block_until_ready()  # for the update that made it, on every device and not just the first
+    if not token.is_fully_replicated:  # cut by a rule for all leaves of a state
+        if not token.is_fully_addressable:
+            raise ValueError(
+                f"the optimizer state's token is cut over processes ({token.sharding}), so that"
+                " this one has only part of it. Replicate what has fewer elements than devices: in"
+                " the rule for the state's leaves, `P() if leaf.size <= 2 else ...`"
+            )
+        token = jax.device_put(token, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     copies = {tuple(np.asarray(shard.data).tolist()) for shard in token.addressable_shards}
     if len(copies) > 1:
         raise RuntimeError(

@@ -24,6 +24,7 @@ from paged_optax import (
     Quantization,
     _ext,
     _ffi,
+    _job,
     _names,
     _process,
     _state,
@@ -405,6 +406,16 @@ available_host_bytes = _ext.available_host_bytes
 def set_available_host_bytes(monkeypatch, nbytes):
     """So much is what Python finds available, until the test ends."""
     monkeypatch.setattr(_ext, "available_host_bytes", lambda: nbytes)
+
+
+def share_base_of(monkeypatch, client):
+    """Agrees on handles as in a job with this client. Returns the bases that were set."""
+    bases = []
+    monkeypatch.setattr(_ext, "set_shared_base", bases.append)
+    monkeypatch.setattr(_job.distributed.global_state, "client", client)
+    _job.share_base()
+    _job.share_base()
+    return bases
 
 
 def raise_if_rejected():

@@ -709,3 +709,51 @@ def test_a_fresh_state_is_on_the_mesh_of_its_parameters():
         _, state = step(params, state, params)
         _, state = step(params, state, params)
         assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_a_rule_for_all_leaves_cuts_the_token(kind):
+    """A usual FSDP rule, on an axis of two devices: the token is an array of two elements."""
+    mesh = make_mesh(jax.devices("cpu")[:2], kind)
+
+    def shardings(tree):
+        return jax.tree.map(
+            lambda x: NamedSharding(mesh, P("x") if x.ndim and x.shape[0] % 2 == 0 else P()), tree
+        )
+
+    tx = paged_adamw8bit(1e-2, quantization=DYNAMIC)
+    whole = {"w": jnp.ones((64, 128))}
+    with jax.set_mesh(mesh):
+        params = jax.device_put(whole, shardings(whole))
+        fresh = shardings(jax.eval_shape(tx.init, params))
+        state = jax.jit(tx.init, out_shardings=fresh)(params)
+
+        def step(params, state):
+            updates, state = tx.update(params, state, params)
+            return optax.apply_updates(params, updates), state
+
+        update = jax.jit(step, out_shardings=shardings((params, state)))
+        for _ in range(2):
+            params, state = update(params, state)
+        assert not state[0].token.value.is_fully_replicated
+        _, single = step(*step(whole, tx.init(whole)))
+        assert_trees_equal(moments(state), moments(single))
+        assert len(memory_report(state).devices) == 2
+        paged_optax.evict(state)
+        assert release(state) > 0
+
+
+def test_one_traced_init_many_times_in_a_program():
+    """All calls have the same seed, and devices may run them in any order."""
+    devices = jax.devices("cpu")[:8]
+    mesh = make_mesh(devices, "Auto")
+    tx = paged_optax.scale_by_paged_adam8bit()
+    params = place({"w": jnp.ones((64, 128))}, mesh, {"w": P("x")})
+    init = jax.jit(tx.init)
+    program = jax.jit(lambda p: [tx.update(p, init(p))[1] for _ in range(8)])
+    for _ in range(3):
+        states = program(params)
+        assert len({paged_optax.moments(state).mu["w"].shape for state in states}) == 1
+        for state in states:
+            assert len(memory_report(state).devices) == 8
+            assert release(state) > 0

@@ -53,10 +53,15 @@ def test_write_that_fails_keeps_the_moments(in_a_file):
     hooks.fail_call("msync", errno.ENOSPC)
     with pytest.raises(MemoryError, match="could not be written.*No space left.*still whole"):
         evict(state)
-    assert memory_report(state).on_host == 0
+    report = memory_report(state)
+    assert report.on_host == 0
+    assert "No space left" in report.devices[0].trouble and "still whole" in str(report)
     assert_trees_equal(moments(state), before)
     _, state = tx.update(grads(2), state)
-    evict(state)  # works again
+    assert memory_report(state).devices[0].trouble  # until a write works
+    evict(state)
+    report = memory_report(state)
+    assert not report.devices[0].trouble and "could not be written" not in str(report)
     moments(state)
 
 

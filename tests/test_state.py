@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import paged_optax
-from helpers import assert_trees_equal, num_arenas, stack
+from helpers import assert_trees_equal, num_arenas, share_base_of, stack
 from optimizers import BY_NAME, Specification
 from paged_optax import moments, release, scale_by_paged_adam8bit
 
@@ -682,3 +682,25 @@ def test_update_whose_results_are_not_used_does_not_run(tx):
     _, state = tx.update(make_grads(1), state)
     assert state.count == 2
     assert not np.array_equal(moments(state).mu["w"], before.mu["w"])
+
+
+def test_jobs_that_follow_each_other_agree_anew(monkeypatch):
+    """`jax.distributed` may shut down and start again: the processes of a job share its number."""
+
+    class Client:
+        def __init__(self):
+            self.values = {}
+
+        def key_value_set(self, key, value):
+            if key in self.values:
+                raise jax.errors.JaxRuntimeError("ALREADY_EXISTS")
+            self.values[key] = value
+
+        def blocking_key_value_get(self, key, timeout):
+            assert timeout > 0
+            return self.values[key]
+
+    jobs = [Client(), Client()]
+    bases = [share_base_of(monkeypatch, job) for job in jobs]
+    assert [len(each) for each in bases] == [1, 1] and bases[0] != bases[1]
+    assert share_base_of(monkeypatch, jobs[0]) == bases[0]  # another process of the first job

@@ -628,3 +628,20 @@ def touched_pages(array):
     if libc.mincore(pointers[0], ctypes.c_size_t(array.nbytes), pointers[1]):
         raise OSError(ctypes.get_errno(), "mincore")
     return set(np.flatnonzero(resident & 1).tolist())
+
+
+def test_tied_weights(on_cpu):
+    """Kept as two leaves, they drift apart in the ratio format, whose random bits follow names."""
+    rng = np.random.default_rng(0)
+    params = {name: jax.numpy.ones((64, 128)) for name in ("in", "out")}
+
+    def difference(codec):
+        tx = scale_by_paged_adam8bit(quantization=Quantization(codec))
+        state, update = tx.init(params), jax.jit(tx.update)
+        for _ in range(5):
+            grad = jax.numpy.asarray(rng.standard_normal((64, 128)), jax.numpy.float32)
+            updates, state = update({"in": grad, "out": grad}, state)
+        return np.abs(updates["in"] - updates["out"]).max()
+
+    assert difference("ratio") > 0
+    assert difference("dynamic") == 0  # the remedy, where one leaf is not possible

@@ -73,6 +73,23 @@ def test_no_includes_in_a_circle():
         visit(file)
 
 
+def test_every_call_of_cuda_can_be_made_to_fail():
+    """It is written as CUDA_CHECK, PAGED_CUDA or CUDA_LAUNCH, which base/cuda_check.h defines."""
+    exempt = {"cudaGetErrorString", "cudaGetErrorName", "cudaGetLastError"}  # ask nothing of a GPU
+    others = []
+    for path in sources():
+        text = re.sub(r"//.*", "", (XLA_FFI / path).read_text(encoding="utf-8"))
+        text = re.sub(r"#define (CUDA_LAUNCH|CUDA_CHECK)(.*\\\n)*.*", "", text)
+        for match in re.finditer(r"\bcuda[A-Z]\w*(?<!_t)(?=\()", text):
+            before = text[: match.start()].rstrip().removesuffix("(void)").rstrip()
+            if match[0] not in exempt and not before.endswith(("CUDA_CHECK(", "PAGED_CUDA(")):
+                others.append(f"{path}: {match[0]}")
+        launches = len(re.findall(r"\w<<<", text))
+        if launches != text.count("CUDA_LAUNCH("):
+            others.append(f"{path}: a launch")
+    assert not others, "\n".join(others)
+
+
 def test_private_modules_are_known_to_one_file_of_tests():
     """So that a change inside the package changes helpers.py, and no test."""
     private = re.compile(

@@ -3,8 +3,10 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cerrno>
 #include <string>
 
+#include "base/faults.h"
 #include "base/status.h"
 
 namespace paged_optax {
@@ -36,13 +38,32 @@ constexpr const char* RoomAndFile(const char* path) {
   return room;
 }
 
+// Every call of CUDA is written as PAGED_CUDA or CUDA_CHECK, so that a test build can make it fail
+// (base/faults.h).
+#define PAGED_CUDA(call) (PAGED_FAILS(#call) ? static_cast<cudaError_t>(errno) : (call))
+
 #define CUDA_CHECK(call)                                                                           \
   do {                                                                                             \
-    const cudaError_t cuda_check_error = (call);                                                   \
+    const cudaError_t cuda_check_error = PAGED_CUDA(call);                                         \
     if (cuda_check_error != cudaSuccess) {                                                         \
       ::paged_optax::ThrowCudaError(cuda_check_error, #call, ::paged_optax::RoomAndFile(__FILE__), \
                                     __LINE__);                                                     \
     }                                                                                              \
+  } while (0)
+
+// kernel<<<...>>>(...), checked.
+#define CUDA_LAUNCH(...)                                                             \
+  do {                                                                               \
+    if (PAGED_FAILS("launch")) {                                                     \
+      ::paged_optax::ThrowCudaError(cudaErrorLaunchOutOfResources, "a launch",       \
+                                    ::paged_optax::RoomAndFile(__FILE__), __LINE__); \
+    }                                                                                \
+    __VA_ARGS__;                                                                     \
+    const cudaError_t cuda_launch_error = cudaGetLastError();                        \
+    if (cuda_launch_error != cudaSuccess) {                                          \
+      ::paged_optax::ThrowCudaError(cuda_launch_error, "a launch",                   \
+                                    ::paged_optax::RoomAndFile(__FILE__), __LINE__); \
+    }                                                                                \
   } while (0)
 
 // Makes `device` current for the calling thread and restores the former one. A thread that has
@@ -58,7 +79,7 @@ class ScopedDevice {
   }
   ScopedDevice(const ScopedDevice&) = delete;
   ~ScopedDevice() {
-    if (restore_) (void)cudaSetDevice(saved_);
+    if (restore_) (void)PAGED_CUDA(cudaSetDevice(saved_));
   }
 
  private:
@@ -67,8 +88,8 @@ class ScopedDevice {
     static const GetState get_state = [] {
       void* function = nullptr;
       cudaDriverEntryPointQueryResult result;
-      const cudaError_t error = cudaGetDriverEntryPointByVersion(
-          "cuDevicePrimaryCtxGetState", &function, 7000, cudaEnableDefault, &result);
+      const cudaError_t error = PAGED_CUDA(cudaGetDriverEntryPointByVersion(
+          "cuDevicePrimaryCtxGetState", &function, 7000, cudaEnableDefault, &result));
       if (error != cudaSuccess) (void)cudaGetLastError();
       return reinterpret_cast<GetState>(error == cudaSuccess ? function : nullptr);
     }();

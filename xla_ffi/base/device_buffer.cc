@@ -14,12 +14,12 @@ DeviceBuffer::DeviceBuffer(int64_t nbytes) {
   try {
     CUDA_CHECK(cudaMemset(data_, 0, nbytes));
   } catch (...) {
-    (void)cudaFree(data_);
+    (void)PAGED_CUDA(cudaFree(data_));
     throw;
   }
 }
 
-DeviceBuffer::~DeviceBuffer() { (void)cudaFree(data_); }
+DeviceBuffer::~DeviceBuffer() { (void)PAGED_CUDA(cudaFree(data_)); }
 
 MappedBuffer::MappedBuffer(int64_t nbytes) {
   CUDA_CHECK(cudaHostAlloc(&host_, nbytes, cudaHostAllocMapped | cudaHostAllocPortable));
@@ -27,11 +27,11 @@ MappedBuffer::MappedBuffer(int64_t nbytes) {
   try {
     CUDA_CHECK(cudaHostGetDevicePointer(&device_, host_, 0));
   } catch (...) {
-    (void)cudaFreeHost(host_);
+    (void)PAGED_CUDA(cudaFreeHost(host_));
     throw;
   }
 }
 
-MappedBuffer::~MappedBuffer() { (void)cudaFreeHost(host_); }
+MappedBuffer::~MappedBuffer() { (void)PAGED_CUDA(cudaFreeHost(host_)); }
 
 }  // namespace paged_optax

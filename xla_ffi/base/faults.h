@@ -5,8 +5,10 @@
 #if PAGED_OPTAX_TESTING
 
 #include <cerrno>
+#include <chrono>
 #include <mutex>
 #include <string>
+#include <thread>
 
 namespace paged_optax {
 
@@ -18,13 +20,32 @@ class Faults {
     return *faults;
   }
 
-  // Lets `after` calls of this name pass, or of any name if it is empty, and fails the next one.
+  // Lets `after` calls of this name pass, or of any name if it is empty, and fails the next one. An
+  // error below 0 is a time in ms: the call only takes so much longer.
   void Ask(const std::string& name, int after, int error) {
     const std::lock_guard<std::mutex> lock(mutex_);
     name_ = name;
     after_ = after;
     error_ = error;
     is_asked_ = true;
+  }
+
+  // Whether a call still has to fail.
+  bool IsAsked() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return is_asked_;
+  }
+
+  // The name of the call that failed last.
+  std::string Last() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return last_;
+  }
+
+  // Calls that were to pass and have not come yet, since the last Ask.
+  int NumLeft() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return after_;
   }
 
   // Withdraws what was asked for; returns whether no call has failed for it yet.
@@ -35,18 +56,27 @@ class Faults {
     return was_asked;
   }
 
-  // Whether the call at hand has to fail. If so, errno is set.
-  bool Take(const char* name) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (!is_asked_ || (!name_.empty() && name_ != name) || after_-- > 0) return false;
-    is_asked_ = false;
-    errno = error_;
-    return true;
+  // Whether the call at hand has to fail. If so, errno is set. `call` starts with the name.
+  bool Take(const std::string& call) {
+    const int error = Next(call.substr(0, call.find('(')));
+    if (error < 0) std::this_thread::sleep_for(std::chrono::milliseconds(-error));
+    if (error > 0) errno = error;
+    return error > 0;
   }
 
  private:
+  // 0 for none.
+  int Next(const std::string& name) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!is_asked_ || (!name_.empty() && name_ != name) || after_-- > 0) return 0;
+    is_asked_ = false;
+    last_ = name;
+    return error_;
+  }
+
   std::mutex mutex_;
   std::string name_;
+  std::string last_;
   int after_ = 0;
   int error_ = 0;
   bool is_asked_ = false;
@@ -57,9 +87,12 @@ class Faults {
 // `failed` is what the call returns when it fails; it may use errno.
 #define PAGED_CALL(name, failed, ...) \
   (::paged_optax::Faults::Get().Take(#name) ? (failed) : name(__VA_ARGS__))
+// Whether something that is no single call has to fail.
+#define PAGED_FAILS(name) ::paged_optax::Faults::Get().Take(name)
 
 #else
 
 #define PAGED_CALL(name, failed, ...) name(__VA_ARGS__)
+#define PAGED_FAILS(name) false
 
 #endif  // PAGED_OPTAX_TESTING

@@ -9,8 +9,8 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <string>
-#include <vector>
 
 #include "base/faults.h"
 #include "base/notice.h"
@@ -18,6 +18,7 @@
 #include "memory/file_system.h"
 #include "memory/host_memory.h"
 #include "memory/preflight.h"
+#include "memory/promises.h"
 
 namespace paged_optax {
 namespace {
@@ -92,7 +93,8 @@ class File {
   // A full disk would otherwise show as a SIGBUS in the middle of a step.
   void Reserve(const std::string& directory, int64_t nbytes) {
     const FileSystem system = Examine(fd_);
-    if (system.is_in_ram) CheckHostMemory(nbytes);
+    std::optional<HostPromise> promise;  // until the room is taken
+    if (system.is_in_ram) promise.emplace(nbytes);
     if (!system.danger.empty()) {
       PostNotice({0, 0,
                   "moments in Paging(directory='" + directory + "') are at risk: " + system.danger +
@@ -149,40 +151,45 @@ class FileMemory final : public Memory {
             "affected.");
   }
 
-  int64_t ResidentBytes() const override {
-    const int64_t nbytes = geometry().NumBytes(), page = sysconf(_SC_PAGESIZE);
-    std::vector<unsigned char> pages((nbytes + page - 1) / page);
-    if (PAGED_CALL(mincore, -1, data_, nbytes, pages.data()) != 0) return nbytes;
-    const auto is_resident = [](unsigned char flags) { return (flags & 1) != 0; };
-    return std::min<int64_t>(nbytes, page * std::count_if(pages.begin(), pages.end(), is_resident));
-  }
+  int64_t ResidentBytes() const override { return MappedBytes(data_, geometry().NumBytes()); }
 
   void PageOut(int64_t nbytes) override {
     const int64_t end = geometry().NumBytes(), page = sysconf(_SC_PAGESIZE);
     const int64_t begin = RoundUp(nbytes, page);
     if (nbytes >= end || begin >= end) return;
     // Clean pages can be dropped at once.
+    const int64_t before = MappedBytes(data_ + begin, end - begin);
     if (PAGED_CALL(msync, -1, data_ + begin, end - begin, MS_SYNC) != 0) {
-      const int error = errno;
-      // The kernel takes pages for clean that it could not write. It must not drop them.
-      for (int64_t i = begin; i < end; i += page) {
-        volatile uint8_t* byte = data_ + i;
-        *byte = *byte;
-      }
-      throw StatusError(StatusCode::kResourceExhausted,
-                        "moments could not be written to their file in '" + directory_ + "' (" +
-                            std::strerror(error) +
-                            "). They are still whole, in RAM, and the state can be used. Free "
-                            "space or look after the disk, and do it before RAM gets short.");
+      Keep(begin, end, before, errno);
     }
+    trouble_.clear();
 #if defined(MADV_PAGEOUT)
     PAGED_CALL(madvise, -1, data_ + begin, end - begin, MADV_PAGEOUT);
 #endif
   }
 
+  std::string Trouble() const override { return trouble_; }
+
   void PageIn() override { PAGED_CALL(madvise, -1, data_, geometry().NumBytes(), MADV_WILLNEED); }
 
  private:
+  // After a write that failed. The kernel takes pages for clean that it could not write, and must
+  // not drop them: each is made dirty again. If some went before that, contents may be lost.
+  [[noreturn]] void Keep(int64_t begin, int64_t end, int64_t mapped_before, int error) {
+    if (MappedBytes(data_ + begin, end - begin) < mapped_before) lost_ = error;
+    CheckContents();
+    const int64_t page = sysconf(_SC_PAGESIZE);
+    for (int64_t i = begin; i < end; i += page) {
+      volatile uint8_t* byte = data_ + i;
+      *byte = *byte;
+    }
+    trouble_ = "moments could not be written to their file in '" + directory_ + "' (" +
+               std::strerror(error) +
+               "). They are still whole, in RAM, and the state can be used. Free space or look "
+               "after the disk, and do it before RAM gets short.";
+    throw StatusError(StatusCode::kResourceExhausted, trouble_);
+  }
+
   void Copy(const void* source, int64_t nbytes, void* destination) const override {
     std::memcpy(destination, source, nbytes);
   }
@@ -190,7 +197,8 @@ class FileMemory final : public Memory {
   const std::string directory_;
   const File file_;
   uint8_t* const data_;
-  int lost_ = 0;  // errno of the write that failed when nobody looked
+  int lost_ = 0;         // errno of the write that failed when nobody looked
+  std::string trouble_;  // what the last write said that failed; empty once one worked
 };
 
 }  // namespace

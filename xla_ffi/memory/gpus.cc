@@ -39,12 +39,12 @@ Gpu Describe(int device) {
 
 Gpus FindGpus() {
   Gpus found;
-  if (cudaDriverGetVersion(&found.driver) != cudaSuccess || found.driver == 0) {
+  if (PAGED_CUDA(cudaDriverGetVersion(&found.driver)) != cudaSuccess || found.driver == 0) {
     found.error = "no NVIDIA driver was found";
     return found;
   }
   int count = 0;
-  const cudaError_t error = cudaGetDeviceCount(&count);
+  const cudaError_t error = PAGED_CUDA(cudaGetDeviceCount(&count));
   if (error != cudaSuccess) {
     (void)cudaGetLastError();
     found.error = cudaGetErrorString(error);

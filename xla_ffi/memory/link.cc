@@ -16,7 +16,7 @@ class OwnStream {
  public:
   OwnStream() { CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
   OwnStream(const OwnStream&) = delete;
-  ~OwnStream() { (void)cudaStreamDestroy(stream_); }
+  ~OwnStream() { (void)PAGED_CUDA(cudaStreamDestroy(stream_)); }
   operator cudaStream_t() const { return stream_; }
 
  private:

@@ -3,12 +3,15 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
+#include <memory>
 #include <thread>
 
 #include "base/cuda_check.h"
 #include "memory/memory.h"
 #include "memory/preflight.h"
+#include "memory/promises.h"
 
 namespace paged_optax {
 namespace {
@@ -24,25 +27,41 @@ cudaMemLocation Location(Tier tier, int device) {
 }
 
 cudaError_t Prefetch(void* data, int64_t nbytes, Tier tier, int device, cudaStream_t stream) {
-  return cudaMemPrefetchAsync(data, nbytes, Location(tier, device), /*flags=*/0, stream);
+  return PAGED_CUDA(
+      cudaMemPrefetchAsync(data, nbytes, Location(tier, device), /*flags=*/0, stream));
 }
 #else
 int Location(Tier tier, int device) { return tier == Tier::kDevice ? device : cudaCpuDeviceId; }
 
 cudaError_t Prefetch(void* data, int64_t nbytes, Tier tier, int device, cudaStream_t stream) {
-  return cudaMemPrefetchAsync(data, nbytes, Location(tier, device), stream);
+  return PAGED_CUDA(cudaMemPrefetchAsync(data, nbytes, Location(tier, device), stream));
 }
 #endif
 
 class ManagedMemory final : public Memory {
  public:
-  ManagedMemory(const Geometry& geometry, int device) : Memory(geometry), device_(device) {
+  ManagedMemory(const Geometry& geometry, int device)
+      : Memory(geometry), device_(device), promise_(geometry.NumBytes()) {
+    CheckAddressSpace(geometry.NumBytes());
     ScopedDevice scope(device);
     CUDA_CHECK(cudaMallocManaged(reinterpret_cast<void**>(&data_), geometry.NumBytes(),
                                  cudaMemAttachGlobal));
   }
 
-  ~ManagedMemory() override { (void)cudaFree(data_); }
+  ~ManagedMemory() override {
+    promise_.End();
+    (void)PAGED_CUDA(cudaFree(data_));
+  }
+
+  // The new memory is in its place. The driver may send all that is on the device to the host; what
+  // is there already has been taken once steps have written it.
+  void KeepPromise() {
+    promise_.Keep([on_device = on_device_, is_taken = is_taken_, nbytes = geometry().NumBytes()] {
+      return *is_taken ? on_device->load() : nbytes;
+    });
+  }
+
+  std::shared_ptr<std::atomic<bool>> is_taken() const override { return is_taken_; }
 
   MemoryKind kind() const override { return MemoryKind::kManaged; }
 
@@ -51,6 +70,8 @@ class ManagedMemory final : public Memory {
   }
 
   void Place(const Move& move) {
+    const int32_t border = move.to == Tier::kDevice ? move.first + move.count : move.first;
+    *on_device_ = geometry().LeadingBytes(border);
     ForEachSlot(move, [&](uint8_t* data, int64_t nbytes) {
       CUDA_CHECK(cudaMemAdvise(data, nbytes, cudaMemAdviseSetPreferredLocation,
                                Location(move.to, device_)));
@@ -107,6 +128,10 @@ class ManagedMemory final : public Memory {
   }
 
   const int device_;
+  const std::shared_ptr<std::atomic<int64_t>> on_device_ =
+      std::make_shared<std::atomic<int64_t>>(0);
+  const std::shared_ptr<std::atomic<bool>> is_taken_ = std::make_shared<std::atomic<bool>>(false);
+  HostPromise promise_;
   uint8_t* data_ = nullptr;
 };
 
@@ -115,12 +140,11 @@ class ManagedMemory final : public Memory {
 std::unique_ptr<Memory> MakeManagedMemory(const Geometry& geometry, int device,
                                           int32_t num_resident, Stream stream) {
   // The driver may evict every managed page, so host memory must be there for all of them.
-  CheckHostMemory(geometry.NumBytes());
-  CheckAddressSpace(geometry.NumBytes());
   auto memory = std::make_unique<ManagedMemory>(geometry, device);
   memory->Prepare({0, num_resident, Tier::kDevice}, stream);
   // The kernel's first write makes pages on the host, ten times as fast as the CPU would.
   memory->Place({num_resident, geometry.NumSegments() - num_resident, Tier::kHost});
+  memory->KeepPromise();
   return memory;
 }
 

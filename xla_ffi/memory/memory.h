@@ -2,6 +2,7 @@
 // host_memory.cc (CPU), managed_memory.cc and pinned_memory.cc (GPU).
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -42,14 +43,23 @@ class Memory {
   // The same into a slot. No step may run.
   void Write(int32_t slot, int64_t offset, int64_t nbytes, const void* source);
 
-  // A move, in three calls by one thread, `stream` being the same. Prepare may take long; of a kind
+  // A move, in four calls by one thread, `stream` being the same. Prepare may take long; of a kind
   // that changes no address it does everything. Enqueue comes while no step is running, or with the
-  // stream waiting for it, and returns at once. Finish comes when the stream is done.
+  // stream waiting for it, and returns at once. Only Publish changes what Address says. Finish
+  // comes when the stream is done. A move that fails before it was published ends with Abandon.
   virtual bool ChangesAddresses() const { return false; }
   virtual void Prepare(const Move&, Stream) {}
   virtual void Enqueue(const Move&, Stream) {}
+  virtual void Publish(const Move&) noexcept {}
   virtual void Finish(const Move&, Stream) {}
+  virtual void Abandon(const Move&, Stream) noexcept {}
 
+  // To be set once the first step is done: what is on the host has been taken from it. Null where
+  // nobody has to say so.
+  virtual std::shared_ptr<std::atomic<bool>> is_taken() const { return nullptr; }
+
+  // What is wrong with the memory although its contents are whole; empty if nothing is.
+  virtual std::string Trouble() const { return ""; }
   // Throws if contents may have been lost without a step's doing. Every use asks first.
   virtual void CheckContents() {}
 

@@ -8,6 +8,7 @@
 #include "base/device_buffer.h"
 #include "memory/memory.h"
 #include "memory/preflight.h"
+#include "memory/promises.h"
 
 namespace paged_optax {
 namespace {
@@ -28,7 +29,7 @@ class Pool {
   }
   Pool(const Pool&) = delete;
   ~Pool() {
-    if (pool_ != nullptr) (void)cudaMemPoolDestroy(pool_);
+    if (pool_ != nullptr) (void)PAGED_CUDA(cudaMemPoolDestroy(pool_));
   }
 
   uint8_t* Allocate(int64_t nbytes, Stream stream) {
@@ -42,7 +43,7 @@ class Pool {
   }
 
   void Free(uint8_t* data, Stream stream) {
-    (void)(pool_ == nullptr ? cudaFree(data) : cudaFreeAsync(data, stream));
+    (void)(pool_ == nullptr ? PAGED_CUDA(cudaFree(data)) : PAGED_CUDA(cudaFreeAsync(data, stream)));
   }
 
   // Gives back what is not in use.
@@ -65,9 +66,12 @@ class PinnedMemory final : public Memory {
         resident_(geometry.NumSegments(), false) {}
 
   ~PinnedMemory() override {
-    ScopedDevice scope(device_);
-    for (uint8_t* copy : copies_) {
-      if (copy != nullptr) (void)cudaFree(copy);
+    try {
+      ScopedDevice scope(device_);
+      for (uint8_t* copy : copies_) {
+        if (copy != nullptr) (void)PAGED_CUDA(cudaFree(copy));
+      }
+    } catch (const StatusError&) {  // CUDA does not work any more
     }
   }
 
@@ -85,6 +89,7 @@ class PinnedMemory final : public Memory {
     int32_t k = move.first;
     try {
       for (; k < move.first + move.count; ++k) {
+        if (copies_[k] != nullptr) continue;  // left by a move that failed at its end
         copies_[k] = pool_.Allocate(Length(k) * geometry().num_slots, stream);
       }
     } catch (...) {
@@ -105,8 +110,21 @@ class PinnedMemory final : public Memory {
                                    stream));
       }
     }
-    // Only now: if a copy cannot be made, everything stays where it is.
-    for (int32_t k = move.first; k < move.first + move.count; ++k) resident_[k] = is_in;
+  }
+
+  void Publish(const Move& move) noexcept override {
+    for (int32_t k = move.first; k < move.first + move.count; ++k) {
+      resident_[k] = move.to == Tier::kDevice;
+    }
+  }
+
+  void Abandon(const Move& move, Stream stream) noexcept override {
+    if (move.to == Tier::kHost) return;
+    try {
+      ScopedDevice scope(device_);
+      for (int32_t k = move.first; k < move.first + move.count; ++k) Free(k, stream);
+    } catch (const StatusError&) {  // they stay for the next move
+    }
   }
 
   void Finish(const Move& move, Stream stream) override {
@@ -119,8 +137,9 @@ class PinnedMemory final : public Memory {
 
   // A new state's segments, whose contents do not count yet.
   void PlaceFirst(int32_t num_resident, Stream stream) {
-    Prepare({0, num_resident, Tier::kDevice}, stream);
-    for (int32_t k = 0; k < num_resident; ++k) resident_[k] = true;
+    const Move move{0, num_resident, Tier::kDevice};
+    Prepare(move, stream);
+    Publish(move);
   }
 
  private:
@@ -133,6 +152,7 @@ class PinnedMemory final : public Memory {
   }
 
   void Free(int32_t segment, Stream stream) {
+    if (copies_[segment] == nullptr) return;
     pool_.Free(copies_[segment], stream);
     copies_[segment] = nullptr;
   }
@@ -153,7 +173,7 @@ class PinnedMemory final : public Memory {
 
 std::unique_ptr<Memory> MakePinnedMemory(const Geometry& geometry, int device, int32_t num_resident,
                                          Stream stream) {
-  CheckHostMemory(geometry.NumBytes());
+  const HostPromise promise(geometry.NumBytes());  // until the memory is taken
   CheckAddressSpace(geometry.NumBytes());
   ScopedDevice scope(device);
   auto memory = std::make_unique<PinnedMemory>(geometry, device);

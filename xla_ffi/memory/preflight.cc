@@ -104,16 +104,17 @@ int64_t AvailableHostBytes() {
   return std::min(SystemAvailableBytes(), ControlGroupAvailableBytes());
 }
 
-void CheckHostMemory(int64_t nbytes) {
-  const int64_t available = AvailableHostBytes();
-  if (nbytes <= available) return;
+void CheckHostMemory(int64_t nbytes, int64_t available, int64_t promised) {
+  if (nbytes <= available - promised) return;
   std::ostringstream message;
-  message
-      << "the optimizer's moments need " << FormatBytes(nbytes) << " of host memory but "
-      << FormatBytes(available)
-      << " are available (system and control group limits counted). Free host memory, release() "
-         "optimizer states that are no longer used, or shard the parameters over more devices. "
-         "Nothing was allocated.";
+  message << "the optimizer's moments need " << FormatBytes(nbytes) << " of host memory but "
+          << FormatBytes(available) << " are available (system and control group limits counted)";
+  if (promised > 0) {
+    message << ", of which " << FormatBytes(promised)
+            << " are promised to the moments of other states and devices of this process";
+  }
+  message << ". Free host memory, release() optimizer states that are no longer used, or shard the "
+             "parameters over more devices. Nothing was allocated.";
   throw StatusError(StatusCode::kResourceExhausted, message.str());
 }
 

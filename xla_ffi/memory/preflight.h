@@ -10,9 +10,10 @@ namespace paged_optax {
 // what is left below the limits of the control groups this process is in.
 int64_t AvailableHostBytes();
 
-// Throw with the numbers and the remedy when `nbytes` more are not to be had: of host memory, of
-// the process's address space.
-void CheckHostMemory(int64_t nbytes);
+// Throws with the numbers and the remedy when `nbytes` more of host memory are not to be had:
+// `available` are, less what was promised to others (memory/promises.h).
+void CheckHostMemory(int64_t nbytes, int64_t available, int64_t promised);
+// The same for the process's address space.
 void CheckAddressSpace(int64_t nbytes);
 
 // "1.5 GiB"

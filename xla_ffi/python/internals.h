@@ -18,9 +18,12 @@ struct Internals {
   void (*post_notice)(Notice notice);
   void (*deliver_notices)();
   void (*pretend_not_managed)(bool pretend);
+  void (*pretend_available)(int64_t nbytes);
+  int64_t (*promised_bytes)();
   // base/faults.h; nothing in a build without tests.
   void (*ask_for_failure)(const std::string& call, int after, int error);
   bool (*withdraw_failure)();
+  bool (*is_failure_asked)();
   std::string (*danger_of)(long file_system);
 };
 

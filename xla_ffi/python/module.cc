@@ -14,6 +14,7 @@
 #include "memory/gpus.h"
 #include "memory/memory.h"
 #include "memory/preflight.h"
+#include "memory/promises.h"
 #include "python/checkpoint.h"
 #include "python/errors.h"
 #include "python/internals.h"
@@ -159,6 +160,7 @@ py::dict ReportToPython(const ArenaReport& report) {
   item["limit"] = report.residency.limit;
   item["moved"] = report.residency.moved_bytes;
   item["moving_seconds"] = report.residency.moving_seconds;
+  item["trouble"] = report.trouble;
   item["leaves"] = leaves;
   item["leaf_bytes"] = leaf_bytes;
   return item;
@@ -247,9 +249,11 @@ void AskForFailure(const std::string& call, int after, int error) {
   Faults::Get().Ask(call, after, error);
 }
 bool WithdrawFailure() { return Faults::Get().Withdraw(); }
+bool IsFailureAsked() { return Faults::Get().IsAsked(); }
 #else
 void AskForFailure(const std::string&, int, int) {}
 bool WithdrawFailure() { return false; }
+bool IsFailureAsked() { return false; }
 #endif
 
 constexpr Internals kInternals{[] { return Registry::Get().NumArenas(); },
@@ -258,8 +262,11 @@ constexpr Internals kInternals{[] { return Registry::Get().NumArenas(); },
                                PostNotice,
                                DeliverNotices,
                                PretendNotManaged,
+                               PretendAvailable,
+                               PromisedBytes,
                                AskForFailure,
                                WithdrawFailure,
+                               IsFailureAsked,
                                [](long type) { return Classify(type).danger; }};
 
 }  // namespace

@@ -145,14 +145,20 @@ void AddInternals(py::module_& module) {
       },
       py::arg("call"), py::arg("error"), py::arg("after") = 0);
   module.def("withdraw_failure", [] { return Ext().withdraw_failure(); });
+  module.def("is_asked", [] { return Ext().is_failure_asked(); });
+  module.def("promised", [] { return Ext().promised_bytes(); });
   module.def("danger_of", [](long type) { return Ext().danger_of(type); }, py::arg("type"));
   module.def(
       "pretend_not_managed", [](bool pretend) { Ext().pretend_not_managed(pretend); },
       py::arg("pretend"));
+  module.def(
+      "pretend_available", [](int64_t nbytes) { Ext().pretend_available(nbytes); },
+      py::arg("nbytes"));
 }
 
 void AddMemory(py::module_& module) {
-  module.def("check_host_memory", &CheckHostMemory);
+  module.def("check_host_memory",
+             [](int64_t nbytes) { CheckHostMemory(nbytes, AvailableHostBytes(), /*promised=*/0); });
   module.def("check_address_space", &CheckAddressSpace);
 #if PAGED_OPTAX_CUDA
   module.def("count_inexact", &CountInexact, py::arg("ordinal"));

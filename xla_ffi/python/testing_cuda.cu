@@ -37,8 +37,7 @@ __global__ void CountInexactKernel(unsigned long long* count) {
 int64_t CountInexact(int device) {
   const ScopedDevice scope(device);
   const DeviceBuffer count(sizeof(int64_t));
-  CountInexactKernel<<<1024, 256>>>(static_cast<unsigned long long*>(count.data()));
-  CUDA_CHECK(cudaGetLastError());
+  CUDA_LAUNCH(CountInexactKernel<<<1024, 256>>>(static_cast<unsigned long long*>(count.data())));
   int64_t result;
   CUDA_CHECK(cudaMemcpy(&result, count.data(), sizeof(result), cudaMemcpyDeviceToHost));
   return result;

@@ -21,7 +21,8 @@ std::shared_ptr<Arena> MakeArena(const Request& request, Token token) {
                                        std::string(request.shards),
                                        LeafNames(request.names, signature.Leaves().size()),
                                        request.policy,
-                                       request.part});
+                                       request.part,
+                                       request.run});
   arena->header = {token.handle,
                    0,
                    signature.num_slots(),
@@ -36,10 +37,8 @@ std::shared_ptr<Arena> MakeArena(const Request& request, Token token) {
   return arena;
 }
 
-bool StartsState(const Lock<Handles>& lock, const Handles& handles, const Request& request,
-                 Token token) {
-  if (!handles.IsFirstUse(lock, token.handle, request.run)) return false;
-  return token.version == 0 || (request.restart && handles.IsFromElsewhere(lock, token.handle));
+bool MayStart(const Handles& handles, const Request& request, Token token) {
+  return token.version == 0 || (request.restart && handles.IsFromElsewhere(token.handle));
 }
 
 void NoteRestart(const Arena& arena) {
@@ -84,7 +83,8 @@ ArenaReport Report(const LockedArena& locked) {
           arena.signature.rule(),
           arena.signature.num_slots(),
           arena.signature.num_devices(),
-          arena.signature.Leaves()};
+          arena.signature.Leaves(),
+          arena.memory->Trouble()};
 }
 
 }  // namespace paged_optax

@@ -42,6 +42,7 @@ struct Arena {
   LeafNames names;
   PlacementPolicy policy;
   int32_t part;  // which parts of the leaves the device has
+  int64_t run;   // the execution that it was made in
   std::unique_ptr<Memory> memory = nullptr;
   SegmentTable segments = {};  // on the GPU only a copy: the device has its own
   ContentsMutex mutex = {};    // CPU: guards the contents. A GPU has one for all its arenas
@@ -98,6 +99,7 @@ struct ArenaReport {
   int32_t num_slots;
   int64_t num_devices;
   std::vector<Signature::LeafInfo> leaves;
+  std::string trouble;  // as Memory::Trouble says
 };
 
 ArenaReport Report(const LockedArena& locked);
@@ -106,10 +108,9 @@ ArenaReport Report(const LockedArena& locked);
 // reads nothing.
 std::shared_ptr<Arena> MakeArena(const Request& request, Token token);
 
-// Whether a call makes the arena of a token that has none: of a state that was never updated, in
+// Whether a call may make the arena of a token that has none: of a state that was never updated, in
 // whatever process, or of one from elsewhere that may start over.
-bool StartsState(const Lock<Handles>& lock, const Handles& handles, const Request& request,
-                 Token token);
+bool MayStart(const Handles& handles, const Request& request, Token token);
 
 // Warns that a state starts over.
 void NoteRestart(const Arena& arena);

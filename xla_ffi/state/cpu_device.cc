@@ -2,6 +2,8 @@
 #include "state/cpu_device.h"
 
 #include <cstdlib>
+#include <exception>
+#include <utility>
 
 #include "state/fill.h"
 #include "state/fits.h"
@@ -18,55 +20,105 @@ std::optional<LockedArena> LockArena(std::shared_ptr<Arena> arena, bool for_step
   return LockedArena{std::move(arena), header, std::move(lock)};
 }
 
+// The arena of a fresh state, or of one that was restored.
+std::shared_ptr<Arena> MakeOnHost(const Request& request, Token token) {
+  if (request.source != nullptr) CheckFits(*request.source, request);
+  const auto arena = MakeArena(request, token);
+  PlaceOnHost(*arena);
+  if (request.source != nullptr) Fill(*request.source, request, *arena);
+  return arena;
+}
+
 }  // namespace
 
 std::optional<LockedArena> CpuDevice::Open(Handles& handles, const Request& request, Token token) {
   return LockArena(FindOrMake(handles, request, token), /*for_step=*/true);
 }
 
+// The place of an arena that is being made, which is given up if that fails.
+class CpuDevice::Making {
+ public:
+  Making(const ListLock&, CpuDevice& device, int32_t handle) : device_(device), handle_(handle) {
+    device_.arenas_.emplace(handle, nullptr);
+  }
+  Making(const Making&) = delete;
+  ~Making() {
+    const ListLock lock(device_.mutex_);
+    const auto found = device_.arenas_.find(handle_);
+    if (arena == nullptr) {
+      device_.arenas_.erase(found);
+    } else {
+      found->second = std::move(arena);
+    }
+    device_.made_.notify_all();
+  }
+
+  std::shared_ptr<Arena> arena = nullptr;
+
+ private:
+  CpuDevice& device_;
+  const int32_t handle_;
+};
+
 std::shared_ptr<Arena> CpuDevice::FindOrMake(Handles& handles, const Request& request,
                                              Token token) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = arenas_.find(token.handle);
-  if (found != arenas_.end()) return found->second;
-  if (request.source != nullptr) return MakeFilled(handles, request, token);
-  // Held until the arena is there: nobody else makes one for the same state meanwhile.
-  const auto used = handles.Acquire();
-  if (!StartsState(used, handles, request, token)) return nullptr;
-  auto arena = MakeArena(request, token);
-  PlaceOnHost(*arena);
-  arenas_.emplace(token.handle, arena);
-  if (handles.NoteUsed(used, token.handle, request.run) && token.version != 0) NoteRestart(*arena);
-  return arena;
-}
-
-// Filling takes long, so handles are not locked meanwhile. Nobody else makes the arena: the caller
-// has the list of arenas locked.
-std::shared_ptr<Arena> CpuDevice::MakeFilled(Handles& handles, const Request& request,
-                                             Token token) {
-  if (!handles.IsFirstUse(handles.Acquire(), token.handle, request.run)) return nullptr;
-  CheckFits(*request.source, request);
-  auto arena = MakeArena(request, token);
-  PlaceOnHost(*arena);
-  Fill(*request.source, request, *arena);
-  arenas_.emplace(token.handle, arena);
-  const auto used = handles.Acquire();
-  handles.NoteUsed(used, token.handle, request.run);
-  handles.NoteFilled(used, token.handle, request.signature->num_devices());
+  ListLock lock(mutex_);
+  std::shared_ptr<Arena> arena = FindMade(lock, token.handle);
+  const bool is_restored = request.source != nullptr;
+  const bool may_be_first = is_restored || MayStart(handles, request, token);
+  if (arena != nullptr) {
+    if (!may_be_first || !handles.WasUndone(token.handle, arena->run)) return arena;
+    arenas_.erase(token.handle);  // Abandon has not come yet
+  }
+  if (!may_be_first) return nullptr;
+  const Handles::Claim claim = handles.ClaimFirstUse(token.handle, request.run);
+  if (claim == Handles::Claim::kNone) return nullptr;
+  {
+    Making making(lock, *this, token.handle);
+    lock.unlock();
+    try {
+      making.arena = arena = MakeOnHost(request, token);
+    } catch (const std::exception& error) {
+      handles.UndoFirstUse(token.handle, request.run, error.what());
+      throw;
+    }
+  }
+  if (is_restored) {
+    handles.NoteFilled(token.handle, request.run, request.signature->num_devices());
+  } else if (claim == Handles::Claim::kFirst && token.version != 0) {
+    NoteRestart(*arena);
+  }
   return arena;
 }
 
 std::vector<std::shared_ptr<Arena>> CpuDevice::Arenas() {
-  std::lock_guard<std::mutex> lock(mutex_);
+  const ListLock lock(mutex_);
   std::vector<std::shared_ptr<Arena>> arenas;
-  for (const auto& [handle, arena] : arenas_) arenas.push_back(arena);
+  for (const auto& [handle, arena] : arenas_) {
+    if (arena != nullptr) arenas.push_back(arena);
+  }
   return arenas;
 }
 
-std::shared_ptr<Arena> CpuDevice::Find(int32_t handle) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = arenas_.find(handle);
+std::vector<int32_t> CpuDevice::States() {
+  const ListLock lock(mutex_);
+  std::vector<int32_t> handles;
+  for (const auto& [handle, arena] : arenas_) handles.push_back(handle);
+  return handles;
+}
+
+std::shared_ptr<Arena> CpuDevice::FindMade(ListLock& lock, int32_t handle) {
+  std::map<int32_t, std::shared_ptr<Arena>>::iterator found;
+  made_.wait(lock, [&] {
+    found = arenas_.find(handle);
+    return found == arenas_.end() || found->second != nullptr;
+  });
   return found == arenas_.end() ? nullptr : found->second;
+}
+
+std::shared_ptr<Arena> CpuDevice::Find(int32_t handle) {
+  ListLock lock(mutex_);
+  return FindMade(lock, handle);
 }
 
 std::optional<LockedArena> CpuDevice::LockContents(int32_t handle) {
@@ -94,12 +146,17 @@ std::optional<int64_t> CpuDevice::Limit(int32_t handle, int64_t device_bytes) {
 }
 
 std::shared_ptr<Arena> CpuDevice::Remove(int32_t handle) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = arenas_.find(handle);
-  if (found == arenas_.end()) return nullptr;
-  const std::shared_ptr<Arena> arena = std::move(found->second);
-  arenas_.erase(found);
+  ListLock lock(mutex_);
+  std::shared_ptr<Arena> arena = FindMade(lock, handle);
+  if (arena != nullptr) arenas_.erase(handle);
   return arena;
+}
+
+void CpuDevice::Abandon(int32_t handle, int64_t run) {
+  std::shared_ptr<Arena> arena;  // outlives the lock
+  ListLock lock(mutex_);
+  arena = FindMade(lock, handle);
+  if (arena != nullptr && arena->run == run) arenas_.erase(handle);
 }
 
 }  // namespace paged_optax

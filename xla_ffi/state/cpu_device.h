@@ -1,6 +1,7 @@
 // The arenas of one of XLA's CPU devices.
 #pragma once
 
+#include <condition_variable>
 #include <map>
 #include <mutex>
 
@@ -18,18 +19,26 @@ class CpuDevice final : public Device {
   std::optional<LockedArena> Open(Handles& handles, const Request& request, Token token);
 
   std::vector<std::shared_ptr<Arena>> Arenas() override;
+  std::vector<int32_t> States() override;
   std::shared_ptr<Arena> Find(int32_t handle) override;
   std::optional<LockedArena> LockContents(int32_t handle) override;
   std::optional<HeldArena> HoldContents(int32_t handle) override;
   std::optional<int64_t> Limit(int32_t handle, int64_t device_bytes) override;
   std::shared_ptr<Arena> Remove(int32_t handle) override;
+  void Abandon(int32_t handle, int64_t run) override;
 
  private:
-  std::shared_ptr<Arena> FindOrMake(Handles& handles, const Request& request, Token token);
-  std::shared_ptr<Arena> MakeFilled(Handles& handles, const Request& request, Token token);
+  using ListLock = std::unique_lock<std::mutex>;
+  class Making;
 
-  std::mutex mutex_;
-  std::map<int32_t, std::shared_ptr<Arena>> arenas_;  // by handle
+  std::shared_ptr<Arena> FindOrMake(Handles& handles, const Request& request, Token token);
+  std::shared_ptr<Arena> FindMade(ListLock& lock, int32_t handle);
+
+  // By handle. Null while one is being made, which may take seconds and is done without the lock:
+  // only who asks for this very state waits.
+  std::map<int32_t, std::shared_ptr<Arena>> arenas_;
+  std::mutex mutex_;  // guards them
+  std::condition_variable made_;
 };
 
 }  // namespace paged_optax

@@ -2,6 +2,7 @@
 #include "state/cuda_device.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "base/cuda_check.h"
 #include "state/fill.h"
@@ -25,35 +26,94 @@ bool CudaDevice::MayBeFirstUse(const ContentsLock& lock, const Handles& handles,
     return true;
   }
   const std::vector<int32_t> used = handles.FirstUsedIn(run);
-  return std::any_of(used.begin(), used.end(),
-                     [&](int32_t handle) { return IndexOf(lock, handle) < 0; });
+  return std::any_of(used.begin(), used.end(), [&](int32_t handle) {
+    const int64_t index = IndexOf(lock, handle);
+    return index < 0 || handles.WasUndone(handle, arenas_[index]->run);
+  });
 }
 
-void CudaDevice::BindOnFirstUse(const ContentsLock& lock, Handles& handles, const Request& request,
-                                Token token, Stream stream) {
-  const Source* source = request.source.get();
-  if (IndexOf(lock, token.handle) >= 0) return;
-  if (source == nullptr) {
-    if (!StartsState(handles.Acquire(), handles, request, token)) return;
-  } else {
-    if (!handles.IsFirstUse(handles.Acquire(), token.handle, request.run)) return;
-    CheckFits(*source, request);
+// The time that an arena is being made, when others have the lock.
+class CudaDevice::Binding {
+ public:
+  Binding(ContentsLock& lock, CudaDevice& device, int32_t handle) : lock_(lock), device_(device) {
+    device.binding_ = handle;
   }
-  const auto arena = MakeArena(request, token);
+  Binding(const Binding&) = delete;
+  ~Binding() {
+    device_.pager_.EndPlacement(lock_);
+    device_.binding_ = 0;
+    device_.bound_.notify_all();
+  }
+
+ private:
+  ContentsLock& lock_;
+  CudaDevice& device_;
+};
+
+std::shared_ptr<Arena> CudaDevice::BindOnFirstUse(ContentsLock& lock, Handles& handles,
+                                                  const Request& request, Token token,
+                                                  Stream stream) {
+  if (request.source == nullptr && !MayStart(handles, request, token)) return nullptr;
+  for (;;) {
+    lock.Await(bound_, [&] { return binding_ == 0; });
+    const int64_t index = IndexOf(lock, token.handle);
+    if (index < 0) break;
+    if (!handles.WasUndone(token.handle, arenas_[index]->run)) return nullptr;
+    Remove(lock, token.handle);
+  }
+  const Handles::Claim claim = handles.ClaimFirstUse(token.handle, request.run);
+  if (claim == Handles::Claim::kNone) return nullptr;
+  try {
+    auto arena = Make(lock, request, token, stream);
+    Append(lock, arena);  // waits for the copies of Fill too
+    holds_.AwaitNone(lock);
+    const bool restarts = request.source == nullptr && token.version != 0;
+    if (restarts && claim == Handles::Claim::kFirst) NoteRestart(*arena);
+    return arena;
+  } catch (const std::exception& error) {
+    handles.UndoFirstUse(token.handle, request.run, error.what());
+    throw;
+  }
+}
+
+// Without the lock, except at its beginning and its end.
+std::shared_ptr<Arena> CudaDevice::Make(ContentsLock& lock, const Request& request, Token token,
+                                        Stream stream) {
+  const Source* source = request.source.get();
+  if (source != nullptr) CheckFits(*source, request);
+  auto arena = MakeArena(request, token);
   PrepareResidency(*arena);
-  PlaceOnDevice(*arena, pager_.FirstPlacement(lock, arena->residency), stream);
+  const FirstShare share = pager_.BeginPlacement(lock, arena->residency);
+  const Binding binding(lock, *this, token.handle);
+  const ContentsLock::Pause pause(lock);
+  PlaceOnDevice(*arena, share, stream);
   if (source != nullptr) {
     CUDA_CHECK(cudaStreamSynchronize(stream));  // the memory may come in the order of the stream
     Fill(*source, request, *arena);
   }
-  Append(lock, arena);  // waits for the copies of Fill too
-  const auto used = handles.Acquire();
-  const bool is_first = handles.NoteUsed(used, token.handle, request.run);
-  if (source != nullptr) {
-    handles.NoteFilled(used, token.handle, request.signature->num_devices());
-  } else if (is_first && token.version != 0) {
-    NoteRestart(*arena);
+  return arena;
+}
+
+void CudaDevice::EndFirstUse(Handles& handles, const Arena& arena, bool is_restored,
+                             Stream stream) {
+  if (is_restored) {
+    handles.NoteFilled(arena.header.handle, arena.run, arena.signature.num_devices());
   }
+  auto is_taken = arena.memory->is_taken();
+  if (is_taken == nullptr) return;
+  using Flag = std::shared_ptr<std::atomic<bool>>;
+  auto* flag = new Flag(std::move(is_taken));
+  const auto set = [](void* data) {
+    **static_cast<Flag*>(data) = true;
+    delete static_cast<Flag*>(data);
+  };
+  // If it fails, memory counts as promised that has been taken, and nothing worse.
+  if (PAGED_CUDA(cudaLaunchHostFunc(stream, set, flag)) != cudaSuccess) delete flag;
+}
+
+int64_t CudaDevice::Await(ContentsLock& lock, int32_t handle) {
+  lock.Await(bound_, [&] { return binding_ != handle; });
+  return IndexOf(lock, handle);
 }
 
 int64_t CudaDevice::IndexOf(const ContentsLock&, int32_t handle) const {
@@ -88,9 +148,17 @@ std::vector<std::shared_ptr<Arena>> CudaDevice::Arenas() {
   return arenas_;
 }
 
-std::shared_ptr<Arena> CudaDevice::Find(int32_t handle) {
+std::vector<int32_t> CudaDevice::States() {
   const ContentsLock lock(mutex_);
-  const int64_t index = IndexOf(lock, handle);
+  std::vector<int32_t> handles;
+  if (binding_ != 0) handles.push_back(binding_);
+  for (const auto& arena : arenas_) handles.push_back(arena->header.handle);
+  return handles;
+}
+
+std::shared_ptr<Arena> CudaDevice::Find(int32_t handle) {
+  ContentsLock lock(mutex_);
+  const int64_t index = Await(lock, handle);
   return index < 0 ? nullptr : arenas_[index];
 }
 
@@ -105,8 +173,9 @@ Header CudaDevice::ReadHeader(const ContentsLock&, int64_t index) const {
 
 std::optional<LockedArena> CudaDevice::LockContents(int32_t handle) {
   ContentsLock lock(mutex_);
-  const int64_t index = IndexOf(lock, handle);
+  const int64_t index = Await(lock, handle);
   if (index < 0) return std::nullopt;
+  pager_.CheckBooks(lock);
   const Header header = ReadHeader(lock, index);
   return LockedArena{arenas_[index], header, std::move(lock)};
 }
@@ -115,8 +184,9 @@ std::optional<HeldArena> CudaDevice::HoldContents(int32_t handle) {
   std::shared_ptr<Arena> arena;  // outlives the lock, which the wait gives up
   std::optional<Hold> hold;      // so does this, which takes the lock when it ends
   ContentsLock lock(mutex_);
-  int64_t index = IndexOf(lock, handle);
+  int64_t index = Await(lock, handle);
   if (index < 0) return std::nullopt;
+  pager_.CheckBooks(lock);
   arena = arenas_[index];
   hold.emplace(lock, holds_);  // no move starts from here on
   pager_.AwaitIdle(lock, *arena);
@@ -129,7 +199,7 @@ std::optional<HeldArena> CudaDevice::HoldContents(int32_t handle) {
 std::optional<int64_t> CudaDevice::Limit(int32_t handle, int64_t device_bytes) {
   std::shared_ptr<Arena> arena;  // outlives the lock, which the wait gives up
   ContentsLock lock(mutex_);
-  const int64_t index = IndexOf(lock, handle);
+  const int64_t index = Await(lock, handle);
   if (index < 0) return std::nullopt;
   arena = arenas_[index];
   return pager_.MoveNow(lock, *arena, device_bytes);
@@ -139,9 +209,13 @@ std::optional<int64_t> CudaDevice::Limit(int32_t handle, int64_t device_bytes) {
 std::shared_ptr<Arena> CudaDevice::Remove(int32_t handle) {
   std::shared_ptr<Arena> arena;  // outlives the lock
   ContentsLock lock(mutex_);
+  if (Await(lock, handle) >= 0) arena = Remove(lock, handle);
+  return arena;
+}
+
+std::shared_ptr<Arena> CudaDevice::Remove(ContentsLock& lock, int32_t handle) {
   int64_t index = IndexOf(lock, handle);
-  if (index < 0) return nullptr;
-  arena = arenas_[index];
+  std::shared_ptr<Arena> arena = arenas_[index];
   pager_.AwaitIdle(lock, *arena);
   index = IndexOf(lock, handle);  // others may have come and gone meanwhile
   if (index < 0) return nullptr;
@@ -160,14 +234,15 @@ std::shared_ptr<Arena> CudaDevice::Remove(int32_t handle) {
 std::optional<Rejection> CudaDevice::TakeRejection() {
   const ContentsLock lock(mutex_);
   volatile Rejection* report = static_cast<Rejection*>(mailbox_->host());
-  if (report->verdict == Verdict::kAccept) return std::nullopt;
+  // The device writes this last; what it wrote before is read after it, on every kind of host.
+  if (__atomic_load_n(&report->verdict, __ATOMIC_ACQUIRE) == Verdict::kAccept) return std::nullopt;
   Rejection rejection{};
   rejection.token.handle = report->token.handle;
   rejection.token.version = report->token.version;
   rejection.version = report->version;
   rejection.fingerprint = report->fingerprint;
   rejection.verdict = report->verdict;
-  report->verdict = Verdict::kAccept;
+  __atomic_store_n(&report->verdict, Verdict::kAccept, __ATOMIC_RELEASE);
   return rejection;
 }
 

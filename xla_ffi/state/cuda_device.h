@@ -2,6 +2,8 @@
 // memory, where kernels find it.
 #pragma once
 
+#include <condition_variable>
+
 #include "base/device_buffer.h"
 #include "base/stream.h"
 #include "state/device.h"
@@ -20,6 +22,7 @@ class CudaDevice final : public Device {
   ContentsLock Acquire() {
     ContentsLock lock(mutex_);
     holds_.AwaitNone(lock);
+    pager_.CheckBooks(lock);
     return lock;
   }
 
@@ -28,9 +31,13 @@ class CudaDevice final : public Device {
   // or no arena here belongs to such a call.
   bool MayBeFirstUse(const ContentsLock&, const Handles& handles, int64_t run,
                      uint64_t fingerprint) const;
-  // Makes the arena of a fresh token, or of one that was restored, if this is its first use.
-  void BindOnFirstUse(const ContentsLock&, Handles& handles, const Request& request, Token token,
-                      Stream stream);
+  // Makes the arena of a fresh token, or of one that was restored, if this is its first use: then
+  // returns it, for EndFirstUse to be called after the step is launched. If something fails before,
+  // the caller undoes the first use (Handles::UndoFirstUse). Gives the lock up meanwhile, and
+  // nobody holds the contents when it returns.
+  std::shared_ptr<Arena> BindOnFirstUse(ContentsLock& lock, Handles& handles,
+                                        const Request& request, Token token, Stream stream);
+  void EndFirstUse(Handles& handles, const Arena& arena, bool is_restored, Stream stream);
 
   // Around the launch of a step; see Pager.
   void BeforeStep(const ContentsLock& lock, Stream stream) { pager_.BeforeStep(lock, stream); }
@@ -42,11 +49,15 @@ class CudaDevice final : public Device {
   Rejection* device_rejection() const { return static_cast<Rejection*>(mailbox_->device()); }
 
   std::vector<std::shared_ptr<Arena>> Arenas() override;
+  std::vector<int32_t> States() override;
   std::shared_ptr<Arena> Find(int32_t handle) override;
   std::optional<LockedArena> LockContents(int32_t handle) override;
   std::optional<HeldArena> HoldContents(int32_t handle) override;
   std::optional<int64_t> Limit(int32_t handle, int64_t device_bytes) override;
   std::shared_ptr<Arena> Remove(int32_t handle) override;
+  // Does nothing: no device may wait for another one here. The arena is found out, and made anew,
+  // at the next first use.
+  void Abandon(int32_t /*handle*/, int64_t /*run*/) override {}
   std::optional<Rejection> TakeRejection() override;
   void StopMoving() override { pager_.Stop(); }
 
@@ -55,6 +66,13 @@ class CudaDevice final : public Device {
   int64_t IndexOf(const ContentsLock&, int32_t handle) const;
   void Append(const ContentsLock&, std::shared_ptr<Arena> arena);
   Header ReadHeader(const ContentsLock&, int64_t index) const;
+  // The number of a state's arena, once it is made if that is under way.
+  int64_t Await(ContentsLock& lock, int32_t handle);
+  std::shared_ptr<Arena> Make(ContentsLock& lock, const Request& request, Token token,
+                              Stream stream);
+  std::shared_ptr<Arena> Remove(ContentsLock& lock, int32_t handle);
+
+  class Binding;
 
   ContentsMutex mutex_;
   Holds holds_{mutex_};                         // of any arena
@@ -65,6 +83,9 @@ class CudaDevice final : public Device {
   Header* headers_ = nullptr;
   int64_t capacity_ = 0;
   std::unique_ptr<MappedBuffer> mailbox_;
+  // Handle of the state whose arena is being made, one at a time; 0 for none.
+  int32_t binding_ = 0;
+  std::condition_variable bound_;
   Pager pager_;
 };
 

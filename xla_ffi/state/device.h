@@ -21,8 +21,11 @@ class Device {
   DeviceId id() const { return id_; }
 
   virtual std::vector<std::shared_ptr<Arena>> Arenas() = 0;
+  // The handles of these, and of those that are being made.
+  virtual std::vector<int32_t> States() = 0;
 
-  // The five that follow return nothing if the state has no arena here.
+  // The five that follow return nothing if the state has no arena here, and wait for one that is
+  // being made.
   virtual std::shared_ptr<Arena> Find(int32_t handle) = 0;
   // Keeps steps from starting and waits for those under way.
   virtual std::optional<LockedArena> LockContents(int32_t handle) = 0;
@@ -33,6 +36,8 @@ class Device {
   virtual std::optional<int64_t> Limit(int32_t handle, int64_t device_bytes) = 0;
   // Takes the arena off the device. Its memory goes with the last pointer to it.
   virtual std::shared_ptr<Arena> Remove(int32_t handle) = 0;
+  // Takes it off if it was made in this execution, in which another device failed to make its own.
+  virtual void Abandon(int32_t handle, int64_t run) = 0;
 
   // The report of a refused step that nobody has taken yet. A CPU refuses at once and has none.
   virtual std::optional<Rejection> TakeRejection() { return std::nullopt; }

@@ -2,14 +2,19 @@
 #include "state/handles.h"
 
 #include <algorithm>
+#include <limits>
 #include <random>
 
+#include "base/status.h"
 #include "state/source.h"
 
 namespace paged_optax {
 namespace {
 
-constexpr size_t kRecent = 1024;  // executions that may be under way at once, with room to spare
+// Executions that may be under way at once, with room to spare; fewer if they issued very many
+// handles.
+constexpr size_t kRecent = 1024, kFewRecent = 16;
+constexpr int64_t kManyIssued = int64_t{1} << 20;
 
 // No process issues handles below, so that a token of zeros is recognised as none.
 constexpr int32_t kLeast = 1 << 20;
@@ -26,34 +31,48 @@ constexpr size_t kMaxForgotten = 256, kMaxForgottenSources = 32;
 Handles::Handles(const Handles* parent)
     : own_{static_cast<int32_t>(std::random_device{}() % (1u << 29) + kLeast), 0} {
   own_.next = own_.first;
+  shared_.reserve(64);  // a process that is forked meanwhile finds them whole
   if (parent == nullptr) return;
   parents_ = parent->parents_;
   parents_.push_back(parent->own_);
-  parents_.push_back(parent->shared_);
+  parents_.insert(parents_.end(), parent->shared_.begin(), parent->shared_.end());
 }
 
 // Above all handles that a process issues on its own.
 void Handles::SetSharedBase(int32_t random) {
   const Lock<Handles> lock(mutex_);
-  if (shared_.first != 0) return;
-  shared_.first = shared_.next = (1 << 30) + (random & ((1 << 29) - 1));
+  const int32_t first = (1 << 30) + (random & ((1 << 29) - 1));
+  shared_.push_back({first, first});
 }
 
-int32_t Handles::Issue(DeviceId device, int64_t run, int32_t seed, bool shared) {
-  const Lock<Handles> lock(mutex_);
-  for (Issued& issued : issued_) {
-    if (issued.run == run && issued.seed == seed && issued.devices.insert(device).second) {
-      return issued.handle;
+Handles::Run& Handles::RunOf(const Lock<Handles>&, int64_t run) {
+  const auto [found, is_new] = runs_.try_emplace(run);
+  if (!is_new) return found->second;
+  order_.push_back(run);
+  while (order_.size() > kRecent || (order_.size() > kFewRecent && num_issued_ > kManyIssued)) {
+    const auto oldest = runs_.find(order_.front());
+    for (const auto& [site, issued] : oldest->second.issued) {
+      num_issued_ -= static_cast<int64_t>(issued.handles.size());
     }
+    runs_.erase(oldest);
+    order_.pop_front();
   }
-  const int32_t handle = IssueNext(lock, shared);
-  issued_.push_back({run, seed, handle, {device}});
-  if (issued_.size() > kRecent) issued_.pop_front();
-  return handle;
+  return found->second;
+}
+
+int32_t Handles::Issue(DeviceId device, int64_t run, CallSite site, bool shared) {
+  const Lock<Handles> lock(mutex_);
+  Issued& issued = RunOf(lock, run).issued[site];
+  size_t& next = issued.next[device];
+  if (next == issued.handles.size()) {
+    issued.handles.push_back(IssueNext(lock, shared));
+    ++num_issued_;
+  }
+  return issued.handles[next++];
 }
 
 int32_t Handles::IssueNext(const Lock<Handles>&, bool shared) {
-  const int32_t handle = (shared && shared_.first != 0 ? shared_ : own_).next++;
+  const int32_t handle = (shared && !shared_.empty() ? shared_.back() : own_).next++;
   unused_.insert(handle);
   num_unused_ = static_cast<int64_t>(unused_.size());
   return handle;
@@ -79,7 +98,9 @@ int64_t Handles::NumFilled(int32_t handle) const {
 }
 
 // The caller has the source too, so it does not go here.
-void Handles::NoteFilled(const Lock<Handles>&, int32_t handle, int64_t num_devices) {
+void Handles::NoteFilled(int32_t handle, int64_t run, int64_t num_devices) {
+  const Lock<Handles> lock(mutex_);
+  if (undone_.count({handle, run}) != 0) return;  // meanwhile, by another device
   const auto found = staged_.find(handle);
   if (found == staged_.end()) return;
   const int64_t local = found->second.source->local_devices;
@@ -87,27 +108,54 @@ void Handles::NoteFilled(const Lock<Handles>&, int32_t handle, int64_t num_devic
   if (++found->second.num_filled >= most) staged_.erase(found);
 }
 
-bool Handles::IsFirstUse(const Lock<Handles>& lock, int32_t handle, int64_t run) const {
-  if (unused_.count(handle)) return true;
-  if (handle >= kLeast && IsFromElsewhere(lock, handle) && !adopted_.count(handle)) return true;
-  return std::any_of(used_.begin(), used_.end(),
-                     [&](const Used& used) { return used.handle == handle && used.run == run; });
+Handles::Claim Handles::ClaimFirstUse(int32_t handle, int64_t run) {
+  const Lock<Handles> lock(mutex_);
+  const auto undone = undone_.find({handle, run});
+  if (undone != undone_.end()) {
+    throw StatusError(StatusCode::kResourceExhausted,
+                      "the first step of this optimizer state failed on another device, so that "
+                      "no device keeps moments of it: " +
+                          undone->second);
+  }
+  const bool is_elsewheres =
+      handle >= kLeast && !IsOwn(lock, handle) && !IsParents(lock, handle);
+  std::set<int32_t>& used = RunOf(lock, run).used;
+  if (unused_.erase(handle) != 0 || (is_elsewheres && adopted_.insert(handle).second)) {
+    used.insert(handle);
+    num_unused_ = static_cast<int64_t>(unused_.size());
+    return Claim::kFirst;
+  }
+  return used.count(handle) != 0 ? Claim::kLater : Claim::kNone;
 }
 
-bool Handles::NoteUsed(const Lock<Handles>& lock, int32_t handle, int64_t run) {
-  const bool is_first =
-      IsFromElsewhere(lock, handle) ? adopted_.insert(handle).second : unused_.erase(handle) != 0;
-  if (!is_first) return false;
-  used_.push_back({handle, run});
-  if (used_.size() > kRecent) used_.pop_front();
+void Handles::UndoFirstUse(int32_t handle, int64_t run, const std::string& why) {
+  const Lock<Handles> lock(mutex_);
+  if (RunOf(lock, run).used.erase(handle) == 0) return;  // another device was first, or release
+  if (adopted_.erase(handle) == 0) unused_.insert(handle);
   num_unused_ = static_cast<int64_t>(unused_.size());
-  return true;
+  undone_.emplace(std::make_pair(handle, run), why);
+  const auto staged = staged_.find(handle);
+  if (staged != staged_.end()) staged->second.num_filled = 0;
 }
 
-bool Handles::IsFromElsewhere(const Lock<Handles>&, int32_t handle) const {
-  return !own_.Contains(handle) && !shared_.Contains(handle) &&
-         std::none_of(parents_.begin(), parents_.end(),
-                      [&](const Range& range) { return range.Contains(handle); });
+bool Handles::WasUndone(int32_t handle, int64_t run) const {
+  const Lock<Handles> lock(mutex_);
+  return undone_.count({handle, run}) != 0;
+}
+
+bool Handles::IsFromElsewhere(int32_t handle) const {
+  const Lock<Handles> lock(mutex_);
+  return !IsOwn(lock, handle) && !IsParents(lock, handle);
+}
+
+bool Handles::IsOwn(const Lock<Handles>&, int32_t handle) const {
+  const auto contains = [&](const Range& range) { return range.Contains(handle); };
+  return own_.Contains(handle) || std::any_of(shared_.begin(), shared_.end(), contains);
+}
+
+bool Handles::IsParents(const Lock<Handles>&, int32_t handle) const {
+  const auto contains = [&](const Range& range) { return range.Contains(handle); };
+  return std::any_of(parents_.begin(), parents_.end(), contains);
 }
 
 std::vector<int32_t> Handles::Unused() const {
@@ -118,8 +166,10 @@ std::vector<int32_t> Handles::Unused() const {
 std::vector<int32_t> Handles::FirstUsedIn(int64_t run) const {
   const Lock<Handles> lock(mutex_);
   std::vector<int32_t> handles;
-  for (const Used& used : used_) {
-    if (used.run == run) handles.push_back(used.handle);
+  const auto found = runs_.find(run);
+  if (found != runs_.end()) handles.assign(found->second.used.begin(), found->second.used.end());
+  for (const auto& [key, why] : undone_) {
+    if (key.second == run) handles.push_back(key.first);
   }
   return handles;
 }
@@ -127,6 +177,9 @@ std::vector<int32_t> Handles::FirstUsedIn(int64_t run) const {
 std::shared_ptr<const Source> Handles::Drop(const Lock<Handles>&, int32_t handle) {
   unused_.erase(handle);
   num_unused_ = static_cast<int64_t>(unused_.size());
+  for (auto& [run, each] : runs_) each.used.erase(handle);
+  undone_.erase(undone_.lower_bound({handle, std::numeric_limits<int64_t>::min()}),
+                undone_.upper_bound({handle, std::numeric_limits<int64_t>::max()}));
   const auto found = staged_.find(handle);
   if (found == staged_.end()) return nullptr;
   const auto source = std::move(found->second.source);
@@ -187,10 +240,10 @@ Handles::Sources Handles::Sweep(const Lock<Handles>& lock) {
 
 Handles::Origin Handles::OriginOf(int32_t handle) const {
   const Lock<Handles> lock(mutex_);
-  if (IsFromElsewhere(lock, handle)) {
+  if (!IsOwn(lock, handle)) {
+    if (IsParents(lock, handle)) return Origin::kParent;
     return adopted_.count(handle) ? Origin::kUsed : Origin::kElsewhere;
   }
-  if (!own_.Contains(handle) && !shared_.Contains(handle)) return Origin::kParent;
   return unused_.count(handle) ? Origin::kUnused : Origin::kUsed;
 }
 

@@ -8,6 +8,9 @@
 #include <map>
 #include <memory>
 #include <set>
+#include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "state/device_id.h"
@@ -17,6 +20,18 @@ namespace paged_optax {
 
 struct Source;
 
+// Where a call stands in a program. The seed differs between two calls that were traced. Calls that
+// come from one trace (of a cached function) have the same seed, and XLA may run them in another
+// order on each device; what differs is the place where XLA keeps their attributes, which all
+// devices share.
+struct CallSite {
+  int32_t seed;
+  const void* place = nullptr;
+  bool operator<(const CallSite& other) const {
+    return std::tie(seed, place) < std::tie(other.seed, other.place);
+  }
+};
+
 class Handles {
  public:
   // `parent`: those of the process that this one was forked from, if it was. They are only read,
@@ -24,34 +39,38 @@ class Handles {
   explicit Handles(const Handles* parent = nullptr);
 
   // Handle of a new state. Devices that take part in one execution get the same handle.
-  // Within one, calls are told apart by `seed` and, for the same seed (a loop), by their order.
-  // `shared`: other processes take part as well, and all of them count from the shared base.
-  int32_t Issue(DeviceId device, int64_t run, int32_t seed, bool shared);
+  // Within one, calls are told apart by where they stand in the program, and in a loop by their
+  // order. `shared`: other processes take part as well, and all of them count from the shared base.
+  int32_t Issue(DeviceId device, int64_t run, CallSite site, bool shared);
   // Handle of a state that was restored, whose moments come from `source` at its first use, and
   // have version 1.
   int32_t Stage(std::shared_ptr<const Source> source, bool shared);
   // What was staged for a handle; null if nothing was, or if all devices have taken it over.
   std::shared_ptr<const Source> SourceOf(int32_t handle) const;
-  // One of so many devices took over what was staged.
-  void NoteFilled(const Lock<Handles>&, int32_t handle, int64_t num_devices);
+  // One of so many devices took over what was staged, in this execution.
+  void NoteFilled(int32_t handle, int64_t run, int64_t num_devices);
   int64_t NumFilled(int32_t handle) const;
 
-  // A random number that the processes of this job have in common; later calls change nothing.
+  // A random number that the processes of this job have in common. A job that follows in the same
+  // process has another.
   void SetSharedBase(int32_t random);
 
   // A state is used for the first time if it never was, or if another device was first in this same
-  // execution. The caller makes an arena for it and then calls NoteUsed, which says whether it was
-  // the first device. States of other processes are used here for the first time too.
-  Lock<Handles> Acquire() { return Lock<Handles>(mutex_); }
-  bool IsFirstUse(const Lock<Handles>&, int32_t handle, int64_t run) const;
-  bool NoteUsed(const Lock<Handles>&, int32_t handle, int64_t run);
+  // execution; states of other processes are used here for the first time too. If so, the caller
+  // makes an arena for it, and nobody does in another execution. If that fails, no device may keep
+  // what it made in this execution: the state is as it was, and can be used for the first time in
+  // another one. ClaimFirstUse throws on the devices that come later.
+  enum class Claim { kNone, kFirst, kLater };  // kLater: another device was first
+  Claim ClaimFirstUse(int32_t handle, int64_t run);
+  void UndoFirstUse(int32_t handle, int64_t run, const std::string& why);
+  bool WasUndone(int32_t handle, int64_t run) const;
   // Another process issued the handle, and no parent of this one did.
-  bool IsFromElsewhere(const Lock<Handles>&, int32_t handle) const;
+  bool IsFromElsewhere(int32_t handle) const;
 
   // States that were made and never used. Takes no lock.
   int64_t num_unused() const { return num_unused_; }
   std::vector<int32_t> Unused() const;
-  // Of recent executions: the handles that were used for the first time in this one.
+  // Of recent executions: the handles that were used for the first time in this one, or were to be.
   std::vector<int32_t> FirstUsedIn(int64_t run) const;
 
   // The state was released.
@@ -70,15 +89,15 @@ class Handles {
   Origin OriginOf(int32_t handle) const;
 
  private:
+  // The handles that one place in a program got in one execution, and how many of them each device
+  // has had.
   struct Issued {
-    int64_t run;
-    int32_t seed;
-    int32_t handle;
-    std::set<DeviceId> devices;
+    std::vector<int32_t> handles;
+    std::map<DeviceId, size_t> next;
   };
-  struct Used {
-    int32_t handle;
-    int64_t run;
+  struct Run {
+    std::map<CallSite, Issued> issued;
+    std::set<int32_t> used;  // for the first time
   };
   struct Staged {
     std::shared_ptr<const Source> source;
@@ -91,7 +110,10 @@ class Handles {
   };
   using Sources = std::vector<std::shared_ptr<const Source>>;
 
+  Run& RunOf(const Lock<Handles>&, int64_t run);
   int32_t IssueNext(const Lock<Handles>&, bool shared);
+  bool IsOwn(const Lock<Handles>&, int32_t handle) const;
+  bool IsParents(const Lock<Handles>&, int32_t handle) const;
   // Ends the states whose time is over. Their sources may only go without the lock.
   Sources Sweep(const Lock<Handles>&);
   std::shared_ptr<const Source> Drop(const Lock<Handles>&, int32_t handle);
@@ -104,11 +126,13 @@ class Handles {
 
   mutable Mutex<Handles> mutex_;
   Range own_;
-  Range shared_{0, 0};  // {0, 0}: not set
+  std::vector<Range> shared_;  // one for each job, the last one counts
   std::vector<Range> parents_;
-  std::deque<Issued> issued_;  // recent
-  std::deque<Used> used_;      // recent
-  std::set<int32_t> unused_;   // issued, no arena on any device yet
+  std::map<int64_t, Run> runs_;                                // recent
+  std::deque<int64_t> order_;                                  // of the runs, oldest first
+  int64_t num_issued_ = 0;                                     // in recent runs
+  std::map<std::pair<int32_t, int64_t>, std::string> undone_;  // why, by handle and run
+  std::set<int32_t> unused_;                                   // issued, no arena on any device yet
   std::set<int32_t> adopted_;  // from elsewhere, with an arena here at some time
   std::atomic<int64_t> num_unused_{0};
   std::map<int32_t, Staged> staged_;

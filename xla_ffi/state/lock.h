@@ -5,6 +5,7 @@
 //   1. Lock<Contents>: what is in an arena. Every CPU arena has its own; a GPU has one for all of
 //      its arenas and for its pager. A thread never holds two.
 //   2. the list of a CPU device's arenas. It is never taken together with a Lock<Contents>.
+//      Nor is it held, or a Lock<Contents> of a GPU, while an arena is being made.
 //   3. Lock<Handles>: which handles are out, and which of them were used.
 // A Hold (state/hold.h) is no lock: it makes steps wait for as long as it lives, and needs the lock
 // of its contents only to begin and to end.

@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <chrono>
 #include <exception>
+#include <stdexcept>
 
+#include "base/faults.h"
 #include "base/notice.h"
 #include "base/status.h"
 #include "memory/gpus.h"
@@ -39,58 +41,92 @@ Residencies Pager::States(const ContentsLock&) const {
   return states;
 }
 
-FirstShare Pager::FirstPlacement(const ContentsLock& lock, const Residency& newcomer) {
-  return planner_.Place(States(lock), newcomer, FreeDeviceBytes(ordinal_));
+FirstShare Pager::BeginPlacement(const ContentsLock& lock, const Residency& newcomer) {
+  const FirstShare share = planner_.Place(States(lock), newcomer, FreeDeviceBytes(ordinal_));
+  is_placing_ = true;
+  return share;
+}
+
+void Pager::EndPlacement(const ContentsLock& lock) {
+  is_placing_ = false;
+  Wake(lock);
+  settled_.notify_all();
+}
+
+void Pager::CheckBooks(const ContentsLock&) const {
+  if (broken_.empty()) return;
+  throw StatusError(StatusCode::kFailedPrecondition,
+                    "paged_optax: the moments on GPU " + std::to_string(ordinal_) +
+                        " cannot be trusted any more, because CUDA failed while some of them "
+                        "moved: " +
+                        broken_ + ". Start the process anew.");
 }
 
 void Pager::MakeEvents() {
   if (stepped_ != nullptr) return;
   ScopedDevice scope(ordinal_);
-  CUDA_CHECK(cudaEventCreateWithFlags(&moved_, cudaEventDisableTiming));
+  if (moved_ == nullptr) CUDA_CHECK(cudaEventCreateWithFlags(&moved_, cudaEventDisableTiming));
   CUDA_CHECK(cudaEventCreateWithFlags(&stepped_, cudaEventDisableTiming));
 }
 
 // On a full device, how long the last step took. Never waits for it.
 void Pager::TakeTime(const Residencies& states) {
-  if (timing_ != Timing::kEnded || cudaEventQuery(ended_) != cudaSuccess) return;
+  if (timing_ != Timing::kEnded || PAGED_CUDA(cudaEventQuery(ended_)) != cudaSuccess) return;
   timing_ = Timing::kNone;
   float ms = 0.0f;
   CUDA_CHECK(cudaEventElapsedTime(&ms, began_, ended_));
   if (ms > PatienceMs(states)) planner_.NoteSlowStep(states);
 }
 
-void Pager::BeforeStep(const ContentsLock& lock, Stream stream) {
+// What should be where, and whether this step's time is taken.
+void Pager::Plan(const ContentsLock& lock) {
   const Residencies states = States(lock);
-  if (states.empty()) return;
   // While something moves, the driver may be slow to say what is free, and it is about to change.
-  if (std::none_of(states.begin(), states.end(), [](const Residency* s) { return s->moving; })) {
-    TakeTime(states);
-    planner_.Observe(states, FreeDeviceBytes(ordinal_));
+  const auto is_moving = [](const Residency* state) { return state->moving; };
+  if (is_placing_ || std::any_of(states.begin(), states.end(), is_moving)) return;
+  TakeTime(states);
+  planner_.Observe(states, FreeDeviceBytes(ordinal_));
+}
+
+void Pager::BeforeStep(const ContentsLock& lock, Stream stream) {
+  if (arenas_.empty()) return;
+  try {
+    Plan(lock);
+  } catch (const CudaError&) {  // a step needs no plan
   }
   allowance_ = std::min(allowance_ + kBytesPerStep, kBytesPerStep);
   Wake(lock);
   if (has_stepped_) CUDA_CHECK(cudaStreamWaitEvent(stream, stepped_, 0));
   if (has_moved_) CUDA_CHECK(cudaStreamWaitEvent(stream, moved_, 0));
   if (!planner_.is_full() || timing_ != Timing::kNone) return;
-  if (began_ == nullptr) {
-    ScopedDevice scope(ordinal_);
-    CUDA_CHECK(cudaEventCreate(&ended_));
-    CUDA_CHECK(cudaEventCreate(&began_));
+  try {
+    if (began_ == nullptr) {
+      ScopedDevice scope(ordinal_);
+      if (ended_ == nullptr) CUDA_CHECK(cudaEventCreate(&ended_));
+      CUDA_CHECK(cudaEventCreate(&began_));
+    }
+    CUDA_CHECK(cudaEventRecord(began_, stream));
+    timing_ = Timing::kBegun;
+  } catch (const CudaError&) {  // nor does its time have to be known
   }
-  CUDA_CHECK(cudaEventRecord(began_, stream));
-  timing_ = Timing::kBegun;
 }
 
+// The step is launched. Nothing here may make it fail.
 void Pager::AfterStep(const ContentsLock&, Stream stream) {
   if (timing_ == Timing::kBegun) {
-    CUDA_CHECK(cudaEventRecord(ended_, stream));
-    timing_ = Timing::kEnded;
+    const bool is_recorded = PAGED_CUDA(cudaEventRecord(ended_, stream)) == cudaSuccess;
+    timing_ = is_recorded ? Timing::kEnded : Timing::kNone;
   }
   const auto changes = [](const auto& arena) { return arena->memory->ChangesAddresses(); };
   if (std::none_of(arenas_.begin(), arenas_.end(), changes)) return;
-  MakeEvents();
-  CUDA_CHECK(cudaEventRecord(stepped_, stream));
-  has_stepped_ = true;
+  try {
+    MakeEvents();
+    CUDA_CHECK(cudaEventRecord(stepped_, stream));
+    has_stepped_ = true;
+  } catch (const CudaError&) {
+    CUDA_CHECK(cudaStreamSynchronize(stream));  // then moves need not wait for it
+    has_stepped_ = false;
+  }
 }
 
 int64_t Pager::MoveNow(ContentsLock& lock, Arena& arena, int64_t nbytes) {
@@ -109,6 +145,7 @@ int64_t Pager::MoveNow(ContentsLock& lock, Arena& arena, int64_t nbytes) {
   Wake(lock);
   Step step;
   lock.Await(settled_, [&] {
+    if (is_placing_) return false;
     if (stopping_ || !residency.failure.empty()) return true;
     return !residency.moving && (residency.segments == residency.target || !Pick(lock, &step));
   });
@@ -124,24 +161,35 @@ void Pager::AwaitIdle(ContentsLock& lock, const Arena& arena) {
 }
 
 bool Pager::Pick(const ContentsLock& lock, Step* step) {
-  if (holds_.any(lock) || (urgent_ == 0 && allowance_ <= 0)) return false;
+  if (is_placing_ || holds_.any(lock) || (urgent_ == 0 && allowance_ <= 0)) return false;
   return planner_.Next(States(lock), FreeDeviceBytes(ordinal_), kBytesPerMove, step);
 }
 
-void Pager::Wake(const ContentsLock&) {
+void Pager::Wake(const ContentsLock& lock) {
   const auto is_settled = [](const auto& arena) {
     return arena->residency.segments == arena->residency.target;
   };
   if (stopping_ || std::all_of(arenas_.begin(), arenas_.end(), is_settled)) return;
-  if (!thread_.joinable()) thread_ = std::thread([this] { Run(); });
+  if (!thread_.joinable()) Start(lock);
   wake_.notify_one();
+}
+
+// A machine without a thread to spare moves nothing; steps run all the same.
+void Pager::Start(const ContentsLock& lock) {
+  try {
+    if (PAGED_FAILS("thread")) throw std::runtime_error("as a test wants it");
+    thread_ = std::thread([this] { Run(); });
+  } catch (const std::exception& error) {
+    const std::string what = std::string("no thread could be started for it: ") + error.what();
+    for (const auto& arena : arenas_) Fail(lock, *arena, what.c_str());
+  }
 }
 
 void Pager::Run() {
   ContentsLock lock(mutex_);
   // For good: in a thread without a device, a ScopedDevice would go back to GPU 0, and with that
   // make a context there.
-  (void)cudaSetDevice(ordinal_);
+  (void)PAGED_CUDA(cudaSetDevice(ordinal_));
   while (!stopping_) {
     std::shared_ptr<Arena> arena;
     try {
@@ -175,20 +223,40 @@ void Pager::Fail(const ContentsLock&, Arena& arena, const char* what) {
 }
 
 // After a move was prepared: has the device make it between two steps, and know about it.
-void Pager::Enqueue(const ContentsLock&, Arena& arena, const Move& move, int32_t segments) {
+void Pager::Enqueue(const ContentsLock& lock, Arena& arena, const Move& move, int32_t segments) {
   Memory& memory = *arena.memory;
   if (memory.ChangesAddresses()) {
     MakeEvents();
     if (has_stepped_) CUDA_CHECK(cudaStreamWaitEvent(stream_, stepped_, 0));
   }
   memory.Enqueue(move, stream_);
+  memory.Publish(move);
+  const SegmentTable table = memory.Table(segments);
+  try {
+    LaunchWriteSegments(table, arena.header.segments, ordinal_, stream_);
+  } catch (...) {  // the device still sees everything where it was
+    memory.Publish(
+        {move.first, move.count, move.to == Tier::kDevice ? Tier::kHost : Tier::kDevice});
+    throw;
+  }
   // From here on the books say what the device will see, whatever happens.
-  arena.segments = memory.Table(segments);
+  arena.segments = table;
   arena.residency.segments = segments;
-  LaunchWriteSegments(arena.segments, arena.header.segments, ordinal_, stream_);
-  if (!memory.ChangesAddresses()) return;
-  CUDA_CHECK(cudaEventRecord(moved_, stream_));
-  has_moved_ = true;
+  if (memory.ChangesAddresses()) RecordMove(lock);
+}
+
+// Steps wait for the move. If they cannot, it is over before the next one.
+void Pager::RecordMove(const ContentsLock&) {
+  if (PAGED_CUDA(cudaEventRecord(moved_, stream_)) == cudaSuccess) {
+    has_moved_ = true;
+    return;
+  }
+  try {
+    CUDA_CHECK(cudaStreamSynchronize(stream_));
+  } catch (const CudaError& error) {
+    broken_ = error.what();
+    throw;
+  }
 }
 
 // The lock is given up while the driver works; it is held again when this returns or throws.
@@ -211,7 +279,12 @@ void Pager::Execute(ContentsLock& lock, Arena& arena, const Step& step) {
     memory.Prepare(move, stream_);
     if (!memory.ChangesAddresses()) CUDA_CHECK(cudaStreamSynchronize(stream_));
   }
-  Enqueue(lock, arena, move, segments);
+  try {
+    Enqueue(lock, arena, move, segments);
+  } catch (...) {
+    if (residency.segments != segments) memory.Abandon(move, stream_);
+    throw;
+  }
   {
     const ContentsLock::Pause pause(lock);
     CUDA_CHECK(cudaStreamSynchronize(stream_));

@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -26,8 +27,12 @@ class Pager {
       : ordinal_(ordinal), mutex_(mutex), holds_(holds), arenas_(arenas) {}
   Pager(const Pager&) = delete;
 
-  // For a state that is about to be made.
-  FirstShare FirstPlacement(const ContentsLock&, const Residency& newcomer);
+  // For a state that is about to be made, which takes long and gives the lock up. Nothing moves
+  // until it is there.
+  FirstShare BeginPlacement(const ContentsLock&, const Residency& newcomer);
+  void EndPlacement(const ContentsLock&);
+  // Throws if the device may see moments in other places than the host.
+  void CheckBooks(const ContentsLock&) const;
   // Before a step is launched: looks at the device's free memory, decides what should move, and
   // lets the thread move the bytes of one step. Never waits for the device or the thread.
   void BeforeStep(const ContentsLock&, Stream stream);
@@ -49,6 +54,9 @@ class Pager {
   void Enqueue(const ContentsLock&, Arena& arena, const Move& move, int32_t segments);
   void Fail(const ContentsLock&, Arena& arena, const char* what);
   void Wake(const ContentsLock&);
+  void Start(const ContentsLock&);
+  void Plan(const ContentsLock&);
+  void RecordMove(const ContentsLock&);
   void MakeEvents();
   void TakeTime(const Residencies& states);
 
@@ -58,7 +66,9 @@ class Pager {
   const std::vector<std::shared_ptr<Arena>>& arenas_;
   Planner planner_;
   int64_t allowance_ = 0;  // bytes that may still move in the background
-  int urgent_ = 0;         // calls that wait for moves, which then need no allowance
+  bool is_placing_ = false;
+  std::string broken_;  // why the device may see moments in other places than the host
+  int urgent_ = 0;      // calls that wait for moves, which then need no allowance
   std::thread thread_;
   std::condition_variable wake_, settled_;
   bool stopping_ = false;

@@ -55,7 +55,15 @@ LockedArena Registry::Open(const Request& request, Token token) {
   handles_.NoteCall();
   Request with_source = request;  // keeps the source until no lock is held
   if (token.version == 1) with_source.source = handles_.SourceOf(token.handle);
-  auto locked = At<CpuDevice>(request.device.ordinal).Open(handles_, with_source, token);
+  std::optional<LockedArena> locked;
+  try {
+    locked = At<CpuDevice>(request.device.ordinal).Open(handles_, with_source, token);
+  } catch (...) {
+    if (handles_.WasUndone(token.handle, request.run)) {
+      for (Device* device : Devices()) device->Abandon(token.handle, request.run);
+    }
+    throw;
+  }
   if (!locked) Refuse(request.device, {Verdict::kUnknown, token, 0, request.fingerprint});
   return std::move(*locked);
 }
@@ -200,7 +208,7 @@ int64_t Registry::ReleaseAll() {
   const std::vector<int32_t> unused = handles_.Unused();
   std::set<int32_t> handles(unused.begin(), unused.end());
   for (Device* device : Devices()) {
-    for (const auto& arena : device->Arenas()) handles.insert(arena->header.handle);
+    for (const int32_t handle : device->States()) handles.insert(handle);
   }
   int64_t nbytes = 0;
   for (const int32_t handle : handles) nbytes += Release(handle);

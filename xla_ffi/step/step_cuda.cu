@@ -1,5 +1,7 @@
 // The kernel that resolves a token, small kernels for tokens and segments, and the launch.
 #include <algorithm>
+#include <array>
+#include <string>
 
 #include "base/cuda_check.h"
 #include "step/kernel_cuda.h"
@@ -84,6 +86,9 @@ __device__ void Resolve(const ResolveArgs& args, Token token, Header* header) {
     for (int i = 0; i < Formats::kSize; ++i) {
       resolved.resident_blocks[i] = args.regions[i].BlocksBelow(resident_bytes);
     }
+    resolved.header = header;
+    resolved.before = *header;
+    resolved.target_slot = judgement.target;
     *args.new_token = Advance(header, judgement, count);
     return;
   }
@@ -115,6 +120,13 @@ __global__ void ResolveKernel(const __grid_constant__ ResolveArgs args,
   if (threadIdx.x == 0) Resolve(args, token, found < 0 ? nullptr : &args.headers[found]);
 }
 
+// After a launch that failed. `is_whole`: before anything was written.
+__global__ void UndoKernel(const ResolvedStep* resolved, bool is_whole) {
+  if (!resolved->accepted) return;
+  *resolved->header = resolved->before;
+  if (!is_whole) resolved->header->versions[resolved->target_slot] = 0;
+}
+
 __global__ void WriteTokenKernel(Token token, Token* destination) { *destination = token; }
 
 __global__ void WriteSegmentsKernel(const __grid_constant__ SegmentTable segments,
@@ -129,15 +141,13 @@ __global__ void WriteSegmentsKernel(const __grid_constant__ SegmentTable segment
 
 void LaunchWriteToken(Token token, Token* destination, int device, Stream stream) {
   ScopedDevice scope(device);
-  WriteTokenKernel<<<1, 1, 0, stream>>>(token, destination);
-  CUDA_CHECK(cudaGetLastError());
+  CUDA_LAUNCH(WriteTokenKernel<<<1, 1, 0, stream>>>(token, destination));
 }
 
 void LaunchWriteSegments(const SegmentTable& segments, SegmentTable* destination, int device,
                          Stream stream) {
   ScopedDevice scope(device);
-  WriteSegmentsKernel<<<1, kThreads, 0, stream>>>(segments, destination);
-  CUDA_CHECK(cudaGetLastError());
+  CUDA_LAUNCH(WriteSegmentsKernel<<<1, kThreads, 0, stream>>>(segments, destination));
 }
 
 namespace {
@@ -187,28 +197,34 @@ LeafCopy<kLeaves> MakeCopy(const CudaUpdate& update, Leaf* table, int64_t begin,
   return copy;
 }
 
+int64_t NumLeaves(const CudaUpdate& update) {
+  int64_t num_leaves = 0;
+  for (const RegionWork& work : update.regions) num_leaves += work.num_leaves;
+  return num_leaves;
+}
+
+// Judges the token, and brings the first leaves.
 void LaunchResolve(const CudaUpdate& update, ResolvedStep* resolved, Leaf* table, Stream stream) {
   ResolveArgs args{update.headers,   update.num_headers, update.rejection,   resolved,
                    update.token,     update.count,       update.hyperparams, update.part,
                    update.new_token, update.kind,        update.fingerprint, {}};
-  int64_t num_leaves = 0;
-  for (size_t i = 0; i < update.regions.size(); ++i) {
-    args.regions[i] = update.regions[i].region;
-    num_leaves += update.regions[i].num_leaves;
-  }
+  for (size_t i = 0; i < update.regions.size(); ++i) args.regions[i] = update.regions[i].region;
+  const int64_t num_leaves = NumLeaves(update);
   if (num_leaves <= kFewLeaves) {
-    ResolveKernel<<<1, kThreads, 0, stream>>>(args,
-                                              MakeCopy<kFewLeaves>(update, table, 0, num_leaves));
-    CUDA_CHECK(cudaGetLastError());
-    return;
+    CUDA_LAUNCH(ResolveKernel<<<1, kThreads, 0, stream>>>(
+        args, MakeCopy<kFewLeaves>(update, table, 0, num_leaves)));
+  } else {
+    CUDA_LAUNCH(ResolveKernel<<<1, kThreads, 0, stream>>>(
+        args, MakeCopy<kManyLeaves>(update, table, 0, num_leaves)));
   }
-  ResolveKernel<<<1, kThreads, 0, stream>>>(args,
-                                            MakeCopy<kManyLeaves>(update, table, 0, num_leaves));
-  CUDA_CHECK(cudaGetLastError());
+}
+
+// The leaves of a large tree that the first kernel had no room for.
+void LaunchMoreLeaves(const CudaUpdate& update, Leaf* table, Stream stream) {
+  const int64_t num_leaves = NumLeaves(update);
   for (int64_t begin = kManyLeaves; begin < num_leaves; begin += kManyLeaves) {
-    CopyLeavesKernel<<<1, kThreads, 0, stream>>>(
-        MakeCopy<kManyLeaves>(update, table, begin, num_leaves));
-    CUDA_CHECK(cudaGetLastError());
+    CUDA_LAUNCH(CopyLeavesKernel<<<1, kThreads, 0, stream>>>(
+        MakeCopy<kManyLeaves>(update, table, begin, num_leaves)));
   }
 }
 
@@ -216,25 +232,68 @@ void LaunchResolve(const CudaUpdate& update, ResolvedStep* resolved, Leaf* table
 
 size_t ScratchBytes(size_t num_leaves) { return LeavesOffset() + num_leaves * sizeof(Leaf); }
 
+namespace {
+
+// The kernel of a region, and how many thread blocks it takes.
+struct RegionLaunch {
+  Kernel kernel;
+  unsigned blocks;
+};
+
+// What can fail comes before the version advances: this loads the kernel, which takes memory.
+RegionLaunch PrepareLaunch(const StepKind& kind, const Region& region, int format, int device) {
+  const Kernel kernel = FindKernel(kind, format);
+  int num_multiprocessors = 0, blocks_per_multiprocessor = 0;
+  CUDA_CHECK(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_multiprocessor, kernel,
+                                                           kThreads, 0));
+  const int64_t blocks = std::min(int64_t{num_multiprocessors} * blocks_per_multiprocessor,
+                                  (region.num_blocks + kWarps - 1) / kWarps);
+  return {kernel, static_cast<unsigned>(blocks)};
+}
+
+[[noreturn]] void Undo(const ResolvedStep* resolved, bool is_whole, const StatusError& error,
+                       Stream stream) {
+  std::string text = error.what();
+  try {
+    CUDA_LAUNCH(UndoKernel<<<1, 1, 0, stream>>>(resolved, is_whole));
+  } catch (const StatusError&) {
+    is_whole = false;
+  }
+  text += is_whole
+              ? ". No step was made: the moments are as they were."
+              : ". Part of the step was made, so the moments of this optimizer state cannot be "
+                "trusted any more (with replay=True, those before the step can). Make a new "
+                "state with init(params).";
+  throw StatusError(error.code(), text);
+}
+
+}  // namespace
+
 void LaunchUpdate(const CudaUpdate& update, int device, Stream stream) {
   ScopedDevice scope(device);
   auto* resolved = static_cast<ResolvedStep*>(update.scratch);
   Leaf* table = reinterpret_cast<Leaf*>(static_cast<uint8_t*>(update.scratch) + LeavesOffset());
-  LaunchResolve(update, resolved, table, stream);
-  int num_multiprocessors = 0;
-  CUDA_CHECK(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  std::array<RegionLaunch, Formats::kSize> launches{};
   for (int i = 0; i < Formats::kSize; ++i) {
-    const RegionWork& work = update.regions[i];
-    if (work.region.num_blocks == 0) continue;
-    const Kernel kernel = FindKernel(update.kind, i);
-    int blocks_per_multiprocessor = 0;
-    CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_multiprocessor, kernel,
-                                                             kThreads, 0));
-    const int64_t blocks = std::min(int64_t{num_multiprocessors} * blocks_per_multiprocessor,
-                                    (work.region.num_blocks + kWarps - 1) / kWarps);
-    kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
-        {resolved, table + work.first_leaf, work.num_leaves, work.region, i, update.kind.output});
-    CUDA_CHECK(cudaGetLastError());
+    const Region& region = update.regions[i].region;
+    if (region.num_blocks != 0) launches[i] = PrepareLaunch(update.kind, region, i, device);
+  }
+  LaunchResolve(update, resolved, table, stream);
+  bool is_whole = true;
+  try {
+    LaunchMoreLeaves(update, table, stream);
+    for (int i = 0; i < Formats::kSize; ++i) {
+      const auto [kernel, blocks] = launches[i];
+      if (kernel == nullptr) continue;
+      const RegionWork& work = update.regions[i];
+      CUDA_LAUNCH(kernel<<<blocks, kThreads, 0, stream>>>({resolved, table + work.first_leaf,
+                                                           work.num_leaves, work.region, i,
+                                                           update.kind.output}));
+      is_whole = false;
+    }
+  } catch (const StatusError& error) {
+    Undo(resolved, is_whole, error, stream);
   }
 }
 

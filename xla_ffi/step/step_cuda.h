@@ -17,6 +17,10 @@ struct ResolvedStep {
   int32_t log2_chunks;                       // of a segment
   int64_t resident_blocks[kFormats.size()];  // so many of each region's first blocks
   bool accepted;
+  // Of the arena, if accepted: its header, as it was before, and the slot that the step writes.
+  Header* header;
+  Header before;
+  int32_t target_slot;
 };
 
 // What a kernel is given: the blocks of one region.
@@ -55,6 +59,8 @@ struct CudaUpdate {
 inline constexpr size_t kScratchAlignment = 16;
 size_t ScratchBytes(size_t num_leaves);
 
+// If a launch fails, no step is made; or, after some of it ran, its contents count for nothing. The
+// error says which.
 void LaunchUpdate(const CudaUpdate& update, int device, Stream stream);
 
 // Writes a token that the host knows to device memory.

@@ -114,13 +114,13 @@ void SkipOnCpu(const UpdateCall& call) {
 // Handlers
 // ---------------------------------------------------------------------------------------------------
 
-// The seed tells apart two calls of one program.
-ffi::Error IssueCpu(ffi::RunId run, int32_t device, bool shared, ffi::BufferR1<ffi::S32> seed,
-                    ffi::Result<ffi::BufferR1<ffi::S32>> token) {
+// The attribute `site` only has a place in memory, which is another for each call of a program.
+ffi::Error IssueCpu(ffi::RunId run, int32_t device, bool shared, std::string_view site,
+                    ffi::BufferR1<ffi::S32> seed, ffi::Result<ffi::BufferR1<ffi::S32>> token) {
   return Guarded([&] {
     const DeviceId id{Platform::kCpu, device};
     const int32_t handle =
-        Registry::Get().handles().Issue(id, run.run_id, *seed.typed_data(), shared);
+        Registry::Get().handles().Issue(id, run.run_id, {*seed.typed_data(), site.data()}, shared);
     *reinterpret_cast<Token*>(token->typed_data()) = {handle, 0};
   });
 }
@@ -166,6 +166,7 @@ XLA_FFI_DEFINE_HANDLER(kIssueCpu, IssueCpu,
                            .Ctx<ffi::RunId>()
                            .Ctx<ffi::DeviceOrdinal>()
                            .Attr<bool>("shared")
+                           .Attr<std::string_view>("site")
                            .Arg<ffi::BufferR1<ffi::S32>>()    // seed
                            .Ret<ffi::BufferR1<ffi::S32>>());  // token
 
@@ -182,12 +183,40 @@ XLA_FFI_DEFINE_HANDLER(kUpdateCpu, UpdateCpu,
 
 // The seed is in device memory; but the calls of a program run in the same order on every GPU.
 ffi::Error IssueCuda(cudaStream_t stream, ffi::RunId run, int32_t device, bool shared,
-                     ffi::BufferR1<ffi::S32> /*seed*/, ffi::Result<ffi::BufferR1<ffi::S32>> token) {
+                     std::string_view /*site*/, ffi::BufferR1<ffi::S32> /*seed*/,
+                     ffi::Result<ffi::BufferR1<ffi::S32>> token) {
   return Guarded([&] {
     const DeviceId id{Platform::kCuda, device};
-    const int32_t handle = Registry::Get().handles().Issue(id, run.run_id, /*seed=*/0, shared);
+    const int32_t handle = Registry::Get().handles().Issue(id, run.run_id, {/*seed=*/0}, shared);
     LaunchWriteToken({handle, 0}, reinterpret_cast<Token*>(token->typed_data()), device, stream);
   });
+}
+
+void Launch(CudaDevice& gpu, const ContentsLock& lock, const UpdateCall& call,
+            ffi::ScratchAllocator& scratch, cudaStream_t stream) {
+  const auto buffer = scratch.Allocate(ScratchBytes(call.leaves.size()), kScratchAlignment);
+  if (!buffer.has_value()) {
+    throw StatusError(StatusCode::kResourceExhausted, "XLA has no scratch memory left");
+  }
+  gpu.BeforeStep(lock, stream);
+  CudaUpdate update{};
+  update.headers = gpu.headers(lock);
+  update.num_headers = gpu.num_headers(lock);
+  update.rejection = gpu.device_rejection();
+  update.scratch = *buffer;
+  update.token = call.token;
+  update.count = call.count;
+  update.hyperparams = call.hyperparams;
+  update.part = call.part;
+  update.new_token = call.new_token;
+  update.kind = call.kind;
+  update.fingerprint = call.fingerprint;
+  update.leaves = call.leaves.data();
+  for (size_t i = 0; i < kFormats.size(); ++i) {
+    update.regions[i] = {call.extent.regions[i], call.ranges[i].first, call.ranges[i].count};
+  }
+  LaunchUpdate(update, gpu.id().ordinal, stream);
+  gpu.AfterStep(lock, stream);
 }
 
 ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::RunId run,
@@ -200,10 +229,11 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
     registry.ThrowIfRejected(gpu);
     registry.handles().NoteCall();
     std::shared_ptr<const Source> source;  // outlives the lock
-    const ContentsLock lock = gpu.Acquire();
+    std::shared_ptr<Arena> made;
+    Token token{};
+    ContentsLock lock = gpu.Acquire();
     if (gpu.MayBeFirstUse(lock, registry.handles(), run.run_id, call.fingerprint)) {
       // Only now does the host wait for the device.
-      Token token;
       int32_t part;
       CUDA_CHECK(
           cudaMemcpyAsync(&token, call.token, sizeof(token), cudaMemcpyDeviceToHost, stream));
@@ -211,35 +241,19 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
       CUDA_CHECK(cudaStreamSynchronize(stream));
       Request request = MakeRequest(gpu.id(), run.run_id, attrs, call, part);
       if (token.version == 1) request.source = source = registry.handles().SourceOf(token.handle);
-      gpu.BindOnFirstUse(lock, registry.handles(), request, token, stream);
+      made = gpu.BindOnFirstUse(lock, registry.handles(), request, token, stream);
     }
-    const auto buffer = scratch.Allocate(ScratchBytes(call.leaves.size()), kScratchAlignment);
-    if (!buffer.has_value()) {
-      throw StatusError(StatusCode::kResourceExhausted, "XLA has no scratch memory left");
+    try {
+      Launch(gpu, lock, call, scratch, stream);
+    } catch (const std::exception& error) {
+      if (made) registry.handles().UndoFirstUse(token.handle, run.run_id, error.what());
+      throw;
     }
-    gpu.BeforeStep(lock, stream);
-    CudaUpdate update{};
-    update.headers = gpu.headers(lock);
-    update.num_headers = gpu.num_headers(lock);
-    update.rejection = gpu.device_rejection();
-    update.scratch = *buffer;
-    update.token = call.token;
-    update.count = call.count;
-    update.hyperparams = call.hyperparams;
-    update.part = call.part;
-    update.new_token = call.new_token;
-    update.kind = call.kind;
-    update.fingerprint = call.fingerprint;
-    update.leaves = call.leaves.data();
-    for (size_t i = 0; i < kFormats.size(); ++i) {
-      update.regions[i] = {call.extent.regions[i], call.ranges[i].first, call.ranges[i].count};
-    }
-    LaunchUpdate(update, device, stream);
+    if (made) gpu.EndFirstUse(registry.handles(), *made, source != nullptr, stream);
     // The host does not know which state this is, but of one state alone it can say something.
-    if (call.kind.output == Output::kParams && update.num_headers == 1 && !call.leaves.empty()) {
+    if (call.kind.output == Output::kParams && gpu.num_headers(lock) == 1 && !call.leaves.empty()) {
       registry.copies().Note(gpu.id(), 0, call.leaves[0].params);
     }
-    gpu.AfterStep(lock, stream);
   });
 }
 
@@ -249,6 +263,7 @@ XLA_FFI_DEFINE_HANDLER(kIssueCuda, IssueCuda,
                            .Ctx<ffi::RunId>()
                            .Ctx<ffi::DeviceOrdinal>()
                            .Attr<bool>("shared")
+                           .Attr<std::string_view>("site")
                            .Arg<ffi::BufferR1<ffi::S32>>()    // seed
                            .Ret<ffi::BufferR1<ffi::S32>>());  // token
 

@@ -1,0 +1,88 @@
+// See fake_step.h. In the place of step_cuda.cu, and of what fills a restored state.
+#include "fake_step.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "base/cuda_check.h"
+#include "state/fill.h"
+#include "state/fits.h"
+#include "step/step_cuda.h"
+
+void Check(const char* what, const uint8_t* sample, uint8_t expected) {
+  if (sample[0] == expected && std::memcmp(sample, sample + 1, kSample - 1) == 0) return;
+  std::fprintf(stderr, "%s: other bytes than %d: lost moments\n", what, expected);
+  std::abort();
+}
+
+void StepBytes(const uint8_t* source, uint8_t* target, int64_t nbytes, uint8_t before,
+               uint8_t after) {
+  for (int64_t at = 0; at + kSample <= nbytes; at += kStride) {
+    if (source != nullptr) Check("step", source + at, before);
+    std::memset(target + at, after, kSample);
+  }
+}
+
+namespace paged_optax {
+namespace {
+
+int64_t SlotBytesOf(const CudaUpdate& update) {
+  return RoundUp(RoundUp(update.regions.back().region.end_byte, 512), kChunkBytes);
+}
+
+// As the kernels do it.
+void Report(const CudaUpdate& update, Verdict verdict, const Header* header) {
+  Rejection* report = update.rejection;
+  if (report->verdict != Verdict::kAccept) return;
+  report->token = *update.token;
+  report->version = header == nullptr ? 0 : header->version;
+  report->fingerprint = update.fingerprint;
+  report->verdict = verdict;
+}
+
+}  // namespace
+
+void LaunchUpdate(const CudaUpdate& update, int, Stream) {
+  if (PAGED_FAILS("launch")) throw CudaError(StatusCode::kInternal, "a fake launch");
+  Header* header = nullptr;
+  for (int i = 0; i < update.num_headers; ++i) {
+    if (update.headers[i].handle == update.token->handle) header = &update.headers[i];
+  }
+  const Judgement judgement =
+      Judge(header, *update.token, LayoutOf(update.fingerprint, *update.part));
+  *update.new_token = *update.token;
+  if (!IsAccepted(judgement.verdict)) return Report(update, judgement.verdict, header);
+  const Token before = *update.token;
+  *update.new_token = Advance(header, judgement);
+  const SegmentTable& table = *header->segments;
+  const int64_t slot_bytes = SlotBytesOf(update), segment = kChunkBytes << table.log2_chunks;
+  for (int64_t k = 0, at = 0; at < slot_bytes; ++k, at += segment) {
+    const int64_t nbytes = std::min(segment, slot_bytes - at);
+    const bool is_fresh = judgement.verdict == Verdict::kFresh;
+    StepBytes(is_fresh ? nullptr : table.bases[judgement.source][k] + at,
+              table.bases[judgement.target][k] + at, nbytes,
+              Pattern(header->handle, before.version),
+              Pattern(header->handle, update.new_token->version));
+  }
+}
+
+void LaunchWriteToken(Token token, Token* destination, int, Stream) { *destination = token; }
+
+void LaunchWriteSegments(const SegmentTable& segments, SegmentTable* destination, int, Stream) {
+  if (PAGED_FAILS("launch")) throw CudaError(StatusCode::kInternal, "a fake launch");
+  *destination = segments;
+}
+
+void CheckFits(const Source&, const Request&) {}
+
+void Fill(const Source&, const Request&, Arena& arena) {
+  const std::vector<uint8_t> sample(kSample, Pattern(arena.header.handle, 1));
+  const int64_t nbytes = arena.memory->geometry().slot_bytes;
+  for (int64_t at = 0; at + kSample <= nbytes; at += kStride) {
+    arena.memory->Write(0, at, kSample, sample.data());
+  }
+  arena.header.version = arena.header.versions[0] = 1;
+}
+
+}  // namespace paged_optax

@@ -1,0 +1,419 @@
+// Drives the registry, both kinds of devices and the pager without XLA, Python or a GPU:
+//   program threads SECONDS   from many threads at once, for ThreadSanitizer
+//   program handles           what devices and jobs agree on
+//   program faults            a run in which each call of the system or of CUDA fails once, in turn
+// Ends with an error if moments are lost or memory is kept. What is refused is no error.
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <thread>
+
+#include "base/faults.h"
+#include "base/notice.h"
+#include "base/status.h"
+#include "fake_step.h"
+#include "memory/promises.h"
+#include "state/cpu_device.h"
+#include "state/cuda_device.h"
+#include "state/registry.h"
+#include "state/source.h"
+#include "step/step_cuda.h"
+
+namespace paged_optax {
+
+void PostNotice(Notice) {}
+
+namespace {
+
+constexpr int8_t kRatio = 2;
+std::atomic<int64_t> g_next_run{1};
+
+// One state on one or two devices, as a program steps it.
+struct State {
+  std::vector<DeviceId> devices;
+  PlacementPolicy policy;
+  Signature signature;
+  Token token;
+};
+
+State MakeState(std::vector<DeviceId> devices, PlacementPolicy policy, int32_t num_slots,
+                bool is_restored) {
+  Handles& handles = Registry::Get().handles();
+  Signature signature(/*rule=*/0, /*paths=*/0, num_slots, static_cast<int64_t>(devices.size()), "");
+  const int64_t dims[] = {1030, 1024};  // 2.1 MiB: two segments
+  signature.Append(kRatio, dims, 2);
+  State state{devices, policy, signature, {0, 0}};
+  if (is_restored) {
+    auto source = std::make_shared<Source>();
+    source->local_devices = static_cast<int64_t>(devices.size());
+    state.token = {handles.Stage(source, false), 1};
+  } else {
+    const int64_t run = g_next_run++;
+    for (const DeviceId device : devices)
+      state.token.handle = handles.Issue(device, run, {0}, false);
+  }
+  return state;
+}
+
+Request RequestOf(const State& state, DeviceId device, int64_t run) {
+  return {device, run, 0, "", state.policy, &state.signature, state.signature.Fingerprint(), 0};
+}
+
+Token StepOnCpu(const State& state, DeviceId device, int64_t run) {
+  const LockedArena locked = Registry::Get().Open(RequestOf(state, device, run), state.token);
+  Arena& arena = *locked.arena;
+  const Judgement judgement =
+      Judge(&arena.header, state.token, LayoutOf(state.signature.Fingerprint(), 0));
+  if (!IsAccepted(judgement.verdict))
+    throw StatusError(StatusCode::kFailedPrecondition, "not the newest");
+  const auto& bases = arena.segments.bases;
+  const Token next = Advance(&arena.header, judgement);
+  StepBytes(judgement.verdict == Verdict::kFresh ? nullptr : bases[judgement.source][0],
+            bases[judgement.target][0], arena.memory->geometry().slot_bytes,
+            Pattern(next.handle, state.token.version), Pattern(next.handle, next.version));
+  return next;
+}
+
+// What UpdateCuda in xla/handlers.cc does.
+Token StepOnGpu(const State& state, DeviceId device, int64_t run) {
+  Registry& registry = Registry::Get();
+  CudaDevice& gpu = registry.At<CudaDevice>(device.ordinal);
+  registry.ThrowIfRejected(gpu);
+  registry.handles().NoteCall();
+  std::shared_ptr<const Source> source;
+  std::shared_ptr<Arena> made;
+  const Token token = state.token;
+  Token next = token;
+  const int32_t part = 0;
+  ContentsLock lock = gpu.Acquire();
+  if (gpu.MayBeFirstUse(lock, registry.handles(), run)) {
+    Request request = RequestOf(state, device, run);
+    if (token.version == 1) request.source = source = registry.handles().SourceOf(token.handle);
+    made = gpu.BindOnFirstUse(lock, registry.handles(), request, token, nullptr);
+  }
+  try {
+    gpu.BeforeStep(lock, nullptr);
+    CudaUpdate update{};
+    update.headers = gpu.headers(lock);
+    update.num_headers = gpu.num_headers(lock);
+    update.rejection = gpu.device_rejection();
+    update.token = &token;
+    update.part = &part;
+    update.new_token = &next;
+    update.fingerprint = state.signature.Fingerprint();
+    const Extent extent = state.signature.MakeExtent();
+    for (size_t i = 0; i < kFormats.size(); ++i) update.regions[i].region = extent.regions[i];
+    LaunchUpdate(update, device.ordinal, nullptr);
+    gpu.AfterStep(lock, nullptr);
+  } catch (const std::exception& error) {
+    if (made) registry.handles().UndoFirstUse(token.handle, run, error.what());
+    throw;
+  }
+  if (made) gpu.EndFirstUse(registry.handles(), *made, source != nullptr, nullptr);
+  return next;
+}
+
+// Of a step that was refused on one device and not on the other. Right after another thread
+// released the state, or if the step before, which was not the first one, failed on one of them.
+class Disagreement : public StatusError {
+ public:
+  Disagreement() : StatusError(StatusCode::kFailedPrecondition, "the devices disagree") {}
+};
+
+// One program on all devices of a state, each on a thread of its own if there are two.
+void Step(State& state) {
+  const int64_t run = g_next_run++;
+  std::vector<Token> tokens(state.devices.size(), state.token);
+  std::vector<std::exception_ptr> failures(state.devices.size());
+  const auto step = [&](size_t i) {
+    try {
+      const auto on = state.devices[i].platform == Platform::kCpu ? StepOnCpu : StepOnGpu;
+      tokens[i] = on(state, state.devices[i], run);
+    } catch (const StatusError&) {
+      failures[i] = std::current_exception();
+    }
+  };
+  std::vector<std::thread> threads;
+  for (size_t i = 1; i < tokens.size(); ++i) threads.emplace_back(step, i);
+  step(0);
+  for (std::thread& thread : threads) thread.join();
+  for (const auto& failure : failures) {
+    if (failure != nullptr) std::rethrow_exception(failure);
+  }
+  for (const Token& token : tokens) {
+    if (token.version != tokens[0].version) throw Disagreement();
+  }
+  state.token = tokens[0];
+}
+
+void CheckSlot(const Arena& arena, int32_t slot, Token token) {
+  uint8_t sample[kSample];
+  const int64_t nbytes = arena.memory->geometry().slot_bytes;
+  for (int64_t at = 0; at + kSample <= nbytes; at += kStride) {
+    arena.memory->Read(slot, at, kSample, sample);
+    Check("read", sample, Pattern(token.handle, token.version));
+  }
+}
+
+void Read(const State& state) {
+  if (state.token.version == 0) return;
+  for (const DeviceId device : state.devices) {
+    const Registry::OpenSlot open = Registry::Get().Read(device, state.token);
+    CheckSlot(*open.locked.arena, open.slot, state.token);
+  }
+}
+
+void TakeSnapshot(const State& state) {
+  if (state.token.version == 0) return;
+  const Snapshot snapshot = Registry::Get().Hold(state.devices[0], state.token);
+  std::this_thread::yield();
+}
+
+PlacementPolicy Policy(bool pinned, std::string directory = "") {
+  return {-1, 0, pinned, std::move(directory)};
+}
+
+// ---------------------------------------------------------------------------------------------------
+
+class Worker {
+ public:
+  static inline std::atomic<int> num_actions{0};
+
+  Worker(unsigned seed, const std::atomic<bool>& stop) : random_(seed), stop_(stop) {}
+
+  void Run() {
+    while (!stop_) {
+      try {
+        Act();
+      } catch (const StatusError&) {
+        // Refused, for this state or for one of another thread. Somebody may have released it.
+        if (!states_.empty()) Drop(random_() % states_.size());
+      }
+    }
+    while (!states_.empty()) Drop(0);
+  }
+
+ private:
+  void Act() {
+    ++num_actions;
+    Registry& registry = Registry::Get();
+    if (states_.size() < 3) return Add();
+    const size_t i = random_() % states_.size();
+    State& state = states_[i];
+    switch (random_() % 16) {
+      case 0:
+        return Drop(i);
+      case 1:
+        return TakeSnapshot(state);
+      case 2:
+        registry.Describe(state.token);
+        return;
+      case 3:
+        registry.Limit(state.token, random_() % 2 ? -1 : static_cast<int64_t>(random_() % 8) << 20);
+        return;
+      case 4:
+        registry.NumArenas();
+        registry.IsAlive(state.token.handle - static_cast<int32_t>(random_() % 8));
+        registry.handles().Forget(state.token.handle);
+        return;
+      case 5:
+        registry.NewestVersion(state.token.handle - static_cast<int32_t>(random_() % 8));
+        return;
+      case 6:
+        fake_cuda::taken_by_others =
+            static_cast<int64_t>(random_() % 8) * (fake_cuda::kDeviceBytes / 8);
+        return;
+      case 7:
+        if (random_() % 8 == 0)
+          registry.Release(state.token.handle - static_cast<int32_t>(random_() % 4));
+        return;
+      case 8:
+        if (random_() % 64 == 0) registry.ReleaseAll();
+        return;
+      case 9:
+        return Read(state);
+      default:
+        return Step(state);
+    }
+  }
+
+  void Add() {
+    const Platform platform = random_() % 3 == 0 ? Platform::kCpu : Platform::kCuda;
+    std::vector<DeviceId> devices = {{platform, static_cast<int>(random_() % 2)}};
+    if (random_() % 3 == 0) devices = {{platform, 0}, {platform, 1}};
+    const bool is_file = platform == Platform::kCpu && random_() % 2;
+    states_.push_back(MakeState(devices, Policy(random_() % 2, is_file ? "." : ""),
+                                1 + static_cast<int32_t>(random_() % 2), random_() % 4 == 0));
+  }
+
+  void Drop(size_t i) {
+    const int32_t handle = states_[i].token.handle;
+    states_.erase(states_.begin() + static_cast<int64_t>(i));
+    Registry::Get().Release(handle);
+  }
+
+  std::mt19937 random_;
+  const std::atomic<bool>& stop_;
+  std::vector<State> states_;
+};
+
+void RunThreads(int seconds) {
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> threads;
+  for (unsigned seed = 0; seed < 6; ++seed)
+    threads.emplace_back([&, seed] { Worker(seed, stop).Run(); });
+  std::this_thread::sleep_for(std::chrono::seconds(seconds));
+  stop = true;
+  for (std::thread& thread : threads) thread.join();
+  std::printf("%d actions\n", Worker::num_actions.load());
+}
+
+// ---------------------------------------------------------------------------------------------------
+
+// What it is to do, the second time if it fails the first.
+template <class F>
+void Attempt(const F& action) {
+  try {
+    action();
+  } catch (const StatusError&) {
+    action();
+  }
+}
+
+// Every kind of memory, on one device and on two, with moves, questions and a restored state.
+void Scenario() {
+  constexpr DeviceId cpu0{Platform::kCpu, 0}, cpu1{Platform::kCpu, 1}, gpu0{Platform::kCuda, 0},
+      gpu1{Platform::kCuda, 1};
+  std::vector<State> states;
+  states.push_back(MakeState({gpu0}, Policy(false), 1, false));
+  states.push_back(MakeState({gpu1}, Policy(true), 2, false));
+  states.push_back(MakeState({gpu0, gpu1}, Policy(true), 1, false));
+  states.push_back(MakeState({gpu0, gpu1}, Policy(false), 1, true));
+  states.push_back(MakeState({cpu0, cpu1}, Policy(false), 1, false));
+  states.push_back(MakeState({cpu0}, Policy(false, "."), 1, true));
+  Registry& registry = Registry::Get();
+  for (State& state : states) {
+    Attempt([&] { Step(state); });
+    Attempt([&] { registry.Limit(state.token, 0); });
+    try {
+      Attempt([&] { Step(state); });
+    } catch (const Disagreement&) {  // the GPU that refused reports it, and not to the next state
+      try {
+        registry.ThrowIfRejected();
+      } catch (const StatusError&) {
+      }
+      continue;
+    }
+    Attempt([&] { registry.Limit(state.token, -1); });
+    Attempt([&] { TakeSnapshot(state); });
+    Attempt([&] { Read(state); });
+    Attempt([&] { registry.Describe(state.token); });
+  }
+  for (const State& state : states) {
+    if (state.token.version < 1) std::abort();
+    Attempt([&] { registry.Release(state.token.handle); });
+    Attempt([&] { registry.Release(state.token.handle); });
+  }
+}
+
+void RunFaults() {
+  constexpr int kMany = 1 << 20;
+  Faults::Get().Ask("", kMany, 2);
+  Scenario();
+  std::printf("about %d calls\n", kMany - Faults::Get().NumLeft());
+  std::fflush(stdout);
+  int num_faults = 0;
+  for (;; ++num_faults) {
+    Faults::Get().Ask("", num_faults, /*error=*/2);
+    try {
+      Scenario();
+    } catch (const StatusError& error) {
+      std::fprintf(stderr, "call %d, %s: %s\n", num_faults, Faults::Get().Last().c_str(),
+                   error.what());
+      std::abort();
+    }
+    if (Faults::Get().Withdraw()) break;  // there are no more calls
+  }
+  for (const char* name : {"launch", "thread"}) {
+    for (int after = 0;; ++after) {
+      Faults::Get().Ask(name, after, 2);
+      Scenario();
+      if (Faults::Get().Withdraw()) break;
+    }
+  }
+  std::printf("%d calls failed once\n", num_faults);
+  if (num_faults < 100) std::abort();
+}
+
+void Expect(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "%s\n", what);
+  std::abort();
+}
+
+void RunHandles() {
+  constexpr DeviceId first{Platform::kCpu, 0}, second{Platform::kCpu, 1};
+  constexpr int kMany = 5000;
+  Handles handles;
+  // One device is 5,000 inits and first uses ahead of the other.
+  std::vector<int32_t> of_first;
+  for (int i = 0; i < kMany; ++i) {
+    of_first.push_back(handles.Issue(first, 1, {7}, false));
+    Expect(handles.ClaimFirstUse(of_first.back(), 1), "not a first use");
+  }
+  for (int i = 0; i < kMany; ++i) {
+    Expect(handles.Issue(second, 1, {7}, false) == of_first[i], "devices disagree");
+    Expect(handles.ClaimFirstUse(of_first[i], 1), "not a first use on the second device");
+    Expect(!handles.ClaimFirstUse(of_first[i], 2), "a first use in another execution");
+  }
+  // Places of one seed that the devices run in another order.
+  const int here = 0, there = 0;
+  const int32_t at_here = handles.Issue(first, 2, {7, &here}, false);
+  const int32_t at_there = handles.Issue(first, 2, {7, &there}, false);
+  Expect(at_here != at_there, "one handle for two states");
+  Expect(handles.Issue(second, 2, {7, &there}, false) == at_there, "places are mixed up");
+  Expect(handles.Issue(second, 2, {7, &here}, false) == at_here, "places are mixed up");
+  // Two jobs, one after the other.
+  handles.SetSharedBase(1000);
+  const int32_t of_job = handles.Issue(first, 3, {1}, true);
+  handles.SetSharedBase(5000000);
+  const int32_t of_next = handles.Issue(first, 4, {1}, true);
+  Expect(of_next - of_job == 5000000 - 1000, "the base of the first job counts");
+  Expect(handles.OriginOf(of_job) == Handles::Origin::kUnused, "the first job is forgotten");
+  // A first use that fails is as if it had not been.
+  handles.UndoFirstUse(of_first[0], 1, "no memory");
+  Expect(handles.WasUndone(of_first[0], 1) && handles.ClaimFirstUse(of_first[0], 9), "not undone");
+  try {
+    handles.ClaimFirstUse(of_first[0], 1);
+    Expect(false, "a device that is late makes an arena");
+  } catch (const StatusError&) {
+  }
+  handles.Release(of_first[0]);
+  Expect(!handles.WasUndone(of_first[0], 1), "kept after release");
+}
+
+int Main(int argc, char** argv) {
+  if (argc == 3 && std::strcmp(argv[1], "threads") == 0) {
+    RunThreads(std::atoi(argv[2]));
+  } else if (argc == 2 && std::strcmp(argv[1], "handles") == 0) {
+    RunHandles();
+  } else if (argc == 2 && std::strcmp(argv[1], "faults") == 0) {
+    RunFaults();
+  } else {
+    return 2;
+  }
+  Registry& registry = Registry::Get();
+  registry.ReleaseAll();
+  const int64_t num_arenas = registry.NumArenas();
+  registry.StopPagers();
+  std::printf("arenas left %d\n", static_cast<int>(num_arenas));
+  return num_arenas != 0;
+}
+
+}  // namespace
+}  // namespace paged_optax
+
+int main(int argc, char** argv) { return paged_optax::Main(argc, argv); }

@@ -1,0 +1,223 @@
+"""Calls of CUDA that fail, memory promises and first steps on a GPU.
+
+What needs no GPU of this is in `test_native.py`, which runs the same host code.
+"""
+
+import functools
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import paged_optax
+from helpers import RAISES, assert_trees_equal, hooks, num_arenas, run_python
+from paged_optax import Paging, evict, memory_report, moments, prefetch, release
+
+# That moments could not be moved is a warning, and the second time it works.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
+
+MIB = 1 << 20
+NO_MEMORY, OUT_OF_RESOURCES = 2, 701  # as in driver_types.h
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    yield
+    hooks.withdraw_failure()
+    hooks.pretend_available(-1)
+
+
+@functools.cache
+def grads(step):
+    """Two formats, so two kernels a step; three segments."""
+    rng = np.random.default_rng(step)
+    shapes = {"w": (2048, 1024), "b": (77,)}
+    return {k: jnp.asarray(rng.standard_normal(s), jnp.float32) for k, s in shapes.items()}
+
+
+class Lost(Exception):
+    """A step of which part was made; the error said so."""
+
+
+def attempt(action, *args, is_patient, replay=False):
+    """What the action returns, the second time if it fails the first."""
+    try:
+        return jax.block_until_ready(action(*args))
+    except (*RAISES, MemoryError) as error:
+        assert is_patient
+        if "cannot be trusted" in str(error) and not replay:
+            raise Lost from error
+        return jax.block_until_ready(action(*args))
+
+
+def run(tx, update, is_patient=False, replay=False):
+    """Updates and moments of two steps, with moves in between."""
+    state, updates = attempt(tx.init, grads(0), is_patient=is_patient), []
+    try:
+        for step in range(2):
+            result, state = attempt(
+                update, grads(step), state, is_patient=is_patient, replay=replay
+            )
+            updates.append(result)
+            for action in evict, prefetch:
+                attempt(action, state, is_patient=is_patient)
+        return updates, attempt(moments, state, is_patient=is_patient)
+    finally:
+        attempt(release, state, is_patient=True)
+
+
+@pytest.mark.parametrize("memory, replay", [("managed", False), ("pinned", True)])
+def test_every_call_fails_once(memory, replay):
+    """Each in turn: an error, and then the same bits; or an error that says what is lost."""
+    tx = paged_optax.scale_by_paged_adam8bit(
+        paging=Paging(memory="pinned") if memory == "pinned" else Paging(), replay=replay
+    )
+    update = jax.jit(tx.update)
+    expected, num_lost, num_calls = run(tx, update), 0, 0
+    for num_calls in range(2000):
+        hooks.fail_call("", NO_MEMORY, after=num_calls)
+        try:
+            actual = run(tx, update, is_patient=True, replay=replay)
+        except Lost:
+            num_lost += 1
+            continue
+        if hooks.withdraw_failure():  # there are no more calls
+            break
+        assert_trees_equal(actual, expected)
+    print(f"{memory}, replay={replay}: {num_calls} calls failed once, {num_lost} partial steps")
+    assert 60 <= num_calls < 1999
+    assert num_lost == (0 if replay else 2)  # the second kernel of each step
+    assert num_arenas() == 0
+
+
+@pytest.mark.parametrize("replay", [False, True])
+@pytest.mark.parametrize("after", range(3))
+def test_launch_that_fails(after, replay):
+    """The version has advanced when the second kernel fails: it goes back where it can."""
+    tx = paged_optax.scale_by_paged_adam8bit(replay=replay)
+    update = jax.jit(tx.update)
+
+    def second_step(fails):
+        _, state = jax.block_until_ready(update(grads(0), tx.init(grads(0))))
+        if fails:
+            hooks.fail_call("launch", OUT_OF_RESOURCES, after=after)
+            match = {1: "No step was made", 2: "Part of the step"}.get(after, "a launch")
+            with pytest.raises(RAISES, match=match):
+                jax.block_until_ready(update(grads(1), state))
+            if after == 2 and not replay:
+                with pytest.raises(RAISES):
+                    moments(state)
+                return None
+        result, state = jax.block_until_ready(update(grads(1), state))
+        return result, moments(state)
+
+    actual = second_step(fails=True)
+    assert actual is None or assert_trees_equal(actual, second_step(fails=False)) is None
+
+
+def test_no_thread_for_moves(tmp_path):
+    """A step does not need one; evict says what is missing, and works when there is one."""
+    code = """
+import warnings
+warnings.simplefilter("ignore")
+import jax, jax.numpy as jnp, paged_optax
+from helpers import hooks
+from paged_optax import evict, memory_report
+tx = paged_optax.scale_by_paged_adam8bit()
+params = {"w": jnp.ones((2048, 1024))}
+update = jax.jit(tx.update)
+_, state = update(params, tx.init(params))
+hooks.fail_call("thread", 11)
+try:
+    evict(state)
+except MemoryError as error:
+    assert "no thread could be started" in str(error), error
+else:
+    raise AssertionError
+_, state = jax.block_until_ready(update(params, state))
+assert evict(state) > 0 and memory_report(state).resident == 0
+print("done")
+"""
+    assert "done" in run_python(code, tmp_path, JAX_PLATFORMS="cuda").stdout
+
+
+def test_promise_of_managed_memory():
+    """What is on the device may be sent to the host at any time, so it counts there."""
+    tx = paged_optax.scale_by_paged_adam8bit()
+    _, state = jax.block_until_ready(tx.update(grads(0), tx.init(grads(0))))
+    total = memory_report(state).total
+    assert memory_report(state).resident == total == hooks.promised()
+    evict(state)
+    assert hooks.promised() == 0
+    prefetch(state)
+    assert hooks.promised() == memory_report(state).resident > 0
+    hooks.pretend_available(total + MIB)
+    fresh = tx.init(grads(0))
+    with pytest.raises(RAISES, match="promised to the moments of other states and devices"):
+        jax.block_until_ready(tx.update(grads(0), fresh))
+    release(state)
+    _, state = jax.block_until_ready(tx.update(grads(0), fresh))
+    release(state)
+    assert hooks.promised() == 0
+
+
+def test_pinned_memory_is_taken_at_once():
+    tx = paged_optax.scale_by_paged_adam8bit(paging=Paging(memory="pinned"))
+    _, state = jax.block_until_ready(tx.update(grads(0), tx.init(grads(0))))
+    assert hooks.promised() == 0
+    release(state)
+
+
+@pytest.mark.parametrize("call", ["cudaMallocManaged", "cudaHostAlloc"])
+def test_first_step_does_not_stop_other_states(call):
+    """Its memory takes 3 s. Other states of the GPU step meanwhile."""
+    memory = Paging(memory="pinned") if call == "cudaHostAlloc" else Paging()
+    slow = paged_optax.scale_by_paged_adam8bit(paging=memory)
+    other = paged_optax.scale_by_paged_adam8bit()
+    update, slow_update = jax.jit(other.update), jax.jit(slow.update)
+    _, state = jax.block_until_ready(update(grads(0), other.init(grads(0))))
+    _, warm = jax.block_until_ready(slow_update(grads(0), slow.init(grads(0))))
+    release(warm)
+    fresh = slow.init(grads(0))
+    hooks.fail_call(call, -3000)
+    thread = threading.Thread(target=lambda: jax.block_until_ready(slow_update(grads(0), fresh)))
+    thread.start()
+    deadline = time.monotonic() + 20
+    while hooks.is_asked() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    start = time.monotonic()
+    for _ in range(3):
+        _, state = jax.block_until_ready(update(grads(0), state))
+    assert time.monotonic() - start < 2
+    assert release(fresh) > 0  # waits for it
+    assert time.monotonic() - start > 1
+    thread.join()
+    release(state)
+
+
+def test_first_step_that_fails_on_one_gpu():
+    """It is undone on the other, and the same state can be stepped again."""
+    devices = jax.devices("gpu")[:2]
+    if len(devices) < 2:
+        pytest.skip("there is only one GPU")
+    mesh = jax.make_mesh((2,), ("x",), devices=devices)
+    params = jax.device_put({"w": grads(0)["w"]}, NamedSharding(mesh, P("x")))
+    tx = paged_optax.scale_by_paged_adam8bit()
+    update = jax.jit(tx.update)
+    expected, state = jax.block_until_ready(update(params, tx.init(params), params))
+    release(state)
+    for after in range(4):
+        state = tx.init(params)
+        hooks.fail_call("cudaMemcpy", NO_MEMORY, after=after)
+        with pytest.raises(RAISES):
+            jax.block_until_ready(update(params, state, params))
+        assert not hooks.withdraw_failure()
+        actual, state = jax.block_until_ready(update(params, state, params))
+        assert_trees_equal(actual, expected)
+        moments(state)
+        release(state)
