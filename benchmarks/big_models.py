@@ -1,7 +1,7 @@
 """How large a model can be fine-tuned on a card of a given size: paged moments and optax.adamw.
 
 Every row is a process of its own, and has random weights of a named shape. XLA's pool ends where
-the card would: at its size, less the moments that may be resident and 0.7 GiB for CUDA. Each row
+the card would: at its size, less the moments that may be resident and 0.75 GiB for CUDA. Each row
 is checked against what the driver says the GPU holds (as nvidia-smi shows it). With QLoRA the base
 is in NF4, and float32 adapters of rank 64 on all seven projections are trained. "full" trains all
 parameters in bfloat16 with compensated rounding. Both clip gradients, except the largest, which
@@ -39,7 +39,7 @@ from paged_optax import Paging, memory_report, paged_adamw8bit, release  # noqa:
 GIB = 2**30
 RANK = 64
 WARM_UP, TIMED = 2, 6  # steps
-CUDA_BYTES = 0.7 * GIB  # for CUDA's context, its libraries and their workspace
+CUDA_BYTES = 0.75 * GIB  # for CUDA's context, its libraries and their workspace
 PROBES = 1024, 2048  # tokens of a sequence, between which memory is measured to extrapolate
 GRAIN = 128  # lengths that are tried
 

@@ -34,6 +34,7 @@ myst_links_external_new_tab = False
 suppress_warnings = ["myst.header"]  # a page may begin with a smaller heading
 
 # Docstrings: Google style; `name` is a link where there is something of that name.
+smartquotes_action = "D"  # dashes; quotes in the texts of errors stay as they are
 default_role = "py:obj"
 autodoc_typehints = "none"  # signatures have them, as they are written
 autodoc_member_order = "bysource"

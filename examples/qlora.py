@@ -59,8 +59,10 @@ def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
         0.0, args.lr, args.warmup, max(args.steps, args.warmup + 1)
     )
     make = OPTIMIZERS[args.optimizer]
-    decays = "weight_decay" in inspect.signature(make).parameters
-    options = {"weight_decay": args.weight_decay} if decays else {}
+    takes = inspect.signature(make).parameters
+    options = {"weight_decay": args.weight_decay} if "weight_decay" in takes else {}
+    if "momentum" in takes and takes["momentum"].default is inspect.Parameter.empty:
+        options["momentum"] = 0.9
     return optax.chain(optax.clip_by_global_norm(1.0), make(schedule, **options))
 
 
@@ -143,21 +145,16 @@ class Checkpoints:
             self.manager.save(step, args=ocp.args.Composite(**items))
 
 
-def finetune(base, learn: Rows, hold_out: Rows, args, options) -> tuple[dict[str, Any], Result]:
-    """Trains adapters; returns them and what came of it."""
-    paged = args.optimizer.startswith("paged")
-    tx = make_optimizer(args)
-    config = options["config"]
-    lora = llama.init_lora(jax.random.key(args.seed), config, args.rank, args.targets)
-    before = held_out_loss(base, lora, hold_out, args, options)
-    state = {"lora": lora, "opt_state": tx.init(lora), "step": jnp.zeros((), jnp.int32)}
+def state_bytes(opt_state, args) -> dict[str, int]:
+    """Returns how many bytes of an optimizer state each device holds."""
+    if not args.optimizer.startswith("paged"):
+        return bytes_by_device(opt_state)
+    # Paged moments are not JAX arrays, so JAX cannot tell.
+    return {memory.device: memory.total for memory in memory_report(opt_state).devices}
 
-    def state_bytes():
-        if paged:  # the moments are not JAX arrays, so JAX cannot tell
-            report = memory_report(state["opt_state"])
-            return {memory.device: memory.total for memory in report.devices}
-        return bytes_by_device(state["opt_state"])
 
+def train(base, state, learn: Rows, tx, args, options) -> tuple[dict[str, Any], list]:
+    """Takes all steps, or those that are left; returns the state and `Result.history`."""
     with Checkpoints(args.checkpoint_dir, args.save_every) as checkpoints:
         state, history = checkpoints.restore(state)
         done = int(state["step"])
@@ -172,16 +169,26 @@ def finetune(base, learn: Rows, hold_out: Rows, args, options) -> tuple[dict[str
                     loss = float(loss)  # waits for the device
                     bar.set_postfix(loss=f"{loss:.3f}")
                     seconds = time.perf_counter() - start
-                    held = sum(state_bytes().values())
+                    held = sum(state_bytes(state["opt_state"], args).values())
                     history.append((seconds, loss, memory_in_use(), held))
                 checkpoints.save(step, state, history)
+    return state, history
+
+
+def finetune(base, learn: Rows, hold_out: Rows, args, options) -> tuple[dict[str, Any], Result]:
+    """Trains adapters; returns them and what came of it."""
+    tx = make_optimizer(args)
+    lora = llama.init_lora(jax.random.key(args.seed), options["config"], args.rank, args.targets)
+    before = held_out_loss(base, lora, hold_out, args, options)
+    state = {"lora": lora, "opt_state": tx.init(lora), "step": jnp.zeros((), jnp.int32)}
+    state, history = train(base, state, learn, tx, args, options)
     after = held_out_loss(base, state["lora"], hold_out, args, options)
 
     tokens = (args.steps - 1) * args.accumulate * args.batch * args.seq_len
     speed = tokens / max(history[-1][0] - history[0][0], 1e-9)
     parameters = sum(x.size for x in jax.tree.leaves(state["lora"]))
-    held, report = state_bytes(), ""
-    if paged:
+    held, report = state_bytes(state["opt_state"], args), ""
+    if args.optimizer.startswith("paged"):
         report = str(memory_report(state["opt_state"]))
         release(state["opt_state"])
     result = Result(before, after, speed, parameters, held, report, history, "token")

@@ -34,6 +34,8 @@ def scale_by_paged_ademamix8bit(
     non_finite: str = "propagate",
     quantization: Quantization | None = None,
     paging: Paging | None = None,
+    missing: str = "error",
+    mu_dtype: None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates according to AdEMAMix, with its moments outside XLA's memory.
 
@@ -64,6 +66,8 @@ def scale_by_paged_ademamix8bit(
       non_finite: what to do with gradients that are not finite; see `scale_by_paged_adam8bit`.
       quantization: how the moments are stored; see `Quantization`.
       paging: where the moments live; see `Paging`.
+      missing: ``"error"`` or ``"restart"``; see `scale_by_paged_adam8bit`.
+      mu_dtype: None, for programs that pass what optax's optimizer takes.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Gradients may be float32, bfloat16 or float16,
@@ -85,7 +89,12 @@ def scale_by_paged_ademamix8bit(
       <https://arxiv.org/abs/2409.03137>`_, 2024
     """
     options = make_options(
-        replay=replay, non_finite=non_finite, quantization=quantization, paging=paging
+        replay=replay,
+        non_finite=non_finite,
+        quantization=quantization,
+        paging=paging,
+        missing=missing,
+        mu_dtype=mu_dtype,
     )
     rule = _rule(b1, b2, b3, alpha, eps, eps_root)
     return transformation(rule, options, ScaleByPagedAdemamix8bitState)
@@ -107,6 +116,8 @@ def paged_ademamix8bit(
     non_finite: str = "propagate",
     quantization: Quantization | None = None,
     paging: Paging | None = None,
+    missing: str = "error",
+    mu_dtype: None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdEMAMix with weight decay and paged moments: `optax.contrib.ademamix` for less memory.
 
@@ -135,6 +146,8 @@ def paged_ademamix8bit(
       non_finite: what to do with gradients that are not finite; see `scale_by_paged_adam8bit`.
       quantization: how the moments are stored; see `Quantization`.
       paging: where the moments live; see `Paging`.
+      missing: ``"error"`` or ``"restart"``; see `scale_by_paged_adam8bit`.
+      mu_dtype: None, for programs that pass what optax's optimizer takes.
 
     Returns:
       The corresponding `optax.GradientTransformationExtraArgs`.
@@ -160,6 +173,8 @@ def paged_ademamix8bit(
         non_finite=non_finite,
         quantization=quantization,
         paging=paging,
+        missing=missing,
+        mu_dtype=mu_dtype,
         param_rounding=param_rounding,
     )
     rule = _rule(b1, b2, b3, alpha, eps, eps_root)

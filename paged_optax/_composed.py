@@ -27,6 +27,7 @@ def paged_lamb8bit(
     non_finite: str = "propagate",
     quantization: Quantization | None = None,
     paging: Paging | None = None,
+    missing: str = "error",
 ) -> optax.GradientTransformationExtraArgs:
     r"""LAMB with 8-bit, paged moments: `optax.lamb` for less memory.
 
@@ -56,6 +57,7 @@ def paged_lamb8bit(
       non_finite: what to do with gradients that are not finite; see `scale_by_paged_adam8bit`.
       quantization: how the moments are stored; see `Quantization`.
       paging: where the moments live; see `Paging`.
+      missing: ``"error"`` or ``"restart"``; see `scale_by_paged_adam8bit`.
 
     Returns:
       The corresponding `optax.GradientTransformationExtraArgs`.
@@ -78,7 +80,11 @@ def paged_lamb8bit(
     check_rate("learning_rate", learning_rate)
     check_decay(weight_decay)
     options = make_options(
-        replay=replay, non_finite=non_finite, quantization=quantization, paging=paging
+        replay=replay,
+        non_finite=non_finite,
+        quantization=quantization,
+        paging=paging,
+        missing=missing,
     )
     rule = Rule("adam", b1=b1, b2=b2, eps=eps, eps_root=eps_root, nesterov=False)
     return compose(
@@ -105,6 +111,7 @@ def paged_lars8bit(
     non_finite: str = "propagate",
     quantization: Quantization | None = None,
     paging: Paging | None = None,
+    missing: str = "error",
 ) -> optax.GradientTransformationExtraArgs:
     r"""LARS with 8-bit, paged momentum: `optax.lars` for less memory.
 
@@ -135,6 +142,7 @@ def paged_lars8bit(
       non_finite: what to do with gradients that are not finite; see `scale_by_paged_adam8bit`.
       quantization: how the sums are stored; see `Quantization`.
       paging: where the sums live; see `Paging`.
+      missing: ``"error"`` or ``"restart"``; see `scale_by_paged_adam8bit`.
 
     Returns:
       The corresponding `optax.GradientTransformationExtraArgs`.
@@ -161,6 +169,7 @@ def paged_lars8bit(
         non_finite=non_finite,
         quantization=quantization,
         paging=paging,
+        missing=missing,
         param_rounding=param_rounding,
     )
     ratio = optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient, eps=eps)
@@ -188,6 +197,8 @@ def paged_nadamw8bit(
     non_finite: str = "propagate",
     quantization: Quantization | None = None,
     paging: Paging | None = None,
+    missing: str = "error",
+    mu_dtype: None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""NAdamW with 8-bit, paged moments: `optax.nadamw` for less memory.
 
@@ -213,6 +224,8 @@ def paged_nadamw8bit(
       non_finite: what to do with gradients that are not finite; see `scale_by_paged_adam8bit`.
       quantization: how the moments are stored; see `Quantization`.
       paging: where the moments live; see `Paging`.
+      missing: ``"error"`` or ``"restart"``; see `scale_by_paged_adam8bit`.
+      mu_dtype: None, for programs that pass what optax's optimizer takes.
 
     Returns:
       The corresponding `optax.GradientTransformationExtraArgs`.
@@ -246,4 +259,6 @@ def paged_nadamw8bit(
         non_finite=non_finite,
         quantization=quantization,
         paging=paging,
+        missing=missing,
+        mu_dtype=mu_dtype,
     )

@@ -30,6 +30,7 @@ def scale_by_paged_ema8bit(
     non_finite: str = "propagate",
     quantization: Quantization | None = None,
     paging: Paging | None = None,
+    missing: str = "error",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Computes an exponential moving average of updates, outside XLA's memory.
 
@@ -52,6 +53,7 @@ def scale_by_paged_ema8bit(
       non_finite: what to do with gradients that are not finite; see `scale_by_paged_adam8bit`.
       quantization: how the averages are stored; see `Quantization`.
       paging: where the averages live; see `Paging`.
+      missing: ``"error"`` or ``"restart"``; see `scale_by_paged_adam8bit`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Gradients may be float32, bfloat16 or float16,
@@ -73,7 +75,11 @@ def scale_by_paged_ema8bit(
       2014, section 3, for the bias
     """
     options = make_options(
-        replay=replay, non_finite=non_finite, quantization=quantization, paging=paging
+        replay=replay,
+        non_finite=non_finite,
+        quantization=quantization,
+        paging=paging,
+        missing=missing,
     )
     rule = Rule("ema", decay=decay, debias=debias, sign=False)
     return transformation(rule, options, ScaleByPagedEma8bitState)
@@ -86,6 +92,7 @@ def scale_by_paged_signum8bit(
     non_finite: str = "propagate",
     quantization: Quantization | None = None,
     paging: Paging | None = None,
+    missing: str = "error",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Computes the sign of an exponential moving average of updates, outside XLA's memory.
 
@@ -104,6 +111,7 @@ def scale_by_paged_signum8bit(
       non_finite: what to do with gradients that are not finite; see `scale_by_paged_adam8bit`.
       quantization: how the averages are stored; see `Quantization`.
       paging: where the averages live; see `Paging`.
+      missing: ``"error"`` or ``"restart"``; see `scale_by_paged_adam8bit`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Gradients may be float32, bfloat16 or float16,
@@ -125,7 +133,11 @@ def scale_by_paged_signum8bit(
       <https://arxiv.org/abs/1802.04434>`_, 2018
     """
     options = make_options(
-        replay=replay, non_finite=non_finite, quantization=quantization, paging=paging
+        replay=replay,
+        non_finite=non_finite,
+        quantization=quantization,
+        paging=paging,
+        missing=missing,
     )
     rule = Rule("ema", decay=decay, debias=False, sign=True)
     return transformation(rule, options, ScaleByPagedEma8bitState)
@@ -142,6 +154,7 @@ def paged_signum8bit(
     non_finite: str = "propagate",
     quantization: Quantization | None = None,
     paging: Paging | None = None,
+    missing: str = "error",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Signum: the sign of an 8-bit, paged moving average.
 
@@ -166,6 +179,7 @@ def paged_signum8bit(
       non_finite: what to do with gradients that are not finite; see `scale_by_paged_adam8bit`.
       quantization: how the averages are stored; see `Quantization`.
       paging: where the averages live; see `Paging`.
+      missing: ``"error"`` or ``"restart"``; see `scale_by_paged_adam8bit`.
 
     Returns:
       The corresponding `optax.GradientTransformationExtraArgs`.
@@ -192,6 +206,7 @@ def paged_signum8bit(
         non_finite=non_finite,
         quantization=quantization,
         paging=paging,
+        missing=missing,
         param_rounding=param_rounding,
     )
     rule = Rule("ema", decay=decay, debias=False, sign=True)

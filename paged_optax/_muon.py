@@ -48,6 +48,8 @@ def paged_muon8bit(
     non_finite: str = "propagate",
     quantization: Quantization | None = None,
     paging: Paging | None = None,
+    missing: str = "error",
+    mu_dtype: None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon with its momentum outside XLA's memory: `optax.contrib.muon` for less of it.
 
@@ -95,6 +97,8 @@ def paged_muon8bit(
         an element that is not finite spoils the whole step of its matrix, but not its momentum.
       quantization: how momentum and moments are stored; see `Quantization`.
       paging: where they live; see `Paging`.
+      missing: ``"error"`` or ``"restart"``; see `scale_by_paged_adam8bit`.
+      mu_dtype: None, for programs that pass what optax's optimizer takes.
 
     Returns:
       The corresponding `optax.GradientTransformationExtraArgs`.
@@ -119,7 +123,12 @@ def paged_muon8bit(
     check_rate("learning_rate", learning_rate)
     check_decay(weight_decay)
     options = make_options(
-        replay=replay, non_finite=non_finite, quantization=quantization, paging=paging
+        replay=replay,
+        non_finite=non_finite,
+        quantization=quantization,
+        paging=paging,
+        missing=missing,
+        mu_dtype=mu_dtype,
     )
     if adam_learning_rate is None:
         adam_learning_rate = learning_rate

