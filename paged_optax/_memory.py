@@ -6,6 +6,7 @@ from . import _ext
 from ._bytes import check_bytes
 from ._state import find_states, read_anyway, read_token
 from ._states import StateInfo
+from ._watch import await_steps
 
 
 def evict(opt_state: Any, device_bytes: int = 0) -> int:
@@ -98,7 +99,7 @@ def release_all() -> int:
     """Frees the moments of every optimizer state of this process, also of states that are lost.
 
     Use it in notebooks, where a state is lost when its cell runs again. No state made so far can be
-    updated any more.
+    updated any more. Waits for the steps under way.
 
     Returns:
       The number of bytes freed.
@@ -112,6 +113,7 @@ def release_all() -> int:
       >>> paged_optax.release_all() >= 2 * 2 * 1024**2
       True
     """
+    await_steps()  # a step that came after its moments are gone would be refused
     return _ext.release_all()
 
 

@@ -33,6 +33,7 @@ from paged_optax import (
     memory_report,
     moments,
     release,
+    release_all,  # noqa: F401
 )
 
 # The names that only tests use, which F401 cannot know.
@@ -396,7 +397,6 @@ def step_blocks(
 
 num_arenas = _testing.num_arenas
 num_unused = _testing.num_unused  # handles that were issued and never used
-release_all = _ext.release_all
 read_leaves, read_residuals = _ext.read_leaves, _ext.read_residuals  # of one device
 build_info = _ext.build_info
 free_device_bytes = _ext.free_device_bytes

@@ -225,26 +225,33 @@ def test_scan_over_a_stale_state(tx, states):
 
 
 def race(update, grads, state):
-    """Four threads step from one state. Returns the new states of those that stepped."""
+    """Four threads step from one state. Returns the new states, and what was raised in all."""
     start = threading.Barrier(4)
-    results = []
+    results, errors = [], []
 
     def step():
         with arrays_on_cpu():
             start.wait()
-            results.append(jax.block_until_ready(update(grads, state)))
+            try:
+                results.append(jax.block_until_ready(update(grads, state)))
+            except StateRefused as error:  # of a thread before this one
+                errors.append(error)
 
     threads = [threading.Thread(target=step) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(results) == 4
+    assert len(results) + len(errors) == 4
     old = np.asarray(state.token.value)
     won = [new for _, new in results if not np.array_equal(new.token.value, old)]
     zeros = [updates for updates, _ in results if not np.any(updates["w"])]
-    assert len(won) + len(zeros) == 4
-    return won
+    assert len(won) + len(zeros) == len(results)
+    try:
+        raise_if_refused()
+    except StateRefused as error:
+        errors.append(error)
+    return won, errors
 
 
 def test_threads_race_for_one_state(tx):
@@ -253,9 +260,8 @@ def test_threads_race_for_one_state(tx):
     grads = {"w": jnp.ones((256, 160))}
     for _ in range(10):
         _, state = update(grads, tx.init(grads))
-        (state,) = race(update, grads, state)
-        with pytest.raises(StateRefused, match="not the newest"):
-            raise_if_refused()
+        (state,), errors = race(update, grads, state)
+        assert errors and all("not the newest" in str(error) for error in errors)
         np.testing.assert_allclose(moments(state).mu["w"], 0.19, rtol=0.02)  # two steps of 1
         release(state)
 
@@ -425,12 +431,12 @@ def test_state_that_another_process_never_updated(tx, foreign_states, convert):
     assert_trees_equal(update(make_grads(), theirs)[0], update(make_grads(), mine)[0])
     release(theirs)
     with pytest.raises(RAISES, match="were released"):
-        jax.block_until_ready(update(make_grads(), state))
+        finish(update(make_grads(), state))
 
 
 def test_token_of_zeros_is_no_fresh_state(tx):
     state = jax.tree.map(jnp.zeros_like, tx.init(make_grads()))
-    with pytest.raises(RAISES, match=NOT_HERE):
+    with pytest.raises(RAISES, match=r"token .* is zero.*paged_optax.reset.*init\(params\)"):
         jax.block_until_ready(tx.update(make_grads(), state))
 
 
@@ -765,7 +771,7 @@ def test_hyperparameter_out_of_range(factory, options, match):
     [
         (
             lambda: Quantization(codec="x"),
-            "unknown codec 'x'; there are 'dynamic', 'float32', 'ratio'",
+            "unknown codec 'x'; there are 'bfloat16', 'dynamic', 'float32', 'ratio'",
         ),
         (lambda: Quantization(min_size=-1), "min_size is -1; it counts elements"),
         (lambda: Paging(device_bytes=-1), "device_bytes is -1; it counts bytes"),
