@@ -29,7 +29,7 @@ from helpers import (
     stack,
     to_jax,
 )
-from optimizers import OPTIMIZERS, Specification, assert_as_specified
+from optimizers import BY_NAME, DESCENTS, Specification, assert_as_specified
 from paged_optax import (
     MultiSteps,
     Quantization,
@@ -45,7 +45,7 @@ from paged_optax import (
 pytestmark = pytest.mark.fast
 on_every_device = pytest.mark.usefixtures("device")
 on_cpu = pytest.mark.usefixtures("on_cpu")
-every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda row: row.name)
+every_optimizer = pytest.mark.parametrize("optimizer", DESCENTS, ids=lambda row: row.name)
 as_users_have_it = pytest.mark.usefixtures("standard_promotion")
 
 SHAPES = {"b": (7,), "e": (0, 3), "g": (300,), "h": (5000,), "s": (), "v": (70, 70), "w": (64, 80)}
@@ -147,7 +147,7 @@ def test_gradients_of_other_dtypes(format, rounding):
         param_rounding=rounding,
         quantization=quantization,
     )
-    optimizer = next(row for row in OPTIMIZERS if row.name == "adamw")
+    optimizer = BY_NAME["adamw"]
     specification = Specification.fresh(optimizer, PARAMS, quantization, rounding)
     all_grads = [make_grads(10 + i, OTHERS, num_bad=i) for i in range(3)]
     expected = PARAMS
