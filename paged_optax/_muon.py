@@ -154,7 +154,7 @@ def paged_muon8bit(
     adamw = descend(
         adam, adam_learning_rate, part_of(options), ScaleByPagedAdam8bitState, adam_weight_decay
     )
-    parts: dict[Any, Any] = {"muon": optax.chain(*muon), "adam": adamw}
+    parts: dict[Any, Any] = {"muon": compose(part_of(options), *muon), "adam": adamw}
     labels = _labels(muon_weight_dimension_numbers)
     return compose(options, optax.partition(parts, labels))
 

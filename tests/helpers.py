@@ -47,7 +47,7 @@ from paged_optax._names import leaf_keys  # noqa: F401
 from paged_optax._non_finite import count_bad, count_elements  # noqa: F401
 from paged_optax._options import make_options  # noqa: F401
 from paged_optax._shards import Shards, cuts_of  # noqa: F401
-from paged_optax._state import Token  # noqa: F401
+from paged_optax._state import Token, find_states  # noqa: F401
 
 f32 = np.float32
 BLOCK = 256  # elements

@@ -178,6 +178,33 @@ def test_a_state_of_an_earlier_life():
     assert_trees_equal(newest(fresh), again)
 
 
+@pytest.mark.filterwarnings("ignore:.*start at zero")
+def test_a_state_that_started_over():
+    """Its moments were missing (missing="restart"), so its life began with an updated state."""
+    tx, params = paged_adamw8bit(1e-2, missing="restart"), make_params()
+    step = make_step(tx)
+    restored = tx.init(params)
+    handle = int(find_state(restored).token[0])
+    token = jnp.array([handle + (2**25 if handle < 2**29 else -(2**25)), 57], jnp.int32)
+    link = restored[0]
+    link = link._replace(count=jnp.int32(100), token=type(link.token)(token))
+    restored = (link, *restored[1:])
+    with pytest.raises(StateRefused, match="not in this process"):
+        newest(restored)
+    first = step(params, restored)
+    second = step(params, first)
+    for old in (restored, first, second):
+        assert_trees_equal(newest(old), second)
+    (entry,) = [entry for entry in states() if entry.handle == int(token[0])]
+    assert (entry.version, entry.count, entry.is_held) == (59, 102, True)
+    with pytest.warns(RuntimeWarning, match="ended the training .* after 2 steps"):
+        again = jax.block_until_ready(step(params, restored))
+        hooks.deliver_notices()
+    assert_trees_equal(newest(restored), again)
+    with pytest.raises(StateRefused, match="earlier training.*version 58, .* began with 60"):
+        newest(first)
+
+
 def test_restart_of_a_trained_life_says_so_once(device):
     tx, params = paged_adamw8bit(1e-2), make_params()
     step = make_step(tx)
@@ -346,6 +373,34 @@ def test_dropped_fresh_states_cost_nothing(transform):
     jax.block_until_ready(step(params, copy))
     assert num_unused() == 0
     assert [entry.version for entry in states()] == [7, 1]
+
+
+def test_a_fresh_state_on_a_mesh_is_not_dropped(on_cpu):
+    """init puts what it made on the mesh of the parameters, and lets go of the first array."""
+    mesh = jax.make_mesh((8,), ("x",), devices=jax.devices("cpu"))
+    params = {"w": jax.device_put(jnp.ones((64, 80)), jax.NamedSharding(mesh, jax.P("x")))}
+    tx = paged_adam8bit(1e-2)
+    step = make_step(tx)
+    other = step(params, tx.init(params))
+    fresh = tx.init(params)
+    assert len(fresh[0].token.value.sharding.device_set) == 8
+
+    def few_steps(state):
+        gc.collect()
+        for _ in range(3):
+            state = jax.block_until_ready(step(params, state))
+        return state
+
+    other = few_steps(other)
+    assert num_unused() == 1
+    assert [entry.is_held for entry in states()] == [True, True]
+    jax.block_until_ready(step(params, fresh))
+    assert num_unused() == 0
+    fresh = tx.init(params)
+    assert num_unused() == 1
+    del fresh  # and a state that nobody has is still noticed
+    few_steps(other)
+    assert num_unused() == 0
 
 
 def test_a_copy_of_a_dropped_state_comes_back(device):

@@ -16,8 +16,10 @@ import paged_optax
 from helpers import (
     assert_trees_equal,
     find_state,
+    find_states,
     make_tree,
     raise_if_refused,
+    read_leaves,
     read_residuals,
     run_python,
     to_jax,
@@ -104,6 +106,48 @@ def test_a_refused_step_changes_nothing_and_the_next_call_raises(factory, dtype)
         assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((given, old)))
     assert_trees_equal(moments(states[-1]), before)
     stepped, _ = jax.block_until_ready(step(given, states[-1]))
+    assert not np.array_equal(stepped["w"], params["w"])
+
+
+FAMILY = {
+    "sgd": lambda: paged_optax.paged_sgd8bit(0.1, momentum=0.9),
+    "adagrad": lambda: paged_optax.paged_adagrad8bit(0.1),
+    "ademamix": lambda: paged_optax.paged_ademamix8bit(0.1, weight_decay=0.5),
+    "signum": lambda: paged_optax.paged_signum8bit(0.1, weight_decay=0.5),
+    "momentum": lambda: paged_optax.paged_rmsprop8bit(0.1, momentum=0.9),
+    "lamb": lambda: paged_optax.paged_lamb8bit(0.1, weight_decay=0.5),
+    "lars": lambda: paged_optax.paged_lars8bit(0.1, weight_decay=0.5),
+    "muon": lambda: paged_optax.paged_muon8bit(0.1, weight_decay=0.5),
+}
+
+
+def stored(states, device):
+    """All that is stored for the paged states in a tree."""
+    place = "cpu" if device.platform == "cpu" else "cuda"
+    return [read_leaves(place, 0, *state.token.tolist()) for state in states]
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["update", "in place"])
+@pytest.mark.parametrize("factory", FAMILY.values(), ids=FAMILY)
+def test_the_family(factory, in_place, device):
+    """Also where other links come before or after the paged ones, or several are paged."""
+    tx, params = factory(), make_params()
+
+    def step(params, state):
+        return paged_optax.apply_gradients(tx, jax.tree.map(jnp.sin, params), state, params)
+
+    step = jax.jit(step) if in_place else make_step(tx)
+    state, run = tx.init(params), []
+    for _ in range(2):
+        run.append(state := step(params, state)[1])
+    before = stored(find_states(run[-1]), device)
+    given, old = jax.block_until_ready(step(params, run[0]))
+    assert_trees_equal(given, params)
+    for new, gone in zip(find_states(old), find_states(run[0]), strict=True):
+        assert new.token.tolist() == gone.token.tolist()
+    raises(lambda: step(given, old))
+    assert_trees_equal(stored(find_states(newest(old)), device), before)
+    stepped, _ = step(given, newest(old))
     assert not np.array_equal(stepped["w"], params["w"])
 
 
