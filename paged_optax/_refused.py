@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from jax.core import Tracer
 
 from . import _ext
 from ._ffi import TOKEN_SHAPE
+from ._local import local_handle
 
 StateRefused: type[RuntimeError] = _ext.StateRefused
 
@@ -48,7 +48,7 @@ def stop_if_refused(value: Any) -> None:
     if value.is_deleted():
         _ext.raise_refused()  # whose it was nobody knows, and the call fails anyway
     elif value.shape == TOKEN_SHAPE:
-        _ext.raise_refused(_handle(value))
+        _ext.raise_refused(local_handle(value))
 
 
 def is_entry() -> bool:
@@ -102,11 +102,7 @@ def _stop(token: Any) -> None:
     if isinstance(token, jax.Array) and not isinstance(token, Tracer):
         token.block_until_ready()
         if _ext.any_refused():
-            _ext.raise_refused(_handle(token))
-
-
-def _handle(token: jax.Array) -> int:
-    return int(np.asarray(token.addressable_shards[0].data)[0])
+            _ext.raise_refused(local_handle(token))
 
 
 def warn_of_refusal(text: str) -> None:

@@ -12,6 +12,7 @@ from jax.core import Tracer
 
 from . import _ext
 from ._contents import Contents
+from ._local import local_handle, local_token
 from ._state import Token, is_state, new_token, no_states, without_moments
 from ._transfer import stage
 
@@ -94,12 +95,11 @@ def _is_fresh(token: Any) -> bool:
     """Whether a token is of a state that init returned in this process."""
     if not isinstance(token, jax.Array) or isinstance(token, Tracer):
         return False
-    handle, version = np.asarray(token.addressable_shards[0].data).tolist()
-    return version == 0 and _ext.is_alive(handle)
+    found = local_token(token)
+    return found is not None and found[1] == 0 and _ext.is_alive(int(found[0]))
 
 
 def _give_up(token: Any) -> None:
     """Lets go of the handle of a fresh state, once nobody has its token any more."""
     if _is_fresh(token):
-        handle = int(np.asarray(token.addressable_shards[0].data)[0])
-        weakref.finalize(token, _ext.forget, handle).atexit = False
+        weakref.finalize(token, _ext.forget, local_handle(token)).atexit = False

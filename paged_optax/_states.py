@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from . import _ext
 from ._bytes import format_bytes
 from ._ffi import TOKEN_SHAPE
+from ._local import local_handle
 from ._watch import await_steps
 
 
@@ -113,8 +113,8 @@ def _held_handles() -> set[int]:
             if array.dtype != jnp.int32 or array.shape != TOKEN_SHAPE or array.is_deleted():
                 continue
             with contextlib.suppress(RuntimeError):  # of a program that failed
-                handles.add(int(np.asarray(array.addressable_shards[0].data).ravel()[0]))
-    return handles
+                handles.add(local_handle(array))
+    return handles - {None}
 
 
 def lost_bytes(platform: str, ordinal: int) -> tuple[int, int]:

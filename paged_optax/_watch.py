@@ -12,10 +12,10 @@ import weakref
 from typing import Any
 
 import jax
-import numpy as np
 from jax.core import Tracer
 
 from . import _ext
+from ._local import local_handle
 
 # Tokens that programs under way will make, oldest first: also those whose owners are gone already.
 _under_way: collections.deque[jax.Array] = collections.deque()
@@ -140,7 +140,7 @@ def _resolve(key: int, watched: _Watched) -> None:
     if not _is_ready(array):
         return
     try:
-        handle = int(np.asarray(array.addressable_shards[0].data).ravel()[0])
+        handle = local_handle(array) or 0
     except Exception:  # of a program that failed, or not a token at all
         handle = 0
     watched.array = None

@@ -23,14 +23,21 @@ from paged_optax import (
     moments,
     newest,
     paged_adamw8bit,
+    paged_ademamix8bit,
     paged_lion8bit,
+    paged_rmsprop8bit,
     reset,
     save_moments,
 )
 
 SHAPES = {"b": (7,), "scalar": (), "w": (64, 81)}
-FORMATS = ["ratio", "dynamic", "float32"]
-RULES = {"adam": paged_adamw8bit, "lion": paged_lion8bit}
+FORMATS = ["ratio", "dynamic", "bfloat16", "float32"]
+RULES = {  # with the signs of their states
+    "adam": (paged_adamw8bit, [True, False]),
+    "lion": (paged_lion8bit, [True]),
+    "rms": (paged_rmsprop8bit, [False]),
+    "ademamix": (paged_ademamix8bit, [True, True, False]),
+}
 
 
 def make_params():
@@ -76,16 +83,15 @@ def masks_of(where):
 
 def assert_reset(before, after, masks):
     """Zero where the masks say so, and the same bits elsewhere."""
-    for name in ("mu", "nu"):
-        old, new = getattr(before, name), getattr(after, name)
+    for old, new in zip(before, after, strict=True):
         if old is not None:
             assert_trees_equal(new, {k: np.where(masks[k], 0, old[k]) for k in old})
 
 
 @pytest.mark.parametrize("where", WHERE.values(), ids=WHERE)
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_every_format_and_mask(rule, format, where, device):
+@pytest.mark.parametrize("rule, signed", RULES.values(), ids=RULES)
+def test_every_format_and_mask(rule, signed, format, where, device):
     params = make_params()
     tx = rule(1e-2, quantization=Quantization(format, min_size=8))
     state = trained(tx, params)
@@ -97,7 +103,6 @@ def test_every_format_and_mask(rule, format, where, device):
     assert new[0].count == state[0].count and num_arenas() == 1
     # Codes are those of the reference, and without a mask the old ones.
     names = [format if np.prod(SHAPES[k]) >= 8 else "float32" for k in sorted(SHAPES)]
-    signed = [True, False] if rule is paged_adamw8bit else [True]
     after = read_leaves(place, 0, *find_state(new).token.tolist())
     for kind, name, old, stored in zip(names, sorted(SHAPES), codes, after, strict=True):
         mask = masks[name].ravel()
@@ -114,7 +119,7 @@ def test_every_format_and_mask(rule, format, where, device):
     assert all(np.isfinite(update).all() for update in jax.tree.leaves(updates))
 
 
-@pytest.mark.parametrize("signed", [[True, False], [True]], ids=["two", "one"])
+@pytest.mark.parametrize("signed", [signs for _, signs in RULES.values()], ids=RULES)
 @pytest.mark.parametrize("format", FORMATS)
 def test_reference(format, signed):
     """On blocks of all kinds: with and without a code for zero, partly and wholly reset."""
@@ -144,9 +149,16 @@ def encode(format, values, signed, random):
     if format == "float32":
         return tuple(values)
     if format == "dynamic":
-        return tuple(reference.quantize(x, sign) for x, sign in zip(values, signed, strict=True))
+        is_signed = [sign or len(signed) == 1 for sign in signed]
+        return tuple(reference.quantize(x, sign) for x, sign in zip(values, is_signed, strict=True))
+    if format == "bfloat16":
+        return tuple(reference.quantize_halves(x, random) for x in values)
+    if len(signed) == 3:
+        return reference.quantize_two_ratios(*values, random)
     if len(signed) == 2:
         return reference.quantize_ratio(*values, random)
+    if signed == [False]:
+        return (reference.quantize_window(values[0], random, np.ones_like(values[0])),)
     return (reference.quantize_squares(values[0], random),)
 
 

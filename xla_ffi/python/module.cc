@@ -219,20 +219,9 @@ int32_t Rewrite(const std::string& platform, int ordinal, int32_t handle, int32_
                 const std::vector<std::tuple<size_t, Arrays, Arrays>>& leaves) {
   std::vector<LeafRewrite> rewrites;
   for (const auto& [leaf, codes, words] : leaves) {
-    LeafRewrite rewrite{leaf, {}, {}, -1};
-    const bool has_words = !words.empty();
-    const Arrays& counted = has_words ? words : codes;
-    const int64_t item = has_words ? 4 : kBlockSize * static_cast<int64_t>(sizeof(float));
-    for (const auto& array : codes) rewrite.codes.push_back(array.data());
-    for (const auto& array : words) rewrite.words.push_back(array.data());
-    rewrite.num_blocks = counted.empty() ? 0 : counted[0].size() / item;
-    for (const auto& array : codes) {
-      const int64_t nbytes = rewrite.num_blocks * (has_words ? kBlockSize : item);
-      if (array.size() != nbytes) throw py::value_error("codes of another size");
-    }
-    for (const auto& array : words) {
-      if (array.size() != rewrite.num_blocks * item) throw py::value_error("words of another size");
-    }
+    LeafRewrite rewrite{leaf, {}, {}};
+    for (const auto& array : codes) rewrite.codes.push_back({array.data(), array.size()});
+    for (const auto& array : words) rewrite.words.push_back({array.data(), array.size()});
     rewrites.push_back(std::move(rewrite));
   }
   const DeviceId device{platform == "cpu" ? Platform::kCpu : Platform::kCuda, ordinal};

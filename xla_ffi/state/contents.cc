@@ -67,9 +67,16 @@ LeafParts ReadLeaf(const Region& region, const Signature::LeafInfo& leaf, ChunkR
 }
 
 void CheckFits(const LeafRewrite& rewrite, const Region& region, const Signature::LeafInfo& leaf) {
-  if (rewrite.num_blocks != NumBlocks(leaf.size) ||
-      rewrite.codes.size() != static_cast<size_t>(region.shape.num_states) ||
-      rewrite.words.size() != static_cast<size_t>(region.shape.num_words)) {
+  using Arrays = std::vector<LeafRewrite::Bytes>;
+  const auto fits = [&](const Arrays& arrays, int32_t count, int32_t block_bytes) {
+    return arrays.size() == static_cast<size_t>(count) &&
+           std::all_of(arrays.begin(), arrays.end(), [&](const LeafRewrite::Bytes& array) {
+             return array.size == NumBlocks(leaf.size) * block_bytes;
+           });
+  };
+  const BlockShape& shape = region.shape;
+  if (!fits(rewrite.codes, shape.num_states, shape.state_bytes) ||
+      !fits(rewrite.words, shape.num_words, sizeof(float))) {
     throw StatusError(StatusCode::kInvalidArgument, "codes or words of another leaf or format");
   }
 }
@@ -78,17 +85,17 @@ void WriteLeaf(const LeafRewrite& rewrite, const Region& region, const Signature
                int32_t slot, Memory& memory) {
   const BlockShape& shape = region.shape;
   std::vector<uint8_t> words;
-  ForEachRun(region, leaf.first_block, rewrite.num_blocks,
+  ForEachRun(region, leaf.first_block, NumBlocks(leaf.size),
              [&](const BlockPlace& place, int64_t done, int64_t run) {
                for (int32_t s = 0; s < shape.num_states; ++s) {
                  memory.Write(slot, place.codes + s * place.state_stride, run * shape.state_bytes,
-                              rewrite.codes[s] + done * shape.state_bytes);
+                              rewrite.codes[s].data + done * shape.state_bytes);
                }
                if (shape.num_words == 0) return;
                words.resize(run * shape.num_words * 4);  // those of a block are neighbours
                for (int64_t i = 0; i < run * shape.num_words; ++i) {
                  std::memcpy(&words[i * 4],
-                             rewrite.words[i % shape.num_words] + (done + i / shape.num_words) * 4,
+                             rewrite.words[i % shape.num_words].data + (done + i / shape.num_words) * 4,
                              4);
                }
                memory.Write(slot, place.words, static_cast<int64_t>(words.size()), words.data());

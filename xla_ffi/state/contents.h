@@ -33,9 +33,12 @@ std::vector<LeafPart> ReadResiduals(const LockedArena& locked, int32_t slot);
 
 // Other codes and words for a leaf, in the form of LeafParts. The arrays belong to the caller.
 struct LeafRewrite {
+  struct Bytes {
+    const uint8_t* data;
+    int64_t size;
+  };
   size_t leaf;
-  std::vector<const uint8_t*> codes, words;  // of each state; words where the format has some
-  int64_t num_blocks;                        // that the arrays have
+  std::vector<Bytes> codes, words;  // of each state; words where the format has some
 };
 
 // Writes them into a slot that nobody else reads or writes. Throws before anything is written if
