@@ -14,7 +14,7 @@ import optax
 import pytest
 
 import paged_optax
-from helpers import free_device_bytes, hooks, num_arenas
+from helpers import free_device_bytes, hooks, num_arenas, raise_if_refused
 from paged_optax import Paging, StateRefused, memory_report, moments, paged_adamw8bit, release
 
 pytestmark = pytest.mark.gpu

@@ -35,11 +35,12 @@ int64_t SlotBytesOf(const CudaUpdate& update) {
 void Report(const CudaUpdate& update, Verdict verdict, const Header* header) {
   if (update.reports == nullptr) return;
   Rejection* report = &update.reports->rejection;
-  if (report->verdict != Verdict::kAccept) return;
+  // The host looks without a lock, so the verdict comes last, as with __threadfence_system.
+  if (__atomic_load_n(&report->verdict, __ATOMIC_ACQUIRE) != Verdict::kAccept) return;
   report->token = *update.token;
   report->version = header == nullptr ? 0 : header->version;
   report->fingerprint = update.fingerprint;
-  report->verdict = verdict;
+  __atomic_store_n(&report->verdict, verdict, __ATOMIC_RELEASE);
 }
 
 }  // namespace

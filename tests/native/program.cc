@@ -367,8 +367,10 @@ void RunHandles() {
   }
   for (int i = 0; i < kMany; ++i) {
     Expect(handles.Issue(second, 1, {7}, false) == of_first[i], "devices disagree");
-    Expect(handles.ClaimFirstUse(of_first[i], 1) == Handles::Claim::kLater, "not a first use on the second device");
-    Expect(handles.ClaimFirstUse(of_first[i], 2) == Handles::Claim::kNone, "a first use in another execution");
+    Expect(handles.ClaimFirstUse(of_first[i], 1) == Handles::Claim::kLater,
+           "not a first use on the second device");
+    Expect(handles.ClaimFirstUse(of_first[i], 2) == Handles::Claim::kNone,
+           "a first use in another execution");
   }
   // Places of one seed that the devices run in another order.
   const int here = 0, there = 0;
@@ -386,7 +388,9 @@ void RunHandles() {
   Expect(handles.OriginOf(of_job) == Handles::Origin::kUnused, "the first job is forgotten");
   // A first use that fails is as if it had not been.
   handles.UndoFirstUse(of_first[0], 1, StatusError(StatusCode::kResourceExhausted, "no memory"));
-  Expect(handles.WasUndone(of_first[0], 1) && handles.ClaimFirstUse(of_first[0], 9) == Handles::Claim::kFirst, "not undone");
+  Expect(handles.WasUndone(of_first[0], 1) &&
+             handles.ClaimFirstUse(of_first[0], 9) == Handles::Claim::kFirst,
+         "not undone");
   try {
     handles.ClaimFirstUse(of_first[0], 1);
     Expect(false, "a device that is late makes an arena");

@@ -94,9 +94,9 @@ void WriteLeaf(const LeafRewrite& rewrite, const Region& region, const Signature
                if (shape.num_words == 0) return;
                words.resize(run * shape.num_words * 4);  // those of a block are neighbours
                for (int64_t i = 0; i < run * shape.num_words; ++i) {
-                 std::memcpy(&words[i * 4],
-                             rewrite.words[i % shape.num_words].data + (done + i / shape.num_words) * 4,
-                             4);
+                 std::memcpy(
+                     &words[i * 4],
+                     rewrite.words[i % shape.num_words].data + (done + i / shape.num_words) * 4, 4);
                }
                memory.Write(slot, place.words, static_cast<int64_t>(words.size()), words.data());
              });

@@ -155,9 +155,9 @@ class Handles {
   std::deque<int64_t> order_;                             // of the runs, oldest first
   int64_t num_issued_ = 0;                                // in recent runs
   std::map<std::pair<int32_t, int64_t>, Undone> undone_;  // by handle and run
-  std::map<int32_t, Time> unused_;  // issued when; no arena on any device yet
-  std::set<int32_t> dropped_;       // the same, and forgotten
-  std::set<int32_t> adopted_;       // from elsewhere, with an arena here at some time
+  std::map<int32_t, Time> unused_;                        // issued when; no arena on any device yet
+  std::set<int32_t> dropped_;                             // the same, and forgotten
+  std::set<int32_t> adopted_;  // from elsewhere, with an arena here at some time
   std::atomic<int64_t> num_unused_{0};
   std::map<int32_t, Staged> staged_;
   std::deque<Forgotten> forgotten_;  // oldest first

@@ -263,9 +263,8 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
       Request request = MakeRequest(gpu.id(), run.run_id, attrs, call, part);
       if (token.version == 1) request.source = source = registry.handles().SourceOf(token.handle);
       // If it is refused, the kernels find no arena, and so change nothing.
-      OrRefuse(
-          [&] { made = gpu.BindOnFirstUse(lock, registry.handles(), request, token, stream); },
-          token, [&] { is_refused = true; });
+      OrRefuse([&] { made = gpu.BindOnFirstUse(lock, registry.handles(), request, token, stream); },
+               token, [&] { is_refused = true; });
     }
     try {
       Reports* const reports = is_refused ? nullptr : gpu.device_reports();
