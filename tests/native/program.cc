@@ -81,7 +81,6 @@ Token StepOnCpu(const State& state, DeviceId device, int64_t run) {
 Token StepOnGpu(const State& state, DeviceId device, int64_t run) {
   Registry& registry = Registry::Get();
   CudaDevice& gpu = registry.At<CudaDevice>(device.ordinal);
-  registry.ThrowIfRefused(state.token.handle);  // as Python does it before a program runs
   registry.CollectReports();
   registry.handles().NoteCall();
   std::shared_ptr<const Source> source;
@@ -126,6 +125,7 @@ class Disagreement : public StatusError {
 
 // One program on all devices of a state, each on a thread of its own if there are two.
 void Step(State& state) {
+  Registry::Get().ThrowIfRefused(state.token.handle);  // as Python does it before a program runs
   const int64_t run = g_next_run++;
   std::vector<Token> tokens(state.devices.size(), state.token);
   std::vector<std::exception_ptr> failures(state.devices.size());
