@@ -101,5 +101,5 @@ def _is_fresh(token: Any) -> bool:
 
 def _give_up(token: Any) -> None:
     """Lets go of the handle of a fresh state, once nobody has its token any more."""
-    if _is_fresh(token):
-        weakref.finalize(token, _ext.forget, local_handle(token)).atexit = False
+    if _is_fresh(token) and (handle := local_handle(token)) is not None:
+        weakref.finalize(token, _ext.forget, handle).atexit = False
