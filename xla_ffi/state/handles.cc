@@ -117,8 +117,7 @@ Handles::Claim Handles::ClaimFirstUse(int32_t handle, int64_t run) {
                       "no device keeps moments of it: " +
                           undone->second);
   }
-  const bool is_elsewheres =
-      handle >= kLeast && !IsOwn(lock, handle) && !IsParents(lock, handle);
+  const bool is_elsewheres = handle >= kLeast && !IsOwn(lock, handle) && !IsParents(lock, handle);
   std::set<int32_t>& used = RunOf(lock, run).used;
   if (unused_.erase(handle) != 0 || (is_elsewheres && adopted_.insert(handle).second)) {
     used.insert(handle);
