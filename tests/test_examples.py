@@ -98,7 +98,7 @@ def losses_of(process):
     return json.loads(line.removeprefix("losses"))
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 @pytest.mark.parametrize("name", ["lora_finetune", "fsdp_finetune"])
 def test_example_resumes_after_a_kill(name, tmp_path):
     """The losses are those of a run that never stopped, in every digit."""
@@ -114,7 +114,7 @@ def test_example_resumes_after_a_kill(name, tmp_path):
     assert losses_of(start_example(name, tmp_path, f"--checkpoint-dir={folder}")) == whole
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_fsdp_in_two_processes(tmp_path):
     """Each has four of the eight devices; the first one alone reports."""
     for module in "matplotlib", "psutil", "tqdm":

@@ -47,7 +47,7 @@ PROGRAM = """
 
 
 @pytest.mark.parametrize("way", ["file", "orbax"])
-@pytest.mark.parametrize("kills", [2, pytest.param(25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(25, marks=pytest.mark.endurance)])
 def test_process_that_is_killed_while_it_saves(way, kills, tmp_path):
     """Each process resumes from the checkpoint of the one before; none of them loses a bit."""
     if way == "orbax":

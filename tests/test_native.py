@@ -25,10 +25,9 @@ pytestmark = [
 SOURCES = """
     base/device_buffer memory/file_memory memory/file_system memory/gpus memory/host_memory
     memory/managed_memory memory/memory memory/pinned_memory memory/planner memory/preflight
-    memory/promises state/arena state/contents state/cpu_device state/cuda_arena state/cuda_device
-    state/copies state/explain state/handles state/pager state/refusals state/registry state/shards
-    state/signature
-    state/snapshot state/source state/tiling
+    memory/promises state/arena state/contents state/copies state/cpu_device state/cuda_arena
+    state/cuda_device state/explain state/handles state/pager state/refusals state/registry
+    state/shards state/signature state/snapshot state/source state/tiling
 """.split()
 FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-fsanitize=thread", "-pthread"]
 DEFINES = ["-DPAGED_OPTAX_CUDA=1", "-DPAGED_OPTAX_TESTING=1", f"-I{HERE}", f"-I{XLA_FFI}"]

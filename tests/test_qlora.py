@@ -143,7 +143,7 @@ def example(tmp_path, monkeypatch):
         yield types.SimpleNamespace(qlora=qlora, arguments=arguments.split(), folder=tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_a_run_that_was_killed_goes_on(example, capsys, monkeypatch):
     qlora, save = example.qlora, example.qlora.Checkpoints.save
     whole = qlora.main([*example.arguments, "--adapter", "whole"])

@@ -8,7 +8,7 @@ import pytest
 
 import processes
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.endurance
 
 # Trains for eight steps, from the last checkpoint if there is one, and saves at every second step.
 # Process 1 kills itself after `killed_after` steps.

@@ -61,7 +61,7 @@ def mutate(data, rng):
 DEADLINE = 60  # seconds
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.endurance)])
 def test_mutated_files(count, tx, trained, tmp_path):
     """An error, or identical contents; never a wrong state."""
     params, state = trained
@@ -96,7 +96,7 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(2_500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [100, pytest.param(2_500, marks=pytest.mark.endurance)])
 @pytest.mark.parametrize("format", FORMATS)
 def test_mutated_arrays(format, count):
     """Without checksums, values are checked: what is accepted is finite, and can be trained on."""
@@ -201,7 +201,7 @@ def memory_of_process():
         return int(file.read().split()[1]) * 4096
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(1_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [100, pytest.param(1_000, marks=pytest.mark.endurance)])
 def test_restored_and_dropped_again(count, tx, tmp_path):
     """The memory of the process stays what it was."""
     params = {"w": jnp.ones((512, 512))}  # half a MiB of moments

@@ -56,7 +56,7 @@ void LaunchUpdate(const CudaUpdate& update, int, Stream) {
   *update.new_token = *update.token;
   if (!IsAccepted(judgement.verdict)) return Report(update, judgement.verdict, header);
   const Token before = *update.token;
-  *update.new_token = Advance(header, judgement, before.version);
+  *update.new_token = Advance(header, judgement, /*count=*/0);
   const SegmentTable& table = *header->segments;
   const int64_t slot_bytes = SlotBytesOf(update), segment = kChunkBytes << table.log2_chunks;
   for (int64_t k = 0, at = 0; at < slot_bytes; ++k, at += segment) {

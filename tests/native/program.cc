@@ -70,7 +70,7 @@ Token StepOnCpu(const State& state, DeviceId device, int64_t run) {
   if (!IsAccepted(judgement.verdict))
     throw StatusError(StatusCode::kFailedPrecondition, "not the newest");
   const auto& bases = arena.segments.bases;
-  const Token next = Advance(&arena.header, judgement, state.token.version);
+  const Token next = Advance(&arena.header, judgement, /*count=*/0);
   StepBytes(judgement.verdict == Verdict::kFresh ? nullptr : bases[judgement.source][0],
             bases[judgement.target][0], arena.memory->geometry().slot_bytes,
             Pattern(next.handle, state.token.version), Pattern(next.handle, next.version));
@@ -358,19 +358,18 @@ void Expect(bool condition, const char* what) {
 void RunHandles() {
   constexpr DeviceId first{Platform::kCpu, 0}, second{Platform::kCpu, 1};
   constexpr int kMany = 5000;
+  using Claim = Handles::Claim;
   Handles handles;
   // One device is 5,000 inits and first uses ahead of the other.
   std::vector<int32_t> of_first;
   for (int i = 0; i < kMany; ++i) {
     of_first.push_back(handles.Issue(first, 1, {7}, false));
-    Expect(handles.ClaimFirstUse(of_first.back(), 1) == Handles::Claim::kFirst, "not a first use");
+    Expect(handles.ClaimFirstUse(of_first.back(), 1) == Claim::kFirst, "not a first use");
   }
   for (int i = 0; i < kMany; ++i) {
     Expect(handles.Issue(second, 1, {7}, false) == of_first[i], "devices disagree");
-    Expect(handles.ClaimFirstUse(of_first[i], 1) == Handles::Claim::kLater,
-           "not a first use on the second device");
-    Expect(handles.ClaimFirstUse(of_first[i], 2) == Handles::Claim::kNone,
-           "a first use in another execution");
+    Expect(handles.ClaimFirstUse(of_first[i], 1) == Claim::kLater, "not a first use on the second");
+    Expect(handles.ClaimFirstUse(of_first[i], 2) == Claim::kNone, "a first use in another run");
   }
   // Places of one seed that the devices run in another order.
   const int here = 0, there = 0;
@@ -388,9 +387,8 @@ void RunHandles() {
   Expect(handles.OriginOf(of_job) == Handles::Origin::kUnused, "the first job is forgotten");
   // A first use that fails is as if it had not been.
   handles.UndoFirstUse(of_first[0], 1, StatusError(StatusCode::kResourceExhausted, "no memory"));
-  Expect(handles.WasUndone(of_first[0], 1) &&
-             handles.ClaimFirstUse(of_first[0], 9) == Handles::Claim::kFirst,
-         "not undone");
+  Expect(handles.WasUndone(of_first[0], 1), "not undone");
+  Expect(handles.ClaimFirstUse(of_first[0], 9) == Claim::kFirst, "no first use after one undone");
   try {
     handles.ClaimFirstUse(of_first[0], 1);
     Expect(false, "a device that is late makes an arena");
