@@ -29,6 +29,7 @@ from helpers import (
     make_tree,
     num_arenas,
     num_unused,
+    raise_if_refused,
     read_leaves,
     read_residuals,
     reference,
@@ -709,6 +710,25 @@ def test_eight_devices_in_another_order():
     actual, other = run(tx, others, moved, range(4, 6), shapes=MESH_SHAPES, put=put)
     assert_trees_equal(jax.device_get(actual), jax.device_get(expected))
     assert_trees_equal(moments(other), moments(last))
+
+
+def test_eight_devices_refuse_as_one():
+    """What does not fit is refused on all of them, also where another device was first."""
+    tx, other = OPTIMIZERS["dynamic"](), OPTIMIZERS["ratio"]()
+    params, state = start_on(8, tx)
+    spec = read_state(state)
+    restored = restore(state, spec)
+    _, put = make_put(8)
+    token = np.asarray(find_state(restored).token).tolist()
+    wrong = with_token(other.init(params), token)
+    stepped = jax.block_until_ready(make_step(other)(params, wrong, put(make_tree(4, MESH_SHAPES))))
+    assert_trees_equal(jax.device_get(stepped[0]), jax.device_get(params))
+    with pytest.raises(RAISES, match="stored in the format 'dynamic'"):
+        raise_if_refused()
+    raise_if_refused()  # one error for eight devices
+    expected, _ = run(tx, params, state, [4], shapes=MESH_SHAPES, put=put)
+    actual, _ = run(tx, params, restored, [4], shapes=MESH_SHAPES, put=put)
+    assert_trees_equal(actual, expected)
 
 
 def skip_one(tx, params, state, put):
