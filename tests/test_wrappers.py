@@ -485,7 +485,7 @@ def test_wrapper_as_around_adam(name, replay, device):
     state_of_wrapper, _ = split_off_adam(state)
     expected_state_of_wrapper, expected_moments = split_off_adam(expected_state)
     assert_trees_close(state_of_wrapper, expected_state_of_wrapper, rtol=2e-5)
-    assert_trees_close(tuple(moments(state)), expected_moments)
+    assert_trees_close(tuple(moments(state)[:2]), expected_moments)
     assert_found_and_freed(state, 8 * 64 * 64)
 
 
@@ -531,7 +531,7 @@ def test_inject_hyperparams_as_with_optax(hyperparams):
     assert jax.tree.map(jnp.result_type, state.hyperparams) == jax.tree.map(
         jnp.result_type, expected_state.hyperparams
     )
-    assert_trees_close(tuple(moments(state)), expected_moments)
+    assert_trees_close(tuple(moments(state)[:2]), expected_moments)
 
 
 # --- optax.tree ---------------------------------------------------------------------------------
