@@ -403,7 +403,9 @@ def test_fresh_moments_are_not_read(format):
     (grad,) = next(make_gradients([LeafSpec((1000,))], 1, seed=8))
     results = []
     for fill in (0, 255):
-        arena = np.full(4 * (2048 if format == "float32" else 520) + 512, fill, np.uint8)
+        arena = np.full(
+            4 * {"float32": 2048, "bfloat16": 1024}.get(format, 520) + 512, fill, np.uint8
+        )
         update = step_blocks(grad.copy(), arena, format, [(0, 4)], DEFAULTS, 0, fresh=True)
         assert np.all(arena[-512:] == fill)
         results.append((update.tobytes(), arena[:-512].tobytes()))
