@@ -73,7 +73,7 @@ def check(size):
         updates, state = grads, tx.init(grads)
         for _ in range(3):
             updates, state = jax.jit(tx.update)(updates, state)
-        results.append((np.asarray(updates), *moments(state)))
+        results.append((np.asarray(updates), moments(state).mu, moments(state).nu))
         release(state)
     for result in results[1:]:
         for a, b in zip(results[0], result, strict=True):
