@@ -380,7 +380,11 @@ def test_state_of_other_devices_is_refused_and_not_lost(devices, kind):
     state = tx.init(make_tree(0, shapes))
     _, state = update(place(make_tree(0, shapes), few, specs), state)
     before = moments(state)
-    with pytest.raises(RAISES, match="made by a program on 4 device.* this step runs on 8"):
+    # Which device refuses first is not certain: one with moments, or one without.
+    either = (
+        r"made by a program on 4 device.* this step runs on 8|are on cpu:\d but the step ran on"
+    )
+    with pytest.raises(RAISES, match=either):
         elsewhere = jax.device_get(state)
         finish(update(place(make_tree(1, shapes), all_, specs), elsewhere))
     with pytest.raises(RAISES, match="made by a program on 4 device.* this step runs on 1"):
