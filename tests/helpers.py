@@ -396,7 +396,7 @@ def step_blocks(
 # --- The process --------------------------------------------------------------------------------
 
 num_arenas = _testing.num_arenas
-num_unused = _testing.num_unused  # handles that were issued and never used
+num_unused = _ext.num_unused  # handles that were issued and never used
 read_leaves, read_residuals = _ext.read_leaves, _ext.read_residuals  # of one device
 build_info = _ext.build_info
 free_device_bytes = _ext.free_device_bytes

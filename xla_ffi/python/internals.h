@@ -13,7 +13,6 @@ struct Internals {
   static constexpr char kName[] = "paged_optax._ext.Internals";  // of the capsule
 
   int64_t (*num_arenas)();
-  int64_t (*num_unused)();
   void (*throw_if_refused)();
   void (*post_notice)(Notice notice);
   void (*deliver_notices)();

@@ -309,7 +309,6 @@ bool IsFailureAsked() { return false; }
 #endif
 
 constexpr Internals kInternals{[] { return Registry::Get().NumArenas(); },
-                               [] { return Registry::Get().handles().num_unused(); },
                                [] { Registry::Get().ThrowIfRefused(); },
                                PostNotice,
                                DeliverNotices,

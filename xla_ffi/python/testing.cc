@@ -128,7 +128,6 @@ const Internals& Ext() {
 
 void AddInternals(py::module_& module) {
   module.def("num_arenas", [] { return Ext().num_arenas(); });
-  module.def("num_unused", [] { return Ext().num_unused(); });
   module.def("raise_if_refused", [] {
     const auto throw_if_refused = Ext().throw_if_refused;
     const py::gil_scoped_release unlocked;
