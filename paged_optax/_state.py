@@ -132,15 +132,20 @@ def check_state(state: Any, kind: type) -> jax.Array:
 
 def _check_array(name: str, wanted: str, value: Any) -> None:
     """Refuses what is no array of this machine, which came from a file or from another one."""
-    text = f"the optimizer state's {name} is {value!r}, and must be {wanted} as init returned it"
+
+    def describe() -> str:  # reads the value, so only for an error
+        return (
+            f"the optimizer state's {name} is {value!r}, and must be {wanted} as init returned it"
+        )
+
     if not hasattr(value, "dtype"):
         raise TypeError(
-            f"{text}: an array. Was the state read from JSON or the like? Its token names moments"
-            " of the process that made it: start with init(params)."
+            f"{describe()}: an array. Was the state read from JSON or the like? Its token names"
+            " moments of the process that made it: start with init(params)."
         )
     if not np.dtype(value.dtype).isnative:
         raise ValueError(
-            f"{text}: in the byte order of this machine. Convert the state:"
+            f"{describe()}: in the byte order of this machine. Convert the state:"
             " jax.tree.map(lambda leaf: leaf.astype(leaf.dtype.newbyteorder('=')), opt_state)"
         )
 

@@ -466,3 +466,13 @@ print("ends")
         process = run_python(ONE_SHOT + code, tmp_path, options=("-W", "ignore"), check=False)
         assert process.stdout == "ends\n"
         assert "StateRefused" not in process.stderr and process.returncode in (0, -6), process
+
+
+def test_a_state_that_is_right_is_not_printed(monkeypatch):
+    """The text of an error reads the arrays of a state, and so waits for the device."""
+    tx, params = scale_by_paged_adam8bit(), make_tree(0, {"w": (64, 64)})
+    state = tx.init(params)
+    monkeypatch.setattr(type(state.count), "__repr__", lambda array: pytest.fail("printed"))
+    _, state = tx.update(params, state)
+    assert moments(state).mu is not None
+    assert release(state) > 0
