@@ -10,28 +10,14 @@
 
 namespace paged_optax {
 
-struct BFloat16 {
+struct BFloat16 : PlainFormat {
   static constexpr char kName[] = "bfloat16";
   using Code = uint16_t;
-  static constexpr int kWordsPerState = 0;
   static constexpr bool kIsRandom = true;
-  static constexpr bool kStoresRatios = false;
-
-  template <class Level>
-  using Tables = NoTables;
-  template <class Level>
-  static constexpr NoTables MakeTables() {
-    return {};
-  }
 
   template <class Arithmetic>
   PAGED_HD static constexpr Code Zero(int) {
     return 0;
-  }
-
-  template <class Arithmetic>
-  static bool MayStoreWord(int, uint32_t, bool) {
-    return true;  // there are no words
   }
 
   template <class Arithmetic>

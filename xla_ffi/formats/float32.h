@@ -5,28 +5,14 @@
 
 namespace paged_optax {
 
-struct Float32 {
+struct Float32 : PlainFormat {
   static constexpr char kName[] = "float32";
   using Code = float;
-  static constexpr int kWordsPerState = 0;
   static constexpr bool kIsRandom = false;
-  static constexpr bool kStoresRatios = false;
-
-  template <class Level>
-  using Tables = NoTables;
-  template <class Level>
-  static constexpr NoTables MakeTables() {
-    return {};
-  }
 
   template <class Arithmetic>
   PAGED_HD static constexpr Code Zero(int) {
     return 0.0f;
-  }
-
-  template <class Arithmetic>
-  static bool MayStoreWord(int, uint32_t, bool) {
-    return true;  // there are no words
   }
 
   template <class Arithmetic>

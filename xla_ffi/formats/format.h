@@ -61,6 +61,25 @@ struct WholeBlock {
 
 struct NoTables {};
 
+// What formats have in common that store each state as a number of its own: neither words for a
+// block, nor tables.
+struct PlainFormat {
+  static constexpr int kWordsPerState = 0;
+  static constexpr bool kStoresRatios = false;
+
+  template <class Level>
+  using Tables = NoTables;
+  template <class Level>
+  static constexpr NoTables MakeTables() {
+    return {};
+  }
+
+  template <class Arithmetic>
+  static bool MayStoreWord(int, uint32_t, bool) {
+    return true;  // there are no words
+  }
+};
+
 inline constexpr uint32_t kInfinity = 0x7f800000;  // bits; those of negative floats are greater
 
 }  // namespace paged_optax

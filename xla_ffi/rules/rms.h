@@ -27,11 +27,8 @@ struct Rms {
   PAGED_HD static Squares::Coefficients Prepare(const float* hyperparams, int32_t count,
                                                 uint32_t flags, BadElement bad) {
     const float decay = hyperparams[0], eps = hyperparams[1];
-    const int64_t t = static_cast<int64_t>(count) + 1;
-    const double bias = (flags & 2) != 0 ? 1.0 - Power(decay, t) : 1.0;
-    const bool in_sqrt = (flags & 1) != 0;
-    const RootScale root = {static_cast<float>(1.0 / bias), in_sqrt ? eps : 0.0f,
-                            in_sqrt ? 0.0f : eps};
+    const RootScale root = DecayedRoot(decay, count, /*corrects_bias=*/(flags & 2) != 0, eps,
+                                       /*in_sqrt=*/(flags & 1) != 0);
     return Squares::Make(decay, 1.0f - decay, hyperparams[2], root, /*is_zero_at_zero=*/false,
                          IsDecay(decay), bad);
   }

@@ -11,6 +11,14 @@ struct RootScale {
   float nu_scale, eps_root, eps;
 };
 
+// That of a second moment which decays: its bias may be corrected, and eps stands within the root
+// or next to it.
+PAGED_HD RootScale DecayedRoot(float decay, int32_t count, bool corrects_bias, float eps,
+                               bool in_sqrt) {
+  const double bias = corrects_bias ? 1.0 - Power(decay, static_cast<int64_t>(count) + 1) : 1.0;
+  return {static_cast<float>(1.0 / bias), in_sqrt ? eps : 0.0f, in_sqrt ? 0.0f : eps};
+}
+
 // Bits: if no new second moment is above it, every gradient was usable. `weight` is that of a
 // squared gradient in them.
 PAGED_HD uint32_t SafeNu(float weight) {

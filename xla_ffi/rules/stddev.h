@@ -65,15 +65,15 @@ struct StdDev {
   PAGED_HD static Centered::Coefficients Prepare(const float* hyperparams, int32_t count,
                                                  uint32_t flags, BadElement bad) {
     const float decay = hyperparams[0], eps = hyperparams[1], initial = hyperparams[2];
-    const bool is_valid = IsDecay(decay) && IsInitial(initial), in_sqrt = (flags & 1) != 0;
-    const int64_t t = static_cast<int64_t>(count) + 1;
-    const double bias = (flags & 2) != 0 ? 1.0 - Power(decay, t) : 1.0;
+    const bool is_valid = IsDecay(decay) && IsInitial(initial);
+    const RootScale root = DecayedRoot(decay, count, /*corrects_bias=*/(flags & 2) != 0, eps,
+                                       /*in_sqrt=*/(flags & 1) != 0);
     return {decay,
             is_valid ? 1.0f - decay : FloatOf(kNanBits),
             IsInitial(initial) ? initial : 0.0f,
-            static_cast<float>(1.0 / bias),
-            in_sqrt ? eps : 0.0f,
-            in_sqrt ? 0.0f : eps,
+            root.nu_scale,
+            root.eps_root,
+            root.eps,
             BadDirection(is_valid, bad)};
   }
 };
