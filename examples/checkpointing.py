@@ -18,8 +18,8 @@ class Checkpoints:
     complete, and gets the same losses, to the bit.
     """
 
-    def __init__(self, folder: Path | None, every: int, model: nnx.Module, optimizer):
-        self.every, self.model, self.optimizer = every, model, optimizer
+    def __init__(self, folder: Path | None, every: int):
+        self.every = every
         options = ocp.CheckpointManagerOptions(max_to_keep=2)
         self.manager = folder and ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -30,38 +30,51 @@ class Checkpoints:
         if self.manager:
             self.manager.close()  # waits for the checkpoint that is being written
 
+    def restore(self, state: Any) -> tuple[int, Any, list]:
+        """Returns the newest step, state and history; if there are none, 0, `state` and none."""
+        step = self.manager and self.manager.latest_step()
+        if not self.manager or step is None:
+            return 0, state, []
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        items = {"state": ocp.args.StandardRestore(shapes), "history": ocp.args.JsonRestore()}
+        found = self.manager.restore(step, args=ocp.args.Composite(**items))
+        return step, found["state"], [tuple(row) for row in found["history"]["rows"]]
+
+    def is_due(self, step: int) -> bool:
+        """Returns whether to save after this step."""
+        return self.manager is not None and step % self.every == 0
+
+    def save(self, step: int, state: Any, history: list) -> None:
+        """Saves if it is due; training goes on while the files are written."""
+        if self.manager and self.is_due(step):
+            items = {
+                "state": ocp.args.StandardSave(state),
+                "history": ocp.args.JsonSave({"rows": list(history)}),
+            }
+            self.manager.save(step, args=ocp.args.Composite(**items))
+
+
+class Trained:
+    """What of a model is trained, and its optimizer, as pure dicts of arrays.
+
+    The rest of the model is made anew by the same arguments.
+    """
+
+    def __init__(self, model: nnx.Module, optimizer: nnx.Optimizer):
+        self.model, self.optimizer = model, optimizer
+
     def _states(self) -> dict[str, Any]:
-        # What is trained; the rest of the model is made anew by the same arguments.
         return {
             "params": nnx.state(self.model, self.optimizer.wrt),
             "optimizer": nnx.state(self.optimizer),
         }
 
-    def _arrays(self) -> dict[str, Any]:
+    def read(self) -> dict[str, Any]:
+        """Returns the arrays."""
         return {name: nnx.to_pure_dict(state) for name, state in self._states().items()}
 
-    def restore(self) -> tuple[int, list]:
-        """Puts the newest checkpoint into model and optimizer; returns its step and history."""
-        step = self.manager and self.manager.latest_step()
-        if not self.manager or step is None:
-            return 0, []
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, self._arrays())
-        restored = self.manager.restore(
-            step,
-            args=ocp.args.Composite(
-                arrays=ocp.args.StandardRestore(shapes), history=ocp.args.JsonRestore()
-            ),
-        )
+    def write(self, arrays: dict[str, Any]) -> None:
+        """Puts arrays into model and optimizer."""
         for name, state in self._states().items():
-            nnx.replace_by_pure_dict(state, restored["arrays"][name])
+            nnx.replace_by_pure_dict(state, arrays[name])
             nnx.update(self.model if name == "params" else self.optimizer, state)
-        return step, [tuple(row) for row in restored["history"]["rows"]]
-
-    def save(self, step: int, history: list) -> None:
-        """Saves after every so many steps; training goes on while the files are written."""
-        if self.manager and step % self.every == 0:
-            items = {
-                "arrays": ocp.args.StandardSave(self._arrays()),
-                "history": ocp.args.JsonSave({"rows": list(history)}),
-            }
-            self.manager.save(step, args=ocp.args.Composite(**items))

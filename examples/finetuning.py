@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import psutil
-from checkpointing import Checkpoints
+from checkpointing import Checkpoints, Trained
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -140,13 +140,21 @@ def finetune(model: nnx.Module, optimizer: nnx.Optimizer, args: argparse.Namespa
         return bytes_by_device(nnx.state(optimizer, nnx.OptState))
 
     before = held_out_loss(model, hold_out, args)
-    with Checkpoints(args.checkpoint_dir, args.save_every, model, optimizer) as checkpoints:
-        done, history = checkpoints.restore()
+    trained = Trained(model, optimizer)
+    with Checkpoints(args.checkpoint_dir, args.save_every) as checkpoints:
+
+        def save(step: int) -> None:
+            if checkpoints.is_due(step):
+                checkpoints.save(step, trained.read(), history)
+
+        done, arrays, history = checkpoints.restore(trained.read())
+        if done > 0:
+            trained.write(arrays)
         earlier = history[-1][0] if history else 0.0  # seconds
         for seconds, loss in train(
             *(model, optimizer, learn, args, args.steps, args.accumulate, "fine-tune"),
             done=done,
-            on_step=lambda step: checkpoints.save(step, history),
+            on_step=save,
         ):
             held = jax.process_count() * sum(state_bytes().values())
             history.append((earlier + seconds, loss, memory_in_use(), held))

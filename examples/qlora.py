@@ -33,10 +33,10 @@ import jax.numpy as jnp
 import llama
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import peft_adapter
 import smollm2
 import text_data
+from checkpointing import Checkpoints
 from finetuning import Result, bytes_by_device, memory_in_use
 from text_data import Rows
 from tqdm import tqdm
@@ -106,48 +106,13 @@ def held_out_loss(base, lora, rows: Rows, args, options) -> float:
     return total / rows.weights[chosen].sum()
 
 
-class Checkpoints:
-    """The newest checkpoints of a training in a folder; none if the folder is None.
-
-    Orbax saves the moments as well, because `paged_optax` is imported.
-    """
-
-    def __init__(self, folder: Path | None, every: int):
-        self.every = every
-        options = ocp.CheckpointManagerOptions(max_to_keep=2)
-        self.manager = folder and ocp.CheckpointManager(folder.absolute(), options=options)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        if self.manager:
-            self.manager.close()  # waits for the checkpoint that is being written
-
-    def restore(self, state: dict[str, Any]) -> tuple[dict[str, Any], list]:
-        """Returns the newest state and history, or `state` and none."""
-        if not self.manager or self.manager.latest_step() is None:
-            return state, []
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        items = {"state": ocp.args.StandardRestore(shapes), "history": ocp.args.JsonRestore()}
-        found = self.manager.restore(self.manager.latest_step(), args=ocp.args.Composite(**items))
-        # Nobody will update the state that `init` made.
-        release(state["opt_state"])
-        return found["state"], [tuple(row) for row in found["history"]["rows"]]
-
-    def save(self, step: int, state: dict[str, Any], history: list) -> None:
-        """Saves after every so many steps; training goes on while the files are written."""
-        if self.manager and step % self.every == 0:
-            items = {
-                "state": ocp.args.StandardSave(state),
-                "history": ocp.args.JsonSave({"rows": history}),
-            }
-            self.manager.save(step, args=ocp.args.Composite(**items))
+def is_paged(args) -> bool:
+    return args.optimizer.startswith("paged")
 
 
 def state_bytes(opt_state, args) -> dict[str, int]:
     """Returns how many bytes of an optimizer state each device holds."""
-    if not args.optimizer.startswith("paged"):
+    if not is_paged(args):
         return bytes_by_device(opt_state)
     # Paged moments are not JAX arrays, so JAX cannot tell.
     return {memory.device: memory.total for memory in memory_report(opt_state).devices}
@@ -156,8 +121,10 @@ def state_bytes(opt_state, args) -> dict[str, int]:
 def train(base, state, learn: Rows, tx, args, options) -> tuple[dict[str, Any], list]:
     """Takes all steps, or those that are left; returns the state and `Result.history`."""
     with Checkpoints(args.checkpoint_dir, args.save_every) as checkpoints:
-        state, history = checkpoints.restore(state)
-        done = int(state["step"])
+        fresh = state["opt_state"]
+        done, state, history = checkpoints.restore(state)
+        if done > 0 and is_paged(args):
+            release(fresh)  # nobody will update it
         start = time.perf_counter() - (history[-1][0] if history else 0.0)
         shape = (args.accumulate, args.batch)
         rows = text_data.batches(learn, shape, args.steps, args.seed, first=done)
@@ -188,7 +155,7 @@ def finetune(base, learn: Rows, hold_out: Rows, args, options) -> tuple[dict[str
     speed = tokens / max(history[-1][0] - history[0][0], 1e-9)
     parameters = sum(x.size for x in jax.tree.leaves(state["lora"]))
     held, report = state_bytes(state["opt_state"], args), ""
-    if args.optimizer.startswith("paged"):
+    if is_paged(args):
         report = str(memory_report(state["opt_state"]))
         release(state["opt_state"])
     result = Result(before, after, speed, parameters, held, report, history, "token")

@@ -83,7 +83,7 @@ def run(program, folder, platform, count, *arguments, name=""):
     return [process.returncode for process in processes], texts
 
 
-def _wait(processes, timeout=900, grace=10):
+def _wait(processes, timeout=900, grace=30):
     """Until all have ended; once one has failed, the others have seconds: they may wait for it."""
     deadline = time.monotonic() + timeout
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:

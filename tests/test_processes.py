@@ -1,40 +1,17 @@
 """Two processes of one job (`jax.distributed`) train one sharded model."""
 
-import os
-import socket
-import subprocess
-import sys
-import textwrap
-import time
-
 import jax
 import numpy as np
 import pytest
 
+import processes
+
 pytestmark = pytest.mark.slow
 
-# Run by every process of several, or by one process with all devices: this, and one of the programs
-# below it.
+# Run by every process of several, or by one process with all devices, after what joins the job:
+# this, and one of the programs below it.
 START = """
-    import os
-    import sys
-    import traceback
-
-    import jax
     import numpy as np
-
-    index, count, port, platform, folder = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6]
-    num_devices = 4 if platform == "cpu" else 2
-    if platform == "cpu":
-        jax.config.update("jax_num_cpu_devices", num_devices // count)
-    if count > 1:
-        mine = [index] if platform == "cuda" else None
-        if platform == "cpu":
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(
-            f"localhost:{port}", count, index, local_device_ids=mine, initialization_timeout=600
-        )
-
     import jax.numpy as jnp
     import optax
     from jax.experimental import multihost_utils
@@ -173,50 +150,9 @@ RESUME = """
 
 
 def run(folder, platform, count, program=TRAIN, *arguments):
-    """Runs a program in `count` processes; none is left behind, whatever happens."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment["JAX_PLATFORMS"] = platform
-    if platform == "cuda":
-        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # this process holds memory too
-        # One process and two would otherwise measure, and choose other matrix multiplications.
-        environment["XLA_FLAGS"] = "--xla_gpu_autotune_level=0 --xla_gpu_deterministic_ops=true"
-    logs = [open(folder / f"{platform}-{count}-{index}.log", "w+") for index in range(count)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(START + program)]
-            + [str(index), str(count), str(port), platform, str(folder), *arguments],
-            cwd=folder,  # not a checkout, whose source folder would be imported
-            env=environment,
-            stdout=log,
-            stderr=log,
-        )
-        for index, log in enumerate(logs)
-    ]
-    try:
-        wait(processes)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-        texts = []
-        for log in logs:
-            log.seek(0)
-            texts.append(log.read())
-            log.close()
-    assert [process.returncode for process in processes] == [0] * count, "\n".join(texts)
-
-
-def wait(processes, timeout=900, grace=30):
-    """Until all have ended; once one has failed, the others have seconds: they may wait for it."""
-    deadline = time.monotonic() + timeout
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        if any(process.returncode for process in processes):
-            deadline = min(deadline, time.monotonic() + grace)
-            grace = timeout
-        time.sleep(0.05)
+    """Runs a program in `count` processes, all of which must end well."""
+    codes, texts = processes.run(START + program, folder, platform, count, *arguments)
+    assert codes == [0] * count, "\n".join(texts)
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

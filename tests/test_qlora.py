@@ -144,12 +144,15 @@ def example(tmp_path, monkeypatch):
 
 
 @pytest.mark.endurance
-def test_a_run_that_was_killed_goes_on(example, capsys, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["paged_adamw8bit", "adamw"])
+def test_a_run_that_was_killed_goes_on(example, optimizer, capsys, monkeypatch):
     qlora, save = example.qlora, example.qlora.Checkpoints.save
-    whole = qlora.main([*example.arguments, "--adapter", "whole"])
+    arguments = [*example.arguments, "--optimizer", optimizer]
+    whole = qlora.main([*arguments, "--adapter", "whole"])
     assert whole.after < whole.before
     printed = capsys.readouterr().out
-    assert "before: " in printed and "after: " in printed and "cpu:0" in printed
+    assert "before: " in printed and "after: " in printed
+    assert ("cpu:0" in printed) == optimizer.startswith("paged")
     assert (example.folder / "qlora.png").exists()
 
     def killed(self, step, state, history):
@@ -157,7 +160,7 @@ def test_a_run_that_was_killed_goes_on(example, capsys, monkeypatch):
         if step == 5:
             raise KeyboardInterrupt
 
-    resumed = [*example.arguments, "--adapter", "resumed", "--checkpoint-dir", "run"]
+    resumed = [*arguments, "--adapter", "resumed", "--checkpoint-dir", "run"]
     monkeypatch.setattr(qlora.Checkpoints, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         qlora.main(resumed)
