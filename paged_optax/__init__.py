@@ -39,6 +39,7 @@ from ._ademamix import (
     paged_ademamix8bit,
     scale_by_paged_ademamix8bit,
 )
+from ._any import PagedArraysState, PagedTransformationState, paged
 from ._bitsandbytes import from_bitsandbytes
 from ._check import check_last
 from ._checkpoint import export_moments, import_moments, load_moments, save_moments
@@ -86,6 +87,8 @@ __all__ = [
     "MemoryReport",
     "Moments",
     "MultiSteps",
+    "PagedArraysState",
+    "PagedTransformationState",
     "Paging",
     "Plan",
     "PlannedUsage",
@@ -113,6 +116,7 @@ __all__ = [
     "memory_report",
     "moments",
     "newest",
+    "paged",
     "paged_adagrad8bit",
     "paged_adam8bit",
     "paged_adamw8bit",

@@ -1,4 +1,4 @@
-"""The two custom calls as functions of arrays: a token for a new state, and an update.
+"""The custom calls as functions of arrays: a token for a new state, an update, and its parts.
 
 What runs on each device is a value that knows its attributes; `_partition` spreads it.
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from . import _ffi
 from ._job import is_shared, share_base
@@ -73,6 +74,79 @@ def update(
     return token, results
 
 
+def open_step(
+    step: Step, token: jax.Array, count: jax.Array, likes: Sequence[jax.Array]
+) -> jax.Array:
+    """Begins a step whose leaves are loaded and stored by `load` and `store`.
+
+    Args:
+      step: with the output ``"open"``.
+      token: int32 of shape (2,).
+      count: int32 of shape (), the number of steps already taken; `SKIP_STEP` skips this one.
+      likes: for each leaf an array of its shape and sharding, which is not read.
+
+    Returns:
+      The token for `load` and `store`. If the step is refused or skipped it is the one that came
+      in; then zeros are loaded, and nothing is stored.
+    """
+    likes = [jax.lax.stop_gradient(like) for like in likes]
+    operands = guard(token, count, jnp.zeros(0, jnp.float32), *likes)
+    (token,) = spread(_Update(step), operands, len(operands) - len(likes))
+    return token
+
+
+def load(
+    token: jax.Array, leaves: Sequence[int], dtypes: Sequence[Any], likes: Sequence[jax.Array]
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Some leaves of an open step.
+
+    Args:
+      token: what `open_step`, or the last `load` or `store`, returned.
+      leaves: their places in the tree.
+      dtypes: of the results: float32, bfloat16 or float16.
+      likes: as for `open_step`.
+
+    Returns:
+      The token, and the leaves.
+    """
+    names = tuple(np.dtype(dtype).name for dtype in dtypes)
+    likes = [jax.lax.stop_gradient(like) for like in likes]
+    token, *arrays = spread(_Load(tuple(leaves), names), guard(token, *likes), num_replicated=1)
+    return token, arrays
+
+
+def store(
+    token: jax.Array,
+    count: jax.Array,
+    leaves: Sequence[int],
+    keys: Sequence[int],
+    arrays: Sequence[jax.Array],
+    likes: Sequence[jax.Array],
+    *,
+    closes: bool,
+) -> jax.Array:
+    """Stores arrays in the place of some leaves of an open step.
+
+    Args:
+      token: as for `load`.
+      count: the number of steps already taken, for random bits.
+      leaves: places in the tree.
+      keys: of the leaves, for random bits; empty if nothing is rounded at random.
+      arrays: float32, bfloat16 or float16.
+      likes: as for `open_step`; their shardings are those of the leaves.
+      closes: whether the step ends with them.
+
+    Returns:
+      The token: of the new state, if the step ends.
+    """
+    likes = [jax.lax.stop_gradient(like) for like in likes]
+    operands = guard(token, count, *arrays, *likes)
+    end = len(operands) - len(likes)
+    call = _Store(tuple(leaves), tuple(keys), closes)
+    (token,) = spread(call, operands[:end], 2, operands[end:])
+    return token
+
+
 def _vary_like(param: jax.Array, grad: jax.Array) -> jax.Array:
     """The parameter, which varies along the mesh axes that its gradient varies along."""
     axes = tuple(sorted(varying(grad) - varying(param)))
@@ -81,7 +155,7 @@ def _vary_like(param: jax.Array, grad: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Issue:
-    takes_guides = False
+    takes_guides = returns_leaves = False
 
     def __call__(self, place: Place, *operands: jax.Array) -> tuple[jax.Array, ...]:
         shared = is_shared(place.num_devices)
@@ -96,11 +170,40 @@ class _Update:
     def takes_guides(self) -> bool:
         return self.step.takes_params
 
+    @property
+    def returns_leaves(self) -> bool:
+        return self.step.returns_leaves
+
     def __call__(self, place: Place, *operands: jax.Array) -> tuple[jax.Array, ...]:
         token, count, hyperparams, *leaves = operands
         step = dataclasses.replace(self.step, num_devices=place.num_devices, shards=place.shards)
         call = functools.partial(_ffi.update_call_p.bind, step=step)
         return _fence(call, token, count, hyperparams, _part(place), *leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Load:
+    leaves: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    takes_guides = False
+    returns_leaves = True
+
+    def __call__(self, place: Place, *operands: jax.Array) -> tuple[jax.Array, ...]:
+        static = {"leaves": self.leaves, "shards": place.shards, "dtypes": self.dtypes}
+        return _fence(functools.partial(_ffi.load_call_p.bind, **static), *operands)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Store:
+    leaves: tuple[int, ...]
+    keys: tuple[int, ...]
+    closes: bool
+    takes_guides = returns_leaves = False
+
+    def __call__(self, place: Place, *operands: jax.Array) -> tuple[jax.Array, ...]:
+        static = {"leaves": self.leaves, "keys": self.keys, "closes": self.closes}
+        call = functools.partial(_ffi.store_call_p.bind, shards=place.shards, **static)
+        return _fence(call, *operands)
 
 
 def _part(place: Place) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The two XLA custom calls as JAX primitives.
+"""The XLA custom calls as JAX primitives.
 
 Each call is a primitive of its own, because ``jax.ffi.ffi_call(has_side_effect=True)`` adds a JAX
 effect, and a program with an effect leaves JAX's fast dispatch path, cannot be sharded and is not
@@ -27,6 +27,8 @@ NUM_SCALARS = 4  # operands of an update before the leaves: token, count, hyperp
 
 _ISSUE_TARGET = "paged_optax_issue"
 _UPDATE_TARGET = "paged_optax_update"
+_LOAD_TARGET = "paged_optax_load"
+_STORE_TARGET = "paged_optax_store"
 
 for _name, _platform, _handler in _ext.targets():
     jax.ffi.register_ffi_target(_name, _handler, platform=_platform)
@@ -37,7 +39,15 @@ issue_call_p = jax.extend.core.Primitive("paged_optax_issue_call")
 # update_call_p: token, count, hyperparams, part, gradients, and parameters if the step takes them
 # -> the advanced token, and what the step returns. Static: `step`, a `Step`.
 update_call_p = jax.extend.core.Primitive("paged_optax_update_call")
-issue_call_p.multiple_results = update_call_p.multiple_results = True
+# load_call_p: the token of an open step, arrays like those of some leaves -> the token, the leaves.
+# Static: `leaves`, their places in the tree; `shards`, which part of each a device has; `dtypes` of
+# the results.
+load_call_p = jax.extend.core.Primitive("paged_optax_load_call")
+# store_call_p: the token of an open step, count, arrays -> the token. Static: `leaves` and `shards`
+# as above; `keys` for the random bits of the leaves, or (); `closes`, whether they are the last.
+store_call_p = jax.extend.core.Primitive("paged_optax_store_call")
+for _primitive in (issue_call_p, update_call_p, load_call_p, store_call_p):
+    _primitive.multiple_results = True
 # position_p: nothing -> int32 (): the device's place in its mesh, over axes of all types. It is for
 # code that is partitioned already, where jax.lax.axis_index would have to know the axes.
 position_p = jax.extend.core.Primitive("paged_optax_position")
@@ -55,6 +65,19 @@ def _update_avals(token, count, hyperparams, part, *leaves, step):
     return [token, *leaves[step.replaced]]
 
 
+@load_call_p.def_abstract_eval
+def _load_avals(token, *likes, leaves, shards, dtypes):
+    del leaves, shards
+    pairs = zip(likes, dtypes, strict=True)
+    return [token, *(like.update(dtype=np.dtype(dtype), weak_type=False) for like, dtype in pairs)]
+
+
+@store_call_p.def_abstract_eval
+def _store_avals(token, count, *arrays, leaves, shards, keys, closes):
+    del count, arrays, leaves, shards, keys, closes
+    return [token]
+
+
 def _lower_issue(ctx, seed, *, shared):
     lowering = jax.ffi.ffi_lowering(_ISSUE_TARGET, has_side_effect=True)
     return lowering(ctx, seed, shared=shared, site="init")
@@ -68,6 +91,18 @@ def _lower_update(ctx, *operands, step: Step):
         _UPDATE_TARGET, has_side_effect=True, operand_output_aliases=aliases
     )
     return lowering(ctx, *operands, **step.attributes())
+
+
+def _lower_load(ctx, *operands, leaves, shards, dtypes):
+    del dtypes
+    lowering = jax.ffi.ffi_lowering(_LOAD_TARGET, has_side_effect=True)
+    return lowering(ctx, *operands, leaves=np.array(leaves, np.int64), shards=shards)
+
+
+def _lower_store(ctx, *operands, leaves, shards, keys, closes):
+    lowering = jax.ffi.ffi_lowering(_STORE_TARGET, has_side_effect=True)
+    numbers = {"leaves": np.array(leaves, np.int64), "keys": np.array(keys, np.int64)}
+    return lowering(ctx, *operands, shards=shards, closes=closes, **numbers)
 
 
 @position_p.def_abstract_eval
@@ -101,7 +136,12 @@ def _no_platform(ctx, *operands, **static) -> NoReturn:
     )
 
 
-for _primitive, _lowering in ((issue_call_p, _lower_issue), (update_call_p, _lower_update)):
+for _primitive, _lowering in (
+    (issue_call_p, _lower_issue),
+    (update_call_p, _lower_update),
+    (load_call_p, _lower_load),
+    (store_call_p, _lower_store),
+):
     mlir.register_lowering(_primitive, _no_platform)
     mlir.register_lowering(_primitive, _lowering, platform="cpu")
     mlir.register_lowering(

@@ -37,6 +37,7 @@ class Moments(NamedTuple):
     m1: Any = None  # AdEMAMix: the fast mean
     m2: Any = None  # the slow one
     sum_of_squares: Any = None  # Adagrad
+    state: Any = None  # `paged`: the arrays in the tree of the wrapped state
 
 
 def moments(opt_state: Any, *, gather: bool = False) -> Moments:

@@ -39,6 +39,11 @@ class Call(Protocol):
         """Whether the guides (see `spread`) are its last operands."""
         ...
 
+    @property
+    def returns_leaves(self) -> bool:
+        """Whether it has a result for each operand that is not replicated."""
+        ...
+
     def __call__(self, place: Place, *operands: jax.Array) -> tuple[jax.Array, ...]: ...
 
 
@@ -55,7 +60,8 @@ def spread(
       call: what to run.
       operands: arrays.
       num_replicated: number of leading operands that are the same on every device. The first
-        result is the same everywhere too; the others are cut like the remaining operands.
+        result is the same everywhere too; the others, if the call returns them, are cut like the
+        remaining operands.
       guides: arrays whose sharding the remaining operands follow, one each; empty to keep their
         own.
       cuts: how the remaining operands were cut already, if that is known.
@@ -108,7 +114,7 @@ def _explicit(
         return jax.shard_map(
             lambda *shards: spread(call, shards[:end], num_replicated, shards[end:], cuts),
             in_specs=(*[P()] * num_replicated, *specs, *specs[: len(guides)]),
-            out_specs=(P(), *specs),
+            out_specs=(P(), *(specs if call.returns_leaves else ())),
             axis_names=explicit,
             check_vma=False,
         )(*whole, *leaves, *guides)
@@ -136,7 +142,7 @@ def _automatic(call: Call, num_replicated: int, num_guides: int) -> Any:
         return (
             mesh,
             lambda *operands: call(place, *(operands if call.takes_guides else operands[:end])),
-            (everywhere, *shardings),
+            (everywhere, *(shardings if call.returns_leaves else ())),
             (*[everywhere] * num_replicated, *shardings, *shardings[:num_guides]),
         )
 
@@ -145,7 +151,8 @@ def _automatic(call: Call, num_replicated: int, num_guides: int) -> Any:
         # A result is cut like its guide, or else like its leaf.
         terms = _terms(operand_types)
         results = terms[-num_guides:] if num_guides else terms[num_replicated:]
-        return f"{', '.join(terms)} -> {', '.join([terms[0], *results])}"
+        results = [terms[0], *(results if call.returns_leaves else ())]
+        return f"{', '.join(terms)} -> {', '.join(results)}"
 
     def on_one_device(*operands):
         end = len(operands) - (0 if call.takes_guides else num_guides)

@@ -42,7 +42,7 @@ class Step:
     keys: Int64s  # of each leaf, for its random bits; () if nothing is rounded at random
     names: str  # paths of the leaves, a line each
     num_devices: int  # that the program runs on
-    output: int  # a number in `_tables.OUTPUTS`: direction, update, or new parameter
+    output: int  # a number in `_tables.OUTPUTS`: direction, update, new parameter, or nothing yet
     param_rounding: int  # an index into PARAM_ROUNDINGS
     paths: int  # a number for the names
     pinned: bool  # pinned instead of managed memory
@@ -56,11 +56,18 @@ class Step:
     @property
     def takes_params(self) -> bool:
         """Whether the parameters are operands."""
-        return self.output != OUTPUTS.index("direction")
+        return OUTPUTS[self.output] in ("update", "params")
+
+    @property
+    def returns_leaves(self) -> bool:
+        """Whether there is a result for each leaf."""
+        return OUTPUTS[self.output] != "open"
 
     @property
     def replaced(self) -> slice:
         """Of the leaves among the operands, those whose memory and types the results have."""
+        if not self.returns_leaves:
+            return slice(0)
         num_leaves = len(self.formats)
         in_place = self.output == OUTPUTS.index("params")
         return slice(num_leaves, None) if in_place else slice(num_leaves)
@@ -88,6 +95,7 @@ def make_step(
     output: str = "direction",
     decays: tuple[bool, ...] = (),
     skip_elements: bool = False,
+    formats: Int8s | None = None,
 ) -> Step:
     """The step of a program on one device.
 
@@ -100,9 +108,11 @@ def make_step(
       output: a name in `_tables.OUTPUTS`.
       decays: of each leaf, whether weight decay applies; () for a direction.
       skip_elements: whether elements with a bad gradient are skipped, also without the option.
+      formats: of each leaf; None for what `options` say of the gradients.
     """
-    formats = _formats(options.quantization, jax.tree.unflatten(treedef, grads))
-    takes_params = output != "direction"
+    if formats is None:
+        formats = numbers_of(options.quantization, jax.tree.unflatten(treedef, grads))
+    takes_params = output in ("update", "params")
     rounds_at_random = takes_params or any(FORMATS[i]["is_random"] for i in formats)
     return Step(
         decays=decays,
@@ -124,7 +134,8 @@ def make_step(
     )
 
 
-def _formats(quantization: Quantization, grads: Any) -> tuple[int, ...]:
+def numbers_of(quantization: Quantization, grads: Any) -> tuple[int, ...]:
+    """The formats of a tree's leaves, as numbers in `_tables.FORMATS`."""
     return tuple(FORMAT_NAMES.index(name) for name in quantization.formats(grads))
 
 

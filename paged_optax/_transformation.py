@@ -170,9 +170,9 @@ class _Paged:
     ) -> tuple[Any, Any]:
         """Directions (without `rates`), updates or `NewParam`s of one step, and the next state."""
         token = check_state(state, self._state_type)
-        paths, grads, treedef = _flatten(updates, params)
+        paths, grads, treedef = flatten(updates, params)
         skip_step, grads, has_masks = follow(skip, paths, grads)
-        count, next_count = _count(state.count, skip_step)
+        count, next_count = count_on(state.count, skip_step)
         if not grads:
             return updates, self._state_type(next_count, Token(token))
         destination = in_place()
@@ -203,7 +203,7 @@ class _Paged:
         return jax.tree.unflatten(treedef, results), self._state_type(next_count, Token(token))
 
 
-def _flatten(updates: Any, params: Any) -> tuple[tuple[str, ...], list[jax.Array], Any]:
+def flatten(updates: Any, params: Any) -> tuple[tuple[str, ...], list[jax.Array], Any]:
     """Paths and gradients of all leaves, checked, and the structure of their tree."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(updates)
     check_dtypes("gradient", leaves)
@@ -212,7 +212,7 @@ def _flatten(updates: Any, params: Any) -> tuple[tuple[str, ...], list[jax.Array
     return paths, [jnp.asarray(grad) for _, grad in leaves], treedef
 
 
-def _count(count: jax.Array, skip: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def count_on(count: jax.Array, skip: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """The count for the call, which skips a step at SKIP_STEP, and that of the next state."""
     # A count below 0 is refused, and stays so: it must not grow into a good one.
     next_count = jnp.where(count < 0, count, optax.safe_increment(count))

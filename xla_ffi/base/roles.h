@@ -13,6 +13,7 @@ namespace paged_optax {
 enum class Role : int8_t {
   kSigned,       // of either sign: a mean of gradients
   kNonNegative,  // never negative: a mean of squares
+  kAny,          // either: nothing is known of it, so each block tells
 };
 
 // For the arithmetic of a rule (rules/rule.h).
@@ -35,7 +36,12 @@ inline constexpr int kFirstSigned = FindState<Arithmetic>(Role::kSigned);
 template <class Arithmetic>
 inline constexpr int kNonNegativeState = FindState<Arithmetic>(Role::kNonNegative);
 
-// Without a look into kRoles, which device code cannot see.
+// Whether nothing is known of the states.
+template <class Arithmetic>
+inline constexpr bool kIsAny = FindState<Arithmetic>(Role::kAny) >= 0;
+
+// Of a state of which nothing is known, what holds for each value: it may have a sign. Without a
+// look into kRoles, which device code cannot see.
 template <class Arithmetic>
 PAGED_HD constexpr Role RoleOf(int state) {
   return state == kNonNegativeState<Arithmetic> ? Role::kNonNegative : Role::kSigned;

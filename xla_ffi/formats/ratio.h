@@ -20,6 +20,9 @@
 // gradients in a block are. The unit is made of the bits of the second moment; the scale is the
 // largest ratio of a first moment to its unit.
 //
+// A state of which nothing is known (Role::kAny) is stored as second moments are in blocks without
+// a negative value, and as first moments are in the others. A bit of the word says which.
+//
 // A GPU runs integer instructions and comparisons at half the rate of float arithmetic and has
 // time for about a hundred instructions an element. So what is rare in a block (zeros, wide ranges,
 // huge numbers) is looked for once a block and handled apart from the common path.
@@ -40,6 +43,9 @@ inline constexpr uint32_t kIdleRange = 15u << 23;
 // Greater second moments are stored as this one, 2^127, which rounding up leaves finite.
 inline constexpr uint32_t kLargestNu = 0x7f000000;
 inline constexpr uint32_t kHasZeros = 256;  // in a block's word, next to the step
+// In the word of a state of which nothing is known: the word is a window. Offsets leave this bit
+// free, and scales have no sign.
+inline constexpr uint32_t kIsWindow = 0x80000000u;
 
 // ------------------------------------------------------------------------------- second moments
 
@@ -230,7 +236,9 @@ struct Ratio {
 
   template <class Arithmetic>
   static bool MayStoreWord(int state, uint32_t word, bool is_padded) {
-    if (RoleOf<Arithmetic>(state) == Role::kSigned) {
+    const bool is_window = kIsAny<Arithmetic> && (word & kIsWindow) != 0;
+    if (is_window) word &= ~kIsWindow;
+    if (!is_window && RoleOf<Arithmetic>(state) == Role::kSigned) {
       return word <= BitsOf(Limits<(kNonNegativeState<Arithmetic> >= 0)>::kLargest);
     }
     const uint64_t units = word & 255, last = (word >> 16) + 255;  // the largest code's multiple
@@ -248,6 +256,12 @@ struct Ratio {
   template <class Arithmetic, int K>
   PAGED_HD static void Decode(NoTables, const Lane<Arithmetic, Ratio, K>& lane,
                               float (&states)[kNumStates<Arithmetic>][K]) {
+    if constexpr (kIsAny<Arithmetic>) {
+      if ((lane.words[0] & kIsWindow) != 0) {
+        DecodeRatioNus(lane.codes[0], GridOf(lane.words[0] & ~kIsWindow), states[0]);
+        return;
+      }
+    }
     constexpr int kNu = kNonNegativeState<Arithmetic>;
     if constexpr (kNu >= 0) DecodeRatioNus(lane.codes[kNu], GridOf(lane.words[kNu]), states[kNu]);
     PAGED_UNROLL
@@ -274,6 +288,12 @@ struct Ratio {
     uint32_t random[K];
     PAGED_UNROLL
     for (int k = 0; k < K; ++k) random[k] = word(k);
+    if constexpr (kIsAny<Arithmetic>) {
+      if (!HasNegative(states[0], block)) {
+        lane.words[0] = kIsWindow | EncodeNonNegatives(random, states[0], lane.codes[0], block);
+        return;
+      }
+    }
     if constexpr (kNu >= 0) EncodeNus(range, random, directions, states, lane, block);
     PAGED_UNROLL
     for (int s = 0; s < kNumStates<Arithmetic>; ++s) {
@@ -298,14 +318,7 @@ struct Ratio {
                                  Lane<Arithmetic, Ratio, K>& lane, Block block) {
     constexpr int kNu = kNonNegativeState<Arithmetic>;
     float (&nu)[K] = states[kNu];
-    uint32_t top = block.Max(range.largest);
-    if (top > kLargestNu) {
-      top = kLargestNu;
-      PAGED_UNROLL
-      for (int k = 0; k < K; ++k) {
-        nu[k] = Select(BitsOf(nu[k]) < kLargestNu, nu[k], FloatOf(kLargestNu));
-      }
-    }
+    const uint32_t top = LimitNus(block.Max(range.largest), nu);
     const float (&active)[K] = ActiveOf<Arithmetic>(states, directions);
     const RatioWindow window = FitBlock(nu, active, top, range.least, block);
     uint32_t not_zero[K];
@@ -318,6 +331,39 @@ struct Ratio {
       PAGED_UNROLL
       for (int k = 0; k < K; ++k) states[s][k] = FloatOf(BitsOf(states[s][k]) & not_zero[k]);
     }
+  }
+
+  // Takes values above the largest as that one. Returns the bits of the largest, which were `top`.
+  template <int K>
+  PAGED_HD static uint32_t LimitNus(uint32_t top, float (&nu)[K]) {
+    if (top <= kLargestNu) return top;
+    PAGED_UNROLL
+    for (int k = 0; k < K; ++k) {
+      nu[k] = Select(BitsOf(nu[k]) < kLargestNu, nu[k], FloatOf(kLargestNu));
+    }
+    return kLargestNu;
+  }
+
+  template <int K, class Block>
+  PAGED_HD static bool HasNegative(const float (&values)[K], Block block) {
+    uint32_t negative = 0;
+    PAGED_UNROLL
+    for (int k = 0; k < K; ++k) negative |= Select(values[k] < 0.0f, 1u, 0u);
+    return block.Max(negative) != 0;
+  }
+
+  // A block of a state of which nothing is known. No element is idle. Returns the window.
+  template <int K, class Block>
+  PAGED_HD static uint32_t EncodeNonNegatives(const uint32_t (&random)[K], float (&values)[K],
+                                              uint8_t (&codes)[K], Block block) {
+    PAGED_UNROLL
+    for (int k = 0; k < K; ++k) values[k] = Abs(values[k]);  // -0 is 0
+    const BitRange range = RangeOf(values);
+    const uint32_t top = LimitNus(block.Max(range.largest), values);
+    const RatioWindow window = FitBlock(values, values, top, range.least, block);
+    uint32_t not_zero[K];
+    EncodeRatioNus(window, random, values, codes, not_zero);
+    return window.word;
   }
 
   // What is 0 where an element is idle.

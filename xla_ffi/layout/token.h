@@ -3,6 +3,7 @@
 // token.
 #pragma once
 
+#include "layout/array_place.h"
 #include "layout/geometry.h"
 
 namespace paged_optax {
@@ -11,7 +12,7 @@ namespace paged_optax {
 // state, whose moments are zero.
 struct Token {
   int32_t handle;
-  int32_t version;
+  int32_t version;  // below 0 while the arrays of a step are loaded and stored, see Open
 };
 
 // What an arena knows of itself. On the GPU an array of these lies in device memory, and kernels
@@ -22,7 +23,7 @@ struct Header {
   // One slot holds the newest moments. A second (replay) keeps those before the last step, so that
   // it can be run again: a step reads the slot of its token's version and writes the other one.
   int32_t num_slots;
-  int32_t versions[kMaxSlots];  // of the slots' contents; 0 for none
+  int32_t versions[kMaxSlots];  // of the slots' contents; 0 for none; below 0 see Open
   int32_t counts[kMaxSlots];    // the count of a state with these contents; kNoCount if not known
   int32_t started;              // the first version of the newest life; 0 before the first step
   SegmentTable* segments;       // where the slots lie
@@ -31,6 +32,9 @@ struct Header {
   // the moments of a state were missing and it started over; then its count goes on from here.
   int32_t first_version;
   int32_t first_count;
+  // Of the rule "array": where its leaves lie.
+  const ArrayPlace* places;
+  int32_t num_places;
 };
 
 // What an arena compares: a call's fingerprint, and which parts of the leaves its device has. The
@@ -59,9 +63,9 @@ struct Judgement {
   int32_t target;
 };
 
-// The slot that holds these contents, or -1.
+// The slot that holds these contents, or -1. Version 0 is of no contents.
 PAGED_HD int32_t FindSlot(const Header& header, int32_t version) {
-  for (int32_t slot = 0; slot < header.num_slots; ++slot) {
+  for (int32_t slot = 0; version > 0 && slot < header.num_slots; ++slot) {
     if (header.versions[slot] == version) return slot;
   }
   return -1;
@@ -71,7 +75,7 @@ PAGED_HD Judgement Judge(const Header* header, Token token, uint64_t layout) {
   if (header == nullptr) return {Verdict::kUnknown, 0, 0};
   if (header->layout != layout) return {Verdict::kOtherLayout, 0, 0};
   if (token.version == header->first_version) return {Verdict::kFresh, 0, 0};
-  const int32_t slot = token.version == 0 ? -1 : FindSlot(*header, token.version);
+  const int32_t slot = FindSlot(*header, token.version);
   if (slot >= 0) return {Verdict::kAccept, slot, header->num_slots - 1 - slot};
   return {Verdict::kStale, 0, 0};
 }
@@ -108,6 +112,34 @@ PAGED_HD Token Advance(Header* header, Judgement judgement, int32_t count) {
   header->versions[judgement.target] = header->version;
   header->counts[judgement.target] = count == 0x7fffffff ? count : count + 1;
   return {header->handle, header->version};
+}
+
+// A step whose arrays are loaded and stored by calls of their own begins with Open and ends with
+// Close. Meanwhile its slot and its token have its version below 0: these are no contents, so that
+// nobody else can read them or step from them.
+PAGED_HD Token Open(Header* header, Judgement judgement, int32_t count) {
+  const Token token = Advance(header, judgement, count);
+  header->versions[judgement.target] = -token.version;
+  return {token.handle, -token.version};
+}
+
+// The slot that an open step writes, or -1.
+PAGED_HD int32_t FindOpenSlot(const Header* header, Token token) {
+  for (int32_t slot = 0; header && token.version < 0 && slot < header->num_slots; ++slot) {
+    if (header->versions[slot] == token.version) return slot;
+  }
+  return -1;
+}
+
+// The slot that an open step reads; -1 for zeros. Where it is the one that the step writes, each
+// leaf is loaded before it is stored.
+PAGED_HD int32_t FindOpenSource(const Header& header, int32_t slot) {
+  return header.started == -header.versions[slot] ? -1 : header.num_slots - 1 - slot;
+}
+
+PAGED_HD Token Close(Header* header, int32_t slot) {
+  header->versions[slot] = -header->versions[slot];
+  return {header->handle, header->versions[slot]};
 }
 
 // A step that was refused, as the device reports it to the host. `verdict` is written last; kAccept

@@ -81,7 +81,7 @@ py::list DescribeAllRules() {
     py::list states, hyperparams;
     for (const StateInfo& state : info.states) {
       states.append(
-          py::make_tuple(state.name, state.role == Role::kSigned ? "signed" : "nonnegative"));
+          py::make_tuple(state.name, state.role == Role::kNonNegative ? "nonnegative" : "signed"));
     }
     for (const HyperparamInfo& hyperparam : info.hyperparams) {
       hyperparams.append(py::make_tuple(

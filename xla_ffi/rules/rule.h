@@ -28,6 +28,8 @@
 // With kHasInitial the coefficients have a member `initial`: at the first step, that state of every
 // element has this value.
 //
+// One whose state may be anything (Role::kAny) has no Advance: its values come from XLA.
+//
 // An arithmetic with states of both roles also has
 //
 //   static void BoundRatios<K>(coefficients, states)

@@ -2,10 +2,12 @@
 #pragma once
 
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "rules/adam.h"
 #include "rules/ademamix.h"
+#include "rules/array.h"
 #include "rules/ema.h"
 #include "rules/lion.h"
 #include "rules/rms.h"
@@ -14,7 +16,7 @@
 
 namespace paged_optax {
 
-using Rules = List<Adam, Lion, Trace, Ema, Muon, Rms, Rss, StdDev, AdEMAMix>;
+using Rules = List<Adam, Lion, Trace, Ema, Muon, Rms, Rss, StdDev, AdEMAMix, Array>;
 
 struct StateInfo {
   const char* name;
@@ -28,6 +30,16 @@ struct RuleInfo {
   std::vector<HyperparamInfo> hyperparams;
   std::vector<std::string> flags;
 };
+
+// The place of a rule in a list.
+template <class Wanted, class... Rule>
+constexpr int8_t PlaceOf(List<Rule...>) {
+  int8_t place = 0;
+  (void)((std::is_same_v<Wanted, Rule> ? true : (++place, false)) || ...);
+  return place;
+}
+
+inline constexpr int8_t kArrayRule = PlaceOf<Array>(Rules());
 
 template <class Rule>
 RuleInfo DescribeRule() {

@@ -4,12 +4,31 @@
 #include <algorithm>
 
 #include "base/notice.h"
+#include "rules/rules.h"
+#include "state/shards.h"
 
 namespace paged_optax {
 
 int64_t SlotBytes(const Signature& signature, int64_t granularity) {
   return RoundUp(std::max<int64_t>(1, signature.MakeExtent().NumBytes()), granularity);
 }
+
+namespace {
+
+std::vector<ArrayPlace> PlacesOf(const Signature& signature, std::string_view shards) {
+  const std::vector<Signature::LeafInfo> leaves = signature.Leaves();
+  const std::vector<uint64_t> stamps = StampsOf(leaves, shards);
+  const Extent extent = signature.MakeExtent();
+  std::vector<ArrayPlace> places;
+  for (size_t i = 0; i < leaves.size(); ++i) {
+    const Signature::LeafInfo& leaf = leaves[i];
+    places.push_back(
+        {extent.regions[leaf.format], leaf.first_block, leaf.size, stamps[i], leaf.format});
+  }
+  return places;
+}
+
+}  // namespace
 
 std::shared_ptr<Arena> MakeArena(const Request& request, Token token) {
   const Signature& signature = *request.signature;
@@ -32,7 +51,12 @@ std::shared_ptr<Arena> MakeArena(const Request& request, Token token) {
                    &arena->segments,
                    LayoutOf(request.fingerprint, request.part),
                    0,
+                   0,
+                   nullptr,
                    0};
+  if (signature.rule() == kArrayRule) arena->places = PlacesOf(signature, arena->shards);
+  arena->header.places = arena->places.data();
+  arena->header.num_places = static_cast<int32_t>(arena->places.size());
   if (request.source == nullptr) {
     arena->header.version = arena->header.first_version = token.version;
   }

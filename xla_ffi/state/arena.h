@@ -42,8 +42,9 @@ struct Arena {
   std::string shards;  // tells the Python side which parts of the leaves are on which device
   LeafNames names;
   PlacementPolicy policy;
-  int32_t part;  // which parts of the leaves the device has
-  int64_t run;   // the execution that it was made in
+  int32_t part;                         // which parts of the leaves the device has
+  int64_t run;                          // the execution that it was made in
+  std::vector<ArrayPlace> places = {};  // of the rule "array"
   std::unique_ptr<Memory> memory = nullptr;
   SegmentTable segments = {};  // on the GPU only a copy: the device has its own
   ContentsMutex mutex = {};    // CPU: guards the contents. A GPU has one for all its arenas

@@ -167,7 +167,7 @@ Registry::OpenSlot Registry::Read(DeviceId id, Token token) {
     Device* device = FindDevice(id);
     auto locked = device == nullptr ? std::nullopt : device->LockContents(token.handle);
     if (!locked) Refuse(id, {Verdict::kUnknown, token, 0, 0});
-    const int32_t slot = token.version == 0 ? -1 : FindSlot(locked->header, token.version);
+    const int32_t slot = FindSlot(locked->header, token.version);
     if (slot >= 0) return {std::move(*locked), slot};
     version = locked->header.version;
   }
@@ -181,7 +181,7 @@ Snapshot Registry::Hold(DeviceId id, Token token) {
     Device* device = FindDevice(id);
     auto held = device == nullptr ? std::nullopt : device->HoldContents(token.handle);
     if (!held) Refuse(id, {Verdict::kUnknown, token, 0, 0});
-    const int32_t slot = token.version == 0 ? -1 : FindSlot(held->header, token.version);
+    const int32_t slot = FindSlot(held->header, token.version);
     if (slot >= 0) return Snapshot(std::move(*held), slot, token.version);
     version = held->header.version;
   }
@@ -219,7 +219,7 @@ std::optional<Registry::Newest> Registry::FindNewest(int32_t handle) {
     const bool is_everywhere =
         std::all_of(headers.begin(), headers.end(),
                     [&](const Header& header) { return FindSlot(header, version) >= 0; });
-    if (version == 0 || !is_everywhere || (newest && newest->version == first.version)) continue;
+    if (version <= 0 || !is_everywhere || (newest && newest->version == first.version)) continue;
     newest = Newest{version, first.counts[slot], first.started, first.first_version};
   }
   const bool none_was_used = std::all_of(headers.begin(), headers.end(),
@@ -266,7 +266,7 @@ int32_t Registry::Rewrite(DeviceId id, Token token, const std::vector<LeafRewrit
     if (!locked) Refuse(id, {Verdict::kUnknown, token, 0, 0});
     Header header = locked->header;
     version = header.version;
-    const int32_t slot = token.version == 0 ? -1 : FindSlot(header, token.version);
+    const int32_t slot = FindSlot(header, token.version);
     if (slot >= 0 && version == token.version) {
       WriteLeaves(*locked, slot, leaves);
       header.version = header.versions[slot] = NextVersion(version);

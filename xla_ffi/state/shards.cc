@@ -92,7 +92,40 @@ LeafBox BoxOf(const std::vector<int64_t>& dims, const Node& cuts, int32_t positi
   return leaf;
 }
 
+// FNV-1a over words.
+void Mix(int64_t word, uint64_t* hash) {
+  *hash = (*hash ^ static_cast<uint64_t>(word)) * 0x100000001b3u;
+  *hash ^= *hash >> 29;
+}
+
+void Mix(const Node& node, uint64_t* hash) {
+  Mix(node.number, hash);
+  Mix(static_cast<int64_t>(node.items.size()), hash);
+  for (const Node& item : node.items) Mix(item, hash);
+}
+
+// How leaf `i` of so many is cut.
+const Node& CutsOf(const Node& text, size_t i, size_t num_leaves) {
+  const std::vector<Node>& kinds = text.List(2)[0].List();
+  const size_t kind = text.List(2)[1].List(num_leaves)[i].Number();
+  return kind < kinds.size() ? kinds[kind] : (Refuse(), text);
+}
+
 }  // namespace
+
+std::vector<uint64_t> StampsOf(const std::vector<Signature::LeafInfo>& leaves,
+                               std::string_view shards) {
+  Node text;
+  if (!shards.empty()) text = Parser(shards).Parse();
+  std::vector<uint64_t> stamps;
+  for (size_t i = 0; i < leaves.size(); ++i) {
+    uint64_t hash = 0xcbf29ce484222325u;
+    for (const int64_t dim : leaves[i].dims) Mix(dim, &hash);
+    if (!shards.empty()) Mix(CutsOf(text, i, leaves.size()), &hash);
+    stamps.push_back(hash);
+  }
+  return stamps;
+}
 
 std::optional<std::vector<LeafBox>> FindBoxes(const std::vector<Signature::LeafInfo>& leaves,
                                               int64_t num_devices, std::string_view shards,
@@ -108,10 +141,7 @@ std::optional<std::vector<LeafBox>> FindBoxes(const std::vector<Signature::LeafI
       boxes.push_back({dims, {std::vector<int64_t>(dims.size(), 0), dims}});
       continue;
     }
-    const std::vector<Node>& kinds = text.List(2)[0].List();
-    const size_t kind = text.List(2)[1].List(leaves.size())[i].Number();
-    if (kind >= kinds.size()) Refuse();
-    boxes.push_back(BoxOf(dims, kinds[kind], part));
+    boxes.push_back(BoxOf(dims, CutsOf(text, i, leaves.size()), part));
   }
   return boxes;
 }

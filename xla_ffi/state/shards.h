@@ -24,4 +24,9 @@ std::optional<std::vector<LeafBox>> FindBoxes(const std::vector<Signature::LeafI
                                               int64_t num_devices, std::string_view shards,
                                               int32_t part);
 
+// A number for the shape of each leaf and for how it is cut, the same on all devices. Leaves of
+// which one number is equal have equal parts.
+std::vector<uint64_t> StampsOf(const std::vector<Signature::LeafInfo>& leaves,
+                               std::string_view shards);
+
 }  // namespace paged_optax

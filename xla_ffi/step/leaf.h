@@ -11,11 +11,14 @@ enum class Output : int8_t {
   kDirection,  // what the rule says, before the learning rate
   kUpdate,     // what the parameter changes by: the step takes the parameters too
   kParams,     // the new parameter, in place of the old one
+  kOpen,       // nothing yet: arrays are loaded and stored by calls of their own (step/array.h)
 };
-inline constexpr std::array kOutputNames = {"direction", "update", "params"};
+inline constexpr std::array kOutputNames = {"direction", "update", "params", "open"};
 
 // Whether the step takes the parameters.
-PAGED_HD constexpr bool TakesParams(Output output) { return output != Output::kDirection; }
+PAGED_HD constexpr bool TakesParams(Output output) {
+  return output == Output::kUpdate || output == Output::kParams;
+}
 
 // The results share a buffer with the gradients, or for kParams with the parameters (the call
 // aliases them), except where XLA feeds a slice of something larger, as in a scan over stacked

@@ -4,29 +4,10 @@
 #include <cstring>
 
 #include "base/cpu.h"
+#include "step/lane_cpu.h"
 
 namespace paged_optax {
 namespace {
-
-template <class Format>
-constexpr auto kTables = Format::template MakeTables<int32_t>();
-
-constexpr int kLane = static_cast<int>(kBlockSize);
-
-PAGED_HD void Load(const void* source, DType dtype, int64_t start, int count,
-                   float (&values)[kLane]) {
-  if (count < kLane) std::memset(values, 0, sizeof(values));
-  if (dtype == DType::kFloat32) {
-    std::memcpy(values, static_cast<const float*>(source) + start, count * sizeof(float));
-    return;
-  }
-  const uint16_t* halves = static_cast<const uint16_t*>(source) + start;
-  if (dtype == DType::kBFloat16) {
-    for (int k = 0; k < count; ++k) values[k] = FromBFloat16(halves[k]);
-  } else {
-    for (int k = 0; k < count; ++k) values[k] = FromFloat16(halves[k]);
-  }
-}
 
 // Fetches what will be needed soon while something else is computed: a block takes so many
 // instructions that the processor does not see the loads of the next one in time.
@@ -54,19 +35,6 @@ PAGED_HD void PrefetchCodes(const CpuWork& work, const BlockPlace& place) {
   }
 }
 
-PAGED_HD void Store(const Leaf& leaf, int64_t start, int count, const float (&values)[kLane]) {
-  if (leaf.result_dtype == DType::kFloat32) {
-    std::memcpy(static_cast<float*>(leaf.results) + start, values, count * sizeof(float));
-    return;
-  }
-  uint16_t* halves = static_cast<uint16_t*>(leaf.results) + start;
-  if (leaf.result_dtype == DType::kBFloat16) {
-    for (int k = 0; k < count; ++k) halves[k] = ToBFloat16(values[k]);
-  } else {
-    for (int k = 0; k < count; ++k) halves[k] = ToFloat16(values[k]);
-  }
-}
-
 // Not a part of RunBlocks, because it is the same for all rules and formats.
 template <Output kOutput>
 PAGED_CLONES void StepParams(const CpuWork& work, const ParamStep& step, const Leaf& leaf,
@@ -83,35 +51,6 @@ PAGED_CLONES void StepParams(const CpuWork& work, const ParamStep& step, const L
   }
   UpdateParams<kOutput>(step, leaf, start, params, residuals, values);
   if (has_residuals) std::memcpy(work.target + residual_offset, residuals, sizeof(residuals));
-}
-
-template <class Rule, class Format>
-PAGED_HD void LoadLane(const uint8_t* source, const BlockPlace& place,
-                       Lane<Rule, Format, kLane>& lane) {
-  using Code = typename Format::Code;
-  for (int s = 0; s < kNumStates<Rule>; ++s) {
-    if (source != nullptr) {
-      std::memcpy(lane.codes[s], source + place.codes + s * place.state_stride,
-                  sizeof(lane.codes[s]));
-      continue;
-    }
-    const Code zero = Format::template Zero<Rule>(s);
-    for (int k = 0; k < kLane; ++k) lane.codes[s][k] = zero;
-  }
-  for (int w = 0; w < kNumWords<Rule, Format>; ++w) lane.words[w] = 0;
-  if (source != nullptr) {
-    std::memcpy(lane.words, source + place.words, kNumWords<Rule, Format> * sizeof(uint32_t));
-  }
-}
-
-template <class Rule, class Format>
-PAGED_HD void StoreLane(const Lane<Rule, Format, kLane>& lane, const BlockPlace& place,
-                        uint8_t* target) {
-  for (int s = 0; s < kNumStates<Rule>; ++s) {
-    std::memcpy(target + place.codes + s * place.state_stride, lane.codes[s],
-                sizeof(lane.codes[s]));
-  }
-  std::memcpy(target + place.words, lane.words, kNumWords<Rule, Format> * sizeof(uint32_t));
 }
 
 template <class Rule, class Format>
@@ -144,7 +83,7 @@ PAGED_CLONES void RunBlocks(const StepOf<Rule>& step, const CpuWork& work, int64
     } else if (work.output == Output::kParams) {
       StepParams<Output::kParams>(work, step.params, leaf, start, count, place.residuals, values);
     }
-    Store(leaf, start, count, values);
+    Store(leaf.results, leaf.result_dtype, start, count, values);
   }
 }
 
@@ -160,10 +99,12 @@ CpuStep FindCpuStep(const StepKind& kind, int8_t format) {
   CpuStep found = nullptr;
   Visit(Rules(), kind.rule, [&](auto rule) {
     using Rule = typename decltype(rule)::type::Arithmetic;
-    Visit(Formats(), format, [&](auto chosen) {
-      using Format = typename decltype(chosen)::type;
-      found = &Run<Rule, Format>;
-    });
+    if constexpr (!kIsAny<Rule>) {
+      Visit(Formats(), format, [&](auto chosen) {
+        using Format = typename decltype(chosen)::type;
+        found = &Run<Rule, Format>;
+      });
+    }
   });
   return found;
 }

@@ -18,7 +18,7 @@ struct CpuWork {
 // Steps blocks [begin, end) of a region on the calling thread.
 using CpuStep = void (*)(const AnyStep& step, const CpuWork& work, int64_t begin, int64_t end);
 
-// nullptr if there is no such rule or format.
+// nullptr if there is no such rule or format, or the rule has no arithmetic.
 CpuStep FindCpuStep(const StepKind& kind, int8_t format);
 
 AnyStep PrepareStep(const StepKind& kind, const float* hyperparams, int32_t count);

@@ -41,20 +41,6 @@ constexpr const char* NameOf<ffi::Span<const int64_t>>() {
   return "i64[]";
 }
 
-DType DTypeOf(ffi::DataType dtype) {
-  switch (dtype) {
-    case ffi::DataType::F32:
-      return DType::kFloat32;
-    case ffi::DataType::BF16:
-      return DType::kBFloat16;
-    case ffi::DataType::F16:
-      return DType::kFloat16;
-    default:
-      throw StatusError(StatusCode::kInvalidArgument,
-                        "gradients and parameters must be float32, bfloat16 or float16");
-  }
-}
-
 int64_t InRange(const char* name, int64_t value, int64_t end) {
   if (value < 0 || value >= end) Refuse(std::string(name) + " is " + std::to_string(value));
   return value;
@@ -77,7 +63,9 @@ void CheckCounts(const UpdateAttrs& attrs, bool takes_params, size_t num_args, s
   if (num_args != kNumScalars + num_leaves + num_params) {
     Refuse(std::to_string(num_args) + " operands for " + std::to_string(num_leaves) + " leaves");
   }
-  if (num_rets != 1 + num_leaves) Refuse("a wrong number of results");
+  if (num_rets != 1 + (attrs.output == static_cast<int64_t>(Output::kOpen) ? 0 : num_leaves)) {
+    Refuse("a wrong number of results");
+  }
   if (attrs.decays.size() != num_params) Refuse("a wrong number of decays");
   if (attrs.keys.size() != num_leaves && !(may_lack_keys && attrs.keys.size() == 0)) {
     Refuse("a wrong number of keys");
@@ -100,14 +88,15 @@ T Scalars(const ffi::RemainingArgs& args, size_t index, ffi::DataType dtype, siz
 Leaf ParseLeaf(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
                const ffi::RemainingRets& rets, size_t i, Output output, Signature& signature) {
   const ffi::AnyBuffer grad = *args.get<ffi::AnyBuffer>(kNumScalars + i);
-  ffi::AnyBuffer result = **rets.get<ffi::AnyBuffer>(1 + i);
   const auto dims = grad.dimensions();
   Leaf leaf{};
-  leaf.grads = grad.untyped_data();
-  leaf.results = result.untyped_data();
   leaf.size = static_cast<int64_t>(grad.element_count());
   leaf.format = attrs.formats[i];
   leaf.first_block = signature.Append(leaf.format, dims.begin(), static_cast<int64_t>(dims.size()));
+  if (output == Output::kOpen) return leaf;
+  ffi::AnyBuffer result = **rets.get<ffi::AnyBuffer>(1 + i);
+  leaf.grads = grad.untyped_data();
+  leaf.results = result.untyped_data();
   leaf.dtype = DTypeOf(grad.element_type());
   leaf.result_dtype = DTypeOf(result.element_type());
   if (attrs.keys.size() != 0) leaf.key = static_cast<uint64_t>(attrs.keys[i]);
@@ -137,6 +126,20 @@ Leaf ParseLeaf(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
 
 }  // namespace
 
+DType DTypeOf(ffi::DataType dtype) {
+  switch (dtype) {
+    case ffi::DataType::F32:
+      return DType::kFloat32;
+    case ffi::DataType::BF16:
+      return DType::kBFloat16;
+    case ffi::DataType::F16:
+      return DType::kFloat16;
+    default:
+      throw StatusError(StatusCode::kInvalidArgument,
+                        "gradients and parameters must be float32, bfloat16 or float16");
+  }
+}
+
 std::vector<std::pair<const char*, const char*>> DescribeAttrs() {
 #define PAGED_DESCRIBE(type, name) {#name, NameOf<type>()},
   return {PAGED_UPDATE_ATTRS(PAGED_DESCRIBE)};
@@ -150,6 +153,9 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
   }
   InRange("param_rounding", attrs.param_rounding, static_cast<int64_t>(kParamRoundingNames.size()));
   const StepKind kind = KindOf(attrs);
+  if ((kind.output == Output::kOpen) != (kind.rule == kArrayRule)) {
+    Refuse("a rule and an output that do not belong together");
+  }
   const bool takes_params = TakesParams(kind.output);
   CheckCounts(attrs, takes_params, args.size(), rets.size());
   UpdateCall call{

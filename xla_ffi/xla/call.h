@@ -46,6 +46,9 @@ struct UpdateAttrs {
 #undef PAGED_DECLARE
 };
 
+// Throws for other types than those of gradients and parameters.
+DType DTypeOf(::xla::ffi::DataType dtype);
+
 // The names and types of the attributes.
 std::vector<std::pair<const char*, const char*>> DescribeAttrs();
 
@@ -58,7 +61,8 @@ struct LeafRange {
 // MakeParamStep if the step takes the parameters), part s32[] (which parts of the leaves the device
 // has), then one gradient a leaf and, if the step takes them, one parameter a leaf. kSkipStep as
 // count is a step that is skipped. Results: token s32[2], then a direction, an update or a new
-// parameter a leaf, as the output says.
+// parameter a leaf, as the output says. Where it is kOpen, the leaves are arrays of the shapes of
+// the stored ones, which are not read, and there are no results but the token.
 struct UpdateCall {
   Signature signature;
   uint64_t fingerprint = 0;

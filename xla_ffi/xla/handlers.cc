@@ -15,8 +15,10 @@
 #include "base/status.h"
 #include "state/registry.h"
 #include "step/step_cpu.h"
+#include "xla/arrays.h"
 #include "xla/call.h"
 #include "xla/ffi/api/ffi.h"
+#include "xla/guarded.h"
 #include "xla/parallel_for.h"
 
 #if PAGED_OPTAX_CUDA
@@ -29,51 +31,6 @@ namespace ffi = ::xla::ffi;
 
 namespace paged_optax {
 namespace {
-
-// ---------------------------------------------------------------------------------------------------
-// Calls
-// ---------------------------------------------------------------------------------------------------
-
-ffi::ErrorCode CodeOf(const StatusError& error) {
-  switch (error.code()) {
-    case StatusCode::kInvalidArgument:
-      return ffi::ErrorCode::kInvalidArgument;
-    case StatusCode::kFailedPrecondition:
-      return ffi::ErrorCode::kFailedPrecondition;
-    case StatusCode::kResourceExhausted:
-      return ffi::ErrorCode::kResourceExhausted;
-    case StatusCode::kInternal:
-      break;
-  }
-  return ffi::ErrorCode::kInternal;
-}
-
-// A refused step leaves everything as it was: its updates are zero, and its token is the one that
-// came in. So no program fails, and no donated array is lost; Python raises what was noted. Errors
-// that are no refusals are those of the program.
-template <class F, class G>
-void OrRefuse(const F& step, Token token, const G& leave_alone) {
-  try {
-    step();
-  } catch (const StatusError& error) {
-    if (error.code() != StatusCode::kFailedPrecondition) throw;
-    Registry::Get().NoteRefused(token, error.what());
-    leave_alone();
-  }
-}
-
-// No exception leaves a handler.
-template <class F>
-ffi::Error Guarded(F&& body) {
-  try {
-    body();
-    return ffi::Error::Success();
-  } catch (const StatusError& error) {
-    return ffi::Error(CodeOf(error), error.what());
-  } catch (const std::exception& error) {
-    return ffi::Error::Internal(std::string("paged_optax: ") + error.what());
-  }
-}
 
 Request MakeRequest(DeviceId device, int64_t run, const UpdateAttrs& attrs, const UpdateCall& call,
                     int32_t part) {
@@ -116,6 +73,7 @@ void RunOnCpu(ffi::ThreadPool& pool, const UpdateCall& call, const AnyStep& step
 // the token that came in. The kernels do the same.
 void ChangeNothing(const UpdateCall& call) {
   for (const Leaf& leaf : call.leaves) {
+    if (call.kind.output == Output::kOpen) break;  // which has no results
     const size_t nbytes = leaf.size * SizeOf(leaf.result_dtype);
     if (call.kind.output != Output::kParams) {
       std::memset(leaf.results, 0, nbytes);
@@ -141,13 +99,18 @@ void StepOnCpu(ffi::ThreadPool& pool, const Request& request, const UpdateCall& 
     registry.Refuse(request.device, rejection);
   }
   if (count == kSkipStep) return ChangeNothing(call);
+  const int32_t ended = StepsToEnd(arena->header, judgement.verdict);
+  if (call.kind.output == Output::kOpen) {
+    *call.new_token = Open(&arena->header, judgement, count);
+    if (ended > 0) registry.NoteRestarted({ended, token.handle});
+    return;
+  }
   const AnyStep step =
       PrepareStep(call.kind, call.hyperparams, StepsSeen(arena->header, judgement, count));
   const auto& bases = arena->segments.bases;  // of one segment
   const bool fresh = judgement.verdict == Verdict::kFresh;
   RunOnCpu(pool, call, step, fresh ? nullptr : bases[judgement.source][0],
            bases[judgement.target][0]);
-  const int32_t ended = StepsToEnd(arena->header, judgement.verdict);
   *call.new_token = Advance(&arena->header, judgement, count);
   if (call.kind.output == Output::kParams && !call.leaves.empty()) {
     registry.copies().Note(request.device, token.handle, call.leaves[0].params);
@@ -306,7 +269,7 @@ XLA_FFI_DEFINE_HANDLER(kUpdateCuda, UpdateCuda,
 }  // namespace
 
 std::vector<HandlerEntry> Handlers() {
-  return {
+  std::vector<HandlerEntry> handlers = {
       {"paged_optax_issue", "cpu", reinterpret_cast<void*>(kIssueCpu)},
       {"paged_optax_update", "cpu", reinterpret_cast<void*>(kUpdateCpu)},
 #if PAGED_OPTAX_CUDA
@@ -314,6 +277,8 @@ std::vector<HandlerEntry> Handlers() {
       {"paged_optax_update", "CUDA", reinterpret_cast<void*>(kUpdateCuda)},
 #endif
   };
+  for (const HandlerEntry& entry : ArrayHandlers()) handlers.push_back(entry);
+  return handlers;
 }
 
 std::vector<std::pair<const char*, const char*>> UpdateAttributes() { return DescribeAttrs(); }

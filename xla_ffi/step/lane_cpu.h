@@ -1,0 +1,75 @@
+// What a lane on the CPU, a whole block, adds to the arithmetic of block.h and array.h: its loads
+// and stores.
+#pragma once
+
+#include <cstring>
+
+#include "base/dtype.h"
+#include "layout/layout.h"
+
+namespace paged_optax {
+
+template <class Format>
+inline constexpr auto kTables = Format::template MakeTables<int32_t>();
+
+inline constexpr int kLane = static_cast<int>(kBlockSize);
+
+PAGED_HD void Load(const void* source, DType dtype, int64_t start, int count,
+                   float (&values)[kLane]) {
+  if (count < kLane) std::memset(values, 0, sizeof(values));
+  if (dtype == DType::kFloat32) {
+    std::memcpy(values, static_cast<const float*>(source) + start, count * sizeof(float));
+    return;
+  }
+  const uint16_t* halves = static_cast<const uint16_t*>(source) + start;
+  if (dtype == DType::kBFloat16) {
+    for (int k = 0; k < count; ++k) values[k] = FromBFloat16(halves[k]);
+  } else {
+    for (int k = 0; k < count; ++k) values[k] = FromFloat16(halves[k]);
+  }
+}
+
+PAGED_HD void Store(void* target, DType dtype, int64_t start, int count,
+                    const float (&values)[kLane]) {
+  if (dtype == DType::kFloat32) {
+    std::memcpy(static_cast<float*>(target) + start, values, count * sizeof(float));
+    return;
+  }
+  uint16_t* halves = static_cast<uint16_t*>(target) + start;
+  if (dtype == DType::kBFloat16) {
+    for (int k = 0; k < count; ++k) halves[k] = ToBFloat16(values[k]);
+  } else {
+    for (int k = 0; k < count; ++k) halves[k] = ToFloat16(values[k]);
+  }
+}
+
+template <class Rule, class Format>
+PAGED_HD void LoadLane(const uint8_t* source, const BlockPlace& place,
+                       Lane<Rule, Format, kLane>& lane) {
+  using Code = typename Format::Code;
+  for (int s = 0; s < kNumStates<Rule>; ++s) {
+    if (source != nullptr) {
+      std::memcpy(lane.codes[s], source + place.codes + s * place.state_stride,
+                  sizeof(lane.codes[s]));
+      continue;
+    }
+    const Code zero = Format::template Zero<Rule>(s);
+    for (int k = 0; k < kLane; ++k) lane.codes[s][k] = zero;
+  }
+  for (int w = 0; w < kNumWords<Rule, Format>; ++w) lane.words[w] = 0;
+  if (source != nullptr) {
+    std::memcpy(lane.words, source + place.words, kNumWords<Rule, Format> * sizeof(uint32_t));
+  }
+}
+
+template <class Rule, class Format>
+PAGED_HD void StoreLane(const Lane<Rule, Format, kLane>& lane, const BlockPlace& place,
+                        uint8_t* target) {
+  for (int s = 0; s < kNumStates<Rule>; ++s) {
+    std::memcpy(target + place.codes + s * place.state_stride, lane.codes[s],
+                sizeof(lane.codes[s]));
+  }
+  std::memcpy(target + place.words, lane.words, kNumWords<Rule, Format> * sizeof(uint32_t));
+}
+
+}  // namespace paged_optax
