@@ -19,16 +19,9 @@ from ._refused import stopping_at_once
 from ._rule import Rule
 from ._skip import Skip, follow, skipping
 from ._state import Token, check_state, make_beside, new_token, paged_state
-from ._step import make_step, numbers_of
+from ._step import Step, make_step, numbers_of, part_of
 from ._transformation import count_on, flatten
 from ._validate import check_choice, check_dtypes, leaf_name
-
-
-# Operations with large intermediate values: the next leaf waits for them.
-_LARGE = {
-    *("dot_general", "scan", "while", "cond", "cholesky", "triangular_solve"),
-    *("eigh", "qr", "svd", "householder_product"),
-}
 
 
 @paged_state
@@ -199,7 +192,7 @@ class _Step:
         self._owners = [self._layout.owners[i] for i in self._layout.paged]
         self._program = self._trace()
 
-    def _trace(self) -> Program:
+    def _trace(self, **options: bool) -> Program:
         """The update as a program of the paged arrays and the gradients.
 
         Its outputs are the paged arrays, the other leaves of the state, and the updates. As in
@@ -209,7 +202,7 @@ class _Step:
         dtypes = [layout.leaves[i].dtype for i in layout.paged]
         for _ in range(3):
             inputs = [*map(self._input, self._owners, dtypes), *self._grads]
-            program = Program(self._function, inputs)
+            program = Program(self._function, inputs, **options)
             made = [aval.dtype for aval in program.types[: len(dtypes)]]
             if made == dtypes:
                 break
@@ -245,9 +238,9 @@ class _Step:
 
     def run(self, token: jax.Array, count: jax.Array) -> tuple[jax.Array, list[Any], list[Any]]:
         """The new token, the updates, and the leaves of the state that are not paged."""
-        program, num_paged = self._program, len(self._owners)
         common, self._by_leaf = self._split()
-        self._keys, opened = self._open(token, count)
+        program, num_paged = self._program, len(self._owners)
+        self._open_step, opened = self._open(token, count)
         is_left = jnp.all(opened == token)  # the step was refused or skipped
         self._initial = self._find_initial(jnp.all(token[1:] == 0))
         for number, grad in zip(program.inputs[num_paged:], self._grads, strict=True):
@@ -277,14 +270,21 @@ class _Step:
 
     def _split(self) -> Any:
         """The program's equations, see `Program.split`."""
-        arrays = [*self._program.inputs[: len(self._owners)], *self._numbers("paged")]
         try:
-            return self._program.split(dict(zip(arrays, self._owners * 2, strict=True)))
+            return self._split_once()
+        except Mixed:  # optax chooses between two whole trees with jax.lax.cond
+            self._program = self._trace(writes_out_branches=True)
+        try:
+            return self._split_once()
         except Mixed as error:
             raise self._mixed(error) from None
 
-    def _open(self, token: jax.Array, count: jax.Array) -> tuple[tuple[int, ...], jax.Array]:
-        """Begins the step. Returns keys for the arrays' random bits, and the token."""
+    def _split_once(self) -> Any:
+        arrays = [*self._program.inputs[: len(self._owners)], *self._numbers("paged")]
+        return self._program.split(dict(zip(arrays, self._owners * 2, strict=True)))
+
+    def _open(self, token: jax.Array, count: jax.Array) -> tuple[Step, jax.Array]:
+        """Begins the step. Returns what the call was told, and the token."""
         formats = numbers_of(self._options.quantization, self._like)
         likes = [self._likes[owner] for owner in self._owners]
         step = make_step(
@@ -296,7 +296,7 @@ class _Step:
             output="open",
             formats=tuple(formats[owner] for owner in self._owners),
         )
-        return step.keys, _calls.open_step(step, token, count, likes)
+        return step, _calls.open_step(step, token, count, likes)
 
     def _find_initial(self, is_fresh: jax.Array) -> dict[int, Any]:
         """By paged array whose initial values are not zero: what makes them of what is loaded."""
@@ -323,16 +323,16 @@ class _Step:
         likes = [self._likes[self._owners[k]] for k in arrays]
         grads = [program.inputs[num_paged + owner] for owner in group]
         token = self._in_order(token, grads)  # so that nothing is loaded before there are gradients
-        token, loaded = _calls.load(token, arrays, [self._dtypes[k] for k in arrays], likes)
+        part = part_of(self._open_step, arrays, closes=closes)
+        token, loaded = _calls.load(part, [self._dtypes[k] for k in arrays], token, likes)
         for k, array in zip(arrays, loaded, strict=True):
             make = self._initial.get(k, lambda array: array)
             program[program.inputs[k]] = make(array)
         equations = [equation for owner in group for equation in self._by_leaf.get(owner, ())]
         program.run(equations)
         new = [program[self._numbers("paged")[k]] for k in arrays]
-        keys = [self._keys[k] for k in arrays] if self._keys else []
-        token = _calls.store(token, count, arrays, keys, new, likes, closes=closes)
-        if any(equation.eqn.primitive.name in _LARGE for equation in equations):
+        token = _calls.store(part, token, count, new, likes)
+        if any(equation.is_large for equation in equations):
             made = [n for n in self._numbers("updates") if program.leaf_of.get(n) in group]
             token = self._in_order(token, made)
         return token

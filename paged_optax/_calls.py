@@ -18,7 +18,7 @@ from ._non_finite import varying
 from ._partition import Place, spread
 from ._refusals import guard
 from ._shards import Shards
-from ._step import Step
+from ._step import Part, Step
 
 
 def issue(seed: jax.typing.ArrayLike) -> jax.Array:
@@ -96,14 +96,14 @@ def open_step(
 
 
 def load(
-    token: jax.Array, leaves: Sequence[int], dtypes: Sequence[Any], likes: Sequence[jax.Array]
+    part: Part, dtypes: Sequence[Any], token: jax.Array, likes: Sequence[jax.Array]
 ) -> tuple[jax.Array, list[jax.Array]]:
     """Some leaves of an open step.
 
     Args:
-      token: what `open_step`, or the last `load` or `store`, returned.
-      leaves: their places in the tree.
+      part: which leaves.
       dtypes: of the results: float32, bfloat16 or float16.
+      token: what `open_step`, or the last `load` or `store`, returned.
       likes: as for `open_step`.
 
     Returns:
@@ -111,30 +111,25 @@ def load(
     """
     names = tuple(np.dtype(dtype).name for dtype in dtypes)
     likes = [jax.lax.stop_gradient(like) for like in likes]
-    token, *arrays = spread(_Load(tuple(leaves), names), guard(token, *likes), num_replicated=1)
+    token, *arrays = spread(_Load(part, names), guard(token, *likes), num_replicated=1)
     return token, arrays
 
 
 def store(
+    part: Part,
     token: jax.Array,
     count: jax.Array,
-    leaves: Sequence[int],
-    keys: Sequence[int],
     arrays: Sequence[jax.Array],
     likes: Sequence[jax.Array],
-    *,
-    closes: bool,
 ) -> jax.Array:
     """Stores arrays in the place of some leaves of an open step.
 
     Args:
+      part: which leaves, and whether the step ends with them.
       token: as for `load`.
       count: the number of steps already taken, for random bits.
-      leaves: places in the tree.
-      keys: of the leaves, for random bits; empty if nothing is rounded at random.
       arrays: float32, bfloat16 or float16.
       likes: as for `open_step`; their shardings are those of the leaves.
-      closes: whether the step ends with them.
 
     Returns:
       The token: of the new state, if the step ends.
@@ -142,8 +137,7 @@ def store(
     likes = [jax.lax.stop_gradient(like) for like in likes]
     operands = guard(token, count, *arrays, *likes)
     end = len(operands) - len(likes)
-    call = _Store(tuple(leaves), tuple(keys), closes)
-    (token,) = spread(call, operands[:end], 2, operands[end:])
+    (token,) = spread(_Store(part), operands[:end], 2, operands[end:])
     return token
 
 
@@ -183,27 +177,25 @@ class _Update:
 
 @dataclasses.dataclass(frozen=True)
 class _Load:
-    leaves: tuple[int, ...]
+    part: Part
     dtypes: tuple[str, ...]
     takes_guides = False
     returns_leaves = True
 
     def __call__(self, place: Place, *operands: jax.Array) -> tuple[jax.Array, ...]:
-        static = {"leaves": self.leaves, "shards": place.shards, "dtypes": self.dtypes}
-        return _fence(functools.partial(_ffi.load_call_p.bind, **static), *operands)
+        part = dataclasses.replace(self.part, shards=place.shards)
+        call = functools.partial(_ffi.load_call_p.bind, part=part, dtypes=self.dtypes)
+        return _fence(call, *operands)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Store:
-    leaves: tuple[int, ...]
-    keys: tuple[int, ...]
-    closes: bool
+    part: Part
     takes_guides = returns_leaves = False
 
     def __call__(self, place: Place, *operands: jax.Array) -> tuple[jax.Array, ...]:
-        static = {"leaves": self.leaves, "keys": self.keys, "closes": self.closes}
-        call = functools.partial(_ffi.store_call_p.bind, shards=place.shards, **static)
-        return _fence(call, *operands)
+        part = dataclasses.replace(self.part, shards=place.shards)
+        return _fence(functools.partial(_ffi.store_call_p.bind, part=part), *operands)
 
 
 def _part(place: Place) -> jax.Array:

@@ -19,7 +19,7 @@ from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
 
 from . import _ext
-from ._step import Step
+from ._step import Part, Step
 
 TOKEN_SHAPE = (2,)  # handle, version
 SKIP_STEP = -(2**31)  # the count of a step that is to be skipped
@@ -40,11 +40,9 @@ issue_call_p = jax.extend.core.Primitive("paged_optax_issue_call")
 # -> the advanced token, and what the step returns. Static: `step`, a `Step`.
 update_call_p = jax.extend.core.Primitive("paged_optax_update_call")
 # load_call_p: the token of an open step, arrays like those of some leaves -> the token, the leaves.
-# Static: `leaves`, their places in the tree; `shards`, which part of each a device has; `dtypes` of
-# the results.
+# Static: `part`, a `Part`; `dtypes` of the results.
 load_call_p = jax.extend.core.Primitive("paged_optax_load_call")
-# store_call_p: the token of an open step, count, arrays -> the token. Static: `leaves` and `shards`
-# as above; `keys` for the random bits of the leaves, or (); `closes`, whether they are the last.
+# store_call_p: the token of an open step, count, arrays -> the token. Static: `part`, a `Part`.
 store_call_p = jax.extend.core.Primitive("paged_optax_store_call")
 for _primitive in (issue_call_p, update_call_p, load_call_p, store_call_p):
     _primitive.multiple_results = True
@@ -66,15 +64,15 @@ def _update_avals(token, count, hyperparams, part, *leaves, step):
 
 
 @load_call_p.def_abstract_eval
-def _load_avals(token, *likes, leaves, shards, dtypes):
-    del leaves, shards
+def _load_avals(token, *likes, part, dtypes):
+    del part
     pairs = zip(likes, dtypes, strict=True)
     return [token, *(like.update(dtype=np.dtype(dtype), weak_type=False) for like, dtype in pairs)]
 
 
 @store_call_p.def_abstract_eval
-def _store_avals(token, count, *arrays, leaves, shards, keys, closes):
-    del count, arrays, leaves, shards, keys, closes
+def _store_avals(token, count, *arrays, part):
+    del count, arrays, part
     return [token]
 
 
@@ -93,16 +91,15 @@ def _lower_update(ctx, *operands, step: Step):
     return lowering(ctx, *operands, **step.attributes())
 
 
-def _lower_load(ctx, *operands, leaves, shards, dtypes):
+def _lower_load(ctx, *operands, part: Part, dtypes):
     del dtypes
     lowering = jax.ffi.ffi_lowering(_LOAD_TARGET, has_side_effect=True)
-    return lowering(ctx, *operands, leaves=np.array(leaves, np.int64), shards=shards)
+    return lowering(ctx, *operands, **part.attributes())
 
 
-def _lower_store(ctx, *operands, leaves, shards, keys, closes):
+def _lower_store(ctx, *operands, part: Part):
     lowering = jax.ffi.ffi_lowering(_STORE_TARGET, has_side_effect=True)
-    numbers = {"leaves": np.array(leaves, np.int64), "keys": np.array(keys, np.int64)}
-    return lowering(ctx, *operands, shards=shards, closes=closes, **numbers)
+    return lowering(ctx, *operands, **part.attributes())
 
 
 @position_p.def_abstract_eval

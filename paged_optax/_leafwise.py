@@ -3,8 +3,9 @@
 Evaluated leaf by leaf, a function needs no more memory at a time than one leaf takes.
 """
 
+import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,12 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 # Calls of functions that are written out: optax compiles some that take all leaves at once.
 _CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call")
 
+# Operations with large intermediate values, or that take long.
+_LARGE = {
+    *("dot_general", "conv_general_dilated", "scan", "while", "cond", "cholesky"),
+    *("triangular_solve", "eigh", "qr", "svd", "householder_product"),
+}
+
 # The number of a value, or a literal in the program.
 _Atom = Any
 
@@ -20,9 +27,15 @@ _Atom = Any
 class Equation(NamedTuple):
     """One operation."""
 
-    eqn: Any
+    name: str
+    evaluate: Callable[[Sequence[Any]], Sequence[Any]]
     operands: list[_Atom]
     results: list[int]
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it may have large intermediate values, or take long."""
+        return self.name in _LARGE
 
 
 class Mixed(ValueError):
@@ -39,9 +52,14 @@ class Program:
     Args:
       function: takes arrays and returns a list of them. Whatever else it uses is a constant.
       inputs: arrays, or shapes and dtypes of them.
+      writes_out_branches: whether small branches of `jax.lax.cond` are written out too. Then all of
+        them are evaluated, and one is selected.
     """
 
-    def __init__(self, function: Any, inputs: Sequence[Any]):
+    def __init__(
+        self, function: Any, inputs: Sequence[Any], *, writes_out_branches: bool = False
+    ):
+        self._writes_out_branches = writes_out_branches
         closed = jax.make_jaxpr(function)(*inputs)
         self._numbers = itertools.count()
         self._values: dict[int, Any] = {}  # constants, and what was evaluated
@@ -69,13 +87,30 @@ class Program:
         for eqn in jaxpr.eqns:
             operands = [atom(var) for var in eqn.invars]
             called = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-            if eqn.primitive.name in _CALLS and hasattr(called, "consts"):
+            name = eqn.primitive.name
+            if name in _CALLS and hasattr(called, "consts"):
                 results = self._write_out(called.jaxpr, called.consts, operands, equations)
+            elif name == "cond" and self._writes_out_branches and _is_small(eqn):
+                results = self._select(eqn.params["branches"], operands, equations)
             else:
                 results = [next(self._numbers) for _ in eqn.outvars]
-                equations.append(Equation(eqn, operands, results))
+                evaluate = functools.partial(_evaluate, eqn)
+                equations.append(Equation(name, evaluate, operands, results))
             names.update(zip(eqn.outvars, results, strict=True))
         return [atom(var) for var in jaxpr.outvars]
+
+    def _select(
+        self, branches: Sequence[Any], operands: Sequence[_Atom], equations: list[Equation]
+    ) -> list[_Atom]:
+        """The results of the branch that the first operand names."""
+        which, *rest = operands
+        cases = [self._write_out(b.jaxpr, b.consts, rest, equations) for b in branches]
+        results = []
+        for of_branches in zip(*cases, strict=True):
+            results.append(next(self._numbers))
+            operands = [which, *of_branches]
+            equations.append(Equation("select_n", _select, operands, [results[-1]]))
+        return results
 
     def _number(self, atom: _Atom) -> int:
         if not isinstance(atom, Literal):
@@ -108,8 +143,7 @@ class Program:
         equation = self._makers.get(output)
         while equation is not None:
             operands = equation.operands
-            name = equation.eqn.primitive.name
-            if name not in ("broadcast_in_dim", "convert_element_type", "copy", "copy_p"):
+            if equation.name not in ("broadcast_in_dim", "convert_element_type", "copy", "copy_p"):
                 return False
             if isinstance(operands[0], Literal):
                 return not operands[0].val
@@ -145,7 +179,7 @@ class Program:
                 if not isinstance(atom, Literal) and atom in leaf_of
             }
             if len(leaves) > 1:
-                raise Mixed(*sorted(leaves)[:2], equation.eqn.primitive.name)
+                raise Mixed(*sorted(leaves)[:2], equation.name)
             for leaf in leaves:
                 leaf_of.update(dict.fromkeys(equation.results, leaf))
                 by_leaf.setdefault(leaf, []).append(equation)
@@ -160,7 +194,7 @@ class Program:
     def run(self, equations: Iterable[Equation]) -> None:
         """Evaluates equations whose operands are known."""
         for equation in equations:
-            results = _evaluate(equation, [self._value(atom) for atom in equation.operands])
+            results = equation.evaluate([self._value(atom) for atom in equation.operands])
             self._values.update(zip(equation.results, results, strict=True))
 
     def run_for(self, outputs: Iterable[int]) -> list[Any]:
@@ -180,8 +214,31 @@ class Program:
         self._values[number] = value
 
 
-def _evaluate(equation: Equation, operands: Sequence[Any]) -> Sequence[Any]:
-    eqn = equation.eqn
+def _is_small(eqn: Any) -> bool:
+    """Whether branches may all be evaluated: none has an operation that takes long."""
+    return not any(
+        inner.primitive.name in _LARGE and not (inner.primitive.name == "cond" and _is_small(inner))
+        for branch in eqn.params["branches"]
+        for inner in _all_equations(branch.jaxpr)
+    )
+
+
+def _all_equations(jaxpr: Any) -> Iterator[Any]:
+    """Those of the functions that it calls too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        called = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+        if eqn.primitive.name in _CALLS and hasattr(called, "jaxpr"):
+            yield from _all_equations(called.jaxpr)
+
+
+def _select(operands: Sequence[Any]) -> list[Any]:
+    which, *cases = operands
+    return [jax.lax.select_n(jax.numpy.asarray(which), *map(jax.numpy.asarray, cases))]
+
+
+def _evaluate(eqn: Any, operands: Sequence[Any]) -> Sequence[Any]:
+    """The results of an equation of JAX."""
     values = {
         var: value
         for var, value in zip(eqn.invars, operands, strict=True)

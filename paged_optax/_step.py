@@ -74,10 +74,40 @@ class Step:
 
     def attributes(self) -> dict[str, Any]:
         """The fields as the FFI takes them."""
-        return {
-            field.name: _TYPES[field.type][1](getattr(self, field.name))
-            for field in dataclasses.fields(self)
-        }
+        return _attributes(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The attributes of a load or a store, for some leaves of a step with the output ``"open"``."""
+
+    closes: bool  # whether the step ends with this store
+    formats: Int8s  # as in `Step`, of these leaves
+    keys: Int64s
+    leaves: Int64s  # their places in the tree
+    shards: str  # as in `Step`, of these leaves
+
+    def attributes(self) -> dict[str, Any]:
+        """The fields as the FFI takes them."""
+        return _attributes(self)
+
+
+def part_of(step: Step, leaves: Sequence[int], *, closes: bool = False) -> Part:
+    """A part of an open step."""
+    return Part(
+        closes=closes,
+        formats=tuple(step.formats[i] for i in leaves),
+        keys=tuple(step.keys[i] for i in leaves) if step.keys else (),
+        leaves=tuple(leaves),
+        shards="",
+    )
+
+
+def _attributes(record: Any) -> dict[str, Any]:
+    return {
+        field.name: _TYPES[field.type][1](getattr(record, field.name))
+        for field in dataclasses.fields(record)
+    }
 
 
 def attribute_types() -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ An independent path to the same bits as the C++ code: the CPU and the GPU implem
 agree with it exactly. Written to be read, and never on a hot path.
 """
 
+from .arrays import storable, store_array
 from .formats import (
     BLOCK_SIZE,
     Halves,
@@ -20,6 +21,7 @@ from .formats import (
     encode,
     from_arrays,
     quantize,
+    quantize_array,
     quantize_halves,
     quantize_ratio,
     quantize_squares,
@@ -98,6 +100,7 @@ __all__ = [
     "join_master",
     "lion",
     "quantize",
+    "quantize_array",
     "quantize_halves",
     "quantize_ratio",
     "quantize_squares",
@@ -111,6 +114,8 @@ __all__ = [
     "round_stochastically",
     "split_master",
     "step_leaf",
+    "storable",
+    "store_array",
     "to_arrays",
     "step_params",
     "update_params",

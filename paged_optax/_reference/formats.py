@@ -103,6 +103,7 @@ _COARSEST_STEP = 128  # in units of 2^14
 _TOP_CODE = 253
 _IDLE_RANGE = 15 << 23
 _HAS_ZEROS = 256
+_IS_WINDOW = 1 << 31  # in the word of a block of an array
 _INFINITY = 0x7F800000
 _SQUARES = np.float32(16128.99)  # 127^2, and a little less so that no ratio reaches it
 
@@ -185,7 +186,10 @@ def _dequantize_squares(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 class Squares(NamedTuple):
-    """A signed state in the ``ratio`` format, of a rule without second moments."""
+    """A signed state in the ``ratio`` format, of a rule without second moments.
+
+    Of the rule ``array``, which knows nothing of its states, see `quantize_array`.
+    """
 
     codes: np.ndarray  # uint8 (num_blocks * 256,), two's complement: -127 .. 127
     scales: np.ndarray  # float32 (num_blocks,)
@@ -202,6 +206,38 @@ def quantize_squares(values: np.ndarray, random: np.ndarray) -> Squares:
     random = np.pad(random, (0, blocks.size - random.size)).reshape(blocks.shape)
     codes, scales = _quantize_squares(blocks, random, least=2.0**-112, largest=2.0**100)
     return Squares(codes.ravel(), scales)
+
+
+def quantize_array(values: np.ndarray, random: np.ndarray) -> Squares:
+    """Quantizes a flat float32 array of which nothing is known, block by block.
+
+    A block without a negative value is stored as second moments are, and no element of it is idle.
+    A bit of its word says so.
+
+    Args:
+      values: finite float32 (size,).
+      random: uint32 (size,). The upper bits round blocks without a negative value, the lower 16 the
+        others.
+    """
+    signed = quantize_squares(values, random)
+    blocks = _to_blocks(values)
+    random = np.pad(random, (0, blocks.size - random.size)).reshape(blocks.shape)
+    is_window = (blocks >= 0).all(axis=1)
+    magnitudes = np.abs(blocks)  # -0 is 0
+    _, _, codes, words = _quantize_ratios([], magnitudes, random, magnitudes)
+    words = (words.view(np.uint32) | np.uint32(_IS_WINDOW)).view(np.float32)
+    chosen = np.where(is_window.repeat(BLOCK_SIZE), codes, signed.codes)
+    return Squares(chosen, np.where(is_window, words, signed.scales))
+
+
+def _dequantize_array(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Blocks of squares, or of the words of a window where a bit says so."""
+    words = scales.view(np.uint32)
+    is_window = (words & np.uint32(_IS_WINDOW)) != 0
+    squares = _dequantize_squares(codes, np.where(is_window, np.float32(0), scales))
+    words = np.where(is_window, words & ~np.uint32(_IS_WINDOW), np.uint32(0))
+    windows = _decode_ratio_nu(codes.reshape(-1, BLOCK_SIZE), words)
+    return np.where(is_window[:, None], windows, squares)
 
 
 class Window(NamedTuple):
@@ -370,7 +406,7 @@ def decode(stored: Any, signed: Sequence[bool], size: int) -> list[np.ndarray]:
     decoded = []
     for x, sign in zip(stored, signed, strict=True):
         if isinstance(x, Squares):
-            x = _dequantize_squares(*x).ravel()
+            x = _dequantize_array(*x).ravel()
         elif isinstance(x, Window):
             (x,) = _dequantize_ratios([], *x)
         elif isinstance(x, Halves):
@@ -430,6 +466,10 @@ def reset(stored: Any, signed: Sequence[bool], mask: np.ndarray) -> Any:
     if format == "ratio" and not signed[-1]:  # its words tell whether the code 0 stands for zero
         flags = np.where(blocks.any(axis=1), np.uint32(_HAS_ZEROS), np.uint32(0))
         words[-1] = (words[-1].view(np.uint32) | flags).view(np.float32)
+    elif isinstance(stored, tuple) and isinstance(stored[0], Squares):
+        bits = words[0].view(np.uint32)
+        flags = np.where(blocks.any(axis=1) & (bits >= _IS_WINDOW), np.uint32(_HAS_ZEROS), 0)
+        words[0] = (bits | flags.astype(np.uint32)).view(np.float32)
     codes = [np.where(mask, new[0], old) for old, new in zip(codes, zero_codes, strict=True)]
     is_whole = blocks.all(axis=1)
     words = [np.where(is_whole, new[0], old) for old, new in zip(words, zero_words, strict=True)]

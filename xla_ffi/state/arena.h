@@ -51,6 +51,7 @@ struct Arena {
   Holds holds{mutex};
   Residency residency = {};                                 // GPU
   std::shared_ptr<DeviceBuffer> device_segments = nullptr;  // GPU: the device's own table
+  std::shared_ptr<DeviceBuffer> device_places = nullptr;    // GPU: and its copy of `places`
   std::chrono::steady_clock::time_point made = std::chrono::steady_clock::now();
 };
 

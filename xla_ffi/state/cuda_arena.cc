@@ -47,6 +47,16 @@ void SendSegments(Arena& arena) {
   arena.header.segments = static_cast<SegmentTable*>(arena.device_segments->data());
 }
 
+void SendPlaces(Arena& arena) {
+  if (arena.places.empty()) return;
+  const auto nbytes = static_cast<int64_t>(arena.places.size() * sizeof(ArrayPlace));
+  arena.device_places = std::make_shared<DeviceBuffer>(nbytes);
+  CUDA_CHECK(
+      cudaMemcpy(arena.device_places->data(), arena.places.data(), nbytes, cudaMemcpyDefault));
+  CUDA_CHECK(cudaStreamSynchronize(cudaStreamLegacy));  // such copies may return before their end
+  arena.header.places = static_cast<const ArrayPlace*>(arena.device_places->data());
+}
+
 }  // namespace
 
 void PrepareResidency(Arena& arena) {
@@ -73,6 +83,7 @@ void PlaceOnDevice(Arena& arena, const FirstShare& share, Stream stream) {
   residency.is_kept = !arena.memory->ChangesAddresses();
   arena.segments = arena.memory->Table(share.segments);
   SendSegments(arena);
+  SendPlaces(arena);
   if (share.missing_bytes == 0) return;
   PostNotice({ordinal, share.missing_bytes,
               FormatBytes(share.missing_bytes) + " of the optimizer's " +

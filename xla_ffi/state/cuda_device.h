@@ -41,6 +41,7 @@ class CudaDevice final : public Device {
 
   // Around the launch of a step; see Pager.
   void BeforeStep(const ContentsLock& lock, Stream stream) { pager_.BeforeStep(lock, stream); }
+  void BeforePart(const ContentsLock& lock, Stream stream) { pager_.BeforePart(lock, stream); }
   void AfterStep(const ContentsLock& lock, Stream stream) { pager_.AfterStep(lock, stream); }
 
   // Device memory: the headers, null if there are none, and where steps report.

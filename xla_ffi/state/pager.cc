@@ -96,8 +96,7 @@ void Pager::BeforeStep(const ContentsLock& lock, Stream stream) {
   }
   allowance_ = std::min(allowance_ + kBytesPerStep, kBytesPerStep);
   Wake(lock);
-  if (has_stepped_) CUDA_CHECK(cudaStreamWaitEvent(stream, stepped_, 0));
-  if (has_moved_) CUDA_CHECK(cudaStreamWaitEvent(stream, moved_, 0));
+  BeforePart(lock, stream);
   if (!planner_.is_full() || timing_ != Timing::kNone) return;
   try {
     if (began_ == nullptr) {
@@ -109,6 +108,11 @@ void Pager::BeforeStep(const ContentsLock& lock, Stream stream) {
     timing_ = Timing::kBegun;
   } catch (const CudaError&) {  // nor does its time have to be known
   }
+}
+
+void Pager::BeforePart(const ContentsLock&, Stream stream) {
+  if (has_stepped_) CUDA_CHECK(cudaStreamWaitEvent(stream, stepped_, 0));
+  if (has_moved_) CUDA_CHECK(cudaStreamWaitEvent(stream, moved_, 0));
 }
 
 // The step is launched. Nothing here may make it fail.

@@ -37,6 +37,8 @@ class Pager {
   // lets the thread move the bytes of one step. Never waits for the device or the thread.
   void BeforeStep(const ContentsLock&, Stream stream);
   void AfterStep(const ContentsLock&, Stream stream);
+  // Before a later part of a step is launched; AfterStep comes after it too.
+  void BeforePart(const ContentsLock&, Stream stream);
   // Limits a state to `nbytes` of device memory (negative: no limit), and waits until it is where
   // it should be. Returns the bytes that moved.
   int64_t MoveNow(ContentsLock& lock, Arena& arena, int64_t nbytes);

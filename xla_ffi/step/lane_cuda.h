@@ -69,10 +69,10 @@ __device__ inline void Load(const void* data, DType dtype, int64_t start, int co
   }
 }
 
-__device__ inline void Store(const Leaf& leaf, int64_t start, int count,
+__device__ inline void Store(void* results, DType dtype, int64_t start, int count,
                              const float (&values)[kLane]) {
-  if (leaf.result_dtype == DType::kFloat32) {
-    float* target = static_cast<float*>(leaf.results) + start;
+  if (dtype == DType::kFloat32) {
+    float* target = static_cast<float*>(results) + start;
     if (count == kLane && IsAligned(target)) {
       StoreFloats(values, target);
       return;
@@ -85,14 +85,14 @@ __device__ inline void Store(const Leaf& leaf, int64_t start, int count,
   }
   uint4 packed;
   uint16_t* halves = reinterpret_cast<uint16_t*>(&packed);
-  if (leaf.result_dtype == DType::kBFloat16) {
+  if (dtype == DType::kBFloat16) {
 #pragma unroll
     for (int k = 0; k < kLane; ++k) halves[k] = ToBFloat16(values[k]);
   } else {
 #pragma unroll
     for (int k = 0; k < kLane; ++k) halves[k] = ToFloat16(values[k]);
   }
-  uint16_t* target = static_cast<uint16_t*>(leaf.results) + start;
+  uint16_t* target = static_cast<uint16_t*>(results) + start;
   if (count == kLane && IsAligned(target)) {
     *reinterpret_cast<uint4*>(target) = packed;
     return;
@@ -101,6 +101,11 @@ __device__ inline void Store(const Leaf& leaf, int64_t start, int count,
   for (int k = 0; k < kLane; ++k) {
     if (k < count) target[k] = halves[k];
   }
+}
+
+__device__ inline void Store(const Leaf& leaf, int64_t start, int count,
+                             const float (&values)[kLane]) {
+  Store(leaf.results, leaf.result_dtype, start, count, values);
 }
 
 // The codes of a state, of 1, 2 or 4 bytes each; aligned.

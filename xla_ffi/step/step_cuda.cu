@@ -99,7 +99,8 @@ __device__ void Resolve(const ResolveArgs& args, Token token, Header* header) {
     resolved.header = header;
     resolved.before = *header;
     resolved.target_slot = judgement.target;
-    *args.new_token = Advance(header, judgement, count);
+    const bool opens = args.kind.output == Output::kOpen;
+    *args.new_token = opens ? Open(header, judgement, count) : Advance(header, judgement, count);
     return;
   }
   *args.new_token = token;
@@ -174,6 +175,8 @@ Kernel FindStepKernel(Output output) {
         return StepKernel<Rule, Format, static_cast<int>(Output::kUpdate)>;
       case Output::kParams:
         return StepKernel<Rule, Format, static_cast<int>(Output::kParams)>;
+      case Output::kOpen:
+        break;
     }
     return nullptr;
   } else {
@@ -181,15 +184,17 @@ Kernel FindStepKernel(Output output) {
   }
 }
 
-// nullptr if there is no such rule or format.
+// nullptr if there is no such rule or format, or the rule has no arithmetic.
 Kernel FindKernel(const StepKind& kind, int format) {
   Kernel found = nullptr;
   Visit(Rules(), kind.rule, [&](auto rule) {
     using Rule = typename decltype(rule)::type::Arithmetic;
-    Visit(Formats(), format, [&](auto chosen) {
-      using Format = typename decltype(chosen)::type;
-      found = FindStepKernel<Rule, Format>(kind.output);
-    });
+    if constexpr (!kIsAny<Rule>) {
+      Visit(Formats(), format, [&](auto chosen) {
+        using Format = typename decltype(chosen)::type;
+        found = FindStepKernel<Rule, Format>(kind.output);
+      });
+    }
   });
   return found;
 }
@@ -284,6 +289,12 @@ void LaunchUpdate(const CudaUpdate& update, int device, Stream stream) {
   ScopedDevice scope(device);
   auto* resolved = static_cast<ResolvedStep*>(update.scratch);
   Leaf* table = reinterpret_cast<Leaf*>(static_cast<uint8_t*>(update.scratch) + LeavesOffset());
+  if (update.kind.output == Output::kOpen) {
+    // Its leaves come with later calls (array_cuda.cu).
+    CudaUpdate alone = update;
+    for (RegionWork& work : alone.regions) work.num_leaves = 0;
+    return LaunchResolve(alone, resolved, table, stream);
+  }
   std::array<RegionLaunch, Formats::kSize> launches{};
   for (int i = 0; i < Formats::kSize; ++i) {
     const Region& region = update.regions[i].region;

@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "base/random.h"
 #include "state/cpu_device.h"
@@ -16,7 +17,31 @@
 #include "xla/guarded.h"
 #include "xla/parallel_for.h"
 
+#if PAGED_OPTAX_CUDA
+#include "state/cuda_device.h"
+#include "step/array_cuda.h"
+#endif
+
 namespace ffi = ::xla::ffi;
+
+namespace paged_optax {
+
+// What the program says of a load or store, in alphabetical order as XLA has attributes.
+struct ArrayAttrs {
+  bool closes;
+  ffi::Span<const int8_t> formats;
+  ffi::Span<const int64_t> keys;
+  ffi::Span<const int64_t> leaves;
+  std::string_view shards;
+};
+
+}  // namespace paged_optax
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(::paged_optax::ArrayAttrs, StructMember<bool>("closes"),
+                                      StructMember<Span<const int8_t>>("formats"),
+                                      StructMember<Span<const int64_t>>("keys"),
+                                      StructMember<Span<const int64_t>>("leaves"),
+                                      StructMember<std::string_view>("shards"));
 
 namespace paged_optax {
 namespace {
@@ -36,8 +61,8 @@ struct Buffer {
 struct ArrayCall {
   const Token* token;
   Token* new_token;
-  std::vector<Buffer> buffers;
-  ffi::Span<const int64_t> leaves;  // their places in the tree
+  const int32_t* count;  // null to load
+  std::vector<Buffer> buffers = {};
 };
 
 template <class T>
@@ -48,48 +73,47 @@ T* Scalars(ffi::AnyBuffer buffer, size_t count) {
   return static_cast<T*>(buffer.untyped_data());
 }
 
-// Arrays are those of `get(i)`.
+// Buffers are those of `get(i)`.
 template <class F>
-ArrayCall Parse(const Token* token, ffi::AnyBuffer new_token, ffi::Span<const int64_t> places,
-                std::string_view shards, size_t count, const F& get) {
-  if (places.size() != count) Refuse("a wrong number of leaves");
-  ArrayCall call{token, Scalars<Token>(new_token, 2), {}, places};
+void ParseBuffers(const ArrayAttrs& attrs, size_t count, const F& get, ArrayCall& call) {
+  if (attrs.leaves.size() != count || attrs.formats.size() != count ||
+      (attrs.keys.size() != 0 && attrs.keys.size() != count)) {
+    Refuse("a wrong number of leaves");
+  }
+  for (const int8_t format : attrs.formats) {
+    if (format < 0 || format >= static_cast<int>(kFormats.size())) Refuse("an unknown format");
+  }
   std::vector<Signature::LeafInfo> leaves;
   for (size_t i = 0; i < count; ++i) {
     const ffi::AnyBuffer buffer = get(i);
     const auto dims = buffer.dimensions();
     const auto size = static_cast<int64_t>(buffer.element_count());
-    leaves.push_back({0, {dims.begin(), dims.end()}, size, 0});
+    leaves.push_back({attrs.formats[i], {dims.begin(), dims.end()}, size, 0});
     call.buffers.push_back({buffer.untyped_data(), DTypeOf(buffer.element_type()), size, 0});
   }
-  const std::vector<uint64_t> stamps = StampsOf(leaves, shards);
+  const std::vector<uint64_t> stamps = StampsOf(leaves, attrs.shards);
   for (size_t i = 0; i < count; ++i) call.buffers[i].stamp = stamps[i];
+}
+
+ArrayCall ParseLoad(const ArrayAttrs& attrs, const ffi::RemainingArgs& args,
+                    const ffi::RemainingRets& rets) {
+  if (args.size() == 0 || args.size() != rets.size()) Refuse("a wrong number of operands");
+  ArrayCall call{Scalars<Token>(*args.get<ffi::AnyBuffer>(0), 2),
+                 Scalars<Token>(**rets.get<ffi::AnyBuffer>(0), 2), nullptr};
+  const auto get = [&](size_t i) { return **rets.get<ffi::AnyBuffer>(1 + i); };
+  ParseBuffers(attrs, rets.size() - 1, get, call);
   return call;
 }
 
-ArrayCall ParseLoad(ffi::Span<const int64_t> leaves, std::string_view shards,
-                    const ffi::RemainingArgs& args, const ffi::RemainingRets& rets) {
-  if (args.size() == 0 || args.size() != rets.size()) Refuse("a wrong number of operands");
-  const Token* token = Scalars<Token>(*args.get<ffi::AnyBuffer>(0), 2);
-  return Parse(token, **rets.get<ffi::AnyBuffer>(0), leaves, shards, rets.size() - 1,
-               [&](size_t i) { return **rets.get<ffi::AnyBuffer>(1 + i); });
-}
-
-struct StoreCall {
-  ArrayCall call;
-  const int32_t* count;
-};
-
-StoreCall ParseStore(ffi::Span<const int64_t> leaves, std::string_view shards,
-                     ffi::Span<const int64_t> keys, const ffi::RemainingArgs& args,
+ArrayCall ParseStore(const ArrayAttrs& attrs, const ffi::RemainingArgs& args,
                      const ffi::RemainingRets& rets) {
   if (args.size() < 2 || rets.size() != 1) Refuse("a wrong number of operands");
-  if (keys.size() != 0 && keys.size() != args.size() - 2) Refuse("a wrong number of keys");
-  const Token* token = Scalars<Token>(*args.get<ffi::AnyBuffer>(0), 2);
-  const int32_t* count = Scalars<int32_t>(*args.get<ffi::AnyBuffer>(1), 1);
-  return {Parse(token, **rets.get<ffi::AnyBuffer>(0), leaves, shards, args.size() - 2,
-                [&](size_t i) { return *args.get<ffi::AnyBuffer>(2 + i); }),
-          count};
+  ArrayCall call{Scalars<Token>(*args.get<ffi::AnyBuffer>(0), 2),
+                 Scalars<Token>(**rets.get<ffi::AnyBuffer>(0), 2),
+                 Scalars<int32_t>(*args.get<ffi::AnyBuffer>(1), 1)};
+  const auto get = [&](size_t i) { return *args.get<ffi::AnyBuffer>(2 + i); };
+  ParseBuffers(attrs, args.size() - 2, get, call);
+  return call;
 }
 
 // ---------------------------------------------------------------------------------------------------
@@ -97,9 +121,11 @@ StoreCall ParseStore(ffi::Span<const int64_t> leaves, std::string_view shards,
 // ---------------------------------------------------------------------------------------------------
 
 // Where leaf `i` of a call lies. It was in the tree when the step was opened.
-const ArrayPlace& PlaceOf(const Header& header, const ArrayCall& call, size_t i) {
-  const int64_t leaf = call.leaves[i];
-  if (leaf < 0 || leaf >= header.num_places || header.places[leaf].stamp != call.buffers[i].stamp) {
+const ArrayPlace& PlaceOf(const Header& header, const ArrayAttrs& attrs, const ArrayCall& call,
+                          size_t i) {
+  const int64_t leaf = attrs.leaves[i];
+  if (leaf < 0 || leaf >= header.num_places || header.places[leaf].format != attrs.formats[i] ||
+      header.places[leaf].stamp != call.buffers[i].stamp) {
     throw StatusError(StatusCode::kInternal,
                       "the compiler cut leaf " + std::to_string(leaf) +
                           " of an optimizer state over the devices in another way than when its "
@@ -151,20 +177,28 @@ void IfOpen(Token token, const F& step, const G& leave_alone) {
   OrRefuse(step, token, leave_alone);
 }
 
-ffi::Error LoadCpu(ffi::ThreadPool pool, int32_t device, ffi::Span<const int64_t> leaves,
-                   std::string_view shards, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+// What is to be done in the slot at `base`, with random bits for `phase`.
+std::vector<ArrayWork> WorksOf(const Header& header, const ArrayAttrs& attrs, const ArrayCall& call,
+                               uint8_t* base, uint32_t phase) {
+  std::vector<ArrayWork> works;
+  for (size_t i = 0; i < call.buffers.size(); ++i) {
+    const Buffer& buffer = call.buffers[i];
+    const uint64_t key = attrs.keys.size() == 0 ? 0 : static_cast<uint64_t>(attrs.keys[i]);
+    works.push_back({buffer.data, buffer.dtype, PlaceOf(header, attrs, call, i), base, key, phase});
+  }
+  return works;
+}
+
+ffi::Error LoadCpu(ffi::ThreadPool pool, int32_t device, ArrayAttrs attrs, ffi::RemainingArgs args,
+                   ffi::RemainingRets rets) {
   return Guarded([&] {
-    const ArrayCall call = ParseLoad(leaves, shards, args, rets);
+    const ArrayCall call = ParseLoad(attrs, args, rets);
+    *call.new_token = *call.token;
     const auto load = [&] {
       WithOpenSlot(device, *call.token, [&](Arena& arena, int32_t slot) {
         const int32_t source = FindOpenSource(arena.header, slot);
         uint8_t* const base = source < 0 ? nullptr : arena.segments.bases[source][0];
-        std::vector<ArrayWork> works;
-        for (size_t i = 0; i < call.buffers.size(); ++i) {
-          const Buffer& buffer = call.buffers[i];
-          works.push_back({buffer.data, buffer.dtype, PlaceOf(arena.header, call, i), base, 0, 0});
-        }
-        RunOnCpu(pool, works, /*stores=*/false);
+        RunOnCpu(pool, WorksOf(arena.header, attrs, call, base, 0), /*stores=*/false);
       });
     };
     IfOpen(*call.token, load, [&] {
@@ -172,28 +206,20 @@ ffi::Error LoadCpu(ffi::ThreadPool pool, int32_t device, ffi::Span<const int64_t
         std::memset(buffer.data, 0, buffer.size * SizeOf(buffer.dtype));
       }
     });
-    *call.new_token = *call.token;
   });
 }
 
-ffi::Error StoreCpu(ffi::ThreadPool pool, int32_t device, bool closes,
-                    ffi::Span<const int64_t> keys, ffi::Span<const int64_t> leaves,
-                    std::string_view shards, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+ffi::Error StoreCpu(ffi::ThreadPool pool, int32_t device, ArrayAttrs attrs, ffi::RemainingArgs args,
+                    ffi::RemainingRets rets) {
   return Guarded([&] {
-    const auto [call, count] = ParseStore(leaves, shards, keys, args, rets);
+    const ArrayCall call = ParseStore(attrs, args, rets);
     *call.new_token = *call.token;
-    const uint32_t phase = DitherPhase(*count);
-    const auto store = [&, &call = call] {
+    const auto store = [&] {
       WithOpenSlot(device, *call.token, [&](Arena& arena, int32_t slot) {
-        std::vector<ArrayWork> works;
-        for (size_t i = 0; i < call.buffers.size(); ++i) {
-          const Buffer& buffer = call.buffers[i];
-          const uint64_t key = keys.size() == 0 ? 0 : static_cast<uint64_t>(keys[i]);
-          works.push_back({buffer.data, buffer.dtype, PlaceOf(arena.header, call, i),
-                           arena.segments.bases[slot][0], key, phase});
-        }
-        RunOnCpu(pool, works, /*stores=*/true);
-        if (closes) *call.new_token = Close(&arena.header, slot);
+        uint8_t* const base = arena.segments.bases[slot][0];
+        RunOnCpu(pool, WorksOf(arena.header, attrs, call, base, DitherPhase(*call.count)),
+                 /*stores=*/true);
+        if (attrs.closes) *call.new_token = Close(&arena.header, slot);
       });
     };
     IfOpen(*call.token, store, [] {});
@@ -204,8 +230,7 @@ XLA_FFI_DEFINE_HANDLER(kLoadCpu, LoadCpu,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::ThreadPool>()
                            .Ctx<ffi::DeviceOrdinal>()
-                           .Attr<ffi::Span<const int64_t>>("leaves")
-                           .Attr<std::string_view>("shards")
+                           .Attrs<ArrayAttrs>()
                            .RemainingArgs()    // token, arrays that are not read
                            .RemainingRets());  // token, arrays
 
@@ -213,12 +238,62 @@ XLA_FFI_DEFINE_HANDLER(kStoreCpu, StoreCpu,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::ThreadPool>()
                            .Ctx<ffi::DeviceOrdinal>()
-                           .Attr<bool>("closes")
-                           .Attr<ffi::Span<const int64_t>>("keys")
-                           .Attr<ffi::Span<const int64_t>>("leaves")
-                           .Attr<std::string_view>("shards")
+                           .Attrs<ArrayAttrs>()
                            .RemainingArgs()    // token, count, arrays
                            .RemainingRets());  // token
+
+// ---------------------------------------------------------------------------------------------------
+// GPU
+// ---------------------------------------------------------------------------------------------------
+
+#if PAGED_OPTAX_CUDA
+
+// The kernels find out whether the step is open, and where the leaves lie.
+void RunOnGpu(int32_t device, const ArrayAttrs& attrs, const ArrayCall& call, cudaStream_t stream) {
+  CudaDevice& gpu = Registry::Get().At<CudaDevice>(device);
+  std::vector<CudaArray> arrays;
+  for (size_t i = 0; i < call.buffers.size(); ++i) {
+    const Buffer& buffer = call.buffers[i];
+    const uint64_t key = attrs.keys.size() == 0 ? 0 : static_cast<uint64_t>(attrs.keys[i]);
+    arrays.push_back({buffer.data, buffer.size, 0, buffer.stamp, key,
+                      static_cast<int32_t>(attrs.leaves[i]), buffer.dtype, attrs.formats[i]});
+  }
+  const ContentsLock lock = gpu.Acquire();
+  gpu.BeforePart(lock, stream);
+  const CudaArrayCall work{gpu.headers(lock), gpu.num_headers(lock), gpu.device_reports(),
+                           call.token,        call.new_token,        call.count};
+  LaunchArrays(work, std::move(arrays), device, stream);
+  if (attrs.closes && call.count != nullptr) LaunchClose(work, device, stream);
+  gpu.AfterStep(lock, stream);
+}
+
+ffi::Error LoadCuda(cudaStream_t stream, int32_t device, ArrayAttrs attrs, ffi::RemainingArgs args,
+                    ffi::RemainingRets rets) {
+  return Guarded([&] { RunOnGpu(device, attrs, ParseLoad(attrs, args, rets), stream); });
+}
+
+ffi::Error StoreCuda(cudaStream_t stream, int32_t device, ArrayAttrs attrs, ffi::RemainingArgs args,
+                     ffi::RemainingRets rets) {
+  return Guarded([&] { RunOnGpu(device, attrs, ParseStore(attrs, args, rets), stream); });
+}
+
+XLA_FFI_DEFINE_HANDLER(kLoadCuda, LoadCuda,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                           .Ctx<ffi::DeviceOrdinal>()
+                           .Attrs<ArrayAttrs>()
+                           .RemainingArgs()    // token, arrays that are not read
+                           .RemainingRets());  // token, arrays
+
+XLA_FFI_DEFINE_HANDLER(kStoreCuda, StoreCuda,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                           .Ctx<ffi::DeviceOrdinal>()
+                           .Attrs<ArrayAttrs>()
+                           .RemainingArgs()    // token, count, arrays
+                           .RemainingRets());  // token
+
+#endif  // PAGED_OPTAX_CUDA
 
 }  // namespace
 
@@ -226,6 +301,10 @@ std::vector<HandlerEntry> ArrayHandlers() {
   return {
       {"paged_optax_load", "cpu", reinterpret_cast<void*>(kLoadCpu)},
       {"paged_optax_store", "cpu", reinterpret_cast<void*>(kStoreCpu)},
+#if PAGED_OPTAX_CUDA
+      {"paged_optax_load", "CUDA", reinterpret_cast<void*>(kLoadCuda)},
+      {"paged_optax_store", "CUDA", reinterpret_cast<void*>(kStoreCuda)},
+#endif
   };
 }
 

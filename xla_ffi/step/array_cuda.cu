@@ -1,0 +1,253 @@
+// See array_cuda.h. One warp loads or stores a block.
+#include <algorithm>
+#include <type_traits>
+
+#include "base/cuda_check.h"
+#include "base/fast_math.h"
+#include "step/array.h"
+#include "step/array_cuda.h"
+#include "step/lane_cuda.h"
+
+namespace paged_optax {
+namespace {
+
+constexpr int kArrayThreads = 256;
+constexpr int kArrayWarps = kArrayThreads / kWarpSize;
+// Of a launch, to which they travel by value.
+constexpr int kMostArrays = 50;
+
+struct Batch {
+  CudaArray arrays[kMostArrays];
+  int num_arrays;
+  int64_t num_blocks;
+};
+
+template <class Format>
+__device__ constexpr auto kArrayTables = Format::template MakeTables<uint8_t>();
+
+// The slot that the token's step writes, found by one warp; -1 if there is none.
+__device__ int FindOpen(const CudaArrayCall& call, Token token, Header** header) {
+  int found = -1;
+  for (int i = static_cast<int>(threadIdx.x); i < call.num_headers; i += kWarpSize) {
+    if (call.headers[i].handle == token.handle) found = i;
+  }
+  found = __reduce_max_sync(0xffffffffu, found);
+  *header = found < 0 ? nullptr : &call.headers[found];
+  return FindOpenSlot(*header, token);
+}
+
+// A step that was refused when it began has the token of before, and was reported then.
+__device__ void ReportLost(const CudaArrayCall& call, Token token, Verdict verdict,
+                           const Header* header) {
+  if (token.version >= 0 || call.reports == nullptr) return;
+  volatile Rejection* report = &call.reports->rejection;
+  if (report->verdict != Verdict::kAccept) return;
+  report->token.handle = token.handle;
+  report->token.version = token.version;
+  report->version = header == nullptr ? 0 : header->version;
+  report->fingerprint = 0;
+  __threadfence_system();
+  report->verdict = verdict;
+}
+
+template <class Format>
+struct ArrayShared {
+  typename Format::template Tables<uint8_t> tables;
+  Header* header;
+  uint8_t* const* source;  // bases of the segments; nullptr for zeros
+  uint8_t* const* target;  // nullptr if the step is not open
+  int32_t log2_chunks;
+};
+
+template <class Format>
+__device__ void Prepare(const CudaArrayCall& call, ArrayShared<Format>& shared) {
+  using Tables = typename Format::template Tables<uint8_t>;
+  if constexpr (!std::is_empty_v<Tables>) {
+    for (int i = threadIdx.x; i < static_cast<int>(sizeof(Tables) / 4); i += kArrayThreads) {
+      reinterpret_cast<uint32_t*>(&shared.tables)[i] =
+          reinterpret_cast<const uint32_t*>(&kArrayTables<Format>)[i];
+    }
+  }
+  const Token token = *call.token;
+  if (threadIdx.x < kWarpSize) {
+    Header* header;
+    const int slot = FindOpen(call, token, &header);
+    if (threadIdx.x == 0) {
+      shared.header = header;
+      shared.source = shared.target = nullptr;
+      if (slot >= 0) {
+        const int source = FindOpenSource(*header, slot);
+        shared.target = header->segments->bases[slot];
+        if (source >= 0) shared.source = header->segments->bases[source];
+        shared.log2_chunks = header->segments->log2_chunks;
+      }
+      if (blockIdx.x == 0) {
+        *call.new_token = token;
+        if (slot < 0) {
+          ReportLost(call, token, header ? Verdict::kStale : Verdict::kUnknown, header);
+        }
+      }
+    }
+  }
+  __syncthreads();
+}
+
+__device__ int FindArray(const Batch& batch, int64_t block) {
+  int low = 0, high = batch.num_arrays;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (batch.arrays[middle].begin <= block) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Where a block of the array lies, or nothing: a program that cuts the leaf over the devices in
+// another way than when the step began gets zeros and cannot end it.
+__device__ const ArrayPlace* FindPlace(const CudaArrayCall& call, Header* header,
+                                       const CudaArray& array) {
+  if (array.leaf >= 0 && array.leaf < header->num_places) {
+    const ArrayPlace& place = header->places[array.leaf];
+    if (place.stamp == array.stamp && place.format == array.format) return &place;
+  }
+  const Token token = *call.token;
+  const int slot = FindOpenSlot(header, token);
+  if (slot >= 0) header->versions[slot] = 0;
+  ReportLost(call, token, Verdict::kOtherLayout, header);
+  return nullptr;
+}
+
+template <class Format>
+__device__ void LoadCodesOf(const uint8_t* codes, const uint8_t* words, int thread,
+                            Lane<Values, Format, kLane>& lane) {
+  LoadCodes(codes + thread * kLane * sizeof(typename Format::Code), lane.codes[0]);
+  if constexpr (kNumWords<Values, Format> > 0) {
+    lane.words[0] = *reinterpret_cast<const uint32_t*>(words);
+  }
+}
+
+template <class Format>
+__device__ void LoadBlock(const ArrayShared<Format>& shared, const CudaArray& array,
+                          const ArrayPlace* place, int64_t block, int thread) {
+  const int64_t start = block * kBlockSize + thread * kLane, left = array.size - start;
+  const int count = left < 0 ? 0 : (left < kLane ? static_cast<int>(left) : kLane);
+  alignas(16) float values[kLane] = {};
+  if (place != nullptr && shared.source != nullptr) {
+    const int64_t at = place->first_block + block;
+    const BlockPlace bytes = place->region.Locate(at);
+    const uint8_t* base = shared.source[place->region.Chunk(at) >> shared.log2_chunks];
+    Lane<Values, Format, kLane> lane;
+    LoadCodesOf(base + bytes.codes, base + bytes.words, thread, lane);
+    DecodeArray<Format>(shared.tables, lane, values);
+  }
+  Store(array.data, array.dtype, start, count, values);
+}
+
+template <class Format>
+__device__ void StoreBlock(const ArrayShared<Format>& shared, const CudaArray& array,
+                           const ArrayPlace& place, int64_t block, int thread, uint32_t phase) {
+  const int64_t start = block * kBlockSize + thread * kLane, left = array.size - start;
+  const int count = left < 0 ? 0 : (left < kLane ? static_cast<int>(left) : kLane);
+  alignas(16) float values[kLane];
+  Load(array.data, array.dtype, start, count, values);
+  Lane<Values, Format, kLane> lane;
+  EncodeArray<Format>(FastMath(), shared.tables, DitherStart(array.key, start) + phase, values,
+                      lane, Warp());
+  const int64_t at = place.first_block + block;
+  const BlockPlace bytes = place.region.Locate(at);
+  uint8_t* base = shared.target[place.region.Chunk(at) >> shared.log2_chunks];
+  StoreCodes(lane.codes[0], base + bytes.codes + thread * kLane * sizeof(typename Format::Code));
+  if constexpr (kNumWords<Values, Format> > 0) {
+    if (thread == 0) *reinterpret_cast<uint32_t*>(base + bytes.words) = lane.words[0];
+  }
+}
+
+template <class Format, bool kStores>
+__global__ void __launch_bounds__(kArrayThreads)
+    ArrayKernel(const __grid_constant__ CudaArrayCall call, const __grid_constant__ Batch batch) {
+  __shared__ ArrayShared<Format> shared;
+  Prepare(call, shared);
+  if (kStores && shared.target == nullptr) return;
+  const uint32_t phase = kStores ? DitherPhase(*call.count) : 0;
+  const int thread = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int64_t stride = int64_t{gridDim.x} * kArrayWarps;
+  for (int64_t block = int64_t{blockIdx.x} * kArrayWarps + threadIdx.x / kWarpSize;
+       block < batch.num_blocks; block += stride) {
+    const CudaArray& array = batch.arrays[FindArray(batch, block)];
+    const ArrayPlace* place =
+        shared.target == nullptr ? nullptr : FindPlace(call, shared.header, array);
+    if constexpr (kStores) {
+      if (place != nullptr) {
+        StoreBlock(shared, array, *place, block - array.begin, thread, phase);
+      }
+    } else {
+      LoadBlock(shared, array, place, block - array.begin, thread);
+    }
+  }
+}
+
+__global__ void CloseKernel(const __grid_constant__ CudaArrayCall call) {
+  const Token token = *call.token;
+  Header* header;
+  const int slot = FindOpen(call, token, &header);
+  if (threadIdx.x != 0) return;
+  *call.new_token = slot < 0 ? token : Close(header, slot);
+  if (slot < 0) ReportLost(call, token, header ? Verdict::kStale : Verdict::kUnknown, header);
+}
+
+using Kernel = void (*)(CudaArrayCall, Batch);
+
+Kernel FindKernel(int format, bool stores) {
+  Kernel found = nullptr;
+  Visit(Formats(), format, [&](auto chosen) {
+    using Format = typename decltype(chosen)::type;
+    found = stores ? ArrayKernel<Format, true> : ArrayKernel<Format, false>;
+  });
+  return found;
+}
+
+void LaunchBatch(const CudaArrayCall& call, const Batch& batch, int format, int device,
+                 Stream stream) {
+  const Kernel kernel = FindKernel(format, call.count != nullptr);
+  int num_multiprocessors = 0, blocks_per_multiprocessor = 0;
+  CUDA_CHECK(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_multiprocessor, kernel,
+                                                           kArrayThreads, 0));
+  const int64_t most = int64_t{num_multiprocessors} * blocks_per_multiprocessor;
+  const int64_t wanted = (batch.num_blocks + kArrayWarps - 1) / kArrayWarps;
+  // At least one, which passes the token on.
+  const auto blocks = static_cast<unsigned>(std::max<int64_t>(1, std::min(most, wanted)));
+  CUDA_LAUNCH(kernel<<<blocks, kArrayThreads, 0, stream>>>(call, batch));
+}
+
+}  // namespace
+
+void LaunchArrays(const CudaArrayCall& call, std::vector<CudaArray> arrays, int device,
+                  Stream stream) {
+  ScopedDevice scope(device);
+  std::stable_sort(arrays.begin(), arrays.end(), [](const CudaArray& one, const CudaArray& other) {
+    return one.format < other.format;
+  });
+  Batch batch{};
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    arrays[i].begin = batch.num_blocks;
+    batch.arrays[batch.num_arrays++] = arrays[i];
+    batch.num_blocks += NumBlocks(arrays[i].size);
+    const bool is_last = i + 1 == arrays.size();
+    if (!is_last && batch.num_arrays < kMostArrays && arrays[i + 1].format == arrays[i].format) {
+      continue;
+    }
+    LaunchBatch(call, batch, arrays[i].format, device, stream);
+    batch = Batch{};
+  }
+}
+
+void LaunchClose(const CudaArrayCall& call, int device, Stream stream) {
+  ScopedDevice scope(device);
+  CUDA_LAUNCH(CloseKernel<<<1, kWarpSize, 0, stream>>>(call));
+}
+
+}  // namespace paged_optax
