@@ -14,6 +14,7 @@ from ._in_place import in_place
 from ._leafwise import Mixed, Program
 from ._like_params import find_layout
 from ._options import Options, Paging, Quantization, make_options
+from ._partition import align
 from ._refusals import guard
 from ._refused import stopping_at_once
 from ._rule import Rule
@@ -178,9 +179,11 @@ class _Step:
         self._tx, self._options = stepper.tx, stepper.options
         self._trace_init = stepper.trace_init
         self._params, self._extra = params, extra
-        self._grads, self._treedef = jax.tree.flatten(updates)
+        grads, self._treedef = jax.tree.flatten(updates)
         self._like = updates if params is None else params
         self._likes = [jnp.asarray(leaf) for leaf in jax.tree.leaves(self._like)]
+        # Otherwise new parameters would be cut like the gradients, and not like what is stored.
+        self._grads = grads if params is None else align(grads, self._likes)
         self._layout = find_layout(self._tx.init, self._like)
         self._others = jax.tree.leaves(state.inner_state)
         if len(self._others) != len(self._layout.others):
@@ -254,6 +257,8 @@ class _Step:
             for old, number in zip(self._others, self._numbers("others"), strict=True)
         ]
         updates = [program[number] for number in self._numbers("updates")]
+        if self._params is not None:
+            updates = align(updates, self._likes)
         updates = [jnp.where(is_left, jnp.zeros_like(update), update) for update in updates]
         if destination := in_place():
             params = jax.tree.leaves(self._params)

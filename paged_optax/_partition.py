@@ -83,6 +83,38 @@ def spread(
         return _automatic(call, num_replicated, len(guides))(*operands, *guides)
 
 
+def align(leaves: Sequence[jax.Array], guides: Sequence[jax.Array]) -> list[jax.Array]:
+    """The leaves, cut over the devices as the guides of their shapes are."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Manual in mesh.axis_types:
+        return list(leaves)  # cut by the user already
+    if AxisType.Explicit in mesh.axis_types:
+        pairs = zip(leaves, guides, strict=True)
+        return [
+            jax.sharding.reshard(leaf, P(*jax.typeof(guide).sharding.spec.partitions))
+            for leaf, guide in pairs
+        ]
+    with jax.disable_jit(False):
+        return list(_aligned(len(leaves))(*leaves, *guides))
+
+
+@functools.lru_cache(maxsize=256)
+def _aligned(num_leaves: int) -> Any:
+    def partition(mesh, operands, results):
+        del results
+        cuts = tuple(_even(mesh, guide.sharding, guide.shape) for guide in operands[num_leaves:])
+        return mesh, lambda *operands: operands[:num_leaves], cuts, (*cuts, *cuts)
+
+    def sharding_rule(mesh, operand_types, result_types):
+        del mesh, result_types
+        terms = _terms(operand_types)
+        return f"{', '.join(terms)} -> {', '.join(terms[num_leaves:])}"
+
+    function = custom_partitioning(lambda *operands: operands[:num_leaves])
+    function.def_partition(partition=partition, sharding_rule=sharding_rule)
+    return jax.jit(function)
+
+
 def _place(num_devices: int, cuts: Cuts | None) -> Place:
     return Place(num_devices, "" if cuts is None else Shards(cuts).encode())
 
