@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import Literal
 
 # Calls of functions that are written out: optax compiles some that take all leaves at once.
 _CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call")
@@ -56,9 +56,7 @@ class Program:
         them are evaluated, and one is selected.
     """
 
-    def __init__(
-        self, function: Any, inputs: Sequence[Any], *, writes_out_branches: bool = False
-    ):
+    def __init__(self, function: Any, inputs: Sequence[Any], *, writes_out_branches: bool = False):
         self._writes_out_branches = writes_out_branches
         closed = jax.make_jaxpr(function)(*inputs)
         self._numbers = itertools.count()
@@ -239,10 +237,9 @@ def _select(operands: Sequence[Any]) -> list[Any]:
 
 def _evaluate(eqn: Any, operands: Sequence[Any]) -> Sequence[Any]:
     """The results of an equation of JAX."""
-    values = {
-        var: value
-        for var, value in zip(eqn.invars, operands, strict=True)
-        if not isinstance(var, Literal)
-    }
-    jaxpr = Jaxpr([], list(values), eqn.outvars, [eqn], eqn.effects)
-    return jaxpr_as_fun(ClosedJaxpr(jaxpr, []))(*values.values())
+    bound = eqn.primitive.get_bind_params(eqn.params)
+    # Older versions of JAX return functions too.
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)
+    with eqn.ctx.manager:
+        results = eqn.primitive.bind(*functions, *operands, **params)
+    return results if eqn.primitive.multiple_results else [results]

@@ -246,6 +246,8 @@ def let_cpu_build_compile_for_gpus():
         jax.ffi.register_ffi_target(name, handler, platform="CUDA")
     mlir.register_lowering(_ffi.issue_call_p, _ffi._lower_issue, platform="cuda")
     mlir.register_lowering(_ffi.update_call_p, _ffi._lower_update, platform="cuda")
+    mlir.register_lowering(_ffi.load_call_p, _ffi._lower_load, platform="cuda")
+    mlir.register_lowering(_ffi.store_call_p, _ffi._lower_store, platform="cuda")
 
 
 # --- What is stored -----------------------------------------------------------------------------
