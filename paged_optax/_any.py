@@ -113,7 +113,7 @@ class _Stepper:
         self._tx = tx
         self._options = options
 
-    def init(self, params: Any) -> PagedTransformationState:
+    def init(self, params: Any) -> Any:
         leaves = jax.tree_util.tree_leaves_with_path(params)
         check_dtypes("parameter", leaves)
         guard(*(leaf for _, leaf in leaves if isinstance(leaf, Tracer)))
@@ -131,15 +131,8 @@ class _Stepper:
         )
         return PagedTransformationState(arrays, layout.others_alone(others))
 
-    def update(
-        self,
-        updates: Any,
-        state: Any,
-        params: Any = None,
-        *,
-        skip: Skip | None = None,
-        **extra: Any,
-    ) -> tuple[Any, PagedTransformationState]:
+    def update(self, updates, state, params=None, *, skip: Skip | None = None, **extra):
+        """The new updates, and the next state."""
         if not isinstance(state, PagedTransformationState):
             raise TypeError(
                 f"the optimizer state is a {type(state).__name__}, not the PagedTransformationState"

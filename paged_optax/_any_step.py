@@ -68,7 +68,7 @@ class LeafwiseStep:
                 f" optimizer has {len(self._layout.others)}: it was made by another one, or for"
                 " other parameters. Start with init(params)."
             )
-        self._owners = [self._layout.owners[i] for i in self._layout.paged]
+        self._owners = [owner for owner in self._layout.owners if owner is not None]
         self._program = self._trace()
 
     def _trace(self, **options: bool) -> Program:
@@ -79,15 +79,15 @@ class LeafwiseStep:
         """
         layout = self._layout
         dtypes = [layout.leaves[i].dtype for i in layout.paged]
-        for _ in range(3):
+        for _ in range(4):
             inputs = [*map(self._input, self._owners, dtypes), *self._grads]
             program = Program(self._function, inputs, **options)
-            made = [aval.dtype for aval in program.types[: len(dtypes)]]
+            made = program.dtypes[: len(dtypes)]
             if made == dtypes:
-                break
+                self._dtypes = dtypes
+                return program
             dtypes = made
-        self._dtypes = dtypes
-        return program
+        raise ValueError("the transformation's update changes the dtype of an array at every step")
 
     def _input(self, owner: int, dtype: Any) -> Any:
         like = self._likes[owner]
@@ -137,8 +137,9 @@ class LeafwiseStep:
             updates = align(updates, self._likes)
         updates = [jnp.where(is_left, jnp.zeros_like(update), update) for update in updates]
         if destination := in_place():
-            params = jax.tree.leaves(self._params)
-            updates = destination.send(optax.apply_updates(params, updates), params)
+            params: Any = jax.tree.leaves(self._params)
+            results: Any = optax.apply_updates(params, updates)
+            updates = destination.send(results, params)
         return new_token, updates, others
 
     def _numbers(self, kind: str) -> list[int]:

@@ -66,7 +66,7 @@ class Program:
         self.inputs = [next(self._numbers) for _ in inputs]
         atoms = self._write_out(closed.jaxpr, closed.consts, self.inputs, equations)
         self.outputs = [self._number(atom) for atom in atoms]
-        self.types = [var.aval for var in closed.jaxpr.outvars]
+        self.dtypes = [aval.dtype for aval in closed.out_avals]
         self._makers = {number: eq for eq in equations for number in eq.results}
         alive = {id(eq) for eq in self._needed(self.outputs)}
         self.equations = [eq for eq in equations if id(eq) in alive]
@@ -114,8 +114,9 @@ class Program:
         if not isinstance(atom, Literal):
             return atom
         number = next(self._numbers)
+        aval: Any = atom.aval
         self._literals[number] = atom.val
-        self._values[number] = jax.numpy.asarray(atom.val, atom.aval.dtype)
+        self._values[number] = jax.numpy.asarray(atom.val, aval.dtype)
         return number
 
     def _needed(self, outputs: Iterable[int]) -> list[Equation]:
@@ -177,7 +178,8 @@ class Program:
                 if not isinstance(atom, Literal) and atom in leaf_of
             }
             if len(leaves) > 1:
-                raise Mixed(*sorted(leaves)[:2], equation.name)
+                one, other = sorted(leaves)[:2]
+                raise Mixed(one, other, equation.name)
             for leaf in leaves:
                 leaf_of.update(dict.fromkeys(equation.results, leaf))
                 by_leaf.setdefault(leaf, []).append(equation)
