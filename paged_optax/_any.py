@@ -100,7 +100,11 @@ def paged(
     )
     check_choice("non_finite", non_finite, ("propagate", "skip_step"))
     stepper = _Stepper(optax.with_extra_args_support(tx), options)
-    wrapped = optax.GradientTransformationExtraArgs(stepper.init, stepper.update)
+
+    def update_fn(updates, state, params=None, *, skip: Skip | None = None, **extra_args):
+        return stepper.update(updates, state, params, skip, extra_args)
+
+    wrapped = optax.GradientTransformationExtraArgs(stepper.init, update_fn)
     if non_finite == "propagate":
         return wrapped
     return skipping(wrapped, "step", f"non_finite={non_finite!r}")
@@ -131,7 +135,9 @@ class _Stepper:
         )
         return PagedTransformationState(arrays, layout.others_alone(others))
 
-    def update(self, updates, state, params=None, *, skip: Skip | None = None, **extra):
+    def update(
+        self, updates: Any, state: Any, params: Any, skip: Skip | None, extra: dict[str, Any]
+    ) -> tuple[Any, Any]:
         """The new updates, and the next state."""
         if not isinstance(state, PagedTransformationState):
             raise TypeError(

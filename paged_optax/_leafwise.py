@@ -66,7 +66,8 @@ class Program:
         self.inputs = [next(self._numbers) for _ in inputs]
         atoms = self._write_out(closed.jaxpr, closed.consts, self.inputs, equations)
         self.outputs = [self._number(atom) for atom in atoms]
-        self.dtypes = [aval.dtype for aval in closed.out_avals]
+        types: Any = closed.out_avals
+        self.dtypes = [aval.dtype for aval in types]
         self._makers = {number: eq for eq in equations for number in eq.results}
         alive = {id(eq) for eq in self._needed(self.outputs)}
         self.equations = [eq for eq in equations if id(eq) in alive]
