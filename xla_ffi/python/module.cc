@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base/faults.h"
+#include "base/trace.h"
 #include "memory/file_system.h"
 #include "memory/gpus.h"
 #include "memory/memory.h"
@@ -69,6 +70,7 @@ py::dict BuildInfo() {
   info["version"] = PAGED_OPTAX_VERSION;
   info["ffi_api"] = FfiApiVersion();
   info["cuda"] = kHasCuda;
+  info["nvtx"] = PAGED_OPTAX_NVTX == 1;
   info["nvcc"] = PAGED_OPTAX_NVCC_VERSION;
   info["cuda_archs"] = PAGED_OPTAX_CUDA_ARCHS;
   return info;
