@@ -12,6 +12,7 @@ import numpy as np
 
 from . import _arrays, _checkpoint_file
 from ._contents import Contents, merge
+from ._log import log, named, told
 from ._replace import replace_moments
 from ._state import find_states, read_count, read_token
 from ._transfer import opened
@@ -62,9 +63,11 @@ def save_moments(opt_state: Any, path: str | os.PathLike[str]) -> int:
     path = os.fspath(path)
     if jax.process_count() > 1:
         path = _path_of(path, jax.process_index(), jax.process_count())
-    with _opened(opt_state) as contents, _checkpoint_file.replacing(path) as file:
-        about = {"processes": jax.process_count(), "tokens": _tokens(opt_state)}
-        return _checkpoint_file.write(file, contents, **about)
+    with named("save_moments"):
+        with _opened(opt_state) as contents, _checkpoint_file.replacing(path) as file:
+            about = {"processes": jax.process_count(), "tokens": _tokens(opt_state)}
+            nbytes = _checkpoint_file.write(file, contents, **about)
+        return told("save_moments wrote %s to %s", nbytes, path)
 
 
 def load_moments(opt_state: Any, path: str | os.PathLike[str], *, convert: bool = False) -> Any:
@@ -97,7 +100,10 @@ def load_moments(opt_state: Any, path: str | os.PathLike[str], *, convert: bool 
     Example:
       See `save_moments`.
     """
-    return replace_moments(opt_state, _read_files(os.fspath(path)), convert=convert)
+    with named("load_moments"):
+        state = replace_moments(opt_state, _read_files(os.fspath(path)), convert=convert)
+    log.info("load_moments found the moments in %s; the first update reads them", path)
+    return state
 
 
 def export_moments(opt_state: Any) -> dict[str, np.ndarray]:
@@ -126,7 +132,7 @@ def export_moments(opt_state: Any) -> dict[str, np.ndarray]:
       (64, 64) uint8
       >>> state = paged_optax.import_moments(tx.init(params), arrays)
     """
-    with _opened(opt_state) as contents:
+    with named("export_moments"), _opened(opt_state) as contents:
         return _arrays.to_arrays(contents)
 
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from . import _ext, _names
 from . import _reference as reference
 from ._contents import BLOCK, Contents, Field
+from ._log import named
 from ._shards import Shards
 from ._state import PagedState, find_states, read_token
 from ._tables import RULES, rule_number
@@ -69,7 +70,8 @@ def moments(opt_state: Any, *, gather: bool = False) -> Moments:
       >>> print(paged_optax.moments(state).mu["w"][0, 0].round(4))
       0.2
     """
-    states = [_read_state(state, gather) for state in find_states(opt_state)]
+    with named("moments"):
+        states = [_read_state(state, gather) for state in find_states(opt_state)]
     try:
         return Moments(**{name: _merge_all(states, name) for name in Moments._fields})
     except _Overlap:
