@@ -1,4 +1,4 @@
-"""The examples in docstrings and in README run."""
+"""The examples in docstrings and on the pages of the site run."""
 
 import ast
 import doctest
@@ -11,22 +11,28 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import optax
 import pytest
 
 import paged_optax
 
 README = Path(__file__).parent.parent / "README.md"
-COMPATIBILITY = README.parent / "docs" / "compatibility.md"
-CHECKPOINTS = README.parent / "docs" / "checkpoints.md"
-SEVERAL_GPUS = README.parent / "docs" / "several_gpus.md"
-PLANNING = README.parent / "docs" / "planning.md"
-SITE = [
-    README.parent / "docs" / f"{page}.md"
+DOCS = README.parent / "docs"
+COMPATIBILITY = DOCS / "compatibility.md"
+# Pages that need a process of their own, and those that share one.
+ALONE = {name: DOCS / f"{name}.md" for name in ("checkpoints", "planning", "several_gpus")}
+TOGETHER = [
+    DOCS / f"{page}.md"
     for page in (
-        "optimizers",
+        "accumulation",
+        "bfloat16",
         "from_bitsandbytes",
         "from_optax",
+        "full_finetuning",
         "how_it_works",
+        "monitoring",
+        "optimizers",
         "start",
         "trainers",
     )
@@ -86,13 +92,12 @@ def python_blocks(text):
 @pytest.mark.parametrize(
     ("documents", "options"),
     [
-        ([README], ["-W", "error"]),
-        ([CHECKPOINTS], []),  # Orbax warns of its own code
-        ([PLANNING], ["-W", "error"]),
-        ([SEVERAL_GPUS], ["-W", "error"]),
-        (SITE, ["-W", "error"]),
+        ([ALONE["checkpoints"]], []),  # Orbax warns of its own code
+        ([ALONE["planning"]], ["-W", "error"]),
+        ([ALONE["several_gpus"]], ["-W", "error"]),
+        (TOGETHER, ["-W", "error"]),
     ],
-    ids=["readme", "checkpoints", "planning", "several_gpus", "site"],
+    ids=[*ALONE, "others"],
 )
 def test_documents_run(documents, options, tmp_path):
     """All Python blocks, one after the other, in a process and a folder of their own."""
@@ -113,15 +118,15 @@ def test_documents_run(documents, options, tmp_path):
 @pytest.mark.skipif(not README.exists(), reason="tests without the source tree")
 def test_every_document_with_python_runs():
     """Other programs are in blocks of ``py``: what needs a package that the tests do not have."""
-    run = {README, CHECKPOINTS, PLANNING, SEVERAL_GPUS, *SITE}
-    pages = [README, *README.parent.glob("docs/*.md"), *README.parent.glob("docs/reference/*.md")]
+    run = {*ALONE.values(), *TOGETHER}
+    pages = [README, *DOCS.glob("*.md"), *DOCS.glob("reference/*.md")]
     assert {p for p in pages if python_blocks(p.read_text(encoding="utf-8"))} == run
 
 
 @pytest.mark.skipif(not README.exists(), reason="tests without the source tree")
 def test_documents_are_filled_in():
     """No placeholder of a number that was to be measured."""
-    for path in [README, *README.parent.glob("docs/*.md"), *README.parent.glob("xla_ffi/*.md")]:
+    for path in [README, *DOCS.glob("*.md"), *README.parent.glob("xla_ffi/*.md")]:
         assert not re.findall(r"(?<!```)\{[a-z_]+\}", path.read_text(encoding="utf-8")), path
 
 
@@ -157,7 +162,23 @@ def test_every_claim_of_compatibility_names_its_tests():
 
 
 @pytest.mark.skipif(not README.exists(), reason="tests without the source tree")
-def test_quickstart_is_what_the_readme_shows():
+def test_quickstart_is_what_the_first_page_shows():
     quickstart = (README.parent / "examples" / "quickstart.py").read_text(encoding="utf-8")
-    block, *_ = python_blocks(README.read_text(encoding="utf-8"))
-    assert block in quickstart
+    (block,) = python_blocks((DOCS / "start.md").read_text(encoding="utf-8"))
+    assert quickstart.endswith(block)
+
+
+@pytest.mark.fast
+@pytest.mark.skipif(not README.exists(), reason="tests without the source tree")
+@pytest.mark.parametrize("page", ["README.md", "docs/start.md"])
+def test_the_two_lines_work(page):
+    """What the diff adds, and what it removes, each make an optimizer."""
+    text = (README.parent / page).read_text(encoding="utf-8")
+    (diff,) = re.findall(r"^```diff\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    for sign in "+-":
+        lines = [line[1:] for line in diff.splitlines() if line[0] == sign]
+        names = {"optax": optax}
+        exec("\n".join(lines), names)
+        params = {"w": jnp.ones((64, 64))}
+        updates, _ = names["tx"].update(params, names["tx"].init(params), params)
+        assert jnp.all(updates["w"] < 0)

@@ -198,7 +198,10 @@ def test_profilers_of_nvidia_see_ranges(tmp_path):
     """A library in the place of a profiler gets the names; without one, a range takes no time."""
     flags = ["g++", "-std=c++17", "-O2", "-DPAGED_OPTAX_CUDA=1", f"-I{XLA_FFI}"]
     flags += ["-isystem", str(nvtx_folder())]
-    for name, text, more in (("profiler", PROFILER, ["-shared", "-fPIC"]), ("program", PROGRAM, [])):
+    for name, text, more in (
+        ("profiler", PROFILER, ["-shared", "-fPIC"]),
+        ("program", PROGRAM, []),
+    ):
         (tmp_path / f"{name}.cc").write_text(text)
         command = [*flags, *more, f"{name}.cc", "-o", name, "-ldl"]
         subprocess.run(command, cwd=tmp_path, check=True)

@@ -82,7 +82,8 @@ def _of_cpp(source: str) -> Iterator[str]:
             text = "" if "static_assert" in gap else literal
         else:
             text += (PLACE if gap.strip() and text else "") + literal
-    yield from _sentence(text)
+    if "kNews" not in source[end:]:
+        yield from _sentence(text)
 
 
 def _sentence(text: str) -> Iterator[str]:
