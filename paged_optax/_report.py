@@ -145,7 +145,7 @@ class MemoryReport:
           >>> _, state = tx.update(params, tx.init(params))
           >>> numbers = paged_optax.memory_report(state).to_dict()
           >>> print(numbers["moments/total"], numbers["moments/cpu:0/resident"])
-          2129920 2129920
+          2130432 2130432
         """
         totals = ("total", "resident", "on_host", "replay", "elsewhere")
         numbers: dict[str, float] = {f"{prefix}{name}": getattr(self, name) for name in totals}
