@@ -98,7 +98,15 @@ def load_moments(opt_state: Any, path: str | os.PathLike[str], *, convert: bool 
       OSError: if the file cannot be read.
 
     Example:
-      See `save_moments`.
+      >>> import os, tempfile, jax.numpy as jnp, paged_optax
+      >>> tx = paged_optax.scale_by_paged_adam8bit()
+      >>> params = {"w": jnp.ones((64, 64))}
+      >>> _, state = tx.update(params, tx.init(params))
+      >>> path = os.path.join(tempfile.mkdtemp(), "moments.safetensors")
+      >>> nbytes = paged_optax.save_moments(state, path)
+      >>> state = paged_optax.load_moments(tx.init(params), path)  # in whatever process
+      >>> print(state.count)
+      1
     """
     with named("load_moments"):
         state = replace_moments(opt_state, _read_files(os.fspath(path)), convert=convert)
@@ -157,7 +165,15 @@ def import_moments(opt_state: Any, arrays: Mapping[str, Any], *, convert: bool =
         `load_moments`.
 
     Example:
-      See `export_moments`.
+      >>> import jax.numpy as jnp, paged_optax
+      >>> tx = paged_optax.scale_by_paged_adam8bit()
+      >>> params = {"w": jnp.ones((64, 64))}
+      >>> _, state = tx.update(params, tx.init(params))
+      >>> arrays = paged_optax.export_moments(state)
+      >>> state = paged_optax.import_moments(tx.init(params), arrays)
+      >>> _, state = tx.update(params, state)
+      >>> print(state.count)
+      2
     """
     states, _ = _arrays.from_arrays(arrays)
     return replace_moments(

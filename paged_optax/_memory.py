@@ -62,9 +62,19 @@ def prefetch(opt_state: Any) -> int:
     Raises:
       ValueError: if there is no paged state.
       RuntimeError: if the moments were released or are not in this process.
+      MemoryError: if they could not be moved; they are then where they were.
 
     Example:
-      See `evict`.
+      >>> import tempfile, jax.numpy as jnp, paged_optax
+      >>> paging = paged_optax.Paging(directory=tempfile.mkdtemp())  # on a GPU: Paging()
+      >>> tx = paged_optax.scale_by_paged_adam8bit(paging=paging)
+      >>> params = {"w": jnp.ones((1024, 1024))}
+      >>> _, state = tx.update(params, tx.init(params))
+      >>> paged_optax.evict(state) > 2 * 1024**2
+      True
+      >>> paged_optax.memory_report(state).resident
+      0
+      >>> moved = paged_optax.prefetch(state)
     """
     with named("prefetch"):
         return told("prefetch moved %s of moments into device memory", _limit(opt_state, -1))
