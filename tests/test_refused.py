@@ -472,14 +472,13 @@ def test_the_process_may_end_while_threads_ask(tmp_path):
     """Daemon threads come back from C++ to a Python that is no longer there."""
     code = """
 import threading, time
-from helpers import find_state
-from paged_optax import _ext
+from helpers import ext, find_state
 def ask():
     while True:
         try:
-            _ext.describe(*token), _ext.newest(token[0]), _ext.list_states()
-            _ext.read_leaf_parts("cpu", 0, *token, [0])
-            _ext.read_leaf_parts("cpu", 0, token[0], 1, [0])  # the step before is refused
+            ext.describe(*token), ext.newest(token[0]), ext.list_states()
+            ext.read_leaf_parts("cpu", 0, *token, [0])
+            ext.read_leaf_parts("cpu", 0, token[0], 1, [0])  # the step before is refused
         except paged_optax.StateRefused:
             pass
 token = find_state(new).token.tolist()
