@@ -92,7 +92,8 @@ def open_step(
     """
     likes = [jax.lax.stop_gradient(like) for like in likes]
     operands = guard(token, count, jnp.zeros(0, jnp.float32), *likes)
-    (token,) = spread(_Update(step), operands, len(operands) - len(likes))
+    with jax.named_scope("paged_open"):
+        (token,) = spread(_Update(step), operands, len(operands) - len(likes))
     return token
 
 
@@ -112,7 +113,8 @@ def load(
     """
     names = tuple(np.dtype(dtype).name for dtype in dtypes)
     likes = [jax.lax.stop_gradient(like) for like in likes]
-    token, *arrays = spread(_Load(part, names), guard(token, *likes), num_replicated=1)
+    with jax.named_scope("paged_load"):
+        token, *arrays = spread(_Load(part, names), guard(token, *likes), num_replicated=1)
     return token, arrays
 
 
@@ -138,7 +140,8 @@ def store(
     likes = [jax.lax.stop_gradient(like) for like in likes]
     operands = guard(token, count, *arrays, *likes)
     end = len(operands) - len(likes)
-    (token,) = spread(_Store(part), operands[:end], 2, operands[end:])
+    with jax.named_scope("paged_store"):
+        (token,) = spread(_Store(part), operands[:end], 2, operands[end:])
     return token
 
 

@@ -5,6 +5,7 @@ transformation alone.
 """
 
 import functools
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from helpers import (
     f32,
     finish,
     is_zero,
+    kept_by,
     leaf_keys,
     make_tree,
     num_arenas,
@@ -343,6 +345,29 @@ def test_save_and_load(tmp_path, codec):
     release(state)
     found, _ = tx.update(GRADS[2], load_moments(state, path), params)
     assert_trees_equal(found, expected)
+
+
+@on_cpu
+@as_users_have_it
+def test_pickle():
+    tx = paged(ADAM)
+    params, state = train(tx, to_jax(PARAMS), GRADS[:2])
+    text = pickle.dumps(state)
+    expected, _ = tx.update(GRADS[2], state, params)
+    release(state)
+    assert_trees_equal(tx.update(GRADS[2], pickle.loads(text), params)[0], expected)
+
+
+@on_cpu
+@as_users_have_it
+@pytest.mark.parametrize("replay", [False, True])
+def test_planner(replay):
+    """What is planned is what is kept."""
+    tx = optax.chain(optax.clip_by_global_norm(1.0), paged(ADAM, replay=replay))
+    _, state = train(tx, to_jax(PARAMS), GRADS[:1])
+    kept = kept_by(tx, PARAMS)
+    assert kept.forecast(2**40)["on_cpu"] == memory_report(state).total
+    assert kept.in_xla == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
 @on_every_device
