@@ -20,18 +20,28 @@ from ._validate import check_choice, check_dtypes
 
 @paged_state
 class PagedArraysState(NamedTuple):
-    """The part of `PagedTransformationState` that stands for the paged arrays."""
+    """The part of `PagedTransformationState` that stands for the paged arrays.
+
+    Attributes:
+      count: int32 of shape (), the number of updates so far.
+      token: its `value`, int32 of shape (2,), says which arrays belong to the state: their handle,
+        and the version of their contents.
+    """
 
     # `count` hides tuple.count, as in optax's own states.
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  int32 (): updates so far
-    token: Token  # its `value`, int32 (2,): handle of the arrays, version of their contents
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    token: Token
 
 
 class PagedTransformationState(NamedTuple):
-    """State of `paged`."""
+    """State of `paged`.
+
+    Attributes:
+      arrays: a `PagedArraysState`, which stands for the arrays outside of XLA's memory.
+      inner_state: the wrapped state, with an `optax.MaskedNode` in the place of each of them.
+    """
 
     arrays: PagedArraysState
-    # The wrapped state, with an `optax.MaskedNode` in the place of each paged array.
     inner_state: Any
 
 
@@ -81,14 +91,22 @@ def paged(
       TypeError: from `update`, for a state of another optimizer.
 
     Example:
-      >>> import jax.numpy as jnp, optax, paged_optax
-      >>> tx = optax.chain(optax.clip_by_global_norm(1.0), paged_optax.paged(optax.adan(1e-3)))
+      >>> import jax, jax.numpy as jnp, optax, paged_optax
+      >>> madgrad = paged_optax.paged(optax.contrib.madgrad(1e-3))
+      >>> tx = optax.chain(optax.clip_by_global_norm(1.0), madgrad)
       >>> params = {"w": jnp.ones((64, 64)), "b": jnp.ones(64)}
       >>> updates, state = tx.update(params, tx.init(params), params)
-      >>> print(f"{updates['w'][0, 0]:.6f}")
-      -0.001000
-      >>> print(sorted(paged_optax.moments(state).state[0]._asdict()))
-      ['g', 'm', 'n', 't', 'v']
+      >>> print(f"{updates['w'][0, 0]:.4f}", [leaf.shape for leaf in jax.tree.leaves(state)])
+      -0.0002 [(), (2,), ()]
+
+      MADGRAD has two sums, and the first parameters:
+
+      >>> print(len(jax.tree.leaves(paged_optax.moments(state).state)))
+      6
+
+    References:
+      `The DeepMind JAX Ecosystem <http://github.com/google-deepmind>`_, 2020, of which optax is a
+      part.
 
     .. note::
       Initial values that are not zero are made at the first step, of the parameters of that step.
