@@ -33,6 +33,7 @@ class Step:
     Equal steps are traced and compiled once.
     """
 
+    clips: bool  # by a global norm: norm and limit follow the other hyperparameters
     decays: Int8s  # of each leaf, whether weight decay applies; () for a direction
     device_bytes: int  # the most of the moments that may be in device memory; -1: no limit
     directory: str  # CPU: where the file is that holds the moments; "": in memory
@@ -88,6 +89,7 @@ def make_step(
     output: str = "direction",
     decays: tuple[bool, ...] = (),
     skip_elements: bool = False,
+    clips: bool = False,
 ) -> Step:
     """The step of a program on one device.
 
@@ -100,11 +102,13 @@ def make_step(
       output: a name in `_tables.OUTPUTS`.
       decays: of each leaf, whether weight decay applies; () for a direction.
       skip_elements: whether elements with a bad gradient are skipped, also without the option.
+      clips: whether the step clips the gradients by a global norm.
     """
     formats = _formats(options.quantization, jax.tree.unflatten(treedef, grads))
     takes_params = output != "direction"
     rounds_at_random = takes_params or any(FORMATS[i]["is_random"] for i in formats)
     return Step(
+        clips=clips,
         decays=decays,
         flags=rule.flags,
         formats=formats,

@@ -11,6 +11,7 @@ import optax
 from jax.core import Tracer
 
 from . import _calls
+from ._clip import unclipped
 from ._ffi import SKIP_STEP
 from ._in_place import in_place, not_in_place
 from ._names import number_tree
@@ -171,6 +172,7 @@ class _Paged:
         """Directions (without `rates`), updates or `NewParam`s of one step, and the next state."""
         token = check_state(state, self._state_type)
         paths, grads, treedef = _flatten(updates, params)
+        grads, limits = unclipped(updates, grads)
         skip_step, grads, has_masks = follow(skip, paths, grads)
         count, next_count = _count(state.count, skip_step)
         if not grads:
@@ -188,10 +190,17 @@ class _Paged:
                     output="direction" if rates is None else "params" if destination else "update",
                     decays=rates.decays if rates else (),
                     skip_elements=has_masks,
+                    clips=bool(limits),
                 ),
                 token,
                 count,
-                stack((*self._rule.hyperparams(state.count), *(rates.values if rates else ()))),
+                stack(
+                    (
+                        *self._rule.hyperparams(state.count),
+                        *(rates.values if rates else ()),
+                        *limits,
+                    )
+                ),
                 grads,
                 [jnp.asarray(param) for param in olds],
             )

@@ -246,6 +246,7 @@ def let_cpu_build_compile_for_gpus():
         jax.ffi.register_ffi_target(name, handler, platform="CUDA")
     mlir.register_lowering(_ffi.issue_call_p, _ffi._lower_issue, platform="cuda")
     mlir.register_lowering(_ffi.update_call_p, _ffi._lower_update, platform="cuda")
+    mlir.register_lowering(_ffi.norm_call_p, _ffi._lower_norm, platform="cuda")
 
 
 # --- What is stored -----------------------------------------------------------------------------

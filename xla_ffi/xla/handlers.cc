@@ -17,6 +17,8 @@
 #include "step/step_cpu.h"
 #include "xla/call.h"
 #include "xla/ffi/api/ffi.h"
+#include "xla/guarded.h"
+#include "xla/norm_handlers.h"
 #include "xla/parallel_for.h"
 
 #if PAGED_OPTAX_CUDA
@@ -34,20 +36,6 @@ namespace {
 // Calls
 // ---------------------------------------------------------------------------------------------------
 
-ffi::ErrorCode CodeOf(const StatusError& error) {
-  switch (error.code()) {
-    case StatusCode::kInvalidArgument:
-      return ffi::ErrorCode::kInvalidArgument;
-    case StatusCode::kFailedPrecondition:
-      return ffi::ErrorCode::kFailedPrecondition;
-    case StatusCode::kResourceExhausted:
-      return ffi::ErrorCode::kResourceExhausted;
-    case StatusCode::kInternal:
-      break;
-  }
-  return ffi::ErrorCode::kInternal;
-}
-
 // A refused step leaves everything as it was: its updates are zero, and its token is the one that
 // came in. So no program fails, and no donated array is lost; Python raises what was noted. Errors
 // that are no refusals are those of the program.
@@ -59,19 +47,6 @@ void OrRefuse(const F& step, Token token, const G& leave_alone) {
     if (error.code() != StatusCode::kFailedPrecondition) throw;
     Registry::Get().NoteRefused(token, error.what());
     leave_alone();
-  }
-}
-
-// No exception leaves a handler.
-template <class F>
-ffi::Error Guarded(F&& body) {
-  try {
-    body();
-    return ffi::Error::Success();
-  } catch (const StatusError& error) {
-    return ffi::Error(CodeOf(error), error.what());
-  } catch (const std::exception& error) {
-    return ffi::Error::Internal(std::string("paged_optax: ") + error.what());
   }
 }
 
@@ -306,14 +281,17 @@ XLA_FFI_DEFINE_HANDLER(kUpdateCuda, UpdateCuda,
 }  // namespace
 
 std::vector<HandlerEntry> Handlers() {
-  return {
-      {"paged_optax_issue", "cpu", reinterpret_cast<void*>(kIssueCpu)},
-      {"paged_optax_update", "cpu", reinterpret_cast<void*>(kUpdateCpu)},
+  std::vector<HandlerEntry> handlers = NormHandlers();
+  handlers.insert(handlers.end(),
+                  {
+                      {"paged_optax_issue", "cpu", reinterpret_cast<void*>(kIssueCpu)},
+                      {"paged_optax_update", "cpu", reinterpret_cast<void*>(kUpdateCpu)},
 #if PAGED_OPTAX_CUDA
-      {"paged_optax_issue", "CUDA", reinterpret_cast<void*>(kIssueCuda)},
-      {"paged_optax_update", "CUDA", reinterpret_cast<void*>(kUpdateCuda)},
+                      {"paged_optax_issue", "CUDA", reinterpret_cast<void*>(kIssueCuda)},
+                      {"paged_optax_update", "CUDA", reinterpret_cast<void*>(kUpdateCuda)},
 #endif
-  };
+                  });
+  return handlers;
 }
 
 std::vector<std::pair<const char*, const char*>> UpdateAttributes() { return DescribeAttrs(); }
