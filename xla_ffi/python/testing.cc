@@ -33,9 +33,14 @@ py::array_t<uint8_t> Encode(const py::array_t<float, py::array::c_style>& values
   static constexpr DynamicMaps<int32_t> kMaps = MakeDynamicMaps<int32_t>();
   py::array_t<uint8_t> codes(values.size());
   for (py::ssize_t i = 0; i < values.size(); ++i) {
-    codes.mutable_data()[i] =
-        is_signed ? EncodeSigned(kMaps.of_signed, values.data()[i], 1.0f)
-                  : EncodeNonNegative(kMaps.of_non_negative, values.data()[i], 1.0f);
+    const float value[1] = {values.data()[i]};
+    uint8_t code[1];
+    if (is_signed) {
+      EncodeValues<true>(kMaps.of_signed, 1.0f, value, code);
+    } else {
+      EncodeValues<false>(kMaps.of_non_negative, 1.0f, value, code);
+    }
+    codes.mutable_data()[i] = code[0];
   }
   return codes;
 }
