@@ -8,11 +8,11 @@ between changed them, they are other arrays, and what arrives is used as it is.
 """
 
 import weakref
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 
@@ -39,7 +39,7 @@ def clip_by_global_norm(max_norm: jax.typing.ArrayLike) -> optax.GradientTransfo
 
     .. math::
 
-      g \leftarrow \begin{cases} g & n < n_\max \\ g \cdot (n_\max / n) & \text{otherwise}\end{cases}
+      g \leftarrow g \cdot \begin{cases} 1 & n < n_\max \\ n_\max / n & \text{otherwise}\end{cases}
 
     A paged optimizer that comes next in the chain multiplies gradients while it steps. XLA then
     writes no scaled gradients, which saves their memory, and the time to write and read them.
@@ -48,7 +48,7 @@ def clip_by_global_norm(max_norm: jax.typing.ArrayLike) -> optax.GradientTransfo
     scaled gradients, as with optax's function.
 
     Args:
-      max_norm: the largest norm; a float or a traced scalar.
+      max_norm: the largest norm, infinite for none; a float or a traced scalar.
 
     Returns:
       An `optax.GradientTransformation` without a state, as optax's. Gradients may have any dtype
@@ -78,7 +78,8 @@ def clip_by_global_norm(max_norm: jax.typing.ArrayLike) -> optax.GradientTransfo
       of float32 differ by at most d + 3e-7 of themselves. Those of 16 bits are not rounded on their
       way into a paged optimizer.
     """
-    check_range("max_norm", max_norm)
+    if not _is_infinite(max_norm):
+        check_range("max_norm", max_norm)
 
     def update_fn(updates, state, params=None):
         del params
@@ -125,10 +126,13 @@ def _clipped(grad: jax.Array, limits: tuple[jax.Array, jax.Array]) -> jax.Array:
     scaled = (grad.astype(dtype) * (max_norm / norm).astype(dtype)).astype(grad.dtype)
     scaled = jnp.where(norm < max_norm, grad, scaled)
     key = id(scaled)
-    _origins[key] = _Origin(
-        weakref.ref(scaled, lambda _: _origins.pop(key, None)), grad, limits
-    )
+    _origins[key] = _Origin(weakref.ref(scaled, lambda _: _origins.pop(key, None)), grad, limits)
     return scaled
+
+
+def _is_infinite(max_norm: Any) -> bool:
+    """Whether nothing is to be clipped."""
+    return isinstance(max_norm, float | np.floating) and max_norm == np.inf
 
 
 def _is_gone(grad: jax.Array) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -22,7 +21,7 @@ from ._validate import FLOATS
 
 
 def global_norm(tree: Any) -> jax.Array:
-    """The root of the sum of squares of all elements: `optax.global_norm` in one pass.
+    """The root of the sum of squares of all elements: `optax.tree.norm` in one pass.
 
     One call reads all leaves, with two launches on a GPU however many there are (of up to 1,300).
     On one device the result has the same bits on a CPU and on a GPU, whatever the number of
@@ -31,7 +30,7 @@ def global_norm(tree: Any) -> jax.Array:
 
     Args:
       tree: arrays. Those that are float32, bfloat16 or float16 are read by one custom call, which
-        computes in float32 and adds in float64. The others are left to `optax.global_norm`.
+        computes in float32 and adds in float64. XLA sums the others.
 
     Returns:
       float32 of shape (): the norm over all shards of all leaves, on all devices. Inside of
@@ -53,8 +52,14 @@ def global_norm(tree: Any) -> jax.Array:
     others = [leaf for leaf in leaves if leaf.dtype not in FLOATS]
     norms = [_spread(guard(*ours))] if ours else []
     if others:
-        norms.append(optax.global_norm(others).astype(jnp.float32))
+        norms.append(_by_xla(others))
     return _join(norms)
+
+
+def _by_xla(leaves: Sequence[jax.Array]) -> jax.Array:
+    """The norm of leaves of any type, over all their shards."""
+    squares = [jnp.sum(jnp.square(jnp.abs(leaf).astype(jnp.float32))) for leaf in leaves]
+    return jnp.sqrt(sum(squares, jnp.zeros([], jnp.float32)))
 
 
 def _join(norms: Sequence[jax.Array]) -> jax.Array:
@@ -77,7 +82,7 @@ def _spread(grads: Sequence[jax.Array]) -> jax.Array:
         if AxisType.Manual in kinds.values():
             sizes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
             if any(kind != AxisType.Manual and size > 1 for size, kind in sizes):
-                return optax.global_norm(grads).astype(jnp.float32)
+                return _by_xla(grads)
             return _call(grads)
         return _automatic()(*grads)
 

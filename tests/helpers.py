@@ -41,6 +41,7 @@ from paged_optax import _ext as ext  # noqa: F401
 from paged_optax import _reference as reference
 from paged_optax import _testing as hooks  # noqa: F401  functions of C++ for tests alone
 from paged_optax._bytes import parse_bytes  # noqa: F401
+from paged_optax._clip import _origins as clip_origins  # noqa: F401
 from paged_optax._forecast import kept_by  # noqa: F401
 from paged_optax._muon import momentum as muon_momentum  # noqa: F401
 from paged_optax._names import leaf_keys  # noqa: F401

@@ -102,9 +102,8 @@ PAGED_HD int LeadingZeros(uint32_t x) {
 // still if two entries are stored at once: the host stores one number in a cycle.
 template <class T, class Place, int K>
 PAGED_HD void LookUp(const T* table, const Place (&places)[K], T (&found)[K]) {
-  constexpr bool kInPairs = sizeof(T) == 4 && K % 2 == 0;
 #if !defined(__CUDA_ARCH__)
-  if constexpr (kInPairs) {
+  if constexpr (sizeof(T) == 4 && K % 2 == 0) {
     for (int k = 0; k < K; k += 2) {
       uint64_t first = places[k], second = places[k + 1];
       asm("" : "+r"(first), "+r"(second));  // keeps the loop from being vectorized
