@@ -99,13 +99,14 @@ void LaunchSum(const NormLeaf* leaves, int64_t num_leaves, double* pieces, int d
   table.pieces = pieces;
   std::copy_n(leaves, num_leaves, table.leaves);
   if (table.first_piece == table.end_piece) return;
+  const auto kernel = SumPiecesKernel<kLeaves>;
   int num_multiprocessors = 0, blocks_per_multiprocessor = 0;
   CUDA_CHECK(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device));
   CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_multiprocessor,
                                                            SumPiecesKernel<kLeaves>, kThreads, 0));
   const int blocks = std::min(num_multiprocessors * blocks_per_multiprocessor,
                               (table.end_piece - table.first_piece + kWarps - 1) / kWarps);
-  CUDA_LAUNCH(SumPiecesKernel<kLeaves><<<blocks, kThreads, 0, stream>>>(table));
+  CUDA_LAUNCH(kernel<<<blocks, kThreads, 0, stream>>>(table));
 }
 
 }  // namespace
