@@ -12,6 +12,7 @@
 #include "xla/parallel_for.h"
 
 #if PAGED_OPTAX_CUDA
+#include "base/cuda_check.h"
 #include "step/norm_cuda.h"
 #endif
 
