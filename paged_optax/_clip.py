@@ -106,16 +106,18 @@ def unclipped(
       Gradients before they were clipped, and their norm with the largest that is allowed; or
       `grads` and nothing, unless all leaves were clipped together.
     """
-    origins = [_origins.get(id(leaf)) for leaf in jax.tree.leaves(updates)]
     found: list[jax.Array] = []
-    for origin in origins:
-        if origin is None or origin.limits is not origins[0].limits or _is_gone(origin.grad):
+    limits: tuple[jax.Array, ...] = ()
+    for leaf in jax.tree.leaves(updates):
+        origin = _origins.get(id(leaf))
+        if origin is None or _is_gone(origin.grad) or (found and origin.limits is not limits):
             return grads, ()
         # Else devices that have one gradient in common would scale it each in its own way.
         if not varying(origin.limits[0]) <= varying(origin.grad):
             return grads, ()
         found.append(origin.grad)
-    return (found, origins[0].limits) if found else (grads, ())
+        limits = origin.limits
+    return found, limits
 
 
 def _clipped(grad: jax.Array, limits: tuple[jax.Array, jax.Array]) -> jax.Array:

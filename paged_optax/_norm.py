@@ -137,7 +137,8 @@ def _automatic() -> Any:
 
     def partition(mesh, operands, result):
         del result
-        shardings = [even(mesh, operand.sharding, operand.shape) for operand in operands]
+        # The mesh has no manual axes, so shardings name axes.
+        shardings: list[Any] = [even(mesh, x.sharding, x.shape) for x in operands]
         specs = [sharding.spec for sharding in shardings]
         return (
             mesh,
