@@ -12,6 +12,7 @@ import numpy as np
 
 from . import _arrays, _checkpoint_file
 from ._contents import Contents, merge
+from ._part_file import replacing
 from ._replace import replace_moments
 from ._state import find_states, read_count, read_token
 from ._transfer import opened
@@ -62,9 +63,9 @@ def save_moments(opt_state: Any, path: str | os.PathLike[str]) -> int:
     path = os.fspath(path)
     if jax.process_count() > 1:
         path = _path_of(path, jax.process_index(), jax.process_count())
-    with _opened(opt_state) as contents, _checkpoint_file.replacing(path) as file:
+    with _opened(opt_state) as contents, replacing(path) as part:
         about = {"processes": jax.process_count(), "tokens": _tokens(opt_state)}
-        return _checkpoint_file.write(file, contents, **about)
+        return _checkpoint_file.write(part, contents, **about)
 
 
 def load_moments(opt_state: Any, path: str | os.PathLike[str], *, convert: bool = False) -> Any:
