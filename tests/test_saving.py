@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import paged_optax
-from helpers import assert_trees_equal, hooks
-from paged_optax import _ext, _part_file, load_moments, save_moments
+from helpers import assert_trees_equal, ext, hooks, part_file
+from paged_optax import load_moments, save_moments
 
 PIECE = 8 * 2**20  # of xla_ffi/state/save.cc
 
@@ -79,7 +79,7 @@ def test_arrays_are_written_whole(sizes, refused, tmp_path):
     path.touch()
     if refused:
         hooks.fail_call(refused, errno.EINVAL, after=1 if refused == "open" else 0)
-    sums = _ext.write_arrays(str(path), arrays)
+    sums = ext.write_arrays(str(path), arrays)
     assert path.read_bytes() == b"".join(array.tobytes() for array in arrays)
     assert sums == [zlib.crc32(array) for array in arrays]
 
@@ -153,22 +153,25 @@ def test_every_piece_is_summed(trained, tmp_path):
 def test_what_a_killed_process_left_goes(tmp_path):
     """And what a process is still writing stays."""
     code = f"""
-        import os, signal, sys
-        from paged_optax._part_file import PartFile
-        part = PartFile({str(tmp_path)!r}, ".m.safetensors")
+        import os, signal
+        from helpers import part_file
+        part = part_file.PartFile({str(tmp_path)!r}, ".m.safetensors")
         print("made", flush=True)
         os.kill(os.getpid(), signal.SIGSTOP)
     """
     code = "\n".join(line.strip() for line in code.splitlines())
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == b"made\n"
         (left,) = tmp_path.iterdir()
-        with _part_file.replacing(str(tmp_path / "m.safetensors")):
+        with part_file.replacing(str(tmp_path / "m.safetensors")):
             assert left.exists()
         process.send_signal(signal.SIGKILL)
     other = tmp_path / ".m.safetensors.of-the-user.part"
     other.touch()
-    with _part_file.replacing(str(tmp_path / "m.safetensors")) as path:
+    with part_file.replacing(str(tmp_path / "m.safetensors")) as path:
         assert not left.exists()
         assert os.path.exists(path)
     assert {file.name for file in tmp_path.iterdir()} == {"m.safetensors", other.name}
@@ -177,10 +180,10 @@ def test_what_a_killed_process_left_goes(tmp_path):
 def test_two_threads_write_one_file(trained, tmp_path):
     """Each has a file of its own until the end, and the last one wins."""
     path = str(tmp_path / "m")
-    with _part_file.replacing(path) as first:
+    with part_file.replacing(path) as first:
         with open(first, "w") as file:
             file.write("first")
-        with _part_file.replacing(path) as second:
+        with part_file.replacing(path) as second:
             assert second != first
             with open(second, "w") as file:
                 file.write("second")
