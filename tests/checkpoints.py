@@ -289,13 +289,15 @@ def load_manager_item(fresh, folder):
 def save_v1(state, folder):
     import orbax.checkpoint.experimental.v1 as v1
 
-    v1.save(folder / "c", {"opt": state})
+    save = v1.save if hasattr(v1, "save") else v1.save_pytree  # the name until 0.12
+    save(folder / "c", {"opt": state})
 
 
 def load_v1(fresh, folder):
     import orbax.checkpoint.experimental.v1 as v1
 
-    return v1.load(folder / "c", abstract(fresh))["opt"]
+    load = v1.load if hasattr(v1, "load") else v1.load_pytree
+    return load(folder / "c", abstract(fresh))["opt"]
 
 
 def save_v1_checkpointer(state, folder):

@@ -1,10 +1,14 @@
 """How moments come into files: pieces, threads, checksums, and file systems that refuse."""
 
+import asyncio
 import errno
 import os
+import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
+import types
 import zlib
 
 import jax
@@ -13,7 +17,7 @@ import numpy as np
 import pytest
 
 import paged_optax
-from helpers import assert_trees_equal, ext, hooks, part_file
+from helpers import assert_trees_equal, ext, hooks, orbax_hook, part_file
 from paged_optax import load_moments, save_moments
 
 PIECE = 8 * 2**20  # of xla_ffi/state/save.cc
@@ -192,3 +196,89 @@ def test_two_threads_write_one_file(trained, tmp_path):
     with open(path) as file:
         assert file.read() == "first"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+# --- Other file systems --------------------------------------------------------------------------
+
+
+def save_and_restore(state, fresh, folder):
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "c", {"state": state})
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(folder / "c", {"state": fresh})["state"]
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no second file system")
+def test_spill_on_another_file_system(trained, tmp_path, monkeypatch):
+    """What is written before Orbax's `save` returns is copied where it cannot be moved."""
+    pytest.importorskip("orbax.checkpoint")
+    tx, params, state = trained
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        if os.stat(other).st_dev == os.stat(tmp_path).st_dev:
+            pytest.skip("no second file system")
+        left = pathlib.Path(other, ".paged_optax-0.99999999-0.part")  # of a process that is gone
+        left.touch()
+        seen = []
+
+        def folder_of(info):
+            seen.append(sorted(os.listdir(other)))
+            return other
+
+        monkeypatch.setattr(orbax_hook, "_existing_folder", folder_of)
+        monkeypatch.setattr(ext, "available_host_bytes", lambda: 0)
+        restored = save_and_restore(state, tx.init(params), tmp_path)
+        assert seen == [[left.name]] and os.listdir(other) == []
+    expected, actual = (tx.update(params, x)[0] for x in (state, restored))
+    assert_trees_equal(actual, expected)
+
+
+class Elsewhere:
+    """A path of other storage: not one that `open` knows."""
+
+    def __init__(self, folder):
+        self._folder = pathlib.Path(folder)
+
+    def __fspath__(self):
+        return f"elsewhere:/{self._folder}"
+
+    def __truediv__(self, name):
+        return Elsewhere(self._folder / name)
+
+    def __lt__(self, other):
+        return self._folder < other._folder
+
+    def __getattr__(self, name):
+        return getattr(self._folder, name)
+
+    def glob(self, pattern):
+        return [Elsewhere(path) for path in self._folder.glob(pattern)]
+
+
+@pytest.mark.parametrize("room", [0, 2**60])
+def test_orbax_on_other_storage(room, trained, tmp_path, monkeypatch):
+    """Moments go through the paths that Orbax gives, and back through a local copy."""
+    tx, params, state = trained
+    monkeypatch.setattr(ext, "available_host_bytes", lambda: room)
+    info = types.SimpleNamespace(parent_dir=Elsewhere(tmp_path))
+    value = state.token.value
+    for token, copied in orbax_hook._copy_all([value], [info]).items():
+        asyncio.run(orbax_hook._commit(token, copied))
+    (file,) = (tmp_path / "paged_optax").iterdir()
+    save_moments(state, tmp_path / "local.safetensors")
+    assert file.stat().st_size > 2 * 3000 * 1500
+    values = [value]
+    orbax_hook._restore(values, [info])
+    restored = tx.init(params)
+    restored = restored._replace(count=state.count, token=type(restored.token)(values[0]))
+    expected, actual = (tx.update(params, x)[0] for x in (state, restored))
+    assert_trees_equal(actual, expected)
+
+
+def test_urls_are_refused(trained):
+    tx, params, state = trained
+    with pytest.raises(ValueError, match="gs://bucket/m is not in a local file system.*Orbax"):
+        save_moments(state, "gs://bucket/m")
+    with pytest.raises(ValueError, match="not in a local file system"):
+        load_moments(tx.init(params), "s3://bucket/m")
