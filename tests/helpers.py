@@ -38,6 +38,8 @@ from paged_optax import (
 
 # The names that only tests use, which F401 cannot know.
 from paged_optax import _ext as ext  # noqa: F401
+from paged_optax import _orbax as orbax_hook  # noqa: F401
+from paged_optax import _part_file as part_file  # noqa: F401
 from paged_optax import _reference as reference
 from paged_optax import _testing as hooks  # noqa: F401  functions of C++ for tests alone
 from paged_optax._bytes import parse_bytes  # noqa: F401
