@@ -109,10 +109,10 @@ def test_first_step_that_fails(tmp_path, call, error, match):
 def attempt(action, *args, is_patient):
     """What the action returns, the second time if it fails the first."""
     try:
-        return jax.block_until_ready(action(*args))
+        return finish(action(*args))
     except (*RAISES, MemoryError):
         assert is_patient
-        return jax.block_until_ready(action(*args))
+        return finish(action(*args))
 
 
 def run(tx, is_patient=False):
