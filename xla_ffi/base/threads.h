@@ -9,6 +9,8 @@
 #include <thread>
 #include <vector>
 
+#include "base/faults.h"
+
 namespace paged_optax {
 
 // Runs body(0) .. body(count - 1) on as many threads as the machine has cores, this one included.
@@ -31,6 +33,7 @@ void ForEachInParallel(int64_t count, const F& body) {
   std::vector<std::thread> threads;
   try {
     while (static_cast<int64_t>(threads.size()) + 1 < std::min(cores, count)) {
+      if (PAGED_FAILS("thread")) break;
       threads.emplace_back(work);
     }
   } catch (const std::exception&) {  // the machine has no more threads: fewer do

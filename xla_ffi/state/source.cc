@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "base/crc32.h"
+#include "base/faults.h"
 #include "base/status.h"
 #include "formats/formats.h"
 #include "layout/layout.h"
@@ -98,11 +99,12 @@ void CheckSource(const Source& source) {
 DataReader::DataReader(const Data& data) : data_(data) {
   if (data.bytes != nullptr || data.nbytes == 0) return;
   do {
-    fd_ = open(data.path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe must not wait
+    // A pipe must not wait.
+    fd_ = PAGED_CALL(open, -1, data.path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   } while (fd_ < 0 && errno == EINTR);
   if (fd_ < 0) Refuse(std::strerror(errno));
   struct stat status;
-  const bool is_file = fstat(fd_, &status) == 0 && S_ISREG(status.st_mode);
+  const bool is_file = PAGED_CALL(fstat, -1, fd_, &status) == 0 && S_ISREG(status.st_mode);
   if (is_file && data.offset >= 0 && data.nbytes <= status.st_size &&
       data.offset <= status.st_size - data.nbytes) {
     return;
@@ -122,7 +124,8 @@ void DataReader::Read(int64_t nbytes, uint8_t* destination) {
     std::memcpy(destination, data_.bytes + done_, nbytes);
   }
   for (int64_t got = 0; data_.bytes == nullptr && got < nbytes;) {
-    const ssize_t part = pread(fd_, destination + got, nbytes - got, data_.offset + done_ + got);
+    const ssize_t part =
+        PAGED_CALL(pread, -1, fd_, destination + got, nbytes - got, data_.offset + done_ + got);
     if (part < 0 && errno == EINTR) continue;
     if (part < 0) Refuse(std::strerror(errno));
     if (part == 0) Refuse("the file is too short");
