@@ -94,7 +94,7 @@ void OutputFile::Write(int64_t offset, const uint8_t* bytes, int64_t nbytes) con
 InputFile::InputFile(const std::string& path, bool is_read_once)
     : file_(path, O_RDONLY | O_NONBLOCK) {  // a pipe must not wait
   struct stat status;
-  is_file_ = fstat(file_.fd(), &status) == 0 && S_ISREG(status.st_mode);
+  is_file_ = PAGED_CALL(fstat, -1, file_.fd(), &status) == 0 && S_ISREG(status.st_mode);
   if (!is_file_) return;
   nbytes_ = status.st_size;
   if (is_read_once) file_.GoDirect();

@@ -9,6 +9,8 @@
 #include <thread>
 #include <vector>
 
+#include "base/faults.h"
+
 namespace paged_optax {
 
 // As many as the machine has cores.
@@ -40,6 +42,7 @@ void ForEachInParallel(int64_t count, int64_t num_threads, const L& make_local, 
   std::vector<std::thread> threads;
   try {
     while (static_cast<int64_t>(threads.size()) + 1 < std::min(num_threads, count)) {
+      if (PAGED_FAILS("thread")) break;
       threads.emplace_back(work);
     }
   } catch (const std::exception&) {  // the machine has no more threads: fewer do

@@ -51,6 +51,22 @@ void OrRefuse(const F& step, Token token, const G& leave_alone) {
   }
 }
 
+// Prepares a step, which has not begun. What hinders it, such as a lack of memory or a damaged
+// checkpoint, is a refusal too if no other device takes part. Of several devices, others may take
+// the step, and copies of the parameters would differ: then the program has to fail.
+template <class F>
+auto Prepare(const UpdateCall& call, const F& prepare) {
+  try {
+    return prepare();
+  } catch (const StatusError& error) {
+    const bool no_memory = error.code() == StatusCode::kResourceExhausted;
+    const bool is_other = !no_memory && error.code() != StatusCode::kInvalidArgument;
+    if (is_other || call.signature.num_devices() > 1) throw;
+    throw StatusError(StatusCode::kFailedPrecondition,
+                      (no_memory ? "RESOURCE_EXHAUSTED: " : "") + std::string(error.what()));
+  }
+}
+
 Request MakeRequest(DeviceId device, int64_t run, const UpdateAttrs& attrs, const UpdateCall& call,
                     int32_t part) {
   return {device,
@@ -106,7 +122,7 @@ void ChangeNothing(const UpdateCall& call) {
 void StepOnCpu(ffi::ThreadPool& pool, const Request& request, const UpdateCall& call) {
   Registry& registry = Registry::Get();
   const Token token = *call.token;
-  std::optional<LockedArena> locked = registry.Open(request, token);
+  std::optional<LockedArena> locked = Prepare(call, [&] { return registry.Open(request, token); });
   Arena* const arena = locked->arena.get();
   const int32_t count = *call.count;
   Judgement judgement = Judge(&arena->header, token, LayoutOf(call.fingerprint, *call.part));
@@ -240,8 +256,10 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
       Request request = MakeRequest(gpu.id(), run.run_id, attrs, call, part);
       if (token.version == 1) request.source = source = registry.handles().SourceOf(token.handle);
       // If it is refused, the kernels find no arena, and so change nothing.
-      OrRefuse([&] { made = gpu.BindOnFirstUse(lock, registry.handles(), request, token, stream); },
-               token, [&] { is_refused = true; });
+      const auto bind = [&] {
+        return gpu.BindOnFirstUse(lock, registry.handles(), request, token, stream);
+      };
+      OrRefuse([&] { made = Prepare(call, bind); }, token, [&] { is_refused = true; });
     }
     try {
       Reports* const reports = is_refused ? nullptr : gpu.device_reports();
