@@ -369,7 +369,7 @@ std::vector<uint32_t> WriteArrays(const std::string& path, const py::sequence& i
     arrays.push_back(is_part ? PartToSave(item.cast<py::tuple>()) : DataToSave(item));
   }
   try {
-    const py::gil_scoped_release unlocked;
+    const WithoutGil unlocked;
     const std::vector<SavedArray> owned = std::move(arrays);  // it ends without the GIL too
     return SaveArrays(path, owned);
   } catch (const std::system_error& error) {
