@@ -1,6 +1,6 @@
 """The C++ extension (xla_ffi/python/module.cc)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,10 @@ def snapshot(platform: str, ordinal: int, handle: int, version: int) -> Snapshot
 def read_leaf_parts(
     platform: str, ordinal: int, handle: int, version: int, leaf_indices: list[int]
 ) -> list[Parts]: ...
+
+# Bytes, arrays, or tuples: (path, offset, nbytes, crc), or (snapshot, leaf, kind, state). Returns
+# the CRC-32 of each.
+def write_arrays(path: str, arrays: Sequence[Any]) -> list[int]: ...
 def stage(spec: dict[str, Any]) -> tuple[int, int]: ...
 def staged(handle: int) -> dict[str, Any] | None: ...
 def is_issued(handle: int) -> bool: ...

@@ -5,7 +5,8 @@ effect, and a program with an effect leaves JAX's fast dispatch path, cannot be 
 ordered either.
 
 Here only the compiled program has the effect, so that XLA neither drops, merges nor hoists the
-calls. The order of updates comes from the token, which every update takes and returns.
+calls. The order of updates comes from the token, which every update takes and returns. The norm has
+no effect: two of the same gradients are one.
 """
 
 from typing import NoReturn
@@ -30,6 +31,7 @@ _ISSUE_TARGET = "paged_optax_issue"
 _UPDATE_TARGET = "paged_optax_update"
 _LOAD_TARGET = "paged_optax_load"
 _STORE_TARGET = "paged_optax_store"
+_NORM_TARGET = "paged_optax_norm"
 
 for _name, _platform, _handler in _ext.targets():
     jax.ffi.register_ffi_target(_name, _handler, platform=_platform)
@@ -47,6 +49,9 @@ load_call_p = jax.extend.core.Primitive("paged_optax_load_call")
 store_call_p = jax.extend.core.Primitive("paged_optax_store_call")
 for _primitive in (issue_call_p, update_call_p, load_call_p, store_call_p):
     _primitive.multiple_results = True
+# norm_call_p: a float32 scalar, which only has the type of the result, and gradients -> their
+# global norm.
+norm_call_p = jax.extend.core.Primitive("paged_optax_norm_call")
 # position_p: nothing -> int32 (): the device's place in its mesh, over axes of all types. It is for
 # code that is partitioned already, where jax.lax.axis_index would have to know the axes.
 position_p = jax.extend.core.Primitive("paged_optax_position")
@@ -77,6 +82,12 @@ def _store_avals(token, count, *arrays, part):
     return [token]
 
 
+@norm_call_p.def_abstract_eval
+def _norm_aval(like, *grads):
+    del grads
+    return like
+
+
 def _lower_issue(ctx, seed, *, shared):
     lowering = jax.ffi.ffi_lowering(_ISSUE_TARGET, has_side_effect=True)
     return lowering(ctx, seed, shared=shared, site="init")
@@ -102,6 +113,10 @@ def _lower_load(ctx, *operands, part: Part, dtypes):
 def _lower_store(ctx, *operands, part: Part):
     lowering = jax.ffi.ffi_lowering(_STORE_TARGET, has_side_effect=True)
     return lowering(ctx, *operands, **part.attributes())
+
+
+def _lower_norm(ctx, *operands):
+    return jax.ffi.ffi_lowering(_NORM_TARGET)(ctx, *operands)
 
 
 @position_p.def_abstract_eval
@@ -140,6 +155,7 @@ for _primitive, _lowering in (
     (update_call_p, _lower_update),
     (load_call_p, _lower_load),
     (store_call_p, _lower_store),
+    (norm_call_p, _lower_norm),
 ):
     mlir.register_lowering(_primitive, _no_platform)
     mlir.register_lowering(_primitive, _lowering, platform="cpu")

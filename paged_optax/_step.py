@@ -34,6 +34,7 @@ class Step:
     Equal steps are traced and compiled once.
     """
 
+    clips: bool  # by a global norm: norm and limit follow the other hyperparameters
     decays: Int8s  # of each leaf, whether weight decay applies; () for a direction
     device_bytes: int  # the most of the moments that may be in device memory; -1: no limit
     directory: str  # CPU: where the file is that holds the moments; "": in memory
@@ -140,6 +141,7 @@ def make_step(
     decays: tuple[bool, ...] = (),
     skip_elements: bool = False,
     formats: Int8s | None = None,
+    clips: bool = False,
 ) -> Step:
     """The step of a program on one device.
 
@@ -153,12 +155,14 @@ def make_step(
       decays: of each leaf, whether weight decay applies; () for a direction.
       skip_elements: whether elements with a bad gradient are skipped, also without the option.
       formats: of each leaf; None for what `options` say of the gradients.
+      clips: whether the step clips the gradients by a global norm.
     """
     if formats is None:
         formats = numbers_of(options.quantization, jax.tree.unflatten(treedef, grads))
     takes_params = output in ("update", "params")
     rounds_at_random = takes_params or any(FORMATS[i]["is_random"] for i in formats)
     return Step(
+        clips=clips,
         decays=decays,
         flags=rule.flags,
         formats=formats,

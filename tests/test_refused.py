@@ -17,7 +17,9 @@ from helpers import (
     assert_trees_equal,
     find_state,
     find_states,
+    hooks,
     make_tree,
+    num_arenas,
     raise_if_refused,
     read_leaves,
     read_residuals,
@@ -233,6 +235,80 @@ def test_every_cause(misuse, match):
         if "shape" in match or "belongs" in match:
             break  # it is the newest, and good for the right gradients
         jax.block_until_ready(jax.jit(tx.update)(make_params(), state))
+
+
+# --- What hinders a first step is a refusal too -------------------------------------------------
+
+
+@pytest.fixture
+def given_back():
+    yield
+    hooks.pretend_available(-1)
+    paged_optax.release_all()
+
+
+def no_room(tx, params, state, path):
+    hooks.pretend_available(1000)
+    return state, lambda: hooks.pretend_available(-1)
+
+
+def damaged(tx, params, state, path):
+    """A checkpoint's file that changes after it was opened."""
+    _, state = make_step(tx)(params, state)
+    paged_optax.save_moments(state, path)
+    release(state)
+    loaded = paged_optax.load_moments(tx.init(params), path)
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    return loaded, lambda: path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("donate", [(), (0, 1)], ids=["kept", "donated"])
+@pytest.mark.parametrize("hinder, match", [(no_room, "RESOURCE_EXHAUSTED"), (damaged, "checksum")])
+def test_a_first_step_that_cannot_be_made(hinder, match, donate, tmp_path, given_back, device):
+    """Nothing is lost, and the same state can be stepped once the cause is gone."""
+    tx, params = paged_adamw8bit(0.1, weight_decay=0.5), make_params()
+    if hinder is no_room and device.platform != "cpu":
+        tx = paged_adamw8bit(0.1, weight_decay=0.5, paging=paged_optax.Paging(memory="pinned"))
+    _, unhindered = make_step(tx)(params, tx.init(params))
+    expected, _ = make_step(tx)(params, unhindered if hinder is damaged else tx.init(params))
+    paged_optax.release_all()
+    state, mend = hinder(tx, params, tx.init(params), tmp_path / "moments")
+    step, given = make_step(tx, donate_argnums=donate), copies_of(params)
+    for _ in range(2):
+        given, state = jax.block_until_ready(step(given, state))
+        assert_trees_equal(given, params)
+        with pytest.raises(StateRefused, match=match):
+            step(given, state)
+    assert num_arenas() == 0
+    mend()
+    assert_trees_equal(step(given, state)[0], expected)
+
+
+def test_a_first_step_in_a_loop_cannot_be_made(given_back):
+    """Each round of one program tries, and is refused."""
+    tx, params = paged_adamw8bit(0.1, weight_decay=0.5), make_params()
+    hooks.pretend_available(1000)
+    run = jax.jit(lambda p, s: in_scan(make_step(tx), p, s), donate_argnums=(0, 1))
+    given, state = jax.block_until_ready(run(copies_of(params), tx.init(params)))
+    assert_trees_equal(given, params)
+    with pytest.raises(StateRefused, match="RESOURCE_EXHAUSTED"):
+        run(given, state)
+    hooks.pretend_available(-1)
+    assert not np.array_equal(run(given, state)[0]["w"], params["w"])
+
+
+def test_of_several_devices_it_fails_the_program(device, given_back):
+    """The others may have taken the step: copies of a parameter would not be equal any more."""
+    if device.platform != "cpu":
+        pytest.skip("the CPU has eight devices here")
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices("cpu")[:2])
+    params = jax.device_put(make_params(), jax.NamedSharding(mesh, jax.P()))
+    tx = paged_adamw8bit(0.1)
+    hooks.pretend_available(1000)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        jax.block_until_ready(make_step(tx)(params, tx.init(params)))
 
 
 def in_scan(step, params, state):

@@ -9,6 +9,8 @@
 namespace paged_optax {
 namespace {
 
+constexpr int kLane = kCpuLane;
+
 int CountOf(const ArrayWork& work, int64_t start) {
   const int64_t left = work.place.size - start;
   return left < kLane ? static_cast<int>(left) : kLane;
@@ -21,8 +23,8 @@ PAGED_CLONES void LoadBlocks(const ArrayWork& work, int64_t begin, int64_t end) 
   for (int64_t block = begin; block < end; ++block) {
     const int64_t start = block * kBlockSize;
     LoadLane(work.base, work.place.region.Locate(work.place.first_block + block), lane);
-    DecodeArray<Format>(kTables<Format>, lane, values);
-    Store(work.data, work.dtype, start, CountOf(work, start), values);
+    DecodeArray<Format>(kCpuTables<Format>, lane, values);
+    StoreBlock(work.data, work.dtype, start, CountOf(work, start), values);
   }
 }
 
@@ -32,8 +34,8 @@ PAGED_CLONES void StoreBlocks(const ArrayWork& work, int64_t begin, int64_t end)
   Lane<Values, Format, kLane> lane;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t start = block * kBlockSize;
-    Load(work.data, work.dtype, start, CountOf(work, start), values);
-    EncodeArray<Format>(IeeeMath(), kTables<Format>, DitherStart(work.key, start) + work.phase,
+    LoadBlock(work.data, work.dtype, start, CountOf(work, start), values);
+    EncodeArray<Format>(IeeeMath(), kCpuTables<Format>, DitherStart(work.key, start) + work.phase,
                         values, lane, WholeBlock());
     StoreLane(lane, work.place.region.Locate(work.place.first_block + block), work.base);
   }

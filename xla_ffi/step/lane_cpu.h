@@ -1,5 +1,5 @@
-// What a lane on the CPU, a whole block, adds to the arithmetic of block.h and array.h: its loads
-// and stores.
+// What a lane on the CPU, a whole block, adds to the arithmetic of block.h, array.h and norm.h: its
+// loads and stores.
 #pragma once
 
 #include <cstring>
@@ -9,14 +9,15 @@
 
 namespace paged_optax {
 
+inline constexpr int kCpuLane = static_cast<int>(kBlockSize);
+
 template <class Format>
-inline constexpr auto kTables = Format::template MakeTables<int32_t>();
+inline constexpr auto kCpuTables = Format::template MakeTables<int32_t>();
 
-inline constexpr int kLane = static_cast<int>(kBlockSize);
-
-PAGED_HD void Load(const void* source, DType dtype, int64_t start, int count,
-                   float (&values)[kLane]) {
-  if (count < kLane) std::memset(values, 0, sizeof(values));
+// Of `source`, `count` elements from `start` on, and zeros.
+PAGED_HD void LoadBlock(const void* source, DType dtype, int64_t start, int count,
+                        float (&values)[kCpuLane]) {
+  if (count < kCpuLane) std::memset(values, 0, sizeof(values));
   if (dtype == DType::kFloat32) {
     std::memcpy(values, static_cast<const float*>(source) + start, count * sizeof(float));
     return;
@@ -29,8 +30,8 @@ PAGED_HD void Load(const void* source, DType dtype, int64_t start, int count,
   }
 }
 
-PAGED_HD void Store(void* target, DType dtype, int64_t start, int count,
-                    const float (&values)[kLane]) {
+PAGED_HD void StoreBlock(void* target, DType dtype, int64_t start, int count,
+                         const float (&values)[kCpuLane]) {
   if (dtype == DType::kFloat32) {
     std::memcpy(static_cast<float*>(target) + start, values, count * sizeof(float));
     return;
@@ -45,7 +46,7 @@ PAGED_HD void Store(void* target, DType dtype, int64_t start, int count,
 
 template <class Rule, class Format>
 PAGED_HD void LoadLane(const uint8_t* source, const BlockPlace& place,
-                       Lane<Rule, Format, kLane>& lane) {
+                       Lane<Rule, Format, kCpuLane>& lane) {
   using Code = typename Format::Code;
   for (int s = 0; s < kNumStates<Rule>; ++s) {
     if (source != nullptr) {
@@ -54,7 +55,7 @@ PAGED_HD void LoadLane(const uint8_t* source, const BlockPlace& place,
       continue;
     }
     const Code zero = Format::template Zero<Rule>(s);
-    for (int k = 0; k < kLane; ++k) lane.codes[s][k] = zero;
+    for (int k = 0; k < kCpuLane; ++k) lane.codes[s][k] = zero;
   }
   for (int w = 0; w < kNumWords<Rule, Format>; ++w) lane.words[w] = 0;
   if (source != nullptr) {
@@ -63,7 +64,7 @@ PAGED_HD void LoadLane(const uint8_t* source, const BlockPlace& place,
 }
 
 template <class Rule, class Format>
-PAGED_HD void StoreLane(const Lane<Rule, Format, kLane>& lane, const BlockPlace& place,
+PAGED_HD void StoreLane(const Lane<Rule, Format, kCpuLane>& lane, const BlockPlace& place,
                         uint8_t* target) {
   for (int s = 0; s < kNumStates<Rule>; ++s) {
     std::memcpy(target + place.codes + s * place.state_stride, lane.codes[s],

@@ -9,6 +9,8 @@
 namespace paged_optax {
 namespace {
 
+constexpr int kLane = kCpuLane;
+
 // Fetches what will be needed soon while something else is computed: a block takes so many
 // instructions that the processor does not see the loads of the next one in time.
 PAGED_HD void Prefetch(const void* data, int64_t nbytes) {
@@ -42,7 +44,7 @@ PAGED_CLONES void StepParams(const CpuWork& work, const ParamStep& step, const L
                              float (&values)[kLane]) {
   alignas(64) float params[kLane];
   alignas(64) uint8_t residuals[kLane];
-  Load(leaf.params, leaf.param_dtype, start, count, params);
+  LoadBlock(leaf.params, leaf.param_dtype, start, count, params);
   const bool has_residuals = work.region.shape.residual_bytes != 0;
   if (has_residuals && work.source != nullptr) {
     std::memcpy(residuals, work.source + residual_offset, sizeof(residuals));
@@ -67,7 +69,7 @@ PAGED_CLONES void RunBlocks(const StepOf<Rule>& step, const CpuWork& work, int64
     const int64_t left = leaf.size - start;
     const int count = left < kLane ? static_cast<int>(left) : kLane;
     const BlockPlace place = work.region.Locate(block);
-    Load(leaf.grads, leaf.dtype, start, count, values);
+    LoadBlock(leaf.grads, leaf.dtype, start, count, values);
     PrefetchBlock(leaf.grads, leaf.dtype, start + kBlockSize, leaf.size);
     if (TakesParams(work.output)) {
       PrefetchBlock(leaf.params, leaf.param_dtype, start, leaf.size);
@@ -75,7 +77,7 @@ PAGED_CLONES void RunBlocks(const StepOf<Rule>& step, const CpuWork& work, int64
     if (block + 1 < end) PrefetchCodes<Rule, Format>(work, place);
     LoadLane(work.source, place, lane);
     const int num_fresh = work.source == nullptr ? count : 0;
-    StepBlock(IeeeMath(), step, kTables<Format>, leaf.key, start, num_fresh, values, lane,
+    StepBlock(IeeeMath(), step, kCpuTables<Format>, leaf.key, start, num_fresh, values, lane,
               WholeBlock());
     StoreLane(lane, place, work.target);
     if (work.output == Output::kUpdate) {
@@ -83,7 +85,7 @@ PAGED_CLONES void RunBlocks(const StepOf<Rule>& step, const CpuWork& work, int64
     } else if (work.output == Output::kParams) {
       StepParams<Output::kParams>(work, step.params, leaf, start, count, place.residuals, values);
     }
-    Store(leaf.results, leaf.result_dtype, start, count, values);
+    StoreBlock(leaf.results, leaf.result_dtype, start, count, values);
   }
 }
 

@@ -52,7 +52,7 @@ StepKind KindOf(const UpdateAttrs& attrs) {
   return {static_cast<int8_t>(rule),
           static_cast<Output>(InRange("output", attrs.output, kOutputNames.size())),
           static_cast<uint32_t>(InRange("flags", attrs.flags, int64_t{1} << num_flags)),
-          attrs.skip_elements ? BadElement::kSkip : BadElement::kNan};
+          attrs.skip_elements ? BadElement::kSkip : BadElement::kNan, attrs.clips};
 }
 
 void CheckCounts(const UpdateAttrs& attrs, bool takes_params, size_t num_args, size_t num_rets) {
@@ -163,9 +163,10 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
   call.kind = kind;
   call.token = Scalars<const Token*>(args, 0, ffi::DataType::S32, 2);
   call.count = Scalars<const int32_t*>(args, 1, ffi::DataType::S32, 1);
-  call.hyperparams = Scalars<const float*>(
-      args, 2, ffi::DataType::F32,
-      AllRules()[kind.rule].hyperparams.size() + (takes_params ? kNumParamHyperparams : 0));
+  call.hyperparams = Scalars<const float*>(args, 2, ffi::DataType::F32,
+                                           AllRules()[kind.rule].hyperparams.size() +
+                                               (takes_params ? kNumParamHyperparams : 0) +
+                                               (kind.clips ? kNumClipHyperparams : 0));
   call.part = Scalars<const int32_t*>(args, 3, ffi::DataType::S32, 1);
   call.new_token = static_cast<Token*>(
       Check(**rets.get<ffi::AnyBuffer>(0), ffi::DataType::S32, 2, "the new token"));

@@ -20,6 +20,7 @@
 #include "xla/call.h"
 #include "xla/ffi/api/ffi.h"
 #include "xla/guarded.h"
+#include "xla/norm_handlers.h"
 #include "xla/parallel_for.h"
 
 #if PAGED_OPTAX_CUDA
@@ -32,6 +33,22 @@ namespace ffi = ::xla::ffi;
 
 namespace paged_optax {
 namespace {
+
+// Prepares a step, which has not begun. What hinders it, such as a lack of memory or a damaged
+// checkpoint, is a refusal too if no other device takes part. Of several devices, others may take
+// the step, and copies of the parameters would differ: then the program has to fail.
+template <class F>
+auto Prepare(const UpdateCall& call, const F& prepare) {
+  try {
+    return prepare();
+  } catch (const StatusError& error) {
+    const bool no_memory = error.code() == StatusCode::kResourceExhausted;
+    const bool is_other = !no_memory && error.code() != StatusCode::kInvalidArgument;
+    if (is_other || call.signature.num_devices() > 1) throw;
+    throw StatusError(StatusCode::kFailedPrecondition,
+                      (no_memory ? "RESOURCE_EXHAUSTED: " : "") + std::string(error.what()));
+  }
+}
 
 Request MakeRequest(DeviceId device, int64_t run, const UpdateAttrs& attrs, const UpdateCall& call,
                     int32_t part) {
@@ -89,7 +106,7 @@ void ChangeNothing(const UpdateCall& call) {
 void StepOnCpu(ffi::ThreadPool& pool, const Request& request, const UpdateCall& call) {
   Registry& registry = Registry::Get();
   const Token token = *call.token;
-  std::optional<LockedArena> locked = registry.Open(request, token);
+  std::optional<LockedArena> locked = Prepare(call, [&] { return registry.Open(request, token); });
   Arena* const arena = locked->arena.get();
   const int32_t count = *call.count;
   Judgement judgement = Judge(&arena->header, token, LayoutOf(call.fingerprint, *call.part));
@@ -228,8 +245,10 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
       Request request = MakeRequest(gpu.id(), run.run_id, attrs, call, part);
       if (token.version == 1) request.source = source = registry.handles().SourceOf(token.handle);
       // If it is refused, the kernels find no arena, and so change nothing.
-      OrRefuse([&] { made = gpu.BindOnFirstUse(lock, registry.handles(), request, token, stream); },
-               token, [&] { is_refused = true; });
+      const auto bind = [&] {
+        return gpu.BindOnFirstUse(lock, registry.handles(), request, token, stream);
+      };
+      OrRefuse([&] { made = Prepare(call, bind); }, token, [&] { is_refused = true; });
     }
     try {
       Reports* const reports = is_refused ? nullptr : gpu.device_reports();
@@ -271,14 +290,16 @@ XLA_FFI_DEFINE_HANDLER(kUpdateCuda, UpdateCuda,
 }  // namespace
 
 std::vector<HandlerEntry> Handlers() {
-  std::vector<HandlerEntry> handlers = {
-      {"paged_optax_issue", "cpu", reinterpret_cast<void*>(kIssueCpu)},
-      {"paged_optax_update", "cpu", reinterpret_cast<void*>(kUpdateCpu)},
+  std::vector<HandlerEntry> handlers = NormHandlers();
+  handlers.insert(handlers.end(),
+                  {
+                      {"paged_optax_issue", "cpu", reinterpret_cast<void*>(kIssueCpu)},
+                      {"paged_optax_update", "cpu", reinterpret_cast<void*>(kUpdateCpu)},
 #if PAGED_OPTAX_CUDA
-      {"paged_optax_issue", "CUDA", reinterpret_cast<void*>(kIssueCuda)},
-      {"paged_optax_update", "CUDA", reinterpret_cast<void*>(kUpdateCuda)},
+                      {"paged_optax_issue", "CUDA", reinterpret_cast<void*>(kIssueCuda)},
+                      {"paged_optax_update", "CUDA", reinterpret_cast<void*>(kUpdateCuda)},
 #endif
-  };
+                  });
   for (const HandlerEntry& entry : ArrayHandlers()) handlers.push_back(entry);
   return handlers;
 }
