@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from . import _arrays, _checkpoint_file
-from ._contents import Contents, merge
+from ._contents import Contents, FilePart, merge
 from ._log import log, named, told
+from ._metadata import entries_of
 from ._part_file import replacing
 from ._replace import replace_moments
 from ._state import find_states, read_count, read_token
@@ -45,7 +46,8 @@ def save_moments(opt_state: Any, path: str | os.PathLike[str]) -> int:
       The number of bytes written.
 
     Raises:
-      ValueError: if there is no paged state; if the path is a URL such as ``gs://...``.
+      ValueError: if there is no paged state; if the path is a URL such as ``gs://...``; if a part
+        of the state was loaded from this file and was not updated since.
       RuntimeError: if the state is not the newest one, or was released, or is not in this process.
       NotImplementedError: if it is not known which part of the parameters each device has.
       OSError: if the file cannot be written.
@@ -67,9 +69,12 @@ def save_moments(opt_state: Any, path: str | os.PathLike[str]) -> int:
     if jax.process_count() > 1:
         path = _path_of(path, jax.process_index(), jax.process_count())
     with named("save_moments"):
-        with _opened(opt_state) as contents, replacing(path) as part:
-            about = {"processes": jax.process_count(), "tokens": _tokens(opt_state)}
-            nbytes = _checkpoint_file.write(part, contents, **about)
+        with _opened(opt_state) as contents:
+            if _is_in(path, contents):
+                return os.path.getsize(path)
+            with replacing(path) as part:
+                about = {"processes": jax.process_count(), "tokens": _tokens(opt_state)}
+                nbytes = _checkpoint_file.write(part, contents, **about)
         return told("save_moments wrote %s to %s", nbytes, path)
 
 
@@ -198,6 +203,27 @@ def _opened(opt_state: Any) -> Iterator[list[Contents | None]]:
     with contextlib.ExitStack() as stack:
         pairs = zip(states, counts, strict=True)
         yield [stack.enter_context(opened(state.token, count)) for state, count in pairs]
+
+
+def _is_in(path: str, states: list[Contents | None]) -> bool:
+    """Whether a file is what all states still wait to be read from.
+
+    Raises:
+      ValueError: if that is so of a part of them: another file in its place would be read instead.
+    """
+    parts = [
+        entry.contents.data(entry.leaf, entry.box, entry.field.name) for entry in entries_of(states)
+    ]
+    old = [
+        isinstance(part, FilePart) and os.path.realpath(part.path) == os.path.realpath(path)
+        for part in parts
+    ]
+    if any(old) and not (all(old) and all(states)):
+        raise ValueError(
+            f"a part of this optimizer state has not been read yet from {path}, which would be"
+            " replaced. Save to another path, or after the next update"
+        )
+    return any(old)
 
 
 def _tokens(opt_state: Any) -> list[tuple[int, int]]:

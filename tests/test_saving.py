@@ -151,6 +151,24 @@ def test_every_piece_is_summed(trained, tmp_path):
         paged_optax.release(restored)
 
 
+def test_a_loaded_state_is_saved_in_its_own_place(trained, tmp_path):
+    """Before the first update, which still reads the file."""
+    tx, params, state = trained
+    path = tmp_path / "m.safetensors"
+    nbytes = save_moments(state, path)
+    before = path.stat()
+    restored = load_moments(tx.init(params), path)
+    assert save_moments(restored, path) == nbytes
+    assert path.stat().st_ino == before.st_ino
+    both = (restored, tx.update(params, tx.init(params))[1])
+    with pytest.raises(ValueError, match="has not been read yet from .*m.safetensors"):
+        save_moments(both, path)
+    expected, actual = tx.update(params, state), tx.update(params, restored)
+    assert_trees_equal(actual[0], expected[0])
+    save_moments(actual[1], path)
+    assert path.stat().st_ino != before.st_ino
+
+
 # --- Files that are not complete -----------------------------------------------------------------
 
 
