@@ -109,6 +109,7 @@ def warn_of_refusal(text: str) -> None:
     """Warns as soon as a refusal is known; where warnings are errors, the exception is enough."""
     if _thread.stops_at_once:
         return
+    text = text if text.startswith("paged_optax: ") else f"paged_optax: {text}"
     message = f"{text} (The step changed nothing. The next use of the state raises StateRefused.)"
     with contextlib.suppress(RuntimeWarning):
         warn(message, stacklevel=3)

@@ -5,6 +5,8 @@ A test build can make any call fail that is written as PAGED_CALL (xla_ffi/base/
 
 import errno
 import os
+import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 import paged_optax
-from helpers import RAISES, assert_trees_equal, finish, hooks, num_arenas
+from helpers import RAISES, assert_trees_equal, finish, hooks, num_arenas, run_python
 from paged_optax import Paging, evict, memory_report, moments, prefetch, release
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -168,3 +170,44 @@ def test_file_system_without_nameless_files(tmp_path):
 def test_file_systems_that_are_not_safe(type, word):
     danger = hooks.danger_of(type)
     assert word in danger and bool(danger) == bool(word)
+
+
+ON_BTRFS = """
+import subprocess, warnings
+import jax, jax.numpy as jnp
+from paged_optax import Paging, evict, moments, scale_by_paged_adam8bit
+mount = "truncate -s 400M image && mkfs.btrfs -q image && mkdir disk && mount -o loop image disk"
+subprocess.run(mount, shell=True, check=True)
+tx = scale_by_paged_adam8bit(paging=Paging(directory="disk"))
+params = {"w": jnp.ones((1 << 20,))}
+with warnings.catch_warnings(record=True) as caught:
+    _, state = jax.block_until_ready(tx.update(params, tx.init(params)))
+    assert any("at risk: it is btrfs" in str(w.message) for w in caught), caught
+evict(state)
+try:
+    with open("disk/other", "wb", buffering=0) as other:
+        while True:
+            other.write(bytes(1 << 20))
+except OSError:
+    pass
+for _ in range(3):
+    _, state = jax.block_until_ready(tx.update(params, state))
+    evict(state)
+print("moments", float(moments(state).mu["w"][0]) > 0)
+"""
+
+
+@pytest.mark.endurance
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+@pytest.mark.skipif(shutil.which("mkfs.btrfs") is None, reason="without btrfs-progs")
+def test_real_btrfs_that_is_full(tmp_path):
+    """It is told to write in place, so that data have their room; that is no promise, it warns."""
+    in_a_mount_space = f"import os; os.unshare(os.CLONE_NEWNS)\n{ON_BTRFS}"
+    if sys.version_info < (3, 12):
+        pytest.skip("os.unshare is new in Python 3.12")
+    private = "import subprocess; subprocess.run(['mount', '--make-rprivate', '/'], check=True)\n"
+    code = in_a_mount_space.replace("\n", "\n" + private, 1)
+    process = run_python(code, tmp_path, check=False)
+    if "mount" in process.stderr and process.returncode:
+        pytest.skip("this machine mounts no btrfs")
+    assert process.stdout == "moments True\n", process

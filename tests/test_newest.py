@@ -285,7 +285,7 @@ def find_count(state):
 
 
 @pytest.mark.parametrize(
-    "num_interrupts", [30, pytest.param(1000, marks=pytest.mark.slow)], ids=str
+    "num_interrupts", [30, pytest.param(1000, marks=pytest.mark.endurance)], ids=str
 )
 @pytest.mark.parametrize("donate", [False, True], ids=["kept", "donated"])
 def test_interrupts_lose_nothing(donate, num_interrupts):

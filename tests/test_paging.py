@@ -21,6 +21,7 @@ from hypothesis import given
 from helpers import (
     RAISES,
     assert_trees_equal,
+    finish,
     forget_notices,
     free_device_bytes,
     hooks,
@@ -456,7 +457,7 @@ def test_fallback_says_so(undisturbed):
 def test_file_is_refused_on_a_gpu(tmp_path):
     with pytest.raises(RAISES, match="only the CPU can use"):
         run = Run(directory=tmp_path).step()
-        jax.block_until_ready(run.params)
+        finish(run.params)
 
 
 @gpu

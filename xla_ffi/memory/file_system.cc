@@ -36,7 +36,8 @@ const char* NameIn(const Known (&list)[N], unsigned type) {
 
 #if defined(__linux__)
 // btrfs writes a file in place, into the room that was reserved for it, if told so while the file
-// is empty.
+// is empty. Then only the room of its records may be short: where data share that (mkfs.btrfs -M),
+// a full disk was seen to end a process.
 bool WritesInPlace(int fd) {
   int flags = 0;
   if (PAGED_CALL(ioctl, -1, fd, FS_IOC_GETFLAGS, &flags) != 0) return false;
@@ -68,7 +69,12 @@ FileSystem Examine(int fd) {
   struct statfs system;
   if (PAGED_CALL(fstatfs, -1, fd, &system) != 0) return {false, ""};
   FileSystem result = Classify(static_cast<long>(system.f_type));
-  if (static_cast<unsigned>(system.f_type) == kBtrfs && WritesInPlace(fd)) result.danger.clear();
+  if (static_cast<unsigned>(system.f_type) == kBtrfs && WritesInPlace(fd)) {
+    result.danger =
+        "it is btrfs, which needs room for its own records whenever a page is written, also in a "
+        "file that it writes in place: if nothing at all is left on the disk, a step ends the "
+        "process (SIGBUS)";
+  }
   return result;
 #else
   (void)fd;
