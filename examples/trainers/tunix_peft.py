@@ -22,8 +22,12 @@ import optax
 import orbax.checkpoint as ocp
 import qwix
 from flax import nnx
-from tunix.models.llama3.model import Llama3, ModelConfig
-from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
+from tunix.models.llama3.model import Llama3, ModelConfig  # pyright: ignore[reportMissingImports]
+from tunix.sft.peft_trainer import (  # pyright: ignore[reportMissingImports]
+    PeftTrainer,
+    TrainingConfig,
+    TrainingInput,
+)
 
 import paged_optax
 
@@ -106,7 +110,7 @@ class Trainer(PeftTrainer):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Tunix's PeftTrainer with a paged optimizer.")
     parser.add_argument("--kind", choices=["lora", "qlora"], default="qlora")
     parser.add_argument("--steps", type=int, default=20, help="of the whole run")
     parser.add_argument("--checkpoint-dir", type=Path, help="where to save, and to resume from")
