@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from paged_optax import Paging, Quantization, apply_gradients, paged_adamw8bit, release
+from paged_optax import (
+    Paging,
+    Quantization,
+    apply_gradients,
+    clip_by_global_norm,
+    paged_adamw8bit,
+    release,
+)
 
 RATE, DECAY = 1e-3, 1e-2
 LOOP = 20  # steps of a program that loops
@@ -59,19 +66,28 @@ class JaxRun:
             leaf.delete()
 
 
-def _optax(params, grads):
-    tx = optax.adamw(RATE, weight_decay=DECAY)
-
-    def step(grads, state, params):
-        updates, state = tx.update(grads, state, params)
-        return grads, state, optax.apply_updates(params, updates)
-
-    return JaxRun(step, jax.jit(tx.init)(params), params, grads)
+def _clipped(tx: Any, clip: Any, params: Any) -> Any:
+    """After a clipping that halves gradients of a normal distribution."""
+    size = sum(param.size for param in params)
+    return optax.chain(clip(0.5 * size**0.5), tx) if clip else tx
 
 
-def _paged(in_place: bool, **options):
+def _optax(clip: Any = None):
     def start(params, grads):
-        tx = paged_adamw8bit(RATE, weight_decay=DECAY, **options)
+        tx = _clipped(optax.adamw(RATE, weight_decay=DECAY), clip, params)
+
+        def step(grads, state, params):
+            updates, state = tx.update(grads, state, params)
+            return grads, state, optax.apply_updates(params, updates)
+
+        return JaxRun(step, jax.jit(tx.init)(params), params, grads)
+
+    return start
+
+
+def _paged(in_place: bool, clip: Any = None, **options):
+    def start(params, grads):
+        tx = _clipped(paged_adamw8bit(RATE, weight_decay=DECAY, **options), clip, params)
 
         def separate(grads, state, params):
             updates, state = tx.update(grads, state, params)
@@ -157,7 +173,7 @@ def peers(dtype: str, codec: str) -> list[Peer]:
     quantization = Quantization(codec)
     options: dict[str, Any] = {"quantization": quantization}
     rows = [
-        Peer("optax.adamw", _optax, lambda size: 7 * size),
+        Peer("optax.adamw", _optax(), lambda size: 7 * size),
         Peer("paged, update and apply", _paged(False, **options)),
         Peer("paged, in place", _paged(True, **options), lambda size: 3 * size + 4),
     ]
@@ -180,6 +196,21 @@ def peers(dtype: str, codec: str) -> list[Peer]:
         others.append(("flashoptim", "FlashAdamW", _torch("flashoptim", "FlashAdamW")))
     installed = [Peer(name, start) for module, name, start in others if _is_installed(module)]
     return rows + installed
+
+
+def clipping_peers(codec: str) -> list[Peer]:
+    """Steps of gradients that are clipped by their global norm."""
+    options = {"quantization": Quantization(codec)}
+    optax_clip = optax.clip_by_global_norm
+    return [
+        Peer("optax.adamw, clipped by optax", _optax(optax_clip)),
+        Peer("paged, in place, clipped by optax", _paged(True, optax_clip, **options)),
+        Peer(
+            "paged, in place, clipped as it steps",
+            _paged(True, clip_by_global_norm, **options),
+            lambda size: 4 * size + 4,
+        ),
+    ]
 
 
 def _is_installed(module: str) -> bool:

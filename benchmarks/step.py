@@ -1,13 +1,15 @@
 """Times whole AdamW steps: gradients given, everything donated, against the peers installed.
 
     python benchmarks/step.py [--cases float32 lora ...] [--peers optax paged ...] [--ways loop]
+    python benchmarks/step.py --clip
     python benchmarks/step.py --sizes times.json
     python benchmarks/step.py --plot times.json docs/step_time.png
 
 A step takes gradients, state and parameters and makes the new parameters. "loop" is a step of a
 program that takes 20 of them; "dispatched" is one of ten programs that are started one after the
 other. Every optimizer's first step is compared with what AdamW's first step is before it is timed.
-"of copy" is the memory rate of the loop as a share of a copy's. --sizes times steps of one tensor
+"of copy" is the memory rate of the loop as a share of a copy's. --clip times steps of gradients
+that are clipped by their global norm. --sizes times steps of one tensor
 of 1e4 to 1e9 float32 parameters (to 1e8 on a CPU) in a loop, and --plot draws these times.
 """
 
@@ -22,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from peers import DECAY, LOOP, RATE, Peer, peers
+from peers import DECAY, LOOP, RATE, Peer, clipping_peers, peers
 
 WAYS = ["loop", "dispatched"]
 DISPATCHED = 10  # queued in a row and timed together
@@ -114,8 +116,8 @@ def print_table(args: argparse.Namespace) -> None:
     for name in args.cases or cases():
         title, shapes, dtype = cases()[name]
         size = sum(int(np.prod(shape)) for shape in shapes)
-        print(f"\n{f'{title}, ms a step':<36}{'loop':>12}{'dispatched':>12}{'of copy':>10}")
-        for peer in peers(dtype, args.codec):
+        print(f"\n{f'{title}, ms a step':<38}{'loop':>12}{'dispatched':>12}{'of copy':>10}")
+        for peer in clipping_peers(args.codec) if args.clip else peers(dtype, args.codec):
             if not any(re.search(pattern, peer.name) for pattern in args.peers):
                 continue
             times = time_peer(peer, shapes, dtype, args.repeats, args.ways)
@@ -125,7 +127,7 @@ def print_table(args: argparse.Namespace) -> None:
             if peer.nbytes and times[0]:
                 nbytes = size * peer.nbytes(jnp.dtype(dtype).itemsize)
                 share = f"{nbytes / (1e-3 * times[0]) / rate:.0%}"
-            print(f"{peer.name:<36}{cells[0]:>12}{cells[1]:>12}{share:>10}", flush=True)
+            print(f"{peer.name:<38}{cells[0]:>12}{cells[1]:>12}{share:>10}", flush=True)
 
 
 def time_sizes(path: str, codec: str, repeats: int) -> None:
@@ -167,6 +169,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--peers", nargs="+", default=[""], help="patterns of their names")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--clip", action="store_true", help="gradients are clipped")
     parser.add_argument("--sizes", metavar="FILE")
     parser.add_argument("--plot", nargs=2, metavar=("FILE", "PICTURE"))
     args = parser.parse_args()

@@ -42,6 +42,7 @@ from ._ademamix import (
 from ._bitsandbytes import from_bitsandbytes
 from ._check import check_last
 from ._checkpoint import export_moments, import_moments, load_moments, save_moments
+from ._clip import clip_by_global_norm
 from ._composed import paged_lamb8bit, paged_lars8bit, paged_nadamw8bit
 from ._convert import from_optax, to_optax
 from ._ema import (
@@ -56,6 +57,7 @@ from ._memory import evict, prefetch, release, release_all
 from ._moments import Moments, moments
 from ._muon import ScaleByPagedMuon8bitState, paged_muon8bit
 from ._newest import newest
+from ._norm import global_norm
 from ._options import Paging, Quantization
 from ._orbax import use_orbax_hook
 from ._plan import Plan, plan
@@ -104,10 +106,12 @@ __all__ = [
     "StateRefused",
     "apply_gradients",
     "check_last",
+    "clip_by_global_norm",
     "evict",
     "export_moments",
     "from_bitsandbytes",
     "from_optax",
+    "global_norm",
     "import_moments",
     "load_moments",
     "memory_report",

@@ -12,6 +12,8 @@ import numpy as np
 
 from . import _arrays, _checkpoint_file
 from ._contents import Contents, merge
+from ._log import log, named, told
+from ._part_file import replacing
 from ._replace import replace_moments
 from ._state import find_states, read_count, read_token
 from ._transfer import opened
@@ -26,9 +28,11 @@ def save_moments(opt_state: Any, path: str | os.PathLike[str]) -> int:
     process which is killed leaves the file that was there. It takes the place of that one when this
     function returns.
 
+    Several threads read, sum and write at once, past the page cache where the file system can. The
+    file that a process left which was killed while it wrote goes with the next save.
+
     Waits for the updates under way, and updates that start meanwhile wait for it. Takes no memory
-    of the GPU and moves no moments. The host needs memory for 256 MiB of them, or for one array if
-    that is larger.
+    of the GPU and moves no moments. The host needs memory for 64 MiB of them.
 
     With several processes (`jax.distributed`) each must make this call. Each writes the moments
     that are on its own devices, to `path` with ``-00001-of-00004`` before its suffix.
@@ -41,7 +45,7 @@ def save_moments(opt_state: Any, path: str | os.PathLike[str]) -> int:
       The number of bytes written.
 
     Raises:
-      ValueError: if there is no paged state.
+      ValueError: if there is no paged state; if the path is a URL such as ``gs://...``.
       RuntimeError: if the state is not the newest one, or was released, or is not in this process.
       NotImplementedError: if it is not known which part of the parameters each device has.
       OSError: if the file cannot be written.
@@ -59,12 +63,14 @@ def save_moments(opt_state: Any, path: str | os.PathLike[str]) -> int:
       >>> print(state.count)
       2
     """
-    path = os.fspath(path)
+    path = _local_path(path)
     if jax.process_count() > 1:
         path = _path_of(path, jax.process_index(), jax.process_count())
-    with _opened(opt_state) as contents, _checkpoint_file.replacing(path) as file:
-        about = {"processes": jax.process_count(), "tokens": _tokens(opt_state)}
-        return _checkpoint_file.write(file, contents, **about)
+    with named("save_moments"):
+        with _opened(opt_state) as contents, replacing(path) as part:
+            about = {"processes": jax.process_count(), "tokens": _tokens(opt_state)}
+            nbytes = _checkpoint_file.write(part, contents, **about)
+        return told("save_moments wrote %s to %s", nbytes, path)
 
 
 def load_moments(opt_state: Any, path: str | os.PathLike[str], *, convert: bool = False) -> Any:
@@ -92,12 +98,24 @@ def load_moments(opt_state: Any, path: str | os.PathLike[str], *, convert: bool 
       ValueError: if the file is damaged or of a newer version of the library; if a file of another
         process is missing; if there is another number of paged states. From the first update
         (there also JaxRuntimeError): if names, shapes or formats differ, or checksums are wrong.
+        Also if the path is a URL such as ``gs://...``.
       OSError: if the file cannot be read.
 
     Example:
-      See `save_moments`.
+      >>> import os, tempfile, jax.numpy as jnp, paged_optax
+      >>> tx = paged_optax.scale_by_paged_adam8bit()
+      >>> params = {"w": jnp.ones((64, 64))}
+      >>> _, state = tx.update(params, tx.init(params))
+      >>> path = os.path.join(tempfile.mkdtemp(), "moments.safetensors")
+      >>> nbytes = paged_optax.save_moments(state, path)
+      >>> state = paged_optax.load_moments(tx.init(params), path)  # in whatever process
+      >>> print(state.count)
+      1
     """
-    return replace_moments(opt_state, _read_files(os.fspath(path)), convert=convert)
+    with named("load_moments"):
+        state = replace_moments(opt_state, _read_files(_local_path(path)), convert=convert)
+    log.info("load_moments found the moments in %s; the first update reads them", path)
+    return state
 
 
 def export_moments(opt_state: Any) -> dict[str, np.ndarray]:
@@ -126,7 +144,7 @@ def export_moments(opt_state: Any) -> dict[str, np.ndarray]:
       (64, 64) uint8
       >>> state = paged_optax.import_moments(tx.init(params), arrays)
     """
-    with _opened(opt_state) as contents:
+    with named("export_moments"), _opened(opt_state) as contents:
         return _arrays.to_arrays(contents)
 
 
@@ -151,7 +169,15 @@ def import_moments(opt_state: Any, arrays: Mapping[str, Any], *, convert: bool =
         `load_moments`.
 
     Example:
-      See `export_moments`.
+      >>> import jax.numpy as jnp, paged_optax
+      >>> tx = paged_optax.scale_by_paged_adam8bit()
+      >>> params = {"w": jnp.ones((64, 64))}
+      >>> _, state = tx.update(params, tx.init(params))
+      >>> arrays = paged_optax.export_moments(state)
+      >>> state = paged_optax.import_moments(tx.init(params), arrays)
+      >>> _, state = tx.update(params, state)
+      >>> print(state.count)
+      2
     """
     states, _ = _arrays.from_arrays(arrays)
     return replace_moments(
@@ -176,6 +202,18 @@ def _opened(opt_state: Any) -> Iterator[list[Contents | None]]:
 
 def _tokens(opt_state: Any) -> list[tuple[int, int]]:
     return [read_token(state) for state in find_states(opt_state)]
+
+
+def _local_path(path: str | os.PathLike[str]) -> str:
+    """The path as text; refuses one of other storage, which `open` would look for in a folder."""
+    text = os.fspath(path)
+    if "://" in text:
+        raise ValueError(
+            f"{text} is not in a local file system, and moments are written to local files. Save to"
+            " a local path and copy the file (fsspec and etils.epath do that), or save the state"
+            " with Orbax, which takes moments along to wherever its checkpoints are"
+        )
+    return text
 
 
 def _path_of(path: str, process: int, num_processes: int) -> str:

@@ -11,18 +11,17 @@ References:
   Hugging Face, `safetensors <https://huggingface.co/docs/safetensors>`_
 """
 
-import contextlib
 import json
 import math
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from . import _metadata
+from . import _ext, _metadata
 from ._ahead import ahead
 from ._contents import Contents, Damaged, FilePart
 
@@ -33,56 +32,44 @@ _MAX_HEADER = 100 * 2**20  # bytes, as in safetensors itself
 # --- Writing -------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def replacing(path: str) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` when it is complete and on the disk.
-
-    Whatever happens before, a file that was there stays as it was.
-    """
-    folder, name = os.path.split(path)
-    part = os.path.join(folder, f".{name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        move(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(part)
-        raise
-
-
-def move(old: str, path: str) -> None:
-    """Gives a complete file of the same file system the name `path`, on the disk too."""
-    os.replace(old, path)
-    folder = os.path.dirname(path)
-    opened = os.open(folder or ".", os.O_RDONLY)  # the new name has to be on the disk too
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
-
-
-def write(file: BinaryIO, states: Sequence[Contents | None], **extra: Any) -> int:
-    """Writes states, one array after the other, while the next ones are read and summed.
+def write(path: str, states: Sequence[Contents | None], **extra: Any) -> int:
+    """Writes states into an existing, empty file. Several threads read, sum and write them at once.
 
     Args:
-      file: opened for writing bytes.
+      path: the file.
       states: what to write; None for a state that was never updated.
       **extra: what else the metadata say, for `read` to return.
 
     Returns:
       The number of bytes written.
     """
+    entries = list(_metadata.entries_of(states))
+    text = _encode_header(states, extra)
+    parts = [struct.pack("<Q", len(text)), text, *map(_source_of, entries)]
+    sums = _ext.write_arrays(path, parts)
+    with open(path, "ab") as file:  # the length has none
+        file.write(np.array(sums[1:], "<u4"))
+        return file.tell()
+
+
+def stream(file: BinaryIO, states: Sequence[Contents | None], **extra: Any) -> int:
+    """The same, into something that takes bytes one after the other, such as a remote file."""
     text = _encode_header(states, extra)
     file.write(struct.pack("<Q", len(text)))
     file.write(text)
     sums, written = [zlib.crc32(text)], 8 + len(text)
     for data, crc in ahead(_metadata.entries_of(states), _read_entry, _nbytes_of):
-        written += file.write(data)
+        file.write(data)
+        written += len(data)
         sums.append(crc)
-    return written + file.write(np.array(sums, "<u4").tobytes())
+    file.write(np.array(sums, "<u4").tobytes())
+    return written + 4 * len(sums)
+
+
+def _source_of(entry: _metadata.Entry) -> Any:
+    """What an entry consists of, as the extension takes it."""
+    data = entry.contents.data(entry.leaf, entry.box, entry.field.name)
+    return np.ascontiguousarray(data) if isinstance(data, np.ndarray) else data
 
 
 def _read_entry(entry: _metadata.Entry) -> tuple[memoryview, int]:

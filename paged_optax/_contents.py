@@ -38,7 +38,7 @@ class FilePart(NamedTuple):
     path: str
     offset: int
     nbytes: int
-    crc: int
+    crc: int | None  # None: not known
 
     def load(self, dtype: np.dtype, shape: Shape) -> np.ndarray:
         """The array.
@@ -53,12 +53,29 @@ class FilePart(NamedTuple):
             file.seek(self.offset)
             if file.readinto(data) != self.nbytes:
                 raise Damaged(f"{self.path} is damaged: it is cut off")
-        if zlib.crc32(data) != self.crc:
+        if self.crc is not None and zlib.crc32(data) != self.crc:
             raise Damaged(
                 f"{self.path} is damaged: the {self.nbytes} bytes at {self.offset} are not what was"
                 " written"
             )
         return array
+
+
+class MemoryPart(NamedTuple):
+    """An array that a device has, while its snapshot is open; as the extension takes it too."""
+
+    snapshot: Any
+    leaf: int
+    kind: str
+    state: int
+
+    def load(self, dtype: np.dtype, shape: Shape) -> np.ndarray:
+        """A copy of it."""
+        array = self.snapshot.read_part(self.leaf, self.kind, self.state)
+        return array.view(dtype).reshape(shape)
+
+
+Data = np.ndarray | FilePart | MemoryPart  # an array, or where it is
 
 
 class Damaged(ValueError):
@@ -99,15 +116,15 @@ class Contents:
     has_residuals: bool
     tree: int
     leaves: tuple[Leaf, ...]
-    data: Callable[[int, int, str], np.ndarray | FilePart]
+    data: Callable[[int, int, str], Data]
     count: int | None = None
 
     def read(self, leaf: int, box: int, field: Field) -> np.ndarray:
         """An array. Raises as `FilePart.load`."""
         found = self.data(leaf, box, field.name)
-        if isinstance(found, FilePart):
-            return found.load(field.dtype, field.shape(self.leaves[leaf].box))
-        return found
+        if isinstance(found, np.ndarray):
+            return found
+        return found.load(field.dtype, field.shape(self.leaves[leaf].box))
 
     def fields(self, leaf: Leaf) -> list[Field]:
         return fields_of(self.rule, leaf.format, self.has_residuals)
@@ -195,7 +212,7 @@ def merge(parts: Sequence[Contents]) -> Contents:
         if dataclasses.replace(part, leaves=first.leaves, data=first.data) != first:
             raise ValueError("the files of the processes are not of one state")
 
-    def data(i: int, b: int, name: str) -> np.ndarray | FilePart:
+    def data(i: int, b: int, name: str) -> Data:
         part, at = places[i][b]
         return part.data(i, at, name)
 
@@ -211,8 +228,6 @@ def copy(contents: Contents) -> Contents:
     return with_arrays(contents, {(i, b, field.name): array for (i, b, field), array in named})
 
 
-def with_arrays(
-    contents: Contents, arrays: Mapping[tuple[int, int, str], np.ndarray | FilePart]
-) -> Contents:
+def with_arrays(contents: Contents, arrays: Mapping[tuple[int, int, str], Data]) -> Contents:
     """The same, with data by leaf, box and name of the field."""
     return dataclasses.replace(contents, data=lambda *key: arrays[key])

@@ -1,11 +1,12 @@
-"""The two XLA custom calls as JAX primitives.
+"""The XLA custom calls as JAX primitives.
 
 Each call is a primitive of its own, because ``jax.ffi.ffi_call(has_side_effect=True)`` adds a JAX
 effect, and a program with an effect leaves JAX's fast dispatch path, cannot be sharded and is not
 ordered either.
 
 Here only the compiled program has the effect, so that XLA neither drops, merges nor hoists the
-calls. The order of updates comes from the token, which every update takes and returns.
+calls. The order of updates comes from the token, which every update takes and returns. The norm has
+no effect: two of the same gradients are one.
 """
 
 from typing import NoReturn
@@ -19,6 +20,7 @@ from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
 
 from . import _ext
+from ._log import log
 from ._step import Step
 
 TOKEN_SHAPE = (2,)  # handle, version
@@ -27,6 +29,7 @@ NUM_SCALARS = 4  # operands of an update before the leaves: token, count, hyperp
 
 _ISSUE_TARGET = "paged_optax_issue"
 _UPDATE_TARGET = "paged_optax_update"
+_NORM_TARGET = "paged_optax_norm"
 
 for _name, _platform, _handler in _ext.targets():
     jax.ffi.register_ffi_target(_name, _handler, platform=_platform)
@@ -38,6 +41,9 @@ issue_call_p = jax.extend.core.Primitive("paged_optax_issue_call")
 # -> the advanced token, and what the step returns. Static: `step`, a `Step`.
 update_call_p = jax.extend.core.Primitive("paged_optax_update_call")
 issue_call_p.multiple_results = update_call_p.multiple_results = True
+# norm_call_p: a float32 scalar, which only has the type of the result, and gradients -> their
+# global norm.
+norm_call_p = jax.extend.core.Primitive("paged_optax_norm_call")
 # position_p: nothing -> int32 (): the device's place in its mesh, over axes of all types. It is for
 # code that is partitioned already, where jax.lax.axis_index would have to know the axes.
 position_p = jax.extend.core.Primitive("paged_optax_position")
@@ -55,12 +61,19 @@ def _update_avals(token, count, hyperparams, part, *leaves, step):
     return [token, *leaves[step.replaced]]
 
 
+@norm_call_p.def_abstract_eval
+def _norm_aval(like, *grads):
+    del grads
+    return like
+
+
 def _lower_issue(ctx, seed, *, shared):
     lowering = jax.ffi.ffi_lowering(_ISSUE_TARGET, has_side_effect=True)
     return lowering(ctx, seed, shared=shared, site="init")
 
 
 def _lower_update(ctx, *operands, step: Step):
+    log.debug("an update is compiled: %s", step)
     # Each result takes the place of its gradient, or of its parameter.
     places = range(NUM_SCALARS, len(operands))[step.replaced]
     aliases = {place: 1 + i for i, place in enumerate(places)}
@@ -68,6 +81,10 @@ def _lower_update(ctx, *operands, step: Step):
         _UPDATE_TARGET, has_side_effect=True, operand_output_aliases=aliases
     )
     return lowering(ctx, *operands, **step.attributes())
+
+
+def _lower_norm(ctx, *operands):
+    return jax.ffi.ffi_lowering(_NORM_TARGET)(ctx, *operands)
 
 
 @position_p.def_abstract_eval
@@ -101,7 +118,11 @@ def _no_platform(ctx, *operands, **static) -> NoReturn:
     )
 
 
-for _primitive, _lowering in ((issue_call_p, _lower_issue), (update_call_p, _lower_update)):
+for _primitive, _lowering in (
+    (issue_call_p, _lower_issue),
+    (update_call_p, _lower_update),
+    (norm_call_p, _lower_norm),
+):
     mlir.register_lowering(_primitive, _no_platform)
     mlir.register_lowering(_primitive, _lowering, platform="cpu")
     mlir.register_lowering(

@@ -163,7 +163,9 @@ def apply_gradients(
 
     Donate the parameters and the optimizer state to the program, as in the example. XLA then gives
     the call the memory of the parameters. Parameters that are still needed afterwards are copied
-    first, so the result is the same.
+    first, so the result is the same. Let the step take and return the parameters before the state:
+    JAX pairs donated arguments with results of the same shape in their order, so with accumulators
+    in the state (`MultiSteps`) another order costs a copy of both.
 
     Args:
       tx: any transformation in which a paged optimizer is the last one to touch the updates of its

@@ -19,15 +19,12 @@ saves bare tokens.
 What fails when Orbax changes: ``tests/test_checkpoint.py::test_orbax_has_what_we_wrap``.
 """
 
-import contextlib
 import functools
 import os
 import shutil
 import tempfile
-import warnings
-import weakref
 from collections.abc import Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +33,15 @@ import numpy as np
 from . import _checkpoint_file, _ext
 from ._after_import import after_import
 from ._checkpoint import merge_files
-from ._contents import Contents, copy, nbytes_of
+from ._contents import Contents, FilePart, copy, nbytes_of
 from ._ffi import TOKEN_SHAPE
+from ._log import warn
+from ._part_file import PartFile, replacing
 from ._state import new_token
 from ._transfer import opened, stage
 
 FOLDER = "paged_optax"  # in the folder of an item
+_CHUNK = 16 * 2**20  # bytes, to and from other storage
 
 _is_on = os.environ.get("PAGED_OPTAX_ORBAX", "1") != "0"
 
@@ -121,25 +121,22 @@ class _Spill:
     """
 
     def __init__(self, contents: Contents, token: tuple[int, int], info: Any):
-        name = f".paged_optax-{_name(token)}.{jax.process_index()}.{os.getpid()}.part"
-        self.path = os.path.join(_existing_folder(info), name)
-        weakref.finalize(self, _remove, self.path, os.getpid())
-        with _checkpoint_file.replacing(self.path) as file:
-            _write(file, contents, token)
+        # What a killed process left has the same stem, and goes when this one is made.
+        self._part = PartFile(_existing_folder(info), f".paged_optax-{jax.process_index()}")
+        _checkpoint_file.write(self._part.path, [contents], **_about(token))
 
     def move(self, path: Any) -> None:
-        """Puts the file where it belongs."""
-        if _is_local(path) and os.stat(path.parent).st_dev == os.stat(self.path).st_dev:
-            _checkpoint_file.move(self.path, os.fspath(path))
-            return
-        with open(self.path, "rb") as source, _writing(path) as target:
-            shutil.copyfileobj(source, target)
-
-
-def _remove(path: str, pid: int) -> None:
-    if os.getpid() == pid:  # not in a forked process
-        with contextlib.suppress(OSError):
-            os.unlink(path)
+        """Puts the file where it belongs, on whatever file system that is."""
+        source = self._part.path
+        if not _is_local(path):
+            with open(source, "rb") as file, path.open("wb") as target:
+                shutil.copyfileobj(file, target, _CHUNK)
+        elif os.stat(path.parent).st_dev == os.stat(source).st_dev:
+            self._part.move(os.fspath(path))
+        else:
+            with replacing(os.fspath(path)) as part:
+                _ext.write_arrays(part, [FilePart(source, 0, os.path.getsize(source), None)])
+        self._part.close()
 
 
 def _future(token: tuple[int, int], copied: _Copy) -> Any:
@@ -160,13 +157,17 @@ async def _commit(token: tuple[int, int], copied: _Copy) -> None:
     path = folder / f"{_name(token)}.{jax.process_index()}.safetensors"
     if isinstance(copied.moments, _Spill):
         copied.moments.move(path)
+    elif _is_local(path):
+        with replacing(os.fspath(path)) as part:
+            _checkpoint_file.write(part, [copied.moments], **_about(token))
     else:
-        with _writing(path) as file:
-            _write(file, copied.moments, token)
+        with path.open("wb") as file:
+            _checkpoint_file.stream(file, [copied.moments], **_about(token))
 
 
-def _write(file: BinaryIO, contents: Contents | None, token: tuple[int, int]) -> None:
-    _checkpoint_file.write(file, [contents], processes=jax.process_count(), tokens=[token])
+def _about(token: tuple[int, int]) -> dict[str, Any]:
+    """What the file says of the state."""
+    return {"processes": jax.process_count(), "tokens": [token]}
 
 
 def _existing_folder(info: Any) -> str:
@@ -186,13 +187,6 @@ def _existing_folder(info: Any) -> str:
 def _name(token: tuple[int, int]) -> str:
     handle, version = token
     return f"{handle}-{version}"
-
-
-def _writing(path: Any) -> Any:
-    """A file to write: on a local disk, or wherever Orbax's paths lead."""
-    if _is_local(path):
-        return _checkpoint_file.replacing(os.fspath(path))
-    return path.open("wb")
 
 
 def _is_local(path: Any) -> bool:
@@ -256,7 +250,7 @@ def _local_copy(path: Any) -> str:
     if _is_local(path):
         return os.fspath(path)
     with path.open("rb") as source, open(os.path.join(_folder(), path.name), "wb") as target:
-        shutil.copyfileobj(source, target)
+        shutil.copyfileobj(source, target, _CHUNK)
     return target.name
 
 
@@ -289,10 +283,9 @@ def _install() -> None:
                     wrapped._is_of_paged_optax = True
                     setattr(cls, name, wrapped)
     except AttributeError as error:
-        warnings.warn(
+        warn(
             f"paged_optax does not know this version of Orbax ({error}), so that moments are not"
             " saved by it. Use paged_optax.save_moments.",
-            RuntimeWarning,
             stacklevel=2,
         )
 

@@ -125,7 +125,7 @@ def _automatic(call: Call, num_replicated: int, num_guides: int) -> Any:
         # A guide's sharding goes before that of its leaf.
         end = len(operands) - num_guides
         leaves = operands[end:] if num_guides else operands[num_replicated:]
-        shardings = [_even(mesh, leaf.sharding, leaf.shape) for leaf in leaves]
+        shardings = [even(mesh, leaf.sharding, leaf.shape) for leaf in leaves]
         cuts = None
         if not mesh.empty:  # it is where some axes are manual: shardings then do not name axes
             named: list[Any] = shardings
@@ -143,7 +143,7 @@ def _automatic(call: Call, num_replicated: int, num_guides: int) -> Any:
     def sharding_rule(mesh, operand_types, result_types):
         del mesh, result_types
         # A result is cut like its guide, or else like its leaf.
-        terms = _terms(operand_types)
+        terms = sharding_terms(operand_types)
         results = terms[-num_guides:] if num_guides else terms[num_replicated:]
         return f"{', '.join(terms)} -> {', '.join([terms[0], *results])}"
 
@@ -175,13 +175,13 @@ def _follow(num_guides: int) -> Any:
     """
 
     def partition(mesh, operands, results):
-        leaves = tuple(_even(mesh, leaf.sharding, leaf.shape) for leaf in results)
+        leaves = tuple(even(mesh, leaf.sharding, leaf.shape) for leaf in results)
         guides = tuple(guide.sharding for guide in operands[num_guides:])
         return mesh, lambda *operands: operands[:num_guides], leaves, (*leaves, *guides)
 
     def sharding_rule(mesh, operand_types, result_types):
         del mesh, result_types
-        terms = ", ".join(_terms(operand_types[:num_guides]))
+        terms = ", ".join(sharding_terms(operand_types[:num_guides]))
         return f"{terms}, {terms} -> {terms}"
 
     function = custom_partitioning(lambda *operands: operands[:num_guides])
@@ -189,13 +189,13 @@ def _follow(num_guides: int) -> Any:
     return function
 
 
-def _terms(types: Sequence[Any]) -> list[str]:
+def sharding_terms(types: Sequence[Any]) -> list[str]:
     """Terms of a sharding rule in which every dimension of every array is a factor of its own."""
     factors = (f"f{i}" for i in itertools.count())
     return [" ".join(next(factors) for _ in array.shape) for array in types]
 
 
-def _even(mesh: Mesh, sharding: Sharding, shape: Sequence[int]) -> Sharding:
+def even(mesh: Mesh, sharding: Sharding, shape: Sequence[int]) -> Sharding:
     """The sharding, or none at all for parts of unequal size, which would be padded with garbage.
 
     Blocks of moments must not see that. Users cannot cut an array so, but the compiler does.

@@ -120,8 +120,8 @@ def plan(
         for 64 weights), ``"nf4-double"`` (scales are quantized too) or ``"bfloat16"``.
       batch: sequences in a step of a named model; 1 by default.
       sequence: tokens in each; 2,048 by default.
-      clip: whether gradients of a named model are clipped by their global norm, for which XLA
-        copies the largest one; True by default.
+      clip: whether gradients of a named model are clipped by `optax.clip_by_global_norm`, for which
+        XLA copies the largest one; True by default. `paged_optax.clip_by_global_norm` copies none.
       frozen: weights next to the trained parameters: a tree, or their size.
       compiled: the training step with `optimizer` in it, compiled for such a GPU by
         ``jax.jit(step).lower(...).compile()``, or what its ``memory_analysis()`` returned.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from ._names import leaf_keys, number_paths, number_tree
 from ._options import Options, Paging, Quantization
 from ._rule import Rule
-from ._tables import FORMAT_NAMES, FORMATS, OUTPUTS, PARAM_ROUNDINGS
+from ._tables import FORMAT_NAMES, FORMATS, OUTPUTS, PARAM_ROUNDINGS, RULES
 
 Int8s = Annotated[tuple[int, ...], np.int8]
 Int64s = Annotated[tuple[int, ...], np.int64]
@@ -33,6 +34,7 @@ class Step:
     Equal steps are traced and compiled once.
     """
 
+    clips: bool  # by a global norm: norm and limit follow the other hyperparameters
     decays: Int8s  # of each leaf, whether weight decay applies; () for a direction
     device_bytes: int  # the most of the moments that may be in device memory; -1: no limit
     directory: str  # CPU: where the file is that holds the moments; "": in memory
@@ -52,6 +54,19 @@ class Step:
     shards: str  # which part of each leaf a device has, see `Shards`; "": not known
     skip_elements: bool  # the direction where a gradient is not usable is 0 instead of NaN
     tree: int  # a number for the tree structure
+
+    @property
+    def rule_name(self) -> str:
+        return RULES[self.rule]["name"]
+
+    def __str__(self) -> str:
+        """What is said of it in a log."""
+        counts = Counter(FORMAT_NAMES[number] for number in self.formats)
+        leaves = ", ".join(f"{count} in {name}" for name, count in counts.items())
+        return (
+            f"{self.rule_name}, {len(self.formats)} leaves ({leaves}), output"
+            f" {OUTPUTS[self.output]}, on {self.num_devices} device(s)"
+        )
 
     @property
     def takes_params(self) -> bool:
@@ -88,6 +103,7 @@ def make_step(
     output: str = "direction",
     decays: tuple[bool, ...] = (),
     skip_elements: bool = False,
+    clips: bool = False,
 ) -> Step:
     """The step of a program on one device.
 
@@ -100,11 +116,13 @@ def make_step(
       output: a name in `_tables.OUTPUTS`.
       decays: of each leaf, whether weight decay applies; () for a direction.
       skip_elements: whether elements with a bad gradient are skipped, also without the option.
+      clips: whether the step clips the gradients by a global norm.
     """
     formats = _formats(options.quantization, jax.tree.unflatten(treedef, grads))
     takes_params = output != "direction"
     rounds_at_random = takes_params or any(FORMATS[i]["is_random"] for i in formats)
     return Step(
+        clips=clips,
         decays=decays,
         flags=rule.flags,
         formats=formats,

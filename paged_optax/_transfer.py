@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from . import _ext
-from ._contents import Contents, Field, FilePart, Leaf, Shape, fields_of
+from ._contents import Contents, Data, Field, FilePart, Leaf, MemoryPart, Shape, fields_of
 from ._job import share_base
 from ._shards import Shards
 from ._state import read_handle
@@ -93,9 +93,9 @@ def _read(snapshots: Sequence[Any], mesh: Any, count: int | None) -> Contents:
         leaves.append(Leaf(name, whole, format, tuple(box), tuple(starts)))
         places.append([owners[start] for start in starts])
 
-    def data(i: int, b: int, name: str) -> np.ndarray:
+    def data(i: int, b: int, name: str) -> MemoryPart:
         fields = fields_of(first.rule, leaves[i].format, first.has_residuals)
-        return _read_field(places[i][b], i, fields, name, leaves[i].box)
+        return _part_of(places[i][b], i, fields, name)
 
     return Contents(first.rule, first.has_residuals, first.tree, tuple(leaves), data, count)
 
@@ -112,20 +112,20 @@ def _is_here(snapshot: Any, mesh: Any, leaf: int, start: Shape) -> bool:
     raise AssertionError(start)
 
 
-def _read_field(
-    snapshot: Any, leaf: int, fields: Sequence[Field], name: str, box: Shape
-) -> np.ndarray:
+def _part_of(snapshot: Any, leaf: int, fields: Sequence[Field], name: str) -> MemoryPart:
     """One array of a leaf on one device."""
-    codes = [field.name for field in fields if not field.is_per_block and field.name != "residual"]
-    words = [field.name for field in fields if field.is_per_block]
-    (field,) = (field for field in fields if field.name == name)
+    codes, words = _names_of(fields)
     if name == "residual":
-        array = snapshot.read_part(leaf, "residuals")
-    elif field.is_per_block:
-        array = snapshot.read_part(leaf, "words", words.index(name))
-    else:
-        array = snapshot.read_part(leaf, "codes", codes.index(name))
-    return array.view(field.dtype).reshape(field.shape(box))
+        return MemoryPart(snapshot, leaf, "residuals", 0)
+    if name in words:
+        return MemoryPart(snapshot, leaf, "words", words.index(name))
+    return MemoryPart(snapshot, leaf, "codes", codes.index(name))
+
+
+def _names_of(fields: Sequence[Field]) -> tuple[list[str], list[str]]:
+    """Of the arrays with codes, and of those with words."""
+    codes = [field.name for field in fields if not field.is_per_block and field.name != "residual"]
+    return codes, [field.name for field in fields if field.is_per_block]
 
 
 def stage(contents: Contents, *, convert: bool = False, shared: bool = False) -> np.ndarray:
@@ -165,9 +165,7 @@ def _spec(
     contents: Contents, i: int, leaf: Leaf, arrays: Mapping[tuple[int, int, str], Any]
 ) -> dict[str, Any]:
     """A leaf as the extension takes it."""
-    fields = contents.fields(leaf)
-    codes = [f.name for f in fields if not f.is_per_block and f.name != "residual"]
-    words = [f.name for f in fields if f.is_per_block]
+    codes, words = _names_of(contents.fields(leaf))
     return {
         "name": leaf.name,
         "shape": leaf.shape,
@@ -193,7 +191,7 @@ def _remember(handle: int, contents: Contents, arrays: Mapping[tuple[int, int, s
         for key, data in arrays.items()
     }
 
-    def data(*key: Any) -> np.ndarray | FilePart:
+    def data(*key: Any) -> Data:
         place = places[key]
         array = place if isinstance(place, FilePart) else place()
         if array is None:

@@ -11,9 +11,11 @@ import optax
 from jax.core import Tracer
 
 from . import _calls
+from ._clip import unclipped
 from ._ffi import SKIP_STEP
 from ._in_place import in_place, not_in_place
 from ._names import number_tree
+from ._non_finite import varying
 from ._options import Options
 from ._refusals import guard
 from ._refused import stopping_at_once
@@ -161,7 +163,9 @@ class _Paged:
             counts = [(jax.tree.leaves(link) or [None])[0] for link in (state[-1], state[1])]
             rates = descent.resolve(counts, updates, params)
             results, paged_state = self._step(updates, state[0], params, skip, rates)
-            return results, (paged_state, *jax.tree.map(optax.safe_increment, state[1:]))
+            others = jax.tree.map(optax.safe_increment, state[1:])
+            refused = _is_refused(state[0], paged_state, updates)
+            return results, (paged_state, *_unless(refused, state[1:], others))
 
         return update_fn
 
@@ -171,6 +175,7 @@ class _Paged:
         """Directions (without `rates`), updates or `NewParam`s of one step, and the next state."""
         token = check_state(state, self._state_type)
         paths, grads, treedef = _flatten(updates, params)
+        grads, limits = unclipped(updates, grads)
         skip_step, grads, has_masks = follow(skip, paths, grads)
         count, next_count = _count(state.count, skip_step)
         if not grads:
@@ -178,7 +183,7 @@ class _Paged:
         destination = in_place()
         olds = jax.tree.leaves(params)
         with stopping_at_once(token) as stop:
-            token, results = _calls.update(
+            new_token, results = _calls.update(
                 make_step(
                     self._rule,
                     self._options,
@@ -188,19 +193,28 @@ class _Paged:
                     output="direction" if rates is None else "params" if destination else "update",
                     decays=rates.decays if rates else (),
                     skip_elements=has_masks,
+                    clips=bool(limits),
                 ),
                 token,
                 count,
-                stack((*self._rule.hyperparams(state.count), *(rates.values if rates else ()))),
+                stack(
+                    (
+                        *self._rule.hyperparams(state.count),
+                        *(rates.values if rates else ()),
+                        *limits,
+                    )
+                ),
                 grads,
                 [jnp.asarray(param) for param in olds],
             )
-            stop(token)
+            stop(new_token)
+        next_count = _unless(jnp.all(token == new_token), state.count, next_count)
         if destination:
             results = destination.send(results, olds)
         elif rates and (observe := observer.get()):
-            observe(token, results)
-        return jax.tree.unflatten(treedef, results), self._state_type(next_count, Token(token))
+            observe(new_token, results)
+        new_state = self._state_type(next_count, Token(new_token))
+        return jax.tree.unflatten(treedef, results), new_state
 
 
 def _flatten(updates: Any, params: Any) -> tuple[tuple[str, ...], list[jax.Array], Any]:
@@ -299,7 +313,7 @@ def _chain(
     """`optax.chain`, which says what is wrong with a state that was made with other options.
 
     After a paged link whose step was refused, parameters count as zero for the links that are not
-    paged, so that weight decay does nothing either.
+    paged, so that weight decay does nothing either, and the counts of these links stay.
     """
     extended = [optax.with_extra_args_support(link) for link in links]
 
@@ -312,26 +326,46 @@ def _chain(
             )
         if in_place_fn and in_place():
             return in_place_fn(updates, state, params, **extra_args)
-        seen, new_states = params, []
+        seen, new_states, refused = params, [], None
         for i, (link, old) in enumerate(zip(extended, state, strict=True)):
             link_params = params if is_paged(old) else seen
             updates, new = link.update(updates, old, link_params, **extra_args)
-            if is_paged(new) and params is not None and i + 1 < len(links):
-                seen = _zero_if_refused(seen, old, new)
+            if is_paged(new) and i + 1 < len(links):
+                refused = _is_refused(old, new, updates)
+                seen = _zero_if(refused, seen)
+            else:
+                new = _unless(refused, old, new)
             new_states.append(new)
         return updates, tuple(new_states)
 
     return optax.GradientTransformationExtraArgs(optax.chain(*links).init, update_fn)
 
 
-def _zero_if_refused(params: Any, old: Any, new: Any) -> Any:
+def _is_refused(old: Any, new: Any, updates: Any) -> jax.Array | None:
+    """Whether the step between two paged states was refused or skipped; None without updates."""
+    if not jax.tree.leaves(updates):
+        return None
+    before, after = (getattr(state.token, "value", state.token) for state in (old, new))
+    return jnp.all(before == after)  # whole: jax 0.10 takes no part of a token that is cut
+
+
+def _unless(refused: jax.Array | None, old: Any, new: Any) -> Any:
+    """New counts, or the old ones after a step that was refused."""
+
+    def select(before: jax.Array, after: jax.Array) -> jax.Array:
+        if refused is None or not varying(refused) <= varying(before):
+            return after
+        return jnp.where(refused, before, after)
+
+    return jax.tree.map(select, old, new)
+
+
+def _zero_if(refused: jax.Array | None, params: Any) -> Any:
     """Parameters, or zeros after a step that was refused.
 
     A select of the updates would do as well, but may keep XLA from contracting what comes before
     it, and so change bits.
     """
-    if not jax.tree.leaves(params):
+    if refused is None or params is None:
         return params
-    before, after = (getattr(state.token, "value", state.token) for state in (old, new))
-    is_refused = jnp.all(before == after)  # whole: jax 0.10 takes no part of a token that is cut
-    return jax.tree.map(lambda p: jnp.where(is_refused, jnp.zeros_like(p), p), params)
+    return jax.tree.map(lambda p: jnp.where(refused, jnp.zeros_like(p), p), params)

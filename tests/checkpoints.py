@@ -92,6 +92,48 @@ def results(params, state):
     return {jax.tree_util.keystr(path): np.asarray(x).astype(np.float32) for path, x in leaves}
 
 
+# --- What rounding once may change ---------------------------------------------------------------
+
+
+def check_rounded_once(codec, before, after, like):
+    """That moments of a leaf are `before`, at most rounded once into new blocks.
+
+    docs/checkpoints.md derives the bounds. `before` and `after` are (mu, nu), nu None for Lion;
+    `like` is an array that is cut as the new moments are.
+    """
+    indices = {str(i): i for i in like.sharding.devices_indices_map(like.shape).values()}
+    for index in indices.values():
+        parts = [None if x is None else _in_blocks(x[index]) for x in (*before, *after)]
+        for old, new, bound in zip(parts[:2], parts[2:], _bounds(codec, *parts), strict=True):
+            if old is not None:
+                assert (np.abs(new - old) <= bound * (1 + 1e-4)).all(), (codec, index)
+
+
+def _in_blocks(part):
+    flat = np.asarray(part, np.float64).ravel()
+    return np.pad(flat, (0, -flat.size % 256)).reshape(-1, 256)
+
+
+def _bounds(codec, mu, nu, new_mu, new_nu):
+    largest = [None if x is None else np.abs(x).max(1, keepdims=True) for x in (mu, nu)]
+    if codec == "dynamic":
+        return 0.9 / 128 * largest[0], None if nu is None else 0.9 / 256 * largest[1]
+    if nu is None:
+        return 126.5 / 16129 * largest[0], None
+    not_zero = np.where(nu > 0, nu, np.inf).min(1, keepdims=True)
+    octaves = (_bits(largest[1]) - _bits(np.where(np.isinf(not_zero), 0, not_zero))) / 2**23
+    relative = np.clip(1.275 / 512 * octaves, 2**-8, 2**-3)
+    is_idle = (mu == 0) & (nu > 0)
+    nu_bound = relative * nu + np.where(is_idle, 2**-15 * largest[1], 0)
+    unit = ((_bits(new_nu) >> 23 << 22) + (127 << 22)).astype(np.uint32).view(np.float32)
+    ratio = np.where(mu == 0, 0, np.abs(mu) / unit).max(1, keepdims=True)
+    return 126.5 / 16129 * ratio * unit, nu_bound
+
+
+def _bits(values):
+    return values.astype(np.float32).view(np.uint32).astype(np.int64)
+
+
 # --- Ways to save and restore a state -----------------------------------------------------------
 # Saving takes a state and a folder, and may return what waits for the end of it. Restoring takes a
 # fresh state, and the folder.
@@ -247,13 +289,15 @@ def load_manager_item(fresh, folder):
 def save_v1(state, folder):
     import orbax.checkpoint.experimental.v1 as v1
 
-    v1.save(folder / "c", {"opt": state})
+    save = v1.save if hasattr(v1, "save") else v1.save_pytree  # the name until 0.12
+    save(folder / "c", {"opt": state})
 
 
 def load_v1(fresh, folder):
     import orbax.checkpoint.experimental.v1 as v1
 
-    return v1.load(folder / "c", abstract(fresh))["opt"]
+    load = v1.load if hasattr(v1, "load") else v1.load_pytree
+    return load(folder / "c", abstract(fresh))["opt"]
 
 
 def save_v1_checkpointer(state, folder):

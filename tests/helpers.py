@@ -38,9 +38,12 @@ from paged_optax import (
 
 # The names that only tests use, which F401 cannot know.
 from paged_optax import _ext as ext  # noqa: F401
+from paged_optax import _orbax as orbax_hook  # noqa: F401
+from paged_optax import _part_file as part_file  # noqa: F401
 from paged_optax import _reference as reference
 from paged_optax import _testing as hooks  # noqa: F401  functions of C++ for tests alone
 from paged_optax._bytes import parse_bytes  # noqa: F401
+from paged_optax._clip import _origins as clip_origins  # noqa: F401
 from paged_optax._forecast import kept_by  # noqa: F401
 from paged_optax._muon import momentum as muon_momentum  # noqa: F401
 from paged_optax._names import leaf_keys  # noqa: F401
@@ -246,6 +249,7 @@ def let_cpu_build_compile_for_gpus():
         jax.ffi.register_ffi_target(name, handler, platform="CUDA")
     mlir.register_lowering(_ffi.issue_call_p, _ffi._lower_issue, platform="cuda")
     mlir.register_lowering(_ffi.update_call_p, _ffi._lower_update, platform="cuda")
+    mlir.register_lowering(_ffi.norm_call_p, _ffi._lower_norm, platform="cuda")
 
 
 # --- What is stored -----------------------------------------------------------------------------

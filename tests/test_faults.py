@@ -109,15 +109,15 @@ def test_first_step_that_fails(tmp_path, call, error, match):
 def attempt(action, *args, is_patient):
     """What the action returns, the second time if it fails the first."""
     try:
-        return jax.block_until_ready(action(*args))
+        return finish(action(*args))
     except (*RAISES, MemoryError):
         assert is_patient
-        return jax.block_until_ready(action(*args))
+        return finish(action(*args))
 
 
-def run(tx, is_patient=False):
+def run(tx, start, is_patient=False):
     """Updates and moments of three steps, with moments paged out and in between them."""
-    state, updates = tx.init(PARAMS), []
+    state, updates = start(PARAMS), []
     for step in range(3):
         update, state = attempt(tx.update, grads(step), state, is_patient=is_patient)
         updates.append(update)
@@ -128,19 +128,36 @@ def run(tx, is_patient=False):
     return result
 
 
-@pytest.mark.parametrize("file", [True, False], ids=["file", "plain memory"])
-def test_every_call_fails_once(tmp_path, file):
+@pytest.mark.parametrize(
+    "place, least", [("file", 20), ("plain memory", 2), ("checkpoint", 12)], ids=str
+)
+def test_every_call_fails_once(tmp_path, place, least):
     """Each in turn: an error, and then the same bits as without it."""
-    tx = optimizer(tmp_path if file else None)
-    expected = run(tx)
+    tx = optimizer(None if place == "plain memory" else tmp_path)
+    start = tx.init
+    if place == "checkpoint":
+        _, state = jax.block_until_ready(tx.update(grads(9), tx.init(PARAMS)))
+        paged_optax.save_moments(state, tmp_path / "moments")
+        start = lambda params: paged_optax.load_moments(tx.init(params), tmp_path / "moments")  # noqa: E731
+    expected = run(tx, start)
     for num_calls in range(200):
         hooks.fail_call("", errno.ENOMEM, after=num_calls)
-        actual = run(tx, is_patient=True)
+        actual = run(tx, start, is_patient=True)
         if hooks.withdraw_failure():  # there are no more calls
-            assert num_calls >= (20 if file else 2)
+            assert num_calls >= least
             return
         assert_trees_equal(actual, expected)
     raise AssertionError("more calls than expected")
+
+
+def test_file_system_without_nameless_files(tmp_path):
+    """As some on a network: a file gets a name, and loses it at once."""
+    tx = optimizer(tmp_path)
+    hooks.fail_call("open", errno.EOPNOTSUPP)
+    _, state = finish(tx.update(grads(0), tx.init(PARAMS)))
+    assert not hooks.withdraw_failure()
+    assert os.listdir(tmp_path) == []
+    assert evict(state) > 0
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import paged_optax
-from helpers import RAISES, assert_trees_equal, hooks, num_arenas, run_python
+from helpers import RAISES, assert_trees_equal, finish, hooks, num_arenas, run_python
 from paged_optax import Paging, evict, memory_report, moments, prefetch, release
 
 # That moments could not be moved is a warning, and the second time it works.
@@ -47,12 +47,12 @@ class Lost(Exception):
 def attempt(action, *args, is_patient, replay=False):
     """What the action returns, the second time if it fails the first."""
     try:
-        return jax.block_until_ready(action(*args))
+        return finish(action(*args))
     except (*RAISES, MemoryError) as error:
         assert is_patient
         if "cannot be trusted" in str(error) and not replay:
             raise Lost from error
-        return jax.block_until_ready(action(*args))
+        return finish(action(*args))
 
 
 def run(tx, update, is_patient=False, replay=False):
@@ -159,7 +159,7 @@ def test_promise_of_managed_memory():
     hooks.pretend_available(total + MIB)
     fresh = tx.init(grads(0))
     with pytest.raises(RAISES, match="promised to the moments of other states and devices"):
-        jax.block_until_ready(tx.update(grads(0), fresh))
+        finish(tx.update(grads(0), fresh))
     release(state)
     _, state = jax.block_until_ready(tx.update(grads(0), fresh))
     release(state)

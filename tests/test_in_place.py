@@ -34,6 +34,7 @@ from paged_optax import (
     MultiSteps,
     Quantization,
     apply_gradients,
+    clip_by_global_norm,
     moments,
     paged_adam8bit,
     paged_adamw8bit,
@@ -534,6 +535,24 @@ def test_memory(rounding):
     assert not copies
     kept = compiled_step(tx, params, ()).memory_analysis()
     assert kept.alias_size_in_bytes < 2**10
+
+
+@on_cpu
+@as_users_have_it
+@pytest.mark.parametrize("clip", [optax.identity(), clip_by_global_norm(1.0)], ids=["", "clipped"])
+def test_memory_with_accumulation(clip):
+    """Nothing of float32 is copied, if arguments are in the order of the results."""
+    params = {"a": jnp.ones((512, 512)), "b": jnp.ones((512, 512), jnp.bfloat16)}
+    tx = MultiSteps(optax.chain(clip, paged_adamw8bit(RATE)), 4).gradient_transformation()
+
+    def step(params, state, grads):
+        return apply_gradients(tx, grads, state, params)
+
+    shapes = jax.eval_shape(lambda p: (p, tx.init(p), p), params)
+    program = jax.jit(step, donate_argnums=(0, 1)).lower(*shapes).compile()
+    casts = params["b"].nbytes  # to the dtype of gradients
+    assert program.memory_analysis().temp_size_in_bytes < casts + 2**14
+    assert not [x for x in program.as_text().splitlines() if " copy(" in x and "[512,512]" in x]
 
 
 # --- Devices ------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ pytestmark = [
 ]
 
 SOURCES = """
-    base/device_buffer memory/file_memory memory/file_system memory/gpus memory/host_memory
+    base/device_buffer base/disk_file memory/file_memory memory/file_system memory/gpus
+    memory/host_memory
     memory/managed_memory memory/memory memory/pinned_memory memory/planner memory/preflight
     memory/promises state/arena state/contents state/copies state/cpu_device state/cuda_arena
     state/cuda_device state/explain state/handles state/pager state/refusals state/registry

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import paged_optax
-from helpers import RAISES, assert_trees_equal, hooks, num_arenas
+from helpers import RAISES, assert_trees_equal, finish, hooks, num_arenas
 from paged_optax import Paging, memory_report, moments, release
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -39,7 +39,7 @@ def sharded(mib):
 
 
 def step(tx, grads, state):
-    return jax.block_until_ready(jax.jit(tx.update)(grads, state, grads))
+    return finish(jax.jit(tx.update)(grads, state, grads))
 
 
 def await_no_arenas():

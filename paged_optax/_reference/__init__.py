@@ -1,4 +1,4 @@
-"""The specification of formats, rules, rounded parameters and the step, in NumPy.
+"""The specification of formats, rules, rounded parameters, norm and step, in NumPy.
 
 An independent path to the same bits as the C++ code: the CPU and the GPU implementation must
 agree with it exactly. Written to be read, and never on a hot path.
@@ -30,6 +30,7 @@ from .formats import (
     reset,
     to_arrays,
 )
+from .norm import PIECE_SIZE, clip_scale, global_norm
 from .rounding import (
     ZERO_RESIDUAL,
     ParamHyperparams,
@@ -63,6 +64,7 @@ from .step import directions, init_leaf, step_leaf
 
 __all__ = [
     "BLOCK_SIZE",
+    "PIECE_SIZE",
     "RULES",
     "ZERO_RESIDUAL",
     "AdemamixHyperparams",
@@ -84,6 +86,7 @@ __all__ = [
     "Window",
     "adam",
     "aligned_bits",
+    "clip_scale",
     "decode",
     "dequantize",
     "dequantize_halves",
@@ -94,6 +97,7 @@ __all__ = [
     "encode",
     "from_aligned_bits",
     "from_arrays",
+    "global_norm",
     "init_leaf",
     "join_master",
     "lion",

@@ -28,6 +28,17 @@ PAGED_HD uint16_t ToBFloat16(float x) {
 #endif
 }
 
+// Two at once: one instruction on a GPU. `low` takes the lower half.
+PAGED_HD uint32_t ToBFloat16Pair(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t rounded;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(rounded) : "f"(high), "f"(low));
+  return rounded;
+#else
+  return static_cast<uint32_t>(ToBFloat16(high)) << 16 | ToBFloat16(low);
+#endif
+}
+
 PAGED_HD float FromFloat16(uint16_t bits) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(bits));

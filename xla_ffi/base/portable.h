@@ -79,22 +79,75 @@ PAGED_HD uint32_t MultiplyHighAdd(uint32_t a, uint32_t b, uint32_t c) {
 #endif
 }
 
-// The float whose bits are the lower 16 of `low` below the upper 16 of `high`.
-PAGED_HD float JoinHalves(uint32_t high, uint32_t low) {
+#if defined(__CUDACC__)
+// Instructions that move bytes have room for one constant, which says where bytes go. Of a number
+// that it knew, the compiler would make that constant, and copy the other from register to
+// register each time.
+[[maybe_unused]] static __constant__ uint32_t kBitsOf128 = 0x43000000;
+[[maybe_unused]] static __constant__ uint32_t kBitsOf2To23 = 0x4b000000;
+#endif
+
+// 128 + x 2^-16, of the lower 16 bits of x.
+PAGED_HD float Plus128(uint32_t x) {
 #if defined(__CUDA_ARCH__)
-  return FloatOf(__byte_perm(low, high, 0x7610));
+  return FloatOf(__byte_perm(x, kBitsOf128, 0x7610));
 #else
-  return FloatOf((high & 0xffff0000u) | (low & 0xffffu));
+  return FloatOf(0x43000000u | (x & 0xffffu));
 #endif
 }
 
-// Of 32 bits; x is not 0.
-PAGED_HD int LeadingZeros(uint32_t x) {
+// Byte k of a row that starts at a multiple of 4 bytes. On a GPU one instruction, of four bytes in
+// a register.
+PAGED_HD uint32_t ByteOf(const uint8_t* bytes, int k) {
 #if defined(__CUDA_ARCH__)
-  return __clz(static_cast<int>(x));
+  return __byte_perm(reinterpret_cast<const uint32_t*>(bytes)[k / 4], 0, 0x4440 + k % 4);
 #else
-  return __builtin_clz(x);
+  return bytes[k];
 #endif
+}
+
+// 2^23 + 128 + that byte, which has a sign.
+PAGED_HD float BytePlus2To23(const uint8_t* bytes, int k) {
+#if defined(__CUDA_ARCH__)
+  const uint32_t flipped = reinterpret_cast<const uint32_t*>(bytes)[k / 4] ^ 0x80808080u;
+  return FloatOf(__byte_perm(flipped, kBitsOf2To23, 0x7650 + k % 4));
+#else
+  return FloatOf(0x4b000000u | (bytes[k] ^ 0x80u));
+#endif
+}
+
+// The bits of the largest float that is not above x, which is not 0.
+PAGED_HD uint32_t BitsBelow(uint32_t x) {
+#if defined(__CUDA_ARCH__)
+  return BitsOf(__uint2float_rz(x));
+#else
+  const uint32_t log2 = 31 - static_cast<uint32_t>(__builtin_clz(x));
+  const uint32_t fraction = log2 > 23 ? x >> (log2 - 23) : x << (23 - log2);
+  return ((126 + log2) << 23) + fraction;  // the leading 1 adds one to the exponent
+#endif
+}
+
+// found[k] = table[places[k]], of entries of 4 bytes. A compiler that vectorizes this takes vectors
+// of places apart and puts what it finds together again. One after the other is faster, and faster
+// still if two entries are stored at once: the host stores one number in a cycle.
+template <class T, class Place, int K>
+PAGED_HD void LookUp(const T* table, const Place (&places)[K], T (&found)[K]) {
+#if !defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == 4 && K % 2 == 0) {
+    for (int k = 0; k < K; k += 2) {
+      uint64_t first = places[k], second = places[k + 1];
+      asm("" : "+r"(first), "+r"(second));  // keeps the loop from being vectorized
+      uint32_t low, high;
+      std::memcpy(&low, table + first, sizeof(low));
+      std::memcpy(&high, table + second, sizeof(high));
+      const uint64_t both = static_cast<uint64_t>(high) << 32 | low;
+      std::memcpy(&found[k], &both, sizeof(both));
+    }
+    return;
+  }
+#endif
+  PAGED_UNROLL
+  for (int k = 0; k < K; ++k) found[k] = table[places[k]];
 }
 
 // condition ? a : b. On the host without a branch, however the compiler would merge it with others:

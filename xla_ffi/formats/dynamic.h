@@ -128,11 +128,15 @@ constexpr DynamicMaps<Level> MakeDynamicMaps() {
   return {internal::MakeMap<Level>(1), internal::MakeMap<Level>(2)};
 }
 
-// Level nearest to `magnitude`, which must lie in [0, 1] up to rounding.
-template <class Level>
-PAGED_HD int NearestLevel(const DynamicMap<Level>& map, float magnitude) {
+// Where in `lowest` the level of a magnitude is found, which must lie in [0, 1] up to rounding.
+PAGED_HD uint32_t PlaceOf(float magnitude) {
   const int prefix = static_cast<int>(BitsOf(magnitude) >> 16) - static_cast<int>(kFirstPrefix);
-  const int entry = map.lowest[prefix < 0 ? 0 : prefix];
+  return static_cast<uint32_t>(prefix < 0 ? 0 : prefix);
+}
+
+// The level nearest to a magnitude. `entry` is what `lowest` has in its place.
+template <class Level>
+PAGED_HD int NearestLevel(const DynamicMap<Level>& map, int entry, float magnitude) {
   if constexpr (kIsPacked<Level>) {
     const int lower = static_cast<int>(BitsOf(magnitude) & 0xffffu);
     return (entry >> kNextBits) + (lower >= (entry & ((1 << kNextBits) - 1)) ? 1 : 0);
@@ -144,11 +148,9 @@ PAGED_HD int NearestLevel(const DynamicMap<Level>& map, float magnitude) {
 // reciprocal would overflow; such blocks count as zero.
 PAGED_HD float InverseScale(float scale) { return scale >= 1.17549435e-38f ? 1.0f / scale : 0.0f; }
 
-// A value with its sign bit set never takes code 127 (zero): the original's rule. -1 has no code.
-template <class Level>
-PAGED_HD uint8_t EncodeSigned(const DynamicMap<Level>& map, float value, float inverse_scale) {
-  const float x = value * inverse_scale;
-  const int level = NearestLevel(map, FloatOf(BitsOf(x) & 0x7fffffffu));
+// The code of a scaled value from the level of its magnitude. A value with its sign bit set never
+// takes code 127 (zero): the original's rule. -1 has no code.
+PAGED_HD uint8_t SignedCode(float x, int level) {
   // Without branches, for vector units: -1 for negative values, else 0.
   const int sign = static_cast<int32_t>(BitsOf(x)) >> 31;
   const int at_least = level < -sign ? -sign : level;
@@ -156,9 +158,24 @@ PAGED_HD uint8_t EncodeSigned(const DynamicMap<Level>& map, float value, float i
   return static_cast<uint8_t>(127 + ((allowed ^ sign) - sign));
 }
 
-template <class Level>
-PAGED_HD uint8_t EncodeNonNegative(const DynamicMap<Level>& map, float value, float inverse_scale) {
-  return static_cast<uint8_t>(NearestLevel(map, value * inverse_scale));
+// The codes of a block's values.
+template <bool kIsSigned, class Level, int K>
+PAGED_HD void EncodeValues(const DynamicMap<Level>& map, float inverse_scale,
+                           const float (&values)[K], uint8_t (&codes)[K]) {
+  uint32_t places[K];
+  Level entries[K];
+  PAGED_UNROLL
+  for (int k = 0; k < K; ++k) {
+    const float x = values[k] * inverse_scale;
+    places[k] = PlaceOf(kIsSigned ? Abs(x) : x);
+  }
+  LookUp(map.lowest, places, entries);
+  PAGED_UNROLL
+  for (int k = 0; k < K; ++k) {
+    const float x = values[k] * inverse_scale;
+    const int level = NearestLevel(map, entries[k], kIsSigned ? Abs(x) : x);
+    codes[k] = kIsSigned ? SignedCode(x, level) : static_cast<uint8_t>(level);
+  }
 }
 
 struct Dynamic {
@@ -207,8 +224,9 @@ struct Dynamic {
       const DynamicMap<Level>& map =
           IsSigned<Arithmetic>(s) ? maps.of_signed : maps.of_non_negative;
       const float scale = FloatOf(lane.words[s]);
+      LookUp(map.value, lane.codes[s], states[s]);
       PAGED_UNROLL
-      for (int k = 0; k < K; ++k) states[s][k] = map.value[lane.codes[s][k]] * scale;
+      for (int k = 0; k < K; ++k) states[s][k] *= scale;
     }
   }
 
@@ -221,11 +239,10 @@ struct Dynamic {
     for (int s = 0; s < kNumStates<Arithmetic>; ++s) {
       lane.words[s] = block.Max(s == kNu ? range.largest : BitsOf(LargestMagnitude(states[s])));
       const float inverse = InverseScale(FloatOf(lane.words[s]));
-      PAGED_UNROLL
-      for (int k = 0; k < K; ++k) {
-        lane.codes[s][k] = IsSigned<Arithmetic>(s)
-                               ? EncodeSigned(maps.of_signed, states[s][k], inverse)
-                               : EncodeNonNegative(maps.of_non_negative, states[s][k], inverse);
+      if (IsSigned<Arithmetic>(s)) {
+        EncodeValues<true>(maps.of_signed, inverse, states[s], lane.codes[s]);
+      } else {
+        EncodeValues<false>(maps.of_non_negative, inverse, states[s], lane.codes[s]);
       }
     }
   }

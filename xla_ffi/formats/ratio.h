@@ -64,24 +64,41 @@ struct RatioWindow {
   uint32_t shift;
 };
 
+// By a number of quarters: 2^33 over 4 and so many, rounded up.
+struct Reciprocals {
+  uint32_t of[4];
+};
+inline constexpr Reciprocals kReciprocals = {{0x80000000u, 0x66666667u, 0x55555556u, 0x4924924au}};
+#if defined(__CUDACC__)
+[[maybe_unused]] static __constant__ Reciprocals kReciprocalsOnGpu = kReciprocals;
+#endif
+
+PAGED_HD uint32_t ReciprocalOf(uint32_t quarters) {
+#if defined(__CUDA_ARCH__)
+  return kReciprocalsOnGpu.of[quarters];
+#else
+  return kReciprocals.of[quarters];
+#endif
+}
+
 // For a block whose largest second moment has the bits `top`, and whose codes have to span `range`.
 PAGED_HD RatioWindow FitWindow(uint32_t top, uint32_t range, bool has_zeros) {
   const uint32_t with_ends = range + range / 64 + range / 256;
   const uint32_t span = with_ends > 0xffffff ? with_ends : 0xffffff;  // for the finest step
-  const uint32_t log2 = 31 - static_cast<uint32_t>(LeadingZeros(span));
-  // The step is 5, 6, 7 or 8 times a power of two, and 256 of it are more than the span.
-  const uint32_t quarters = (span >> (log2 - 2)) + 1;
-  const uint32_t fitting = quarters << (log2 - 23) >> 1;
-  const bool fits = fitting < kCoarsestStep;
-  const uint32_t units = fits ? fitting : kCoarsestStep;
-  const uint32_t part = fits ? quarters & 3 : 0;  // how many quarters above a power of two
-  const uint32_t of_4_5 = Select(part == 0, 0x80000000u, 0x66666667u);
-  const uint32_t of_6_7 = Select(part == 2, 0x55555556u, 0x4924924au);
+  // The step is 5, 6, 7 or 8 times a power of two, and 256 of it are more than the span. As a float
+  // the span has these quarters as the first bits of its fraction: one more of them, which may
+  // carry into the exponent, is the step.
+  constexpr uint32_t kCoarsest = (127 + 29) << 2;
+  const uint32_t above = (BitsBelow(span) >> 21) + 1;
+  const uint32_t fitting = above < kCoarsest ? above : kCoarsest;
+  const uint32_t exponent = (fitting >> 2) - 127, quarters = fitting & 3;
+  const uint32_t units = (4 + quarters) << (exponent - 24);
   RatioWindow window;
-  window.reciprocal = part < 2 ? of_4_5 : of_6_7;
-  window.shift = fits ? log2 - 9 + (part == 0 ? 1 : 0) : kStepShift + 6;
+  window.reciprocal = ReciprocalOf(quarters);
+  window.shift = exponent - 9;
   const uint32_t top_code = MultiplyHighAdd(top, window.reciprocal, 0) >> window.shift;
-  const uint32_t offset = top_code > kTopCode ? top_code - kTopCode : 0;
+  const int32_t below = static_cast<int32_t>(top_code) - static_cast<int32_t>(kTopCode);
+  const uint32_t offset = static_cast<uint32_t>(below > 0 ? below : 0);
   window.word = offset << 16 | (has_zeros ? kHasZeros : 0) | units;
   window.grid = {units << kStepShift, offset * (units << kStepShift), has_zeros};
   return window;
@@ -90,7 +107,7 @@ PAGED_HD RatioWindow FitWindow(uint32_t top, uint32_t range, bool has_zeros) {
 template <int K>
 PAGED_HD void DecodeRatioNus(const uint8_t (&codes)[K], const RatioGrid& grid, float (&nu)[K]) {
   PAGED_UNROLL
-  for (int k = 0; k < K; ++k) nu[k] = FloatOf(MultiplyAdd(codes[k], grid.step, grid.base));
+  for (int k = 0; k < K; ++k) nu[k] = FloatOf(MultiplyAdd(ByteOf(codes, k), grid.step, grid.base));
   if (grid.has_zeros) {
     PAGED_UNROLL
     for (int k = 0; k < K; ++k) nu[k] = Select(codes[k] == 0, 0.0f, nu[k]);
@@ -162,13 +179,10 @@ PAGED_HD float InverseMuStep(Math math, float scale, float least) {
   return Select(is_usable, kSquares * math.Reciprocal(Select(is_usable, scale, 1.0f)), 0.0f);
 }
 
-PAGED_HD float DecodeRatioMu(uint8_t code, float mu_step) {
-  // 2^23 + 128 + k, from the code with its sign bit flipped.
-  const float k = FloatOf(0x4b000000u | (code ^ 0x80u)) - 8388736.0f;
+// Of element `i`, in units.
+PAGED_HD float DecodeRatioMu(const uint8_t* codes, int i, float mu_step) {
+  const float k = BytePlus2To23(codes, i) - 8388736.0f;
   return k * Abs(k) * mu_step;
-}
-PAGED_HD float DecodeRatioMu(uint8_t code, float mu_step, float unit) {
-  return DecodeRatioMu(code, mu_step) * unit;
 }
 
 // Of a ratio no greater than the block's scale. The lower 16 bits of `random` decide.
@@ -179,7 +193,7 @@ PAGED_HD float DecodeRatioMu(uint8_t code, float mu_step, float unit) {
 template <class Math>
 PAGED_HD uint8_t EncodeRatioMu(Math math, float ratio, float inverse_mu_step, uint32_t random) {
   const float x = Abs(ratio) * inverse_mu_step;
-  const float h = JoinHalves(BitsOf(128.0f), random) - 128.5f;  // f - 1/2
+  const float h = Plus128(random) - 128.5f;  // f - 1/2
   const float y = (x - 0.25f) + h * h;
   const float level = math.Sqrt(Max(y, 8.67361738e-19f)) - h;  // 2^-60
   const float signed_level = FloatOf(BitsOf(level) | (BitsOf(ratio) & 0x80000000u));
@@ -257,9 +271,9 @@ struct Ratio {
       PAGED_UNROLL
       for (int k = 0; k < K; ++k) {
         if constexpr (kNu >= 0) {
-          states[s][k] = DecodeRatioMu(lane.codes[s][k], step, UnitOf(states[kNu][k]));
+          states[s][k] = DecodeRatioMu(lane.codes[s], k, step) * UnitOf(states[kNu][k]);
         } else {
-          states[s][k] = DecodeRatioMu(lane.codes[s][k], step);
+          states[s][k] = DecodeRatioMu(lane.codes[s], k, step);
         }
       }
     }

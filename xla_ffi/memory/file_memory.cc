@@ -31,8 +31,8 @@ int OpenNameless(const std::string& directory) {
 #endif
   // Not every file system has such files. Here a kill between the two calls would leave a name.
   std::string path = directory + "/paged_optax-XXXXXX";
-  const int named = mkostemp(path.data(), O_CLOEXEC);
-  if (named >= 0) unlink(path.c_str());
+  const int named = PAGED_CALL(mkostemp, -1, path.data(), O_CLOEXEC);
+  if (named >= 0) PAGED_CALL(unlink, -1, path.c_str());
   return named;
 }
 

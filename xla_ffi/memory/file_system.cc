@@ -7,6 +7,8 @@
 #include <sys/vfs.h>
 #endif
 
+#include "base/faults.h"
+
 namespace paged_optax {
 namespace {
 
@@ -37,9 +39,9 @@ const char* NameIn(const Known (&list)[N], unsigned type) {
 // is empty.
 bool WritesInPlace(int fd) {
   int flags = 0;
-  if (ioctl(fd, FS_IOC_GETFLAGS, &flags) != 0) return false;
+  if (PAGED_CALL(ioctl, -1, fd, FS_IOC_GETFLAGS, &flags) != 0) return false;
   flags |= FS_NOCOW_FL;
-  return ioctl(fd, FS_IOC_SETFLAGS, &flags) == 0;
+  return PAGED_CALL(ioctl, -1, fd, FS_IOC_SETFLAGS, &flags) == 0;
 }
 #endif
 
@@ -64,7 +66,7 @@ FileSystem Classify(long type) {
 FileSystem Examine(int fd) {
 #if defined(__linux__)
   struct statfs system;
-  if (fstatfs(fd, &system) != 0) return {false, ""};
+  if (PAGED_CALL(fstatfs, -1, fd, &system) != 0) return {false, ""};
   FileSystem result = Classify(static_cast<long>(system.f_type));
   if (static_cast<unsigned>(system.f_type) == kBtrfs && WritesInPlace(fd)) result.danger.clear();
   return result;

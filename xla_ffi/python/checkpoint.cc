@@ -3,16 +3,20 @@
 
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
+#include <system_error>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "base/status.h"
 #include "python/interpreter.h"
 #include "rules/rules.h"
 #include "state/registry.h"
+#include "state/save.h"
 #include "state/source.h"
 
 namespace py = ::pybind11;
@@ -44,7 +48,7 @@ class PySnapshot {
   void Close() {
     std::shared_ptr<const Snapshot> last;
     std::swap(last, snapshot_);
-    const py::gil_scoped_release unlocked;
+    const WithoutGil unlocked;
     last.reset();
   }
 
@@ -62,19 +66,21 @@ const Signature::LeafInfo& LeafOf(const Snapshot& snapshot, size_t leaf) {
   return snapshot.leaves()[leaf];
 }
 
+Snapshot::Kind KindOf(const std::string& kind) {
+  if (kind == "codes") return Snapshot::Kind::kCodes;
+  if (kind == "words") return Snapshot::Kind::kWords;
+  if (kind == "residuals") return Snapshot::Kind::kResiduals;
+  throw py::value_error("kind must be 'codes', 'words' or 'residuals', and is '" + kind + "'");
+}
+
 py::array ReadPart(const PySnapshot& self, size_t leaf, const std::string& kind, int32_t state,
                    int64_t begin, int64_t end) {
   const auto snapshot = self.get();
   LeafOf(*snapshot, leaf);
-  if (kind != "codes" && kind != "words" && kind != "residuals") {
-    throw py::value_error("kind must be 'codes', 'words' or 'residuals', and is '" + kind + "'");
-  }
-  const Snapshot::Kind number = kind == "codes"   ? Snapshot::Kind::kCodes
-                                : kind == "words" ? Snapshot::Kind::kWords
-                                                  : Snapshot::Kind::kResiduals;
+  const Snapshot::Kind number = KindOf(kind);
   std::optional<LeafPart> part;
   {
-    const py::gil_scoped_release unlocked;
+    const WithoutGil unlocked;
     part = snapshot->Read(leaf, number, state, begin, end);
   }
   return ToPython(std::move(*part));
@@ -105,7 +111,7 @@ py::list ReadLeaves(const std::string& platform, int ordinal, int32_t handle, in
                     const std::vector<size_t>& indices) {
   std::optional<PySnapshot> snapshot;
   {
-    const py::gil_scoped_release unlocked;
+    const WithoutGil unlocked;
     snapshot.emplace(OpenSnapshot(platform, ordinal, handle, version));
   }
   py::list leaves;
@@ -136,7 +142,7 @@ py::list ShapesOf(const Snapshot& snapshot) {
 }
 
 void DefineSnapshot(py::module_& module) {
-  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  using Unlocked = py::call_guard<WithoutGil>;
   const auto property = [](auto value) {
     return [value](const PySnapshot& self) { return value(*self.get()); };
   };
@@ -278,7 +284,7 @@ std::pair<int32_t, int32_t> Stage(const py::dict& spec) {
     throw py::value_error("the moments' description has a value of a wrong type or size");
   }
   const bool shared = Get<bool>(spec, "shared", false);
-  const py::gil_scoped_release unlocked;
+  const WithoutGil unlocked;
   CheckSource(*source);
   return {Registry::Get().handles().Stage(std::move(source), shared), 1};
 }
@@ -301,7 +307,7 @@ py::object DescribeStaged(int32_t handle) {
 }
 
 void DefineStaging(py::module_& module) {
-  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  using Unlocked = py::call_guard<WithoutGil>;
   module.def("stage", &Stage, py::arg("spec"));
   module.def("staged", &DescribeStaged, py::arg("handle"));
   module.def(
@@ -327,11 +333,59 @@ void DefineStaging(py::module_& module) {
       py::arg("handle"), py::arg("now") = false, Unlocked());
 }
 
+// ---------------------------------------------------------------------------------------------------
+// Saving
+// ---------------------------------------------------------------------------------------------------
+
+// (snapshot, leaf, kind, state): what a device has.
+SavedArray PartToSave(const py::tuple& part) {
+  const auto snapshot = part[0].cast<const PySnapshot&>().get();
+  const auto leaf = part[1].cast<size_t>();
+  const Snapshot::Kind kind = KindOf(part[2].cast<std::string>());
+  const auto state = part[3].cast<int32_t>();
+  LeafOf(*snapshot, leaf);
+  return {snapshot->NumBytes(leaf, kind, state),
+          [=](int64_t begin, int64_t nbytes, uint8_t* destination) {
+            snapshot->ReadBytes(leaf, kind, state, begin, begin + nbytes, destination);
+          }};
+}
+
+// As DataOf takes it: a buffer, or a place in another file.
+SavedArray DataToSave(const py::handle& item) {
+  const auto data = std::make_shared<const Data>(DataOf(item));
+  const auto read = [data](int64_t begin, int64_t nbytes, uint8_t* destination) {
+    DiskBuffer scratch;
+    DataReader(*data, /*is_read_once=*/true).Read(begin, nbytes, destination, scratch);
+  };
+  const auto check = [data](uint32_t crc) { DataReader(*data, true).Check(crc); };
+  return {data->nbytes, read, check};
+}
+
+std::vector<uint32_t> WriteArrays(const std::string& path, const py::sequence& items) {
+  std::vector<SavedArray> arrays;
+  for (const py::handle& item : items) {
+    const bool is_part =
+        py::isinstance<py::tuple>(item) && py::isinstance<PySnapshot>(item.cast<py::tuple>()[0]);
+    arrays.push_back(is_part ? PartToSave(item.cast<py::tuple>()) : DataToSave(item));
+  }
+  try {
+    const WithoutGil unlocked;
+    const std::vector<SavedArray> owned = std::move(arrays);  // it ends without the GIL too
+    return SaveArrays(path, owned);
+  } catch (const std::system_error& error) {
+    const int number = error.code().value();
+    const py::tuple arguments = py::make_tuple(number, std::strerror(number), path);
+    PyErr_SetObject(PyExc_OSError, arguments.ptr());
+    throw py::error_already_set();
+  }
+}
+
 }  // namespace
 
 void DefineCheckpoints(py::module_& module) {
   DefineSnapshot(module);
   DefineStaging(module);
+  module.def("write_arrays", &WriteArrays, py::arg("path"), py::arg("arrays"));
 }
 
 }  // namespace paged_optax

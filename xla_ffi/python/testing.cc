@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/crc32.h"
 #include "base/status.h"
 #include "memory/planner.h"
 #include "memory/preflight.h"
@@ -33,9 +34,14 @@ py::array_t<uint8_t> Encode(const py::array_t<float, py::array::c_style>& values
   static constexpr DynamicMaps<int32_t> kMaps = MakeDynamicMaps<int32_t>();
   py::array_t<uint8_t> codes(values.size());
   for (py::ssize_t i = 0; i < values.size(); ++i) {
-    codes.mutable_data()[i] =
-        is_signed ? EncodeSigned(kMaps.of_signed, values.data()[i], 1.0f)
-                  : EncodeNonNegative(kMaps.of_non_negative, values.data()[i], 1.0f);
+    const float value[1] = {values.data()[i]};
+    uint8_t code[1];
+    if (is_signed) {
+      EncodeValues<true>(kMaps.of_signed, 1.0f, value, code);
+    } else {
+      EncodeValues<false>(kMaps.of_non_negative, 1.0f, value, code);
+    }
+    codes.mutable_data()[i] = code[0];
   }
   return codes;
 }
@@ -237,6 +243,18 @@ void AddArithmetic(py::module_& module) {
              py::arg("format"), py::arg("arena"), py::arg("begin"), py::arg("end"),
              py::arg("hyperparams"), py::arg("count"), py::arg("flags") = 0,
              py::arg("fresh") = false, py::arg("leaf_key") = 0);
+  const auto as_bytes = [](const std::string& data) {
+    return reinterpret_cast<const uint8_t*>(data.data());
+  };
+  module.def("crc32", [=](const py::bytes& data, uint32_t start) {
+    const auto bytes = static_cast<std::string>(data);
+    return Crc32(start, as_bytes(bytes), static_cast<int64_t>(bytes.size()));
+  });
+  module.def("plain_crc32", [=](const py::bytes& data, uint32_t start) {
+    const auto bytes = static_cast<std::string>(data);
+    return PlainCrc32(start, as_bytes(bytes), static_cast<int64_t>(bytes.size()));
+  });
+  module.def("join_crc32", &JoinCrc32);
   // Where the blocks of a region lie that starts after `start` bytes: (first byte, end, blocks of
   // the first chunk, blocks of a chunk).
   module.def(

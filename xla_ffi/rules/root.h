@@ -31,6 +31,8 @@ PAGED_HD bool IsUsed(float grad, float next_nu) {
   return static_cast<int>(IsUsable(grad)) & static_cast<int>(BitsOf(next_nu) <= kLargestFinite);
 }
 
+inline constexpr uint32_t kLargestEps = 0x71800000;  // 2^100; bits of negative numbers are greater
+
 // Whether a lane's radicands and divisors are among those that Math computes exactly. No radicand
 // is less than its second moment or, if that is 0, than eps_root; no divisor is less than its
 // root, or than eps.
@@ -42,10 +44,18 @@ PAGED_HD bool IsInRange(const RootScale& c, BitRange range, const float (&nu)[K]
   const uint32_t eps = BitsOf(c.eps), eps_root = BitsOf(c.eps_root);
   const bool zeros_in_range =
       eps_root == 0 ? eps >= Math::kLeastDivisor : eps_root >= Math::kLeastRadicand;
-  constexpr uint32_t kLargestEps = 0x71800000;  // 2^100; the bits of negative numbers are greater
   const float largest = FloatOf(range.largest) * c.nu_scale + c.eps_root;
   return least >= Math::kLeastRadicand && BitsOf(largest) <= kLargestFinite && eps <= kLargestEps &&
          eps_root <= kLargestEps && (!has_zeros || zeros_in_range);
+}
+
+// Whether a lane is like almost all of them where eps_root is 0: in range, and without zeros. An
+// addend of 0 need not be added then.
+template <class Math>
+PAGED_HD bool IsUsual(const RootScale& c, BitRange range) {
+  return BitsOf(c.eps_root) == 0 && BitsOf(c.eps) <= kLargestEps &&
+         range.least >= Math::kLeastRadicand &&
+         BitsOf(FloatOf(range.largest) * c.nu_scale) <= kLargestFinite;
 }
 
 // Divides `values`. `range` is that of the second moments.
@@ -53,6 +63,13 @@ template <int K, class Math>
 PAGED_HD void DivideByRoot(Math math, const RootScale& c, BitRange range, const float (&nu)[K],
                            float (&values)[K]) {
   if constexpr (!Math::kIsTotal) {
+    if (IsUsual<Math>(c, range)) {
+      PAGED_UNROLL
+      for (int k = 0; k < K; ++k) {
+        values[k] *= math.Reciprocal(math.Sqrt(nu[k] * c.nu_scale) + c.eps);
+      }
+      return;
+    }
     if (!IsInRange<Math>(c, range, nu)) return DivideByRoot(IeeeMath(), c, range, nu, values);
   }
   PAGED_UNROLL

@@ -2,9 +2,12 @@
 #include "state/fill.h"
 
 #include <algorithm>
-#include <memory>
+#include <array>
+#include <optional>
+#include <utility>
 #include <vector>
 
+#include "base/crc32.h"
 #include "base/threads.h"
 #include "state/leaf_work.h"
 #include "state/reblock.h"
@@ -23,28 +26,97 @@ const Piece* FindSameBox(const LeafWork& work) {
   return found == leaf.pieces.end() ? nullptr : &*found;
 }
 
-void Copy(const LeafWork& work, const Piece& piece) {
-  std::vector<std::unique_ptr<DataReader>> codes, words;
-  for (const Data& data : piece.codes) codes.push_back(std::make_unique<DataReader>(data));
-  for (const Data& data : piece.words) words.push_back(std::make_unique<DataReader>(data));
-  std::unique_ptr<DataReader> residuals;
-  if (piece.residuals) residuals = std::make_unique<DataReader>(*piece.residuals);
-  Window window(work.shape);
-  std::vector<uint32_t> row(LeafWork::kWindowBlocks);
-  for (int64_t w = 0; w < work.num_windows(); ++w) {
-    work.FillWindow(w, window, [&](int64_t) {
-      for (size_t s = 0; s < codes.size(); ++s) {
-        codes[s]->Read(window.size() * work.shape.code_bytes, window.codes(s));
-      }
-      for (size_t s = 0; s < words.size(); ++s) {
-        words[s]->Read(window.num_blocks() * 4, reinterpret_cast<uint8_t*>(row.data()));
-        for (int64_t b = 0; b < window.num_blocks(); ++b) {
-          window.words()[b * words.size() + s] = row[b];
+// A leaf that is stored as the arena wants it. Several threads copy windows of it.
+class Copying {
+ public:
+  Copying(const LeafWork& work, const Piece& piece) : work_(work) {
+    for (const Data& data : piece.codes) arrays_.push_back(&data);
+    for (const Data& data : piece.words) arrays_.push_back(&data);
+    if (piece.residuals) arrays_.push_back(&*piece.residuals);
+    sums_.resize(work.num_windows() * arrays_.size());
+    // Other devices read the same box if there are more of them than boxes.
+    is_read_once_ = static_cast<int64_t>(work.from().pieces.size()) >= work.source.local_devices;
+  }
+
+  int64_t num_windows() const { return work_.num_windows(); }
+
+  // Each thread has memory of its own for this.
+  struct Local {
+    DiskBuffer scratch;
+    std::vector<uint32_t> words = {};
+    std::array<std::optional<Window>, kFormats.size()> windows = {};
+  };
+
+  void CopyWindow(int64_t index, Local& local) {
+    std::optional<Window>& kept = local.windows[work_.info.format];
+    if (!kept) kept.emplace(work_.shape);
+    Window& window = *kept;
+    work_.FillWindow(index, window, [&](int64_t first) {
+      const size_t num_states = work_.shape.num_states, num_words = work_.shape.num_words;
+      for (size_t a = 0; a < arrays_.size(); ++a) {
+        if (a < num_states) {
+          const int64_t item = work_.shape.code_bytes;
+          Read(index, a, first * kBlockSize * item, window.size() * item, window.codes(a), local);
+        } else if (a < num_states + num_words) {
+          local.words.resize(window.num_blocks());
+          Read(index, a, first * 4, window.num_blocks() * 4,
+               reinterpret_cast<uint8_t*>(local.words.data()), local);
+          for (int64_t b = 0; b < window.num_blocks(); ++b) {
+            window.words()[b * num_words + (a - num_states)] = local.words[b];
+          }
+        } else {
+          Read(index, a, first * kBlockSize, window.size(), window.residuals(), local);
         }
       }
-      if (residuals != nullptr) residuals->Read(window.size(), window.residuals());
     });
   }
+
+  // After all windows: throws if an array is not what was saved.
+  void Check() const {
+    for (size_t a = 0; a < arrays_.size(); ++a) {
+      uint32_t crc = 0;
+      for (int64_t w = 0; w < num_windows(); ++w) {
+        const Sum& sum = sums_[w * arrays_.size() + a];
+        crc = JoinCrc32(crc, sum.crc, sum.nbytes);
+      }
+      DataReader(*arrays_[a], is_read_once_).Check(crc);
+    }
+  }
+
+ private:
+  struct Sum {
+    uint32_t crc;
+    int64_t nbytes;
+  };
+
+  void Read(int64_t index, size_t a, int64_t begin, int64_t nbytes, uint8_t* destination,
+            Local& local) {
+    const DataReader reader(*arrays_[a], is_read_once_);
+    reader.Read(begin, nbytes, destination, local.scratch);
+    const uint32_t crc = reader.has_checksum() ? Crc32(0, destination, nbytes) : 0;
+    sums_[index * arrays_.size() + a] = {crc, nbytes};
+  }
+
+  const LeafWork& work_;
+  std::vector<const Data*> arrays_;
+  bool is_read_once_;
+  std::vector<Sum> sums_;  // of each array, for each window
+};
+
+void CopyAll(const std::vector<LeafWork>& works, const std::vector<const Piece*>& pieces) {
+  std::vector<Copying> leaves;
+  std::vector<std::pair<size_t, int64_t>> windows;  // of all leaves
+  for (size_t i = 0; i < works.size(); ++i) {
+    leaves.emplace_back(works[i], *pieces[i]);
+    for (int64_t w = 0; w < leaves[i].num_windows(); ++w) windows.emplace_back(i, w);
+  }
+  ForEachInParallel(
+      static_cast<int64_t>(windows.size()), std::max(NumThreads(), NumDiskThreads()),
+      [] { return Copying::Local(); },
+      [&](int64_t i, Copying::Local& local) {
+        leaves[windows[i].first].CopyWindow(windows[i].second, local);
+      });
+  for (const Copying& leaf : leaves) leaf.Check();
 }
 
 }  // namespace
@@ -71,8 +143,7 @@ void Fill(const Source& source, const Request& request, Arena& arena) {
     (piece == nullptr ? others : stored).push_back(work);
     if (piece != nullptr) pieces.push_back(piece);
   }
-  ForEachInParallel(static_cast<int64_t>(stored.size()),
-                    [&](int64_t i) { Copy(stored[i], *pieces[i]); });
+  CopyAll(stored, pieces);
   for (const LeafWork& work : others) Reblock(work);
   arena.header.version = arena.header.versions[0] = arena.header.started = 1;
 }

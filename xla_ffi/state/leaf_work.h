@@ -14,7 +14,7 @@
 namespace paged_optax {
 
 struct LeafWork {
-  static constexpr int64_t kWindowBlocks = 2048;
+  static constexpr int64_t kWindowBlocks = 8192;  // 2 MiB of 8-bit codes: one piece for a disk
 
   const Source& source;
   size_t leaf;

@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "base/crc32.h"
 #include "base/threads.h"
 #include "state/tiling.h"
 
@@ -20,7 +21,10 @@ class Loaded {
     if (bytes_ != nullptr || data.nbytes == 0) return;
     own_.reset(new uint8_t[data.nbytes]);
     bytes_ = own_.get();
-    DataReader(data).Read(data.nbytes, own_.get());
+    const DataReader reader(data, /*is_read_once=*/false);  // devices share what they need of it
+    DiskBuffer scratch;
+    reader.Read(0, data.nbytes, own_.get(), scratch);
+    if (reader.has_checksum()) reader.Check(Crc32(0, own_.get(), data.nbytes));
   }
   const uint8_t* bytes() const { return bytes_; }
 

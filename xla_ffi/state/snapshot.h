@@ -28,7 +28,16 @@ class Snapshot {
   // Of blocks [begin, end) of a leaf, without the padding of its last block. `end` < 0: to the end.
   LeafPart Read(size_t leaf, Kind kind, int32_t state, int64_t begin, int64_t end) const;
 
+  // How many bytes such a part of the whole leaf has, and bytes [begin, end) of it. Any thread may
+  // read.
+  int64_t NumBytes(size_t leaf, Kind kind, int32_t state) const;
+  void ReadBytes(size_t leaf, Kind kind, int32_t state, int64_t begin, int64_t end,
+                 uint8_t* destination) const;
+
  private:
+  // Throws if there is no such part. How many bytes an element has, or a block of words.
+  int64_t ItemBytes(size_t leaf, Kind kind, int32_t state) const;
+
   HeldArena held_;
   int32_t slot_;
   int32_t version_;

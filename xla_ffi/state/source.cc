@@ -1,15 +1,10 @@
 // See source.h.
 #include "state/source.h"
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
+#include <system_error>
 
-#include "base/crc32.h"
 #include "base/status.h"
 #include "formats/formats.h"
 #include "layout/layout.h"
@@ -95,43 +90,39 @@ void CheckSource(const Source& source) {
 }
 
 // A file that shrinks under a mapping of it would end the process, so files are read.
-DataReader::DataReader(const Data& data) : data_(data) {
+DataReader::DataReader(const Data& data, bool is_read_once) : data_(data) {
   if (data.bytes != nullptr || data.nbytes == 0) return;
-  do {
-    fd_ = open(data.path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe must not wait
-  } while (fd_ < 0 && errno == EINTR);
-  if (fd_ < 0) Refuse(std::strerror(errno));
-  struct stat status;
-  const bool is_file = fstat(fd_, &status) == 0 && S_ISREG(status.st_mode);
-  if (is_file && data.offset >= 0 && data.nbytes <= status.st_size &&
-      data.offset <= status.st_size - data.nbytes) {
+  try {
+    file_ = std::make_unique<const InputFile>(data.path, is_read_once);
+  } catch (const std::system_error& error) {
+    Refuse(std::strerror(error.code().value()));
+  }
+  if (!file_->is_file()) Refuse("this is not a file");
+  if (data.offset < 0 || data.nbytes > file_->nbytes() ||
+      data.offset > file_->nbytes() - data.nbytes) {
+    Refuse("the file is too short");
+  }
+}
+
+void DataReader::Read(int64_t begin, int64_t nbytes, uint8_t* destination,
+                      DiskBuffer& scratch) const {
+  if (nbytes == 0) return;
+  if (begin < 0 || nbytes > data_.nbytes - begin) Refuse("the array is too short");
+  if (data_.bytes != nullptr) {
+    std::memcpy(destination, data_.bytes + begin, nbytes);
     return;
   }
-  close(fd_);  // no destructor runs after this
-  Refuse(is_file ? "the file is too short" : "this is not a file");
+  int64_t got = 0;
+  try {
+    got = file_->Read(data_.offset + begin, nbytes, destination, scratch);
+  } catch (const std::system_error& error) {
+    Refuse(std::strerror(error.code().value()));
+  }
+  if (got != nbytes) Refuse("the file is too short");
 }
 
-DataReader::~DataReader() {
-  if (fd_ >= 0) close(fd_);
-}
-
-void DataReader::Read(int64_t nbytes, uint8_t* destination) {
-  if (nbytes == 0) return;
-  if (nbytes > data_.nbytes - done_) Refuse("the array is too short");
-  if (data_.bytes != nullptr) {
-    std::memcpy(destination, data_.bytes + done_, nbytes);
-  }
-  for (int64_t got = 0; data_.bytes == nullptr && got < nbytes;) {
-    const ssize_t part = pread(fd_, destination + got, nbytes - got, data_.offset + done_ + got);
-    if (part < 0 && errno == EINTR) continue;
-    if (part < 0) Refuse(std::strerror(errno));
-    if (part == 0) Refuse("the file is too short");
-    got += part;
-  }
-  done_ += nbytes;
-  if (!data_.crc) return;
-  crc_ = Crc32(crc_, destination, nbytes);
-  if (done_ == data_.nbytes && crc_ != *data_.crc) Refuse("the checksum is another");
+void DataReader::Check(uint32_t crc) const {
+  if (data_.crc && crc != *data_.crc) Refuse("the checksum is another");
 }
 
 void DataReader::Refuse(const std::string& problem) const {

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "base/disk_file.h"
+
 namespace paged_optax {
 
 // A part of a leaf, in elements of the whole leaf.
@@ -58,23 +60,23 @@ void CheckSource(const Source& source);
 // The product of non-negative numbers; nothing if it is more elements than a state may have.
 std::optional<int64_t> ProductOf(const std::vector<int64_t>& shape);
 
-// Reads an array from its start to its end.
+// Reads an array, in pieces and from any thread.
 class DataReader {
  public:
-  explicit DataReader(const Data& data);
-  DataReader(const DataReader&) = delete;
-  ~DataReader();
+  // `is_read_once`: as for InputFile. Throws what is wrong with the file.
+  DataReader(const Data& data, bool is_read_once);
 
-  // The next bytes. The last call of all compares the checksum. Throws what is wrong with the file.
-  void Read(int64_t nbytes, uint8_t* destination);
+  // Bytes [begin, begin + nbytes). `scratch` is for this call.
+  void Read(int64_t begin, int64_t nbytes, uint8_t* destination, DiskBuffer& scratch) const;
+  // Throws if this is not the checksum of the array.
+  void Check(uint32_t crc) const;
+  bool has_checksum() const { return data_.crc.has_value(); }
 
  private:
   [[noreturn]] void Refuse(const std::string& problem) const;
 
   const Data& data_;
-  int fd_ = -1;
-  int64_t done_ = 0;
-  uint32_t crc_ = 0;
+  std::unique_ptr<const InputFile> file_;
 };
 
 }  // namespace paged_optax

@@ -7,6 +7,7 @@
 #include "layout/layout.h"
 #include "rules/rules.h"
 #include "step/leaf.h"
+#include "step/norm.h"
 
 namespace paged_optax {
 
@@ -16,6 +17,7 @@ struct StepOf {
   typename Rule::Coefficients rule;
   ParamStep params;  // if the step takes the parameters
   uint32_t dither_phase;
+  float grad_scale;  // of every gradient; 1 unless the step clips
 };
 
 // A StepOf one of the rules.
@@ -33,18 +35,22 @@ struct StepKind {
   Output output;
   uint32_t flags;  // of the rule: bit i for kFlags[i]
   BadElement bad;
+  bool clips = false;  // by the global norm
 };
 
 // `hyperparams` are those of the rule, then those of MakeParamStep if the step takes the
-// parameters. `count` is the number of steps already taken.
+// parameters, then those of ClipScale if it clips. `count` is the number of steps already taken.
 template <class Rule>
 PAGED_HD StepOf<typename Rule::Arithmetic> PrepareStep(const StepKind& kind,
                                                        const float* hyperparams, int32_t count) {
   StepOf<typename Rule::Arithmetic> step{};
   step.rule = Rule::Prepare(hyperparams, count, kind.flags, kind.bad);
+  const float* rest = hyperparams + kNumHyperparams<Rule>;
   if (TakesParams(kind.output)) {
-    step.params = MakeParamStep(hyperparams + kNumHyperparams<Rule>, count);
+    step.params = MakeParamStep(rest, count);
+    rest += kNumParamHyperparams;
   }
+  step.grad_scale = kind.clips ? ClipScale(rest[0], rest[1]) : 1.0f;
   step.dither_phase = DitherPhase(count);
   return step;
 }
@@ -55,6 +61,10 @@ template <class Rule, class Format, int K, class Math, class Tables, class Block
 PAGED_HD void StepBlock(Math math, const StepOf<Rule>& step, const Tables& tables,
                         uint64_t leaf_key, int64_t start, int num_fresh, float (&values)[K],
                         Lane<Rule, Format, K>& lane, Block block) {
+  if (step.grad_scale != 1.0f) {
+    PAGED_UNROLL
+    for (int k = 0; k < K; ++k) values[k] *= step.grad_scale;
+  }
   float states[kNumStates<Rule>][K];
   Format::template Decode<Rule>(tables, lane, states);
   if constexpr (Rule::kHasInitial) {

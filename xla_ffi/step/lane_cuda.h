@@ -2,6 +2,7 @@
 // loads and stores, and the extremes of the block.
 #pragma once
 
+#include "base/gpu_memory.h"
 #include "step/block.h"
 
 namespace paged_optax {
@@ -23,19 +24,50 @@ __device__ inline bool IsAligned(const void* address) {
   return reinterpret_cast<uintptr_t>(address) % 16 == 0;
 }
 
-// All of a thread's floats at once; aligned.
+// Four floats from number `k` on, as they lie in memory.
+__device__ inline uint4 PackFloats(const float (&values)[kLane], int k) {
+  return {BitsOf(values[k]), BitsOf(values[k + 1]), BitsOf(values[k + 2]), BitsOf(values[k + 3])};
+}
+
+__device__ inline void UnpackFloats(uint4 v, int k, float (&values)[kLane]) {
+  values[k] = FloatOf(v.x);
+  values[k + 1] = FloatOf(v.y);
+  values[k + 2] = FloatOf(v.z);
+  values[k + 3] = FloatOf(v.w);
+}
+
+// All of a thread's numbers of 16 bits.
+__device__ inline void UnpackHalves(uint4 v, DType dtype, float (&values)[kLane]) {
+  const uint32_t pairs[] = {v.x, v.y, v.z, v.w};
+  if (dtype == DType::kBFloat16) {
+#pragma unroll
+    for (int k = 0; k < kLane; k += 2) {
+      values[k] = FloatOf(pairs[k / 2] << 16);
+      values[k + 1] = FloatOf(pairs[k / 2] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kLane; k += 2) {
+      values[k] = FromFloat16(static_cast<uint16_t>(pairs[k / 2]));
+      values[k + 1] = FromFloat16(static_cast<uint16_t>(pairs[k / 2] >> 16));
+    }
+  }
+}
+
+__device__ inline uint32_t PackHalves(DType dtype, float low, float high) {
+  if (dtype == DType::kBFloat16) return ToBFloat16Pair(low, high);
+  return static_cast<uint32_t>(ToFloat16(high)) << 16 | ToFloat16(low);
+}
+
+// All of a thread's floats; aligned.
 __device__ inline void LoadFloats(const float* source, float (&values)[kLane]) {
 #pragma unroll
-  for (int k = 0; k < kLane; k += 4) {
-    *reinterpret_cast<float4*>(&values[k]) = *reinterpret_cast<const float4*>(source + k);
-  }
+  for (int k = 0; k < kLane; k += 4) UnpackFloats(LoadVector(source + k), k, values);
 }
 
 __device__ inline void StoreFloats(const float (&values)[kLane], float* target) {
 #pragma unroll
-  for (int k = 0; k < kLane; k += 4) {
-    *reinterpret_cast<float4*>(target + k) = *reinterpret_cast<const float4*>(&values[k]);
-  }
+  for (int k = 0; k < kLane; k += 4) StoreVector(PackFloats(values, k), target + k);
 }
 
 // Of `data`, `count` elements from `start` on, and zeros.
@@ -52,21 +84,17 @@ __device__ inline void Load(const void* data, DType dtype, int64_t start, int co
     return;
   }
   const uint16_t* source = static_cast<const uint16_t*>(data) + start;
-  uint4 packed = {0, 0, 0, 0};
-  uint16_t* halves = reinterpret_cast<uint16_t*>(&packed);
+  uint32_t pairs[kLane / 2];
   if (count == kLane && IsAligned(source)) {
-    packed = *reinterpret_cast<const uint4*>(source);
-  } else {
-#pragma unroll
-    for (int k = 0; k < kLane; ++k) halves[k] = k < count ? source[k] : uint16_t{0};
+    UnpackHalves(LoadVector(source), dtype, values);
+    return;
   }
-  if (dtype == DType::kBFloat16) {
 #pragma unroll
-    for (int k = 0; k < kLane; ++k) values[k] = FromBFloat16(halves[k]);
-  } else {
-#pragma unroll
-    for (int k = 0; k < kLane; ++k) values[k] = FromFloat16(halves[k]);
+  for (int k = 0; k < kLane; k += 2) {
+    const uint32_t low = k < count ? source[k] : 0u, high = k + 1 < count ? source[k + 1] : 0u;
+    pairs[k / 2] = high << 16 | low;
   }
+  UnpackHalves({pairs[0], pairs[1], pairs[2], pairs[3]}, dtype, values);
 }
 
 __device__ inline void Store(const Leaf& leaf, int64_t start, int count,
@@ -83,23 +111,19 @@ __device__ inline void Store(const Leaf& leaf, int64_t start, int count,
     }
     return;
   }
-  uint4 packed;
-  uint16_t* halves = reinterpret_cast<uint16_t*>(&packed);
-  if (leaf.result_dtype == DType::kBFloat16) {
+  uint32_t pairs[kLane / 2];
 #pragma unroll
-    for (int k = 0; k < kLane; ++k) halves[k] = ToBFloat16(values[k]);
-  } else {
-#pragma unroll
-    for (int k = 0; k < kLane; ++k) halves[k] = ToFloat16(values[k]);
+  for (int k = 0; k < kLane; k += 2) {
+    pairs[k / 2] = PackHalves(leaf.result_dtype, values[k], values[k + 1]);
   }
   uint16_t* target = static_cast<uint16_t*>(leaf.results) + start;
   if (count == kLane && IsAligned(target)) {
-    *reinterpret_cast<uint4*>(target) = packed;
+    StoreVector({pairs[0], pairs[1], pairs[2], pairs[3]}, target);
     return;
   }
 #pragma unroll
   for (int k = 0; k < kLane; ++k) {
-    if (k < count) target[k] = halves[k];
+    if (k < count) target[k] = static_cast<uint16_t>(pairs[k / 2] >> (k % 2 * 16));
   }
 }
 

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "base/cpu.h"
+#include "step/lane_cpu.h"
 
 namespace paged_optax {
 namespace {
@@ -11,22 +12,7 @@ namespace {
 template <class Format>
 constexpr auto kTables = Format::template MakeTables<int32_t>();
 
-constexpr int kLane = static_cast<int>(kBlockSize);
-
-PAGED_HD void Load(const void* source, DType dtype, int64_t start, int count,
-                   float (&values)[kLane]) {
-  if (count < kLane) std::memset(values, 0, sizeof(values));
-  if (dtype == DType::kFloat32) {
-    std::memcpy(values, static_cast<const float*>(source) + start, count * sizeof(float));
-    return;
-  }
-  const uint16_t* halves = static_cast<const uint16_t*>(source) + start;
-  if (dtype == DType::kBFloat16) {
-    for (int k = 0; k < count; ++k) values[k] = FromBFloat16(halves[k]);
-  } else {
-    for (int k = 0; k < count; ++k) values[k] = FromFloat16(halves[k]);
-  }
-}
+constexpr int kLane = kCpuLane;
 
 // Fetches what will be needed soon while something else is computed: a block takes so many
 // instructions that the processor does not see the loads of the next one in time.
@@ -74,7 +60,7 @@ PAGED_CLONES void StepParams(const CpuWork& work, const ParamStep& step, const L
                              float (&values)[kLane]) {
   alignas(64) float params[kLane];
   alignas(64) uint8_t residuals[kLane];
-  Load(leaf.params, leaf.param_dtype, start, count, params);
+  LoadBlock(leaf.params, leaf.param_dtype, start, count, params);
   const bool has_residuals = work.region.shape.residual_bytes != 0;
   if (has_residuals && work.source != nullptr) {
     std::memcpy(residuals, work.source + residual_offset, sizeof(residuals));
@@ -128,7 +114,7 @@ PAGED_CLONES void RunBlocks(const StepOf<Rule>& step, const CpuWork& work, int64
     const int64_t left = leaf.size - start;
     const int count = left < kLane ? static_cast<int>(left) : kLane;
     const BlockPlace place = work.region.Locate(block);
-    Load(leaf.grads, leaf.dtype, start, count, values);
+    LoadBlock(leaf.grads, leaf.dtype, start, count, values);
     PrefetchBlock(leaf.grads, leaf.dtype, start + kBlockSize, leaf.size);
     if (TakesParams(work.output)) {
       PrefetchBlock(leaf.params, leaf.param_dtype, start, leaf.size);

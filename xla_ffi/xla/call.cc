@@ -41,20 +41,6 @@ constexpr const char* NameOf<ffi::Span<const int64_t>>() {
   return "i64[]";
 }
 
-DType DTypeOf(ffi::DataType dtype) {
-  switch (dtype) {
-    case ffi::DataType::F32:
-      return DType::kFloat32;
-    case ffi::DataType::BF16:
-      return DType::kBFloat16;
-    case ffi::DataType::F16:
-      return DType::kFloat16;
-    default:
-      throw StatusError(StatusCode::kInvalidArgument,
-                        "gradients and parameters must be float32, bfloat16 or float16");
-  }
-}
-
 int64_t InRange(const char* name, int64_t value, int64_t end) {
   if (value < 0 || value >= end) Refuse(std::string(name) + " is " + std::to_string(value));
   return value;
@@ -66,7 +52,7 @@ StepKind KindOf(const UpdateAttrs& attrs) {
   return {static_cast<int8_t>(rule),
           static_cast<Output>(InRange("output", attrs.output, kOutputNames.size())),
           static_cast<uint32_t>(InRange("flags", attrs.flags, int64_t{1} << num_flags)),
-          attrs.skip_elements ? BadElement::kSkip : BadElement::kNan};
+          attrs.skip_elements ? BadElement::kSkip : BadElement::kNan, attrs.clips};
 }
 
 void CheckCounts(const UpdateAttrs& attrs, bool takes_params, size_t num_args, size_t num_rets) {
@@ -137,6 +123,20 @@ Leaf ParseLeaf(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
 
 }  // namespace
 
+DType DTypeOf(ffi::DataType dtype) {
+  switch (dtype) {
+    case ffi::DataType::F32:
+      return DType::kFloat32;
+    case ffi::DataType::BF16:
+      return DType::kBFloat16;
+    case ffi::DataType::F16:
+      return DType::kFloat16;
+    default:
+      throw StatusError(StatusCode::kInvalidArgument,
+                        "gradients and parameters must be float32, bfloat16 or float16");
+  }
+}
+
 std::vector<std::pair<const char*, const char*>> DescribeAttrs() {
 #define PAGED_DESCRIBE(type, name) {#name, NameOf<type>()},
   return {PAGED_UPDATE_ATTRS(PAGED_DESCRIBE)};
@@ -157,9 +157,10 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
   call.kind = kind;
   call.token = Scalars<const Token*>(args, 0, ffi::DataType::S32, 2);
   call.count = Scalars<const int32_t*>(args, 1, ffi::DataType::S32, 1);
-  call.hyperparams = Scalars<const float*>(
-      args, 2, ffi::DataType::F32,
-      AllRules()[kind.rule].hyperparams.size() + (takes_params ? kNumParamHyperparams : 0));
+  call.hyperparams = Scalars<const float*>(args, 2, ffi::DataType::F32,
+                                           AllRules()[kind.rule].hyperparams.size() +
+                                               (takes_params ? kNumParamHyperparams : 0) +
+                                               (kind.clips ? kNumClipHyperparams : 0));
   call.part = Scalars<const int32_t*>(args, 3, ffi::DataType::S32, 1);
   call.new_token = static_cast<Token*>(
       Check(**rets.get<ffi::AnyBuffer>(0), ffi::DataType::S32, 2, "the new token"));

@@ -20,6 +20,7 @@ namespace paged_optax {
 // unless the step takes the parameters). device_bytes is -1 for no budget, shards and directory are
 // empty for none. paths and tree are numbers for the names of the leaves and for the tree.
 #define PAGED_UPDATE_ATTRS(X)                \
+  X(bool, clips)                             \
   X(::xla::ffi::Span<const int8_t>, decays)  \
   X(int64_t, device_bytes)                   \
   X(std::string_view, directory)             \
@@ -46,6 +47,9 @@ struct UpdateAttrs {
 #undef PAGED_DECLARE
 };
 
+// Throws for a type that gradients and parameters do not have.
+DType DTypeOf(::xla::ffi::DataType dtype);
+
 // The names and types of the attributes.
 std::vector<std::pair<const char*, const char*>> DescribeAttrs();
 
@@ -55,10 +59,10 @@ struct LeafRange {
 };
 
 // Operands: token s32[2], count s32[], hyperparams f32[n] (those of the rule, then those of
-// MakeParamStep if the step takes the parameters), part s32[] (which parts of the leaves the device
-// has), then one gradient a leaf and, if the step takes them, one parameter a leaf. kSkipStep as
-// count is a step that is skipped. Results: token s32[2], then a direction, an update or a new
-// parameter a leaf, as the output says.
+// MakeParamStep if the step takes the parameters, then those of ClipScale if it clips), part s32[]
+// (which parts of the leaves the device has), then one gradient a leaf and, if the step takes them,
+// one parameter a leaf. kSkipStep as count is a step that is skipped. Results: token s32[2], then a
+// direction, an update or a new parameter a leaf, as the output says.
 struct UpdateCall {
   Signature signature;
   uint64_t fingerprint = 0;

@@ -13,10 +13,13 @@
 #include <vector>
 
 #include "base/status.h"
+#include "base/trace.h"
 #include "state/registry.h"
 #include "step/step_cpu.h"
 #include "xla/call.h"
 #include "xla/ffi/api/ffi.h"
+#include "xla/guarded.h"
+#include "xla/norm_handlers.h"
 #include "xla/parallel_for.h"
 
 #if PAGED_OPTAX_CUDA
@@ -34,20 +37,6 @@ namespace {
 // Calls
 // ---------------------------------------------------------------------------------------------------
 
-ffi::ErrorCode CodeOf(const StatusError& error) {
-  switch (error.code()) {
-    case StatusCode::kInvalidArgument:
-      return ffi::ErrorCode::kInvalidArgument;
-    case StatusCode::kFailedPrecondition:
-      return ffi::ErrorCode::kFailedPrecondition;
-    case StatusCode::kResourceExhausted:
-      return ffi::ErrorCode::kResourceExhausted;
-    case StatusCode::kInternal:
-      break;
-  }
-  return ffi::ErrorCode::kInternal;
-}
-
 // A refused step leaves everything as it was: its updates are zero, and its token is the one that
 // came in. So no program fails, and no donated array is lost; Python raises what was noted. Errors
 // that are no refusals are those of the program.
@@ -62,16 +51,19 @@ void OrRefuse(const F& step, Token token, const G& leave_alone) {
   }
 }
 
-// No exception leaves a handler.
+// Prepares a step, which has not begun. What hinders it, such as a lack of memory or a damaged
+// checkpoint, is a refusal too if no other device takes part. Of several devices, others may take
+// the step, and copies of the parameters would differ: then the program has to fail.
 template <class F>
-ffi::Error Guarded(F&& body) {
+auto Prepare(const UpdateCall& call, const F& prepare) {
   try {
-    body();
-    return ffi::Error::Success();
+    return prepare();
   } catch (const StatusError& error) {
-    return ffi::Error(CodeOf(error), error.what());
-  } catch (const std::exception& error) {
-    return ffi::Error::Internal(std::string("paged_optax: ") + error.what());
+    const bool no_memory = error.code() == StatusCode::kResourceExhausted;
+    const bool is_other = !no_memory && error.code() != StatusCode::kInvalidArgument;
+    if (is_other || call.signature.num_devices() > 1) throw;
+    throw StatusError(StatusCode::kFailedPrecondition,
+                      (no_memory ? "RESOURCE_EXHAUSTED: " : "") + std::string(error.what()));
   }
 }
 
@@ -130,7 +122,7 @@ void ChangeNothing(const UpdateCall& call) {
 void StepOnCpu(ffi::ThreadPool& pool, const Request& request, const UpdateCall& call) {
   Registry& registry = Registry::Get();
   const Token token = *call.token;
-  std::optional<LockedArena> locked = registry.Open(request, token);
+  std::optional<LockedArena> locked = Prepare(call, [&] { return registry.Open(request, token); });
   Arena* const arena = locked->arena.get();
   const int32_t count = *call.count;
   Judgement judgement = Judge(&arena->header, token, LayoutOf(call.fingerprint, *call.part));
@@ -242,6 +234,7 @@ void Launch(CudaDevice& gpu, const ContentsLock& lock, const UpdateCall& call, R
 ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::RunId run,
                       int32_t device, UpdateAttrs attrs, ffi::RemainingArgs args,
                       ffi::RemainingRets rets) {
+  const TraceRange range("paged_optax: step");
   return Guarded([&] {
     const UpdateCall call = Parse(attrs, args, rets);
     Registry& registry = Registry::Get();
@@ -263,8 +256,10 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
       Request request = MakeRequest(gpu.id(), run.run_id, attrs, call, part);
       if (token.version == 1) request.source = source = registry.handles().SourceOf(token.handle);
       // If it is refused, the kernels find no arena, and so change nothing.
-      OrRefuse([&] { made = gpu.BindOnFirstUse(lock, registry.handles(), request, token, stream); },
-               token, [&] { is_refused = true; });
+      const auto bind = [&] {
+        return gpu.BindOnFirstUse(lock, registry.handles(), request, token, stream);
+      };
+      OrRefuse([&] { made = Prepare(call, bind); }, token, [&] { is_refused = true; });
     }
     try {
       Reports* const reports = is_refused ? nullptr : gpu.device_reports();
@@ -306,14 +301,17 @@ XLA_FFI_DEFINE_HANDLER(kUpdateCuda, UpdateCuda,
 }  // namespace
 
 std::vector<HandlerEntry> Handlers() {
-  return {
-      {"paged_optax_issue", "cpu", reinterpret_cast<void*>(kIssueCpu)},
-      {"paged_optax_update", "cpu", reinterpret_cast<void*>(kUpdateCpu)},
+  std::vector<HandlerEntry> handlers = NormHandlers();
+  handlers.insert(handlers.end(),
+                  {
+                      {"paged_optax_issue", "cpu", reinterpret_cast<void*>(kIssueCpu)},
+                      {"paged_optax_update", "cpu", reinterpret_cast<void*>(kUpdateCpu)},
 #if PAGED_OPTAX_CUDA
-      {"paged_optax_issue", "CUDA", reinterpret_cast<void*>(kIssueCuda)},
-      {"paged_optax_update", "CUDA", reinterpret_cast<void*>(kUpdateCuda)},
+                      {"paged_optax_issue", "CUDA", reinterpret_cast<void*>(kIssueCuda)},
+                      {"paged_optax_update", "CUDA", reinterpret_cast<void*>(kUpdateCuda)},
 #endif
-  };
+                  });
+  return handlers;
 }
 
 std::vector<std::pair<const char*, const char*>> UpdateAttributes() { return DescribeAttrs(); }
