@@ -81,7 +81,7 @@ from ._skip import SkipNonFiniteState, skip_non_finite
 from ._states import StateInfo, states
 from ._to_bitsandbytes import to_bitsandbytes
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "DeviceMemory",

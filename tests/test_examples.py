@@ -45,7 +45,7 @@ FSDP = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_fsdp_keeps_gradients_in_shards(tmp_path):
     for module in "matplotlib", "psutil", "tqdm":
         pytest.importorskip(module)

@@ -1,11 +1,12 @@
 """Trainers of other projects stop, and resume in another process, as if they had not stopped.
 
-For Tunix a lean installation will do: ``pip install --no-deps google-tunix google-metrax``, and
-what `import tunix` asks for. Without it, and without Equinox, these tests skip themselves.
+They need the extra ``trainers``, and ``pip install --no-deps google-tunix google-metrax``, which
+would bring much else that Tunix's trainers do not import. Without them these tests skip themselves.
 """
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 
@@ -13,85 +14,7 @@ from helpers import run_python
 
 pytestmark = pytest.mark.slow
 
-TUNIX = """
-    import json, os, sys
-    kind, num_devices, folder, steps = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-    import jax
-    jax.config.update("jax_num_cpu_devices", num_devices)
-    import jax.numpy as jnp, numpy as np, optax, qwix
-    import orbax.checkpoint as ocp
-    from flax import nnx
-    from tunix.models.llama3.model import Llama3, ModelConfig
-    from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
-
-    import paged_optax
-
-    config = ModelConfig(
-        num_layers=1, vocab_size=64, embed_dim=256, hidden_dim=256, num_heads=4, head_dim=64,
-        num_kv_heads=2, rope_theta=10_000, norm_eps=1e-5,
-    )
-    shape = (4, 2) if num_devices == 8 else (num_devices, 1)
-    mesh = jax.make_mesh(shape, ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-
-    def on_mesh(model):
-        state = nnx.state(model)
-        nnx.update(model, jax.device_put(state, nnx.get_named_sharding(state, mesh)))
-        return model
-
-    def make_model():
-        model = Llama3(config, rngs=nnx.Rngs(0))
-        quantized = dict(weight_qtype="nf4", tile_size=32) if kind == "qlora" else {}
-        path = ".*(q|kv|o|gate|up|down)_proj"
-        provider = qwix.LoraProvider(module_path=path, rank=16, alpha=32.0, **quantized)
-        return on_mesh(
-            qwix.apply_lora_to_model(model, provider, rngs=nnx.Rngs(1), **model.get_model_input())
-        )
-
-    def data():
-        rng = np.random.default_rng(0)
-        for _ in range(steps):
-            tokens = rng.integers(64, size=(8, 16)).astype(np.int32)
-            yield TrainingInput(input_tokens=tokens, input_mask=np.ones_like(tokens))
-
-    def to_model_input(x):
-        length = x.input_tokens.shape[1]
-        mask = jnp.tril(jnp.ones((length, length), bool))
-        return {
-            "input_tokens": x.input_tokens,
-            "input_mask": x.input_mask,
-            "positions": jnp.broadcast_to(jnp.arange(length), x.input_tokens.shape),
-            "attention_mask": jnp.broadcast_to(mask, (x.input_tokens.shape[0], length, length)),
-        }
-
-    losses = {}
-
-    class Trainer(PeftTrainer):
-        def _buffer_metrics(self, buffer, *, loss, step, **others):
-            losses[step] = float(loss)
-            return super()._buffer_metrics(buffer, loss=loss, step=step, **others)
-
-    with mesh:
-        tx = optax.chain(
-            optax.clip_by_global_norm(1.0),
-            paged_optax.paged_adamw8bit(
-                1e-2, mu_dtype=None, quantization=paged_optax.Quantization(min_size=0)
-            ),
-        )
-        trainer = Trainer(
-            make_model(),
-            tx,
-            TrainingConfig(
-                eval_every_n_steps=100,
-                max_steps=steps,
-                checkpoint_root_directory=None if folder == "-" else folder,
-                checkpointing_options=ocp.CheckpointManagerOptions(save_interval_steps=2),
-                pbar_description=None,
-            ),
-        ).with_gen_model_input_fn(to_model_input)
-        trainer.train(data())
-        paged_optax.memory_report(trainer.optimizer)  # raises if there is no paged state in it
-    print("losses", json.dumps(losses))
-"""
+TUNIX = (Path(__file__).parents[1] / "examples/trainers/tunix_peft.py").read_text()
 
 
 def losses_of(program, folder, *arguments):
@@ -110,9 +33,11 @@ def losses_of(program, folder, *arguments):
 def test_tunix(kind, num_devices, tmp_path):
     if importlib.util.find_spec("tunix") is None:
         pytest.skip("needs Tunix")
-    whole = losses_of(TUNIX, tmp_path, kind, num_devices, "-", 6)
-    first = losses_of(TUNIX, tmp_path, kind, num_devices, tmp_path / "run", 4)
-    rest = losses_of(TUNIX, tmp_path, kind, num_devices, tmp_path / "run", 6)
+    arguments = ["--kind", kind, "--cpu-devices", num_devices, "--steps"]
+    run = ["--checkpoint-dir", tmp_path / "run"]
+    whole = losses_of(TUNIX, tmp_path, *arguments, 6)
+    first = losses_of(TUNIX, tmp_path, *arguments, 4, *run)
+    rest = losses_of(TUNIX, tmp_path, *arguments, 6, *run)
     assert list(first) == ["0", "1", "2", "3"] and list(rest) == ["4", "5"]
     assert first | rest == whole
 

@@ -35,6 +35,21 @@ def test_version_is_the_distributions():
     assert build_info()["version"] == paged_optax.__version__
 
 
+@pytest.mark.fast
+def test_changelog_begins_with_this_version():
+    """A version in the making ends in .dev0, and its section says that it is unreleased."""
+    changelog = Path(__file__).parent.parent / "CHANGELOG.md"
+    if not changelog.exists():
+        pytest.skip("tests without the source tree")
+    (heading, *_) = re.findall(r"^## \[(.+)\] - (.+)$", changelog.read_text("utf-8"), re.MULTILINE)
+    version, is_dev = (
+        paged_optax.__version__.removesuffix(".dev0"),
+        ".dev0" in paged_optax.__version__,
+    )
+    assert heading[0] == version
+    assert (heading[1] == "unreleased") == is_dev
+
+
 def test_the_extension_has_nothing_of_the_tests():
     names = [{name for name in dir(m) if not name.startswith("__")} for m in (ext, hooks)]
     assert names[1] and not names[0] & names[1]
