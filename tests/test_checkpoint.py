@@ -24,6 +24,7 @@ from helpers import (
     assert_trees_equal,
     finish,
     make_tree,
+    num_unused,
     run_python,
     set_available_host_bytes,
     to_jax,
@@ -223,6 +224,28 @@ def test_deepcopy_is_a_second_state(tx, trained):
     one, two = run(tx, params, state, 3, 2), run(tx, params, other, 3, 2)
     assert_trees_equal(one[0], two[0])
     assert_trees_equal(moments(one[1]), moments(two[1]))
+
+
+@pytest.mark.parametrize("way", ["orbax", "file"])
+def test_a_fresh_state_that_was_restored_onto_leaves_nothing(tx, trained, tmp_path, way):
+    """Each later step on a GPU would wait for the device otherwise."""
+    ocp = pytest.importorskip("orbax.checkpoint") if way == "orbax" else None
+    params, state = trained
+    fresh = jax.block_until_ready(tx.init(params))
+    assert num_unused() == 1
+    if ocp is None:
+        save_moments(state, tmp_path / "moments")
+        restored = load_moments(fresh, tmp_path / "moments")
+    else:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "c", {"opt": state})
+            checkpointer.wait_until_finished()
+            restored = checkpointer.restore(tmp_path / "c", {"opt": fresh})["opt"]
+    del fresh
+    assert num_unused() > 0  # the restored one, at least
+    one, two = run(tx, params, state, 3, 2), run(tx, params, restored, 3, 2)
+    assert num_unused() == 0
+    assert_trees_equal(one[0], two[0])
 
 
 def test_restored_state_is_saved_again_before_its_first_step(tx, trained, tmp_path):
