@@ -89,6 +89,7 @@ INEXACT = {
     "schedule_free_sgd": 1e-4,
     "sm3": 1e-6,
     "sophia": 1e-5,
+    "yogi": 1e-6,  # with jax 0.10
 }
 ON_GPU = 1e-5  # there XLA contracts more
 

@@ -235,9 +235,10 @@ def test_address_space_is_checked_first(tmp_path):
     jax.block_until_ready((params, state))
     size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + 2**23, -1))
+    updates, state = jax.block_until_ready(update(params, state))
     try:
-        jax.block_until_ready(update(params, state))
-    except (RuntimeError, ValueError) as error:
+        update(updates, state)
+    except paged_optax.StateRefused as error:
         print(error)
     """
     process = run_python(code, tmp_path)

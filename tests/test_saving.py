@@ -184,7 +184,7 @@ def test_what_a_killed_process_left_goes(tmp_path):
     code = "\n".join(line.strip() for line in code.splitlines())
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment
+        [sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, env=environment
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == b"made\n"
         (left,) = tmp_path.iterdir()
