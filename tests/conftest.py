@@ -9,7 +9,7 @@ import hypothesis
 import jax
 import pytest
 
-from helpers import arrays_on_cpu, release_all, why_no_gpu
+from helpers import arrays_on_cpu, forget_refusals, release_all, why_no_gpu
 
 try:
     import paged_optax._testing  # noqa: F401
@@ -51,6 +51,7 @@ def leave_no_states():
     """States that a test drops keep memory, and unused ones make the steps of later tests wait."""
     yield
     release_all()
+    forget_refusals()
 
 
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])

@@ -4,6 +4,7 @@ No other file of tests imports a private module, so a change inside the package 
 alone. Importing it starts no JAX backend.
 """
 
+import contextlib
 import functools
 import os
 import subprocess
@@ -22,6 +23,7 @@ from jax.interpreters import mlir
 
 from paged_optax import (
     Quantization,
+    StateRefused,
     _ext,
     _ffi,
     _job,
@@ -427,6 +429,13 @@ def share_base_of(monkeypatch, client):
 def raise_if_refused():
     """Raises if a step was refused and nobody was told."""
     _testing.raise_if_refused()
+
+
+def forget_refusals():
+    """As if somebody had been told of each step that was refused."""
+    while _ext.any_refused():
+        with contextlib.suppress(StateRefused):
+            raise_if_refused()
 
 
 def finish(result):

@@ -478,6 +478,7 @@ def test_nnx_optimizer():
         step(model, old)
     np.testing.assert_array_equal(model.kernel[...], kernel)
     step(model, optimizer)
+    jax.block_until_ready(nnx.state((model, optimizer)))
 
 
 def test_devices_refuse_as_one(device):
