@@ -83,7 +83,9 @@ def batches(steps):
     rng = np.random.default_rng(0)
     for _ in range(steps):
         tokens = rng.integers(CONFIG.vocab_size, size=(8, 16)).astype(np.int32)
-        yield TrainingInput(input_tokens=tokens, input_mask=np.ones_like(tokens))
+        mask = np.ones_like(tokens)
+        # Type checkers do not see the fields of Tunix's class.
+        yield TrainingInput(input_tokens=tokens, input_mask=mask)  # pyright: ignore[reportCallIssue]
 
 
 def to_model_input(batch):
@@ -104,9 +106,9 @@ class Trainer(PeftTrainer):
         super().__init__(*args, **kwargs)
         self.losses = {}
 
-    def _buffer_metrics(self, buffer, *, loss, step, **others):
+    def _buffer_metrics(self, metrics_buffer, loss, step, additional_metrics=None):
         self.losses[step] = float(loss)
-        return super()._buffer_metrics(buffer, loss=loss, step=step, **others)
+        return super()._buffer_metrics(metrics_buffer, loss, step, additional_metrics)
 
 
 def main():
