@@ -38,6 +38,7 @@ from paged_optax import (
     PagedTransformationState,
     Paging,
     Quantization,
+    _ext,
     apply_gradients,
     export_moments,
     from_optax,
@@ -437,6 +438,38 @@ def test_reset_after_a_step_that_failed():
     _, state = step(grads, state)
     found = moments(state).state["kept"]
     assert_trees_equal(found, {"a": grads["a"], "b": 2 * grads["b"]})
+
+
+@on_cpu
+@as_users_have_it
+def test_released_in_the_middle_of_a_step():
+    """What is loaded after that is no moments, and moves no parameter."""
+    handles = []
+
+    def let_go(x):
+        for handle in handles:
+            _ext.release(handle)
+        return x
+
+    def update(updates, state, params=None):
+        del params
+        kept = {name: state["kept"][name] + updates[name] for name in updates}
+        return {"a": kept["a"], "b": jax.pure_callback(let_go, kept["b"], kept["b"])}, {
+            "kept": kept
+        }
+
+    tx = paged(optax.GradientTransformation(keep("float32").init, update), quantization=FLOAT32)
+    grads = {name: np.ones((64, 64), f32) for name in "ab"}
+    step = jax.jit(tx.update)
+    _, state = jax.block_until_ready(step(grads, tx.init(grads)))
+    token = np.asarray(state.arrays.token.value)
+    handles.append(int(token[0]))
+    updates, state = jax.block_until_ready(step(grads, state))
+    assert all(not update.any() or np.all(update == 2) for update in updates.values())
+    assert state.arrays.count == 1 and is_zero(updates["b"])
+    np.testing.assert_array_equal(state.arrays.token.value, token)
+    with pytest.raises(RAISES, match="were released.*its whole update or none"):
+        finish(step(grads, state))
 
 
 @on_cpu
