@@ -137,7 +137,8 @@ class LeafwiseStep:
             left = self._was_refused | jnp.any(stored != (closed if closes else opened))
             lefts.update(dict.fromkeys(group, left))
         self.is_left = is_left = left
-        new_token = jnp.where(is_left, *align([token], [new_token]), new_token)
+        (old_token,) = align([token], [new_token])
+        new_token = jnp.where(is_left, old_token, new_token)
         others = [
             jnp.where(is_left, old, program[number])
             for old, number in zip(self._others, self._numbers("others"), strict=True)
