@@ -112,6 +112,12 @@ def paged(
       Initial values that are not zero are made at the first step, of the parameters of that step.
 
       `apply_gradients` takes a step with it too, and saves no memory of updates.
+
+      `reset` sets only arrays to zero that its masks name in the tree of the wrapped state: whether
+      zero is where an array begins, you know of `tx`. For everything else make a new state.
+
+      A step whose arrays are lost while it runs (the disk of their file fails) gives each parameter
+      its whole update or none. The count does not advance, and the state is refused.
     """
     options = make_options(
         replay=replay, non_finite=non_finite, quantization=quantization, paging=paging

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 from jax.sharding import AxisType
@@ -120,22 +121,40 @@ class LeafwiseStep:
         common, self._by_leaf = self._split()
         program, num_paged = self._program, len(self._owners)
         self._open_step, opened = self._open(token, count)
-        self.is_left = is_left = jnp.all(opened == token)  # the step was refused or skipped
-        self._initial = self._find_initial(jnp.all(token[1:] == 0))
+        is_version = np.array([False, True])  # a token that is cut over devices cannot be sliced
+        self._initial = self._find_initial(jnp.all((token == 0) | ~is_version))
+        self._was_refused = jnp.all(opened == token)  # or skipped
+        closed = jnp.where(is_version, -opened, opened)
         for number, grad in zip(program.inputs[num_paged:], self._grads, strict=True):
             program[number] = grad
         program.run(common)
         groups, new_token = self._groups(), opened
+        lefts: dict[int | None, jax.Array] = {}  # by parameter, whether its update is left out
+        left = self._was_refused
         for group in groups:
-            new_token = self._run_group(group, new_token, count, closes=group is groups[-1])
+            closes = group is groups[-1]
+            new_token, stored = self._run_group(group, new_token, count, closes=closes)
+            left = self._was_refused | jnp.any(stored != (closed if closes else opened))
+            lefts.update(dict.fromkeys(group, left))
+        self.is_left = is_left = left
+        (old_token,) = align([token], [new_token])
+        new_token = jnp.where(is_left, old_token, new_token)
         others = [
             jnp.where(is_left, old, program[number])
             for old, number in zip(self._others, self._numbers("others"), strict=True)
         ]
-        updates = [program[number] for number in self._numbers("updates")]
+        # Each update waits for the end of its own group only: all would take memory until the last
+        # one. So if a step is lost in the middle, an update is the right one, or zero.
+        first = lefts[groups[0][0]]
+        numbers = self._numbers("updates")
+        lefts_of = [lefts.get(program.leaf_of.get(number), first) for number in numbers]
+        updates = [program[number] for number in numbers]
         if self._params is not None:
             updates = align(updates, self._likes)
-        updates = [jnp.where(is_left, jnp.zeros_like(update), update) for update in updates]
+        updates = [
+            jnp.where(left, jnp.zeros_like(update), update)
+            for left, update in zip(lefts_of, updates, strict=True)
+        ]
         if destination := in_place():
             params: Any = jax.tree.leaves(self._params)
             results: Any = optax.apply_updates(params, updates)
@@ -162,8 +181,11 @@ class LeafwiseStep:
             raise self._mixed(error) from None
 
     def _split_once(self) -> Any:
-        arrays = [*self._program.inputs[: len(self._owners)], *self._numbers("paged")]
-        return self._program.split(dict(zip(arrays, self._owners * 2, strict=True)))
+        inputs = self._program.inputs[: len(self._owners)]
+        return self._program.split(
+            dict(zip(inputs, self._owners, strict=True)),
+            list(zip(self._numbers("paged"), self._owners, strict=True)),
+        )
 
     def _open(self, token: jax.Array, count: jax.Array) -> tuple[Step, jax.Array]:
         """Begins the step. Returns what the call was told, and the token."""
@@ -198,8 +220,11 @@ class LeafwiseStep:
 
     def _run_group(
         self, group: list[int], token: jax.Array, count: jax.Array, *, closes: bool
-    ) -> jax.Array:
-        """Loads, steps and stores the states of some parameters. Returns the token."""
+    ) -> tuple[jax.Array, jax.Array]:
+        """Loads, steps and stores the states of some parameters.
+
+        Returns the token to go on with, and the token that the store returned.
+        """
         program, num_paged = self._program, len(self._owners)
         arrays = [k for k, owner in enumerate(self._owners) if owner in group]
         likes = [self._likes[self._owners[k]] for k in arrays]
@@ -213,11 +238,11 @@ class LeafwiseStep:
         equations = [equation for owner in group for equation in self._by_leaf.get(owner, ())]
         program.run(equations)
         new = [program[self._numbers("paged")[k]] for k in arrays]
-        token = _calls.store(part, token, count, new, likes)
+        token = stored = _calls.store(part, token, count, new, likes)
         if any(equation.is_large for equation in equations):
             made = [n for n in self._numbers("updates") if program.leaf_of.get(n) in group]
             token = self._in_order(token, made)
-        return token
+        return token, stored
 
     def _in_order(self, token: jax.Array, numbers: list[int]) -> jax.Array:
         """The token, once these values are there."""

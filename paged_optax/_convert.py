@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ._any import PagedArraysState
 from ._contents import Contents, Leaf, with_arrays
 from ._moments import Moments, moments
 from ._names import number_tree
@@ -58,8 +59,8 @@ def to_optax(opt_state: Any) -> Any:
       of ``param_rounding="compensated"`` are left out.
 
     Raises:
-      As `moments`; NotImplementedError for Muon, whose state in optax has its coefficients too:
-      take `moments`.
+      As `moments`; NotImplementedError for Muon, whose state in optax has its coefficients too, and
+      for the state of `paged`: take `moments`.
 
     Example:
       >>> import jax.numpy as jnp, optax, paged_optax
@@ -80,6 +81,10 @@ def _to_optax(state: Any) -> Any:
     (paged,) = find_states(state)
     with opened(paged.token) as contents:
         rule = contents.rule if contents else ""
+    if rule == "array":
+        raise _no_kind_of_optax(
+            "moments(opt_state).state has its arrays in the wrapped state's tree"
+        )
     if rule == "muon":
         raise NotImplementedError(
             "the state of optax.contrib.muon also has the coefficients of its iteration, which are"
@@ -89,6 +94,13 @@ def _to_optax(state: Any) -> Any:
     values = {name: getattr(found, name) for name in kind._fields if name in Moments._fields}
     counts = {name: state.count for name in kind._fields if name.startswith("count")}
     return kind(**values, **counts)
+
+
+def _no_kind_of_optax(way_out: str) -> NotImplementedError:
+    return NotImplementedError(
+        "the state of paged(tx) has the arrays of any transformation, which belong to no one state"
+        f" of optax: {way_out}"
+    )
 
 
 def from_optax(opt_state: Any, optax_state: Any) -> Any:
@@ -110,6 +122,7 @@ def from_optax(opt_state: Any, optax_state: Any) -> Any:
     Raises:
       ValueError: if there is another number of states; from the first update (there also
         JaxRuntimeError), if names or shapes differ, or if moments are not finite.
+      NotImplementedError: for a state of `paged`.
 
     Example:
       >>> import jax.numpy as jnp, optax, paged_optax
@@ -121,6 +134,12 @@ def from_optax(opt_state: Any, optax_state: Any) -> Any:
       >>> print(state[0].count)
       1
     """
+    targets = jax.tree.leaves(opt_state, is_leaf=is_state)
+    if any(isinstance(node, PagedArraysState) for node in targets):
+        raise _no_kind_of_optax(
+            "begin with its init(params), or take the paged optimizer of that state"
+            " (docs/optimizers.md)"
+        )
     kinds = tuple(_kinds())
     nodes = jax.tree.leaves(optax_state, is_leaf=lambda node: isinstance(node, kinds))
     found = [_from_optax(node) for node in nodes if isinstance(node, kinds)]

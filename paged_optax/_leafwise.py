@@ -160,11 +160,14 @@ class Program:
             number in inputs for number in numbers
         )
 
-    def split(self, owners: Mapping[int, int]) -> tuple[list[Equation], dict[int, list[Equation]]]:
+    def split(
+        self, owners: Mapping[int, int], places: Iterable[tuple[int, int]]
+    ) -> tuple[list[Equation], dict[int, list[Equation]]]:
         """The equations that depend on no leaf, and those of each leaf.
 
         Args:
-          owners: of inputs, and of outputs that take the place of inputs, the number of the leaf.
+          owners: of inputs, the number of the leaf.
+          places: outputs that take the place of inputs, and the number of the leaf.
 
         Raises:
           Mixed: if a value depends on two leaves, or takes the place of another leaf.
@@ -186,9 +189,9 @@ class Program:
                 by_leaf.setdefault(leaf, []).append(equation)
             if not leaves:
                 common.append(equation)
-        for output in self.outputs:
-            if output in owners and leaf_of.get(output, owners[output]) != owners[output]:
-                raise Mixed(leaf_of[output], owners[output], "exchange of leaves")
+        for output, owner in places:
+            if leaf_of.get(output, owner) != owner:
+                raise Mixed(leaf_of[output], owner, "exchange of leaves")
         self.leaf_of = leaf_of
         return common, by_leaf
 

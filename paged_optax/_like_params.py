@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 
+from ._state import has_states
 from ._validate import FLOATS
 
 
@@ -57,12 +58,21 @@ def find_layout(init: Callable[[Any], Any], params: Any) -> Layout:
 
     A leaf looks like a parameter if it is float32, bfloat16 or float16, has the parameter's shape,
     and its path ends in that of the parameter.
+
+    Raises:
+      ValueError: for a transformation that is paged itself, or has a paged one in it.
     """
     shapes = {
         tuple(path): (number, np.shape(leaf))
         for number, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params))
     }
-    named, treedef = jax.tree_util.tree_flatten_with_path(jax.eval_shape(init, params))
+    state = jax.eval_shape(init, params)
+    if has_states(state):
+        raise ValueError(
+            "paged() cannot wrap a transformation with a paged state in it, which is not in XLA's"
+            " memory as it is: put it after, as optax.chain(paged(tx), paged_adamw8bit(...))"
+        )
+    named, treedef = jax.tree_util.tree_flatten_with_path(state)
     owners = [_owner(tuple(path), leaf, shapes) for path, leaf in named]
     paths = [
         jax.tree_util.keystr(path)

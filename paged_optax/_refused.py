@@ -110,6 +110,7 @@ def warn_of_refusal(text: str) -> None:
     if _thread.stops_at_once:
         return
     text = text if text.startswith("paged_optax: ") else f"paged_optax: {text}"
-    message = f"{text} (The step changed nothing. The next use of the state raises StateRefused.)"
+    outcome = "" if "was lost after it had begun" in text else "The step changed nothing. "
+    message = f"{text} ({outcome}The next use of the state raises StateRefused.)"
     with contextlib.suppress(RuntimeWarning):
         warn(message, stacklevel=3)

@@ -10,6 +10,7 @@ import numpy as np
 
 from . import _ext
 from . import _reference as reference
+from ._any import PagedArraysState
 from ._contents import BLOCK, Contents, Leaf, Shape, with_arrays
 from ._replace import put_in
 from ._state import as_state, is_state, no_states, read_handle
@@ -39,7 +40,8 @@ def reset(opt_state: Any, where: Any = True) -> Any:
 
     Args:
       opt_state: any optax state with paged states in it: the newest. Of an nnx.Optimizer pass
-        ``optimizer.opt_state``.
+        ``optimizer.opt_state``. The arrays of `paged` have the tree of the wrapped state, as
+        ``moments(opt_state).state`` shows it; name those that begin at zero.
       where: a tree of masks in the parameters' tree, or a prefix of it. A mask is True or False, or
         an array of bool that broadcasts to the shape of the parameter: of shape (n, 1) for rows.
         Leaves that the tree does not have, or has None for, are left alone.
@@ -49,7 +51,8 @@ def reset(opt_state: Any, where: Any = True) -> Any:
 
     Raises:
       ValueError: if there is no paged state; for a mask that does not broadcast to its parameter,
-        or whose parameter no paged state has.
+        or whose parameter no paged state has; for a mask of the whole tree and a state of `paged`,
+        some arrays of which may not begin at zero.
       TypeError: for a mask that is not of bool.
       StateRefused: if the state is not the newest one, was released, or is not in this process.
       NotImplementedError: for a mask of single elements where it is not known which part of the
@@ -88,14 +91,35 @@ def reset(opt_state: Any, where: Any = True) -> Any:
         plans.append((i, handle, version, _plan(handle, version, masks, used)))
     if missing := [path for path, mask in masks if mask.any() and path not in used]:
         if any(plan is not None for *_, plan in plans):
+            hint = ". " + _WAY_OUT if any(map(_is_of_any, nodes)) else ""
             raise ValueError(
                 f"where has a mask for {missing[0] or 'the whole tree'}, and no paged state has"
-                " such a parameter with moments"
+                f" such a parameter with moments{hint}"
             )
     for i, handle, version, plan in plans:
         if plan is not None:
             nodes[i] = put_in(nodes[i], _carry_out(handle, version, plan), None)
     return jax.tree.unflatten(treedef, nodes)
+
+
+_WAY_OUT = (
+    "The arrays of paged(tx) have the tree of the wrapped state, as moments(opt_state).state shows"
+    " it: pass masks in that tree, for the arrays that begin at zero"
+)
+
+
+def _is_of_any(node: Any) -> bool:
+    return isinstance(node, PagedArraysState)
+
+
+def _refuse_all_of_any(rule: str, masks: Masks) -> None:
+    """Zero is not where all arrays of any transformation begin."""
+    if rule == "array" and any(path == "" and mask.any() for path, mask in masks):
+        raise ValueError(
+            "arrays of paged(tx) may begin with other values than zero (the first parameters of"
+            f" madgrad, for example), so they are not all set to zero. {_WAY_OUT}. To begin anew"
+            " make a new state with init(params), after paged_optax.release(opt_state)"
+        )
 
 
 def _masks(where: Any) -> Masks:
@@ -168,6 +192,7 @@ def _reset_device(
     snapshot: Any, masks: Masks, used: set[str]
 ) -> list[tuple[int, list[np.ndarray], list[np.ndarray]]]:
     """What the leaves of one device with a mask are to have."""
+    _refuse_all_of_any(snapshot.rule, masks)
     leaves = []
     boxes = snapshot.boxes
     for i, (format, shape) in enumerate(zip(snapshot.formats, snapshot.shapes, strict=True)):
@@ -216,6 +241,7 @@ def _reset_leaf(
 
 def _reset_staged(contents: Contents, masks: Masks, used: set[str]) -> Contents:
     """Contents with some elements reset."""
+    _refuse_all_of_any(contents.rule, masks)
     arrays = {
         (i, b, field.name): contents.data(i, b, field.name) for i, b, field in contents.keys()
     }

@@ -38,17 +38,21 @@ from paged_optax import (
     PagedTransformationState,
     Paging,
     Quantization,
+    _ext,
     apply_gradients,
     export_moments,
+    from_optax,
     load_moments,
     memory_report,
     moments,
     newest,
     paged,
+    paged_adamw8bit,
     release,
     reset,
     save_moments,
     skip_non_finite,
+    to_optax,
 )
 
 pytestmark = pytest.mark.fast
@@ -391,6 +395,113 @@ def test_reset():
 
 @on_cpu
 @as_users_have_it
+def test_reset_takes_no_zeros_for_a_beginning():
+    tx = paged(optax.contrib.schedule_free(optax.adam(1e-2), 1e-2))
+    _, state = train(tx, to_jax(PARAMS), GRADS[:1])
+    with pytest.raises(ValueError, match=r"other values than zero.*wrapped state.*init\(params\)"):
+        reset(state)
+    with pytest.raises(ValueError, match=r"mask for \['w'\].*tree of the wrapped state"):
+        reset(state, {"w": True})
+    save = moments(state)
+    restored = pickle.loads(pickle.dumps(state))
+    with pytest.raises(ValueError, match="other values than zero"):
+        reset(restored)
+    assert_trees_equal(moments(restored), save)
+
+
+@on_cpu
+@as_users_have_it
+def test_reset_after_a_step_that_failed():
+    """With two copies, what was there before it is the newest."""
+    fails = False
+
+    def check(x):
+        if fails:
+            raise RuntimeError("no value")
+        return x
+
+    def update(updates, state, params=None):
+        del params
+        updates = jax.tree.map(lambda u: jax.pure_callback(check, u, u), updates)
+        return updates, {"kept": jax.tree.map(jnp.add, state["kept"], updates)}
+
+    inner = keep("float32")
+    tx = paged(optax.GradientTransformation(inner.init, update), replay=True, quantization=FLOAT32)
+    grads = {"a": np.ones((64, 64), f32), "b": np.ones((64, 64), f32)}
+    step = jax.jit(tx.update)
+    _, state = jax.block_until_ready(step(grads, tx.init(grads)))
+    fails = True
+    with pytest.raises(RAISES, match="no value"):
+        jax.block_until_ready(step(grads, state))
+    fails = False
+    state = reset(newest(state), {"kept": {"a": True}})
+    _, state = step(grads, state)
+    found = moments(state).state["kept"]
+    assert_trees_equal(found, {"a": grads["a"], "b": 2 * grads["b"]})
+
+
+@on_cpu
+@as_users_have_it
+def test_released_in_the_middle_of_a_step():
+    """What is loaded after that is no moments, and moves no parameter."""
+    handles = []
+
+    def let_go(x):
+        for handle in handles:
+            _ext.release(handle)
+        return x
+
+    def update(updates, state, params=None):
+        del params
+        kept = {name: state["kept"][name] + updates[name] for name in updates}
+        return {"a": kept["a"], "b": jax.pure_callback(let_go, kept["b"], kept["b"])}, {
+            "kept": kept
+        }
+
+    tx = paged(optax.GradientTransformation(keep("float32").init, update), quantization=FLOAT32)
+    grads = {name: np.ones((64, 64), f32) for name in "ab"}
+    step = jax.jit(tx.update)
+    _, state = jax.block_until_ready(step(grads, tx.init(grads)))
+    token = np.asarray(state.arrays.token.value)
+    handles.append(int(token[0]))
+    updates, state = jax.block_until_ready(step(grads, state))
+    assert all(not update.any() or np.all(update == 2) for update in updates.values())
+    assert state.arrays.count == 1 and is_zero(updates["b"])
+    np.testing.assert_array_equal(state.arrays.token.value, token)
+    with pytest.raises(RAISES, match="were released.*its whole update or none"):
+        finish(step(grads, state))
+
+
+@on_cpu
+@as_users_have_it
+def test_no_state_of_optax():
+    """Neither way, and the texts say where the arrays are."""
+    tx = paged(ADAM)
+    params, state = train(tx, to_jax(PARAMS), GRADS[:1])
+    with pytest.raises(NotImplementedError, match=r"moments\(opt_state\).state"):
+        to_optax(state)
+    with pytest.raises(NotImplementedError, match=r"init\(params\)"):
+        from_optax(tx.init(params), ADAM.init(params))
+
+
+@on_cpu
+@as_users_have_it
+def test_missing_arrays_cannot_restart():
+    """So that is no advice for them."""
+    tx = paged(ADAM)
+    state = tx.init(PARAMS)
+    elsewhere = state._replace(
+        arrays=state.arrays._replace(
+            token=jax.tree.map(lambda _: jnp.array([2**30, 5], jnp.int32), state.arrays.token)
+        )
+    )
+    with pytest.raises(RAISES, match=r"not in this process.*make a new state") as caught:
+        finish(tx.update(GRADS[0], elsewhere, PARAMS))
+    assert "restart" not in str(caught.value)
+
+
+@on_cpu
+@as_users_have_it
 def test_a_file_holds_the_arrays(tmp_path):
     tx = paged(ADAM, paging=Paging(directory=tmp_path), quantization=FLOAT32)
     expected, _ = train(ADAM, to_jax(PARAMS), GRADS[:2])
@@ -445,6 +556,23 @@ def of_another_wrapped_one():
     return paged(tx).update(GRADS[0], paged(ADAM).init(PARAMS), PARAMS)
 
 
+def of_exchanged_leaves():
+    """The new array of one parameter is the old one of another."""
+
+    def update(updates, state, params=None):
+        del params
+        old = state["kept"]
+        return updates, {"kept": {"a": old["b"], "b": old["a"]}}
+
+    tx = paged(optax.GradientTransformation(keep("float32").init, update))
+    params = {"a": np.ones(300, f32), "b": np.ones(300, f32)}
+    return tx.update(params, tx.init(params), params)
+
+
+def of_a_paged_one():
+    return paged(optax.chain(optax.trace(0.9), paged_adamw8bit(1e-3))).init(PARAMS)
+
+
 def without_arrays():
     return paged(optax.sgd(0.1)).init(PARAMS)
 
@@ -486,6 +614,8 @@ def another_shape():
 MISUSES = {
     of_another_optimizer: (TypeError, r"init\(params\)"),
     of_another_wrapped_one: (TypeError, r"init\(params\)"),
+    of_exchanged_leaves: (ValueError, r"\['b'\] and \['a'\] meet.*exchange of leaves"),
+    of_a_paged_one: (ValueError, r"cannot wrap.*chain\(paged\(tx\), paged_adamw8bit"),
     without_arrays: (ValueError, "as it is"),
     initial_values_without_parameters: (ValueError, "third argument"),
     a_mapped_axis: (NotImplementedError, "cannot be vmapped"),

@@ -715,6 +715,35 @@ def test_a_fresh_state_is_on_the_mesh_of_its_parameters():
         assert step._cache_size() == 1
 
 
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_a_rule_for_all_leaves_cuts_the_token_of_any(kind):
+    """As below, for a transformation that is run leaf by leaf."""
+    mesh = make_mesh(jax.devices("cpu")[:2], kind)
+
+    def shardings(tree):
+        return jax.tree.map(
+            lambda x: NamedSharding(mesh, P("x") if x.ndim and x.shape[0] % 2 == 0 else P()), tree
+        )
+
+    tx = paged_optax.paged(optax.adam(1e-2), quantization=paged_optax.Quantization("float32"))
+    whole = {"w": jnp.ones((64, 128))}
+    with jax.set_mesh(mesh):
+        params = jax.device_put(whole, shardings(whole))
+        fresh = shardings(jax.eval_shape(tx.init, params))
+        state = jax.jit(tx.init, out_shardings=fresh)(params)
+        update = jax.jit(tx.update, out_shardings=shardings((params, state)))
+        for _ in range(2):
+            updates, state = update(params, state, params)
+        assert not state.arrays.token.value.is_fully_replicated
+        assert len(memory_report(state).devices) == 2
+    alone = optax.adam(1e-2)
+    _, state_alone = alone.update(whole, alone.init(whole))
+    expected, _ = alone.update(whole, state_alone)
+    np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-5)
+    assert release(state) > 0
+
+
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_a_rule_for_all_leaves_cuts_the_token(kind):
     """A usual FSDP rule, on an axis of two devices: the token is an array of two elements."""

@@ -7,10 +7,12 @@ import errno
 import os
 import shutil
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import paged_optax
@@ -78,6 +80,43 @@ def test_write_that_failed_unnoticed(in_a_file):
     with pytest.raises(RAISES, match=match):
         memory_report(state)
     assert release(state) > 0
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("num_calls, num_updated", list(enumerate([0, 0, 0, 1, 1])))
+def test_a_step_that_is_lost_in_the_middle(tmp_path, num_calls, num_updated):
+    """Of `paged`: each parameter gets its right update or none, and the state is as it was.
+
+    A step opens, and loads and stores the states of each of two parameters.
+    """
+    tx = paged_optax.paged(
+        optax.adam(0.1),
+        paging=Paging(directory=tmp_path),
+        quantization=paged_optax.Quantization("float32"),
+    )
+    params = {"a": jnp.ones((64, 64)), "b": jnp.ones((64, 64))}
+    alone, update = optax.adam(0.1), jax.jit(tx.update)
+    state, state_alone = tx.init(params), alone.init(params)
+    for _ in range(2):
+        _, state = update(params, state, params)
+        _, state_alone = alone.update(params, state_alone, params)
+    expected, _ = alone.update(params, state_alone, params)
+    before = list(map(np.asarray, jax.tree.leaves(jax.block_until_ready(state))))
+    hooks.fail_call("sync_file_range", errno.EIO, after=num_calls)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        updates, state = jax.block_until_ready(update(params, state, params))
+    hooks.withdraw_failure()
+    updated = [name for name in params if updates[name].any()]
+    assert len(updated) == num_updated
+    for name in updated:
+        np.testing.assert_allclose(updates[name], expected[name], rtol=1e-5)
+    for leaf, old in zip(jax.tree.leaves(state), before, strict=True):
+        np.testing.assert_array_equal(leaf, old)
+    with pytest.raises(RAISES, match="could not write moments") as caught:
+        finish(update(params, state, params))
+    assert ("its whole update or none" in str(caught.value)) == (num_calls > 0)
+    release(state)
 
 
 def test_file_system_that_cannot_tell(in_a_file):

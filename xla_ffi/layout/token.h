@@ -142,6 +142,12 @@ PAGED_HD Token Close(Header* header, int32_t slot) {
   return {header->handle, header->versions[slot]};
 }
 
+// What an open step that was lost goes on with: no later call takes it for open, or reports it
+// again. A token of before the step, or one that was lost already, stays as it is.
+PAGED_HD Token LostToken(Token token) {
+  return {token.handle, token.version < 0 ? 0 : token.version};
+}
+
 // A step that was refused, as the device reports it to the host. `verdict` is written last; kAccept
 // means that there is nothing to report.
 struct Rejection {

@@ -1,6 +1,8 @@
 // See explain.h.
 #include "state/explain.h"
 
+#include "rules/rules.h"
+
 namespace paged_optax {
 namespace {
 
@@ -9,7 +11,20 @@ constexpr char kWaysOut[] =
     "init(params), after paged_optax.release(opt_state), which frees these moments.";
 constexpr char kLeftAsTheyWere[] = " The moments were left as they were.";
 
+// Of an open step: others have other contents since, so that nothing was left as it was.
+std::string LostStep() {
+  return "this optimizer state is not the newest one any more: while one of its steps was under "
+         "way, another step or a reset took its moments, and the rest of the step was left out. The"
+         " state was used twice. " +
+         std::string(kWaysOut);
+}
+
+bool CanRestart(const Refusal& refusal) {
+  return refusal.request == nullptr || refusal.request->rule() != kArrayRule;
+}
+
 std::string NotTheNewest(const Refusal& refusal) {
+  if (refusal.token.version < 0) return LostStep();
   std::string text = "this optimizer state is not the newest one: its moments were at version " +
                      std::to_string(refusal.token.version) +
                      ", and later steps have since moved them to version " +
@@ -80,8 +95,10 @@ std::string WithoutMoments(const Refusal& refusal) {
   return "the moments of this optimizer state are not in this process: the state was restored "
          "from a checkpoint, unpickled or sent here as a bare token, and a token carries no "
          "moments. Orbax, Flax and pickle carry them where paged_optax was imported before they "
-         "saved; for other formats there are save_moments and load_moments. To go on without them, "
-         "build the optimizer with missing='restart', or make a new state with init(params), where "
+         "saved; for other formats there are save_moments and load_moments. To go on without "
+         "them, " +
+         std::string(CanRestart(refusal) ? "build the optimizer with missing='restart', or " : "") +
+         "make a new state with init(params), where "
          "a trainer restored it too: trainer.optimizer = nnx.Optimizer(trainer.model, tx, "
          "wrt=...). Parameters can be restored as usual.";
 }

@@ -95,7 +95,12 @@ void Registry::Refuse(DeviceId device, const Rejection& rejection) {
   throw StatusError(StatusCode::kFailedPrecondition, Explain(device, rejection));
 }
 
-void Registry::NoteRefused(Token token, const std::string& text) {
+void Registry::NoteRefused(Token token, const std::string& reason) {
+  const std::string text =
+      token.version >= 0 ? reason
+                         : reason +
+                               " The step was lost after it had begun: each parameter got its "
+                               "whole update or none, and the count did not advance.";
   if (!refusals_.Add(token, text)) return;
   PostNotice({0, 0, text, Notice::Kind::kRefusal});
 }
@@ -255,6 +260,16 @@ bool Registry::IsAlive(int32_t handle) {
                      [&](Device* device) { return device->Find(handle) != nullptr; });
 }
 
+namespace {
+
+// The newest version that can be used: a step that failed while it was open left a newer one.
+int32_t NewestContents(const Header& header) {
+  if (FindSlot(header, header.version) >= 0) return header.version;
+  return *std::max_element(header.versions, header.versions + header.num_slots);
+}
+
+}  // namespace
+
 int32_t Registry::Rewrite(DeviceId id, Token token, const std::vector<LeafRewrite>& leaves) {
   ThrowIfRefused();
   // One at a time: each waits until it is alone with the contents.
@@ -265,11 +280,13 @@ int32_t Registry::Rewrite(DeviceId id, Token token, const std::vector<LeafRewrit
     auto locked = device == nullptr ? std::nullopt : device->TakeContents(token.handle);
     if (!locked) Refuse(id, {Verdict::kUnknown, token, 0, 0});
     Header header = locked->header;
-    version = header.version;
+    version = NewestContents(header);
     const int32_t slot = FindSlot(header, token.version);
     if (slot >= 0 && version == token.version) {
+      // A step that is open, or failed while it was, must not write what comes after these.
+      for (int32_t& each : header.versions) each = std::max(each, 0);
       WriteLeaves(*locked, slot, leaves);
-      header.version = header.versions[slot] = NextVersion(version);
+      header.version = header.versions[slot] = NextVersion(header.version);
       device->SetHeader(*locked, header);
       return header.version;
     }

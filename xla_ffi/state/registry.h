@@ -50,7 +50,7 @@ class Registry {
   void Remember(const Signature& signature, uint64_t fingerprint);
 
   // Keeps what a step was refused for, and warns the user. No contents may be locked.
-  void NoteRefused(Token token, const std::string& text);
+  void NoteRefused(Token token, const std::string& reason);
   // Warns, once a state, that a step from its initial state ended a life of so many steps.
   void NoteRestarted(Restart restart);
   // Takes over what GPUs have found out meanwhile. Waits for no step. No contents may be locked.

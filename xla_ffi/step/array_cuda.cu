@@ -82,7 +82,7 @@ __device__ void Prepare(const CudaArrayCall& call, ArrayShared<Format>& shared) 
         shared.log2_chunks = header->segments->log2_chunks;
       }
       if (blockIdx.x == 0) {
-        *call.new_token = token;
+        *call.new_token = slot < 0 ? LostToken(token) : token;
         if (slot < 0) {
           ReportLost(call, token, header ? Verdict::kStale : Verdict::kUnknown, header);
         }
@@ -194,7 +194,7 @@ __global__ void CloseKernel(const __grid_constant__ CudaArrayCall call) {
   Header* header;
   const int slot = FindOpen(call, token, &header);
   if (threadIdx.x != 0) return;
-  *call.new_token = slot < 0 ? token : Close(header, slot);
+  *call.new_token = slot < 0 ? LostToken(token) : Close(header, slot);
   if (slot < 0) ReportLost(call, token, header ? Verdict::kStale : Verdict::kUnknown, header);
 }
 
@@ -209,14 +209,19 @@ Kernel FindKernel(int format, bool stores) {
   return found;
 }
 
-void LaunchBatch(const CudaArrayCall& call, const Batch& batch, int format, int device,
-                 Stream stream) {
-  const Kernel kernel = FindKernel(format, call.count != nullptr);
+// How many thread blocks run at a time. This loads the kernel.
+int64_t MostBlocks(Kernel kernel, int device) {
   int num_multiprocessors = 0, blocks_per_multiprocessor = 0;
   CUDA_CHECK(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device));
   CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_multiprocessor, kernel,
                                                            kArrayThreads, 0));
-  const int64_t most = int64_t{num_multiprocessors} * blocks_per_multiprocessor;
+  return int64_t{num_multiprocessors} * blocks_per_multiprocessor;
+}
+
+void LaunchBatch(const CudaArrayCall& call, const Batch& batch, int format, int device,
+                 Stream stream) {
+  const Kernel kernel = FindKernel(format, call.count != nullptr);
+  const int64_t most = MostBlocks(kernel, device);
   const int64_t wanted = (batch.num_blocks + kArrayWarps - 1) / kArrayWarps;
   // At least one, which passes the token on.
   const auto blocks = static_cast<unsigned>(std::max<int64_t>(1, std::min(most, wanted)));
@@ -224,6 +229,15 @@ void LaunchBatch(const CudaArrayCall& call, const Batch& batch, int format, int 
 }
 
 }  // namespace
+
+void PrepareArrays(const std::vector<int>& formats, int device) {
+  ScopedDevice scope(device);
+  for (const int format : formats) {
+    for (const bool stores : {false, true}) MostBlocks(FindKernel(format, stores), device);
+  }
+  cudaFuncAttributes attributes;
+  CUDA_CHECK(cudaFuncGetAttributes(&attributes, CloseKernel));
+}
 
 void LaunchArrays(const CudaArrayCall& call, std::vector<CudaArray> arrays, int device,
                   Stream stream) {

@@ -31,8 +31,12 @@ struct CudaArrayCall {
   const int32_t* count;  // null to load
 };
 
+// Before a step that leaves of these formats belong to is opened: what can fail later, for want of
+// memory for instance, fails here, while the moments are whole. This loads the kernels.
+void PrepareArrays(const std::vector<int>& formats, int device);
+
 // If the token's step was refused when it began, this loads zeros and stores nothing. So it does,
-// and reports it, if another step took the slot meanwhile.
+// reports it and returns LostToken, if another step took the slot meanwhile.
 void LaunchArrays(const CudaArrayCall& call, std::vector<CudaArray> arrays, int device,
                   Stream stream);
 

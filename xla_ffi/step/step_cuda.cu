@@ -2,8 +2,10 @@
 #include <algorithm>
 #include <array>
 #include <string>
+#include <vector>
 
 #include "base/cuda_check.h"
+#include "step/array_cuda.h"
 #include "step/kernel_cuda.h"
 
 namespace paged_optax {
@@ -292,7 +294,12 @@ void LaunchUpdate(const CudaUpdate& update, int device, Stream stream) {
   if (update.kind.output == Output::kOpen) {
     // Its leaves come with later calls (array_cuda.cu).
     CudaUpdate alone = update;
-    for (RegionWork& work : alone.regions) work.num_leaves = 0;
+    std::vector<int> formats;
+    for (int i = 0; i < Formats::kSize; ++i) {
+      if (update.regions[i].num_leaves != 0) formats.push_back(i);
+      alone.regions[i].num_leaves = 0;
+    }
+    PrepareArrays(formats, device);
     return LaunchResolve(alone, resolved, table, stream);
   }
   std::array<RegionLaunch, Formats::kSize> launches{};

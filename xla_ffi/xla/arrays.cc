@@ -76,7 +76,7 @@ T* Scalars(ffi::AnyBuffer buffer, size_t count) {
 // Buffers are those of `get(i)`.
 template <class F>
 void ParseBuffers(const ArrayAttrs& attrs, size_t count, const F& get, ArrayCall& call) {
-  if (attrs.leaves.size() != count || attrs.formats.size() != count ||
+  if (count == 0 || attrs.leaves.size() != count || attrs.formats.size() != count ||
       (attrs.keys.size() != 0 && attrs.keys.size() != count)) {
     Refuse("a wrong number of leaves");
   }
@@ -170,11 +170,16 @@ void WithOpenSlot(int32_t device, Token token, const F& body) {
 }
 
 // As OrRefuse. A step that was refused or skipped when it began came here with the token of before,
-// and is not refused again.
+// and is not refused again. Nor is one that was lost meanwhile: its token gets version 0, so that
+// the program sees that what it loads from here on is not its moments.
 template <class F, class G>
-void IfOpen(Token token, const F& step, const G& leave_alone) {
+void IfOpen(const ArrayCall& call, const F& step, const G& leave_alone) {
+  const Token token = *call.new_token = *call.token;
   if (token.version >= 0) return leave_alone();
-  OrRefuse(step, token, leave_alone);
+  OrRefuse(step, token, [&] {
+    *call.new_token = LostToken(token);
+    leave_alone();
+  });
 }
 
 // What is to be done in the slot at `base`, with random bits for `phase`.
@@ -193,7 +198,6 @@ ffi::Error LoadCpu(ffi::ThreadPool pool, int32_t device, ArrayAttrs attrs, ffi::
                    ffi::RemainingRets rets) {
   return Guarded([&] {
     const ArrayCall call = ParseLoad(attrs, args, rets);
-    *call.new_token = *call.token;
     const auto load = [&] {
       WithOpenSlot(device, *call.token, [&](Arena& arena, int32_t slot) {
         const int32_t source = FindOpenSource(arena.header, slot);
@@ -201,7 +205,7 @@ ffi::Error LoadCpu(ffi::ThreadPool pool, int32_t device, ArrayAttrs attrs, ffi::
         RunOnCpu(pool, WorksOf(arena.header, attrs, call, base, 0), /*stores=*/false);
       });
     };
-    IfOpen(*call.token, load, [&] {
+    IfOpen(call, load, [&] {
       for (const Buffer& buffer : call.buffers) {
         std::memset(buffer.data, 0, buffer.size * SizeOf(buffer.dtype));
       }
@@ -213,7 +217,6 @@ ffi::Error StoreCpu(ffi::ThreadPool pool, int32_t device, ArrayAttrs attrs, ffi:
                     ffi::RemainingRets rets) {
   return Guarded([&] {
     const ArrayCall call = ParseStore(attrs, args, rets);
-    *call.new_token = *call.token;
     const auto store = [&] {
       WithOpenSlot(device, *call.token, [&](Arena& arena, int32_t slot) {
         uint8_t* const base = arena.segments.bases[slot][0];
@@ -222,7 +225,7 @@ ffi::Error StoreCpu(ffi::ThreadPool pool, int32_t device, ArrayAttrs attrs, ffi:
         if (attrs.closes) *call.new_token = Close(&arena.header, slot);
       });
     };
-    IfOpen(*call.token, store, [] {});
+    IfOpen(call, store, [] {});
   });
 }
 
