@@ -261,7 +261,14 @@ def test_restored_state_is_saved_again_before_its_first_step(tx, trained, tmp_pa
 
 @pytest.mark.parametrize(
     "call, after",
-    [("builtins.open", 0), ("os.fsync", 0), ("os.replace", 0), ("os.open", 0), ("os.open", 1), ("os.fsync", 1)],
+    [
+        ("builtins.open", 0),
+        ("os.fsync", 0),
+        ("os.replace", 0),
+        ("os.open", 0),
+        ("os.open", 1),
+        ("os.fsync", 1),
+    ],
 )
 def test_saving_that_fails_leaves_a_whole_file(tx, trained, tmp_path, monkeypatch, call, after):
     """The old one until the new one has its name, and then the new one, in case of a crash."""
