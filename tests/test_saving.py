@@ -104,6 +104,14 @@ def test_disk_that_is_full(call, trained, tmp_path):
     assert path.read_bytes() == before
 
 
+def test_a_file_system_that_writes_nothing(trained, tmp_path):
+    """It must not be asked for ever."""
+    hooks.fail_call("empty pwrite", 1)
+    with pytest.raises(OSError, match="Input/output error"):
+        save_moments(trained[2], tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("refused", [0, errno.EINVAL])
 def test_moments_in_several_pieces(refused, trained, tmp_path):
     """What is written and read in pieces by threads is what `export_moments` copies."""

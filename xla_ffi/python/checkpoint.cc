@@ -357,7 +357,7 @@ SavedArray DataToSave(const py::handle& item) {
     DiskBuffer scratch;
     DataReader(*data, /*is_read_once=*/true).Read(begin, nbytes, destination, scratch);
   };
-  const auto check = [data](uint32_t crc) { DataReader(*data, true).Check(crc); };
+  const auto check = [data](uint32_t crc) { CheckSum(*data, crc); };
   return {data->nbytes, read, check};
 }
 

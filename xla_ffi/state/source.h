@@ -60,6 +60,9 @@ void CheckSource(const Source& source);
 // The product of non-negative numbers; nothing if it is more elements than a state may have.
 std::optional<int64_t> ProductOf(const std::vector<int64_t>& shape);
 
+// Throws if the array has a checksum, and it is another one. Opens no file.
+void CheckSum(const Data& data, uint32_t crc);
+
 // Reads an array, in pieces and from any thread.
 class DataReader {
  public:
@@ -68,13 +71,8 @@ class DataReader {
 
   // Bytes [begin, begin + nbytes). `scratch` is for this call.
   void Read(int64_t begin, int64_t nbytes, uint8_t* destination, DiskBuffer& scratch) const;
-  // Throws if this is not the checksum of the array.
-  void Check(uint32_t crc) const;
-  bool has_checksum() const { return data_.crc.has_value(); }
 
  private:
-  [[noreturn]] void Refuse(const std::string& problem) const;
-
   const Data& data_;
   std::unique_ptr<const InputFile> file_;
 };
