@@ -104,6 +104,23 @@ def test_disk_that_is_full(call, trained, tmp_path):
     assert path.read_bytes() == before
 
 
+def test_a_name_that_is_not_utf8(trained, tmp_path):
+    """Linux allows any bytes; Python shows them as surrogates."""
+    tx, params, state = trained
+    path = tmp_path / os.fsdecode(b"m\xff.safetensors")
+    save_moments(state, path)
+    restored = load_moments(tx.init(params), path)
+    assert_trees_equal(tx.update(params, restored)[0], tx.update(params, state)[0])
+    restored = load_moments(tx.init(params), path)
+    os.truncate(path, 5000)
+    with pytest.raises(Exception, match=r"m\\udcff.safetensors' .* the file is too short"):
+        tx.update(params, restored)
+    hooks.fail_call("open", errno.EACCES)
+    with pytest.raises(PermissionError) as error:
+        save_moments(tx.init(params), path)
+    assert "m\udcff.safetensors" in error.value.filename
+
+
 def test_a_file_system_that_writes_nothing(trained, tmp_path):
     """It must not be asked for ever."""
     hooks.fail_call("empty pwrite", 1)

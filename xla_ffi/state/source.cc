@@ -24,7 +24,7 @@ constexpr size_t kMaxRank = 64;
 
 [[noreturn]] void RefuseData(const Data& data, const std::string& problem) {
   const std::string place = data.bytes != nullptr ? "in memory"
-                                                  : "in '" + data.path + "' from byte " +
+                                                  : "in '" + data.shown_path + "' from byte " +
                                                         std::to_string(data.offset) + " on";
   throw StatusError(StatusCode::kInvalidArgument, "paged_optax: " + std::to_string(data.nbytes) +
                                                       " bytes of a checkpoint's moments " + place +

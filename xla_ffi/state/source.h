@@ -24,6 +24,7 @@ struct Data {
   const uint8_t* bytes = nullptr;  // null: in the file
   std::shared_ptr<const void> owner = nullptr;
   std::string path = {};
+  std::string shown_path = {};  // in UTF-8
   int64_t offset = 0;
   std::optional<uint32_t> crc = {};
 };
