@@ -36,7 +36,8 @@ def save_moments(opt_state: Any, path: str | os.PathLike[str]) -> int:
     of the GPU and moves no moments. The host needs memory for 64 MiB of them.
 
     With several processes (`jax.distributed`) each must make this call. Each writes the moments
-    that are on its own devices, to `path` with ``-00001-of-00004`` before its suffix.
+    that are on its own devices, to `path` with ``-00001-of-00004`` before its suffix. Files of
+    another number of processes stay. Delete them before `load_moments`, which refuses to choose.
 
     Args:
       opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it: the newest.
@@ -101,9 +102,10 @@ def load_moments(opt_state: Any, path: str | os.PathLike[str], *, convert: bool 
 
     Raises:
       ValueError: if the file is damaged or of a newer version of the library; if a file of another
-        process is missing; if there is another number of paged states. From the first update
-        (there also JaxRuntimeError): if names, shapes or formats differ, or checksums are wrong.
-        Also if the path is a URL such as ``gs://...``.
+        process is missing; if there are files of several numbers of processes; if there is
+        another number of paged states; if the path is a URL such as ``gs://...``. From the first
+        update (there also JaxRuntimeError): if names, shapes or formats differ, or checksums are
+        wrong.
       OSError: if the file cannot be read.
 
     Example:
@@ -250,16 +252,41 @@ def _path_of(path: str, process: int, num_processes: int) -> str:
 
 def _read_files(path: str) -> list[Contents | None]:
     """The states in the file at `path`, or in those of all processes that were given this path."""
-    if os.path.exists(path):
-        states, _ = _checkpoint_file.read(path)
-        return [state and merge([state]) for state in states]
+    saves = _find_saves(path)
+    if len(saves) > 1:
+        raise ValueError(
+            f"jobs of {len(saves)} different numbers of processes saved moments to {path}:"
+            f" {_listed(saves)}. The newest are {_listed(saves[-1:])}. Delete those that you do not"
+            " want, or move them elsewhere"
+        )
+    names = saves[0] if saves else [path]
+    if names != [path]:
+        return merge_files(names)
+    states, _ = _checkpoint_file.read(path)
+    return [state and merge([state]) for state in states]
+
+
+def _find_saves(path: str) -> list[list[str]]:
+    """The files of each number of processes that saved to `path`, the newest last."""
+    saves = {"": [path]} if os.path.exists(path) else {}
     stem, suffix = os.path.splitext(path)
-    found = [
-        name
-        for name in sorted(glob.glob(f"{glob.escape(stem)}-*{glob.escape(suffix)}"))
-        if re.fullmatch(r"-\d{5}-of-\d{5}", name[len(stem) : len(name) - len(suffix)])
-    ]
-    return merge_files(found or [path])
+    for name in sorted(glob.glob(f"{glob.escape(stem)}-*{glob.escape(suffix)}")):
+        found = re.fullmatch(r"-\d{5}-of-(\d{5})", name[len(stem) : len(name) - len(suffix)])
+        if found:
+            saves.setdefault(found[1], []).append(name)
+    return sorted(saves.values(), key=lambda names: max(map(_time_of, names)))
+
+
+def _time_of(path: str) -> int:
+    """When a file was written, in ns."""
+    return os.stat(path).st_mtime_ns
+
+
+def _listed(saves: list[list[str]]) -> str:
+    return ", ".join(
+        names[0] if len(names) == 1 else f"{names[0]} to {os.path.basename(names[-1])}"
+        for names in saves
+    )
 
 
 def merge_files(paths: list[str]) -> list[Contents | None]:

@@ -8,6 +8,7 @@ between changed them, they are other arrays, and what arrives is used as it is.
 """
 
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,11 +23,12 @@ from ._validate import check_range
 
 
 class _Origin(NamedTuple):
-    """Of what a scaled gradient was made."""
+    """Of what a scaled gradient was made: functions that return it, or None if it is gone."""
 
     scaled: weakref.ref[Any]  # the gradient whose origin this is
-    grad: jax.Array
-    limits: tuple[jax.Array, jax.Array]  # the global norm, and the largest that is allowed
+    grad: Callable[[], jax.Array | None]
+    norm: Callable[[], jax.Array | None]
+    max_norm: Callable[[], jax.Array | None]
 
 
 _origins: dict[int, _Origin] = {}  # by id of the scaled gradient, while that is alive
@@ -44,15 +46,17 @@ def clip_by_global_norm(max_norm: jax.typing.ArrayLike) -> optax.GradientTransfo
     A paged optimizer that comes next in the chain multiplies gradients while it steps. XLA then
     writes no scaled gradients, which saves their memory, and the time to write and read them.
     Wrappers such as `optax.masked`, `optax.partition`, `optax.inject_hyperparams`, `MultiSteps` and
-    `skip_non_finite` may be around the optimizer or around both. Every other transformation sees
-    scaled gradients, as with optax's function.
+    `skip_non_finite` may be around the optimizer or around both. `MultiSteps` around the optimizer
+    alone, and ``skip_non_finite(..., "element")``, cost what they do with optax's function. Every
+    other transformation sees scaled gradients, as with that one.
 
     Args:
       max_norm: the largest norm, infinite for none; a float or a traced scalar.
 
     Returns:
       An `optax.GradientTransformation` without a state, as optax's. Gradients may have any dtype
-      and shape; they keep them.
+      and shape; they keep them. Those of integers, which optax's function refuses with a
+      `TypeError`, are rounded towards zero.
 
     Raises:
       ValueError: for a negative number.
@@ -88,7 +92,7 @@ def clip_by_global_norm(max_norm: jax.typing.ArrayLike) -> optax.GradientTransfo
             return updates, state
         grads = [jnp.asarray(leaf) for leaf in leaves]
         limits = global_norm(grads), jnp.asarray(max_norm, jnp.float32)
-        return jax.tree.unflatten(treedef, [_clipped(grad, limits) for grad in grads]), state
+        return jax.tree.unflatten(treedef, [_clipped(grad, *limits) for grad in grads]), state
 
     return optax.GradientTransformation(optax.init_empty_state, update_fn)
 
@@ -110,26 +114,38 @@ def unclipped(
     limits: tuple[jax.Array, ...] = ()
     for leaf in jax.tree.leaves(updates):
         origin = _origins.get(id(leaf))
-        if origin is None or _is_gone(origin.grad) or (found and origin.limits is not limits):
+        if origin is None:
+            return grads, ()
+        grad, norm, max_norm = origin.grad(), origin.norm(), origin.max_norm()
+        if grad is None or norm is None or max_norm is None or _is_donated(grad):
             return grads, ()
         # Else devices that have one gradient in common would scale it each in its own way.
-        if not varying(origin.limits[0]) <= varying(origin.grad):
+        if (limits and norm is not limits[0]) or not varying(norm) <= varying(grad):
             return grads, ()
-        found.append(origin.grad)
-        limits = origin.limits
+        found.append(grad)
+        limits = norm, max_norm
     return found, limits
 
 
-def _clipped(grad: jax.Array, limits: tuple[jax.Array, jax.Array]) -> jax.Array:
+def _clipped(grad: jax.Array, norm: jax.Array, max_norm: jax.Array) -> jax.Array:
     """The gradient, scaled; its origin is known as long as it lives."""
-    norm, max_norm = limits
     is_wide = jnp.issubdtype(grad.dtype, jnp.inexact) and grad.dtype.itemsize >= 4
     dtype = grad.dtype if is_wide else jnp.float32
     scaled = (grad.astype(dtype) * (max_norm / norm).astype(dtype)).astype(grad.dtype)
     scaled = jnp.where(norm < max_norm, grad, scaled)
     key = id(scaled)
-    _origins[key] = _Origin(weakref.ref(scaled, lambda _: _origins.pop(key, None)), grad, limits)
+    reference = weakref.ref(scaled, lambda _: _origins.pop(key, None))
+    _origins[key] = _Origin(reference, *map(_held, (grad, norm, max_norm)))
     return scaled
+
+
+def _held(array: jax.Array) -> Callable[[], jax.Array | None]:
+    """A function that returns the array, and keeps it unless it is traced.
+
+    A traced one leads to the equations of its trace, and so to the scaled gradient, which then
+    would never be freed. The same equations keep both for as long as the trace goes on.
+    """
+    return weakref.ref(array) if isinstance(array, Tracer) else lambda: array
 
 
 def _is_infinite(max_norm: Any) -> bool:
@@ -137,6 +153,6 @@ def _is_infinite(max_norm: Any) -> bool:
     return isinstance(max_norm, float | np.floating) and max_norm == np.inf
 
 
-def _is_gone(grad: jax.Array) -> bool:
+def _is_donated(grad: jax.Array) -> bool:
     """Whether someone has donated the gradient since."""
     return not isinstance(grad, Tracer) and grad.is_deleted()

@@ -50,8 +50,10 @@ class PartFile:
 def replacing(path: str) -> Iterator[str]:
     """The path of a new file that takes the place of `path` when it is complete and on the disk.
 
-    Whatever happens before, a file that was there stays as it was.
+    Whatever happens before, a file that was there stays as it was. A symbolic link stays too, and
+    the file that it points to is replaced.
     """
+    path = os.path.realpath(path)
     folder, name = os.path.split(path)
     part = PartFile(folder, f".{name}")
     try:
@@ -69,8 +71,13 @@ def _make(folder: str, stem: str) -> tuple[str, int]:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:  # a process of this number left it, where no lock tells
             continue
-        with contextlib.suppress(OSError):  # the file system has no locks: nobody removes it then
+        try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # another process found it first, and removes it
+            os.close(fd)
+            continue
+        except OSError:  # the file system has no locks: nobody removes it then
+            pass
         if os.path.exists(path):
             return path, fd
         os.close(fd)  # another process found it before it was locked

@@ -364,8 +364,9 @@ def _zero_if(refused: jax.Array | None, params: Any) -> Any:
     """Parameters, or zeros after a step that was refused.
 
     A select of the updates would do as well, but may keep XLA from contracting what comes before
-    it, and so change bits.
+    it, and so change bits. Outside of `jax.jit` a refused update has raised, and the parameters are
+    not copied.
     """
-    if refused is None or params is None:
+    if not isinstance(refused, Tracer):
         return params
     return jax.tree.map(lambda p: jnp.where(refused, jnp.zeros_like(p), p), params)

@@ -110,6 +110,14 @@ def test_norm_of_other_types():
 
 
 @on_cpu
+@as_users_have_it
+def test_integers_are_rounded_towards_zero():
+    grads = {"i": jnp.array([3, -4]), "w": jnp.zeros(2)}
+    clipped, _ = jax.jit(clip_by_global_norm(3.0).update)(grads, optax.EmptyState())
+    assert clipped["i"].dtype == jnp.int32 and clipped["i"].tolist() == [1, -2]
+
+
+@on_cpu
 def test_norms_of_the_same_gradients_are_one():
     """Who logs the norm pays nothing for it."""
     tx = optax.chain(clip_by_global_norm(1.0), paged_adamw8bit(RATE))
@@ -335,6 +343,31 @@ def test_nothing_is_kept():
     params, grads = to_jax(make_tree(0, TREE)), [to_jax(make_tree(1, TREE))]
     eager(tx, params, grads)
     donated(tx, params, grads)
+    gc.collect()
+    assert not clip_origins
+
+
+def evaluated(function):
+    return functools.partial(jax.eval_shape, function)
+
+
+@on_cpu
+@as_users_have_it
+@pytest.mark.parametrize("tracing", [jax.jit, evaluated, jax.make_jaxpr])
+def test_nothing_is_kept_of_a_trace_that_fails(tracing):
+    """Though its equations hold gradients and scaled ones."""
+    tx = optax.chain(clip_by_global_norm(1.0), optax.adamw(RATE))
+    params = to_jax(make_tree(0, TREE))
+
+    # All are arguments: of a trace that fails, jax itself keeps what met an array from outside.
+    def failing(grads, state, params):
+        tx.update(grads, state, params)
+        assert clip_origins
+        raise ArithmeticError
+
+    for _ in range(3):
+        with pytest.raises(ArithmeticError):
+            tracing(failing)(params, tx.init(params), params)
     gc.collect()
     assert not clip_origins
 

@@ -369,6 +369,26 @@ def test_an_eager_update_raises_at_once():
     tx.update(params, states[-1], params)
 
 
+def test_an_eager_update_copies_no_parameters(monkeypatch):
+    """Weight decay gets the arrays themselves, not selected ones."""
+    met, make = [], optax.add_decayed_weights
+
+    def observed(*args):
+        link = make(*args)
+
+        def update(updates, state, params=None):
+            met.append(params)
+            return link.update(updates, state, params)
+
+        return link._replace(update=update)
+
+    monkeypatch.setattr(optax, "add_decayed_weights", observed)
+    tx = paged_adamw8bit(0.1, weight_decay=0.5)
+    params = make_params()
+    tx.update(params, tx.init(params), params)
+    assert all(met[0][name] is params[name] for name in params)
+
+
 @pytest.mark.parametrize("ask", [moments, memory_report, evict, prefetch])
 def test_questions_raise(ask):
     tx, params = paged_adamw8bit(0.1), make_params()

@@ -2,8 +2,10 @@
 
 import asyncio
 import errno
+import fcntl
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +106,31 @@ def test_disk_that_is_full(call, trained, tmp_path):
     assert path.read_bytes() == before
 
 
+def test_a_name_that_is_not_utf8(trained, tmp_path):
+    """Linux allows any bytes; Python shows them as surrogates."""
+    tx, params, state = trained
+    path = tmp_path / os.fsdecode(b"m\xff.safetensors")
+    save_moments(state, path)
+    restored = load_moments(tx.init(params), path)
+    assert_trees_equal(tx.update(params, restored)[0], tx.update(params, state)[0])
+    restored = load_moments(tx.init(params), path)
+    os.truncate(path, 5000)
+    with pytest.raises(Exception, match=r"m\\udcff.safetensors' .* the file is too short"):
+        tx.update(params, restored)
+    hooks.fail_call("open", errno.EACCES)
+    with pytest.raises(PermissionError) as error:
+        save_moments(tx.init(params), path)
+    assert "m\udcff.safetensors" in error.value.filename
+
+
+def test_a_file_system_that_writes_nothing(trained, tmp_path):
+    """It must not be asked for ever."""
+    hooks.fail_call("empty pwrite", 1)
+    with pytest.raises(OSError, match="Input/output error"):
+        save_moments(trained[2], tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("refused", [0, errno.EINVAL])
 def test_moments_in_several_pieces(refused, trained, tmp_path):
     """What is written and read in pieces by threads is what `export_moments` copies."""
@@ -169,6 +196,36 @@ def test_a_loaded_state_is_saved_in_its_own_place(trained, tmp_path):
     assert path.stat().st_ino != before.st_ino
 
 
+@pytest.mark.parametrize("newest", [1, 2, 4])
+def test_saves_of_several_numbers_of_processes_are_refused(newest, trained, tmp_path):
+    """The old moments must not be taken for the new ones, nor deleted."""
+    tx, params, state = trained
+    path = tmp_path / "m.safetensors"
+    save_moments(state, path)
+    names = {1: [path.name]}
+    for count in (2, 4):
+        names[count] = [f"m-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        for name in names[count]:
+            shutil.copy(path, tmp_path / name)
+    for count, files in names.items():
+        time = 2000 if count == newest else 1000
+        for name in files:
+            os.utime(tmp_path / name, (time, time))
+    with pytest.raises(ValueError, match="jobs of 3 different numbers of processes") as error:
+        load_moments(tx.init(params), path)
+    text = str(error.value)
+    assert all(files[0] in text and files[-1] in text for files in names.values())
+    assert names[newest][0] in text.split("The newest are")[1]
+    for name in names[2]:
+        os.unlink(tmp_path / name)
+    with pytest.raises(ValueError, match="jobs of 2 different numbers of processes"):
+        load_moments(tx.init(params), path)
+    for name in names[4]:
+        os.unlink(tmp_path / name)
+    restored = load_moments(tx.init(params), path)
+    assert_trees_equal(tx.update(params, restored)[0], tx.update(params, state)[0])
+
+
 # --- Files that are not complete -----------------------------------------------------------------
 
 
@@ -214,6 +271,37 @@ def test_two_threads_write_one_file(trained, tmp_path):
     with open(path) as file:
         assert file.read() == "first"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_that_a_remover_has_locked(tmp_path, monkeypatch):
+    """The remover has not removed it yet; the file of the one who made it is another."""
+    lock, removers = fcntl.flock, []
+
+    def late(fd, operation):
+        if not removers:
+            (path,) = tmp_path.iterdir()
+            removers.append(path.open())
+            lock(removers[0], fcntl.LOCK_EX)
+        lock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    part = part_file.PartFile(str(tmp_path), ".m")
+    with removers[0] as remover:
+        os.unlink(remover.name)
+    assert os.path.exists(part.path)
+    part.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_file_that_a_link_points_to_is_replaced(trained, tmp_path):
+    (tmp_path / "disk").mkdir()
+    link, file = tmp_path / "m.safetensors", tmp_path / "disk" / "moments"
+    link.symlink_to(file)
+    for _ in range(2):  # at first it points to nothing
+        nbytes = save_moments(trained[2], link)
+        assert link.is_symlink() and file.stat().st_size == nbytes
+        file.write_bytes(b"old")
+    assert [path.name for path in file.parent.iterdir()] == ["moments"]
 
 
 # --- Other file systems --------------------------------------------------------------------------

@@ -77,13 +77,15 @@ void OutputFile::Write(int64_t offset, const uint8_t* bytes, int64_t nbytes) con
     const int64_t size = left < kDiskPage ? left : left / kDiskPage * kDiskPage;
     const bool is_even = (offset + done) % kDiskPage == 0 && size % kDiskPage == 0;
     const int direct = is_even ? file_.direct_fd() : -1, fd = direct < 0 ? file_.fd() : direct;
-    const ssize_t part = PAGED_CALL(pwrite, -1, fd, bytes + done, size, offset + done);
+    const ssize_t part = PAGED_FAILS("empty pwrite")
+                             ? 0
+                             : PAGED_CALL(pwrite, -1, fd, bytes + done, size, offset + done);
     if (part < 0 && errno == EINTR) continue;
     if (part < 0 && fd == direct && IsRefusal(errno)) {
       file_.StayBuffered();
       continue;
     }
-    if (part < 0) Throw(errno);
+    if (part <= 0) Throw(part == 0 ? EIO : errno);
 #if defined(__linux__)
     if (fd != direct) sync_file_range(fd, offset + done, part, SYNC_FILE_RANGE_WRITE);
 #endif

@@ -198,13 +198,29 @@ std::shared_ptr<const void> KeepAlive(Py_buffer* view) {
   });
 }
 
+// The bytes of a file's name, which need not be UTF-8; as os.fsencode.
+std::string PathOf(const py::handle& path) {
+  PyObject* bytes = nullptr;
+  if (PyUnicode_FSConverter(path.ptr(), &bytes) == 0) throw py::error_already_set();
+  return std::string(py::reinterpret_steal<py::bytes>(bytes));
+}
+
+// The same name for messages, which are UTF-8.
+std::string ShownPathOf(const py::handle& path) {
+  const py::object text = py::str(path);
+  PyObject* const shown = PyUnicode_AsEncodedString(text.ptr(), "utf-8", "backslashreplace");
+  if (shown == nullptr) throw py::error_already_set();
+  return std::string(py::reinterpret_steal<py::bytes>(shown));
+}
+
 Data DataOf(const py::handle& item) {
   Data data;
   if (py::isinstance<py::tuple>(item)) {
     const auto [path, offset, nbytes, crc] =
-        item.cast<std::tuple<std::string, int64_t, int64_t, std::optional<uint32_t>>>();
+        item.cast<std::tuple<py::object, int64_t, int64_t, std::optional<uint32_t>>>();
     if (offset < 0 || nbytes < 0) throw py::value_error("a negative offset or size");
-    data.path = path;
+    data.path = PathOf(path);
+    data.shown_path = ShownPathOf(path);
     data.offset = offset;
     data.nbytes = nbytes;
     data.crc = crc;
@@ -357,11 +373,12 @@ SavedArray DataToSave(const py::handle& item) {
     DiskBuffer scratch;
     DataReader(*data, /*is_read_once=*/true).Read(begin, nbytes, destination, scratch);
   };
-  const auto check = [data](uint32_t crc) { DataReader(*data, true).Check(crc); };
+  const auto check = [data](uint32_t crc) { CheckSum(*data, crc); };
   return {data->nbytes, read, check};
 }
 
-std::vector<uint32_t> WriteArrays(const std::string& path, const py::sequence& items) {
+std::vector<uint32_t> WriteArrays(const py::object& name, const py::sequence& items) {
+  const std::string path = PathOf(name);
   std::vector<SavedArray> arrays;
   for (const py::handle& item : items) {
     const bool is_part =
@@ -374,7 +391,7 @@ std::vector<uint32_t> WriteArrays(const std::string& path, const py::sequence& i
     return SaveArrays(path, owned);
   } catch (const std::system_error& error) {
     const int number = error.code().value();
-    const py::tuple arguments = py::make_tuple(number, std::strerror(number), path);
+    const py::tuple arguments = py::make_tuple(number, std::strerror(number), name);
     PyErr_SetObject(PyExc_OSError, arguments.ptr());
     throw py::error_already_set();
   }

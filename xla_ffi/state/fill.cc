@@ -79,7 +79,7 @@ class Copying {
         const Sum& sum = sums_[w * arrays_.size() + a];
         crc = JoinCrc32(crc, sum.crc, sum.nbytes);
       }
-      DataReader(*arrays_[a], is_read_once_).Check(crc);
+      CheckSum(*arrays_[a], crc);
     }
   }
 
@@ -91,9 +91,9 @@ class Copying {
 
   void Read(int64_t index, size_t a, int64_t begin, int64_t nbytes, uint8_t* destination,
             Local& local) {
-    const DataReader reader(*arrays_[a], is_read_once_);
-    reader.Read(begin, nbytes, destination, local.scratch);
-    const uint32_t crc = reader.has_checksum() ? Crc32(0, destination, nbytes) : 0;
+    const Data& data = *arrays_[a];
+    DataReader(data, is_read_once_).Read(begin, nbytes, destination, local.scratch);
+    const uint32_t crc = data.crc ? Crc32(0, destination, nbytes) : 0;
     sums_[index * arrays_.size() + a] = {crc, nbytes};
   }
 

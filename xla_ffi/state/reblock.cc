@@ -24,7 +24,7 @@ class Loaded {
     const DataReader reader(data, /*is_read_once=*/false);  // devices share what they need of it
     DiskBuffer scratch;
     reader.Read(0, data.nbytes, own_.get(), scratch);
-    if (reader.has_checksum()) reader.Check(Crc32(0, own_.get(), data.nbytes));
+    if (data.crc) CheckSum(data, Crc32(0, own_.get(), data.nbytes));
   }
   const uint8_t* bytes() const { return bytes_; }
 

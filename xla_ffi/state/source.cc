@@ -22,6 +22,15 @@ constexpr size_t kMaxRank = 64;
                     "paged_optax: the moments of " + source.NameOf(leaf) + " " + problem);
 }
 
+[[noreturn]] void RefuseData(const Data& data, const std::string& problem) {
+  const std::string place = data.bytes != nullptr ? "in memory"
+                                                  : "in '" + data.shown_path + "' from byte " +
+                                                        std::to_string(data.offset) + " on";
+  throw StatusError(StatusCode::kInvalidArgument, "paged_optax: " + std::to_string(data.nbytes) +
+                                                      " bytes of a checkpoint's moments " + place +
+                                                      " cannot be read: " + problem);
+}
+
 // The arrays of a piece, whose box has `size` elements.
 bool HasSizes(const Source& source, const SourceLeaf& leaf, const Piece& piece, int64_t size) {
   const FormatInfo& format = kFormats[leaf.format];
@@ -95,19 +104,19 @@ DataReader::DataReader(const Data& data, bool is_read_once) : data_(data) {
   try {
     file_ = std::make_unique<const InputFile>(data.path, is_read_once);
   } catch (const std::system_error& error) {
-    Refuse(std::strerror(error.code().value()));
+    RefuseData(data, std::strerror(error.code().value()));
   }
-  if (!file_->is_file()) Refuse("this is not a file");
+  if (!file_->is_file()) RefuseData(data, "this is not a file");
   if (data.offset < 0 || data.nbytes > file_->nbytes() ||
       data.offset > file_->nbytes() - data.nbytes) {
-    Refuse("the file is too short");
+    RefuseData(data, "the file is too short");
   }
 }
 
 void DataReader::Read(int64_t begin, int64_t nbytes, uint8_t* destination,
                       DiskBuffer& scratch) const {
   if (nbytes == 0) return;
-  if (begin < 0 || nbytes > data_.nbytes - begin) Refuse("the array is too short");
+  if (begin < 0 || nbytes > data_.nbytes - begin) RefuseData(data_, "the array is too short");
   if (data_.bytes != nullptr) {
     std::memcpy(destination, data_.bytes + begin, nbytes);
     return;
@@ -116,22 +125,13 @@ void DataReader::Read(int64_t begin, int64_t nbytes, uint8_t* destination,
   try {
     got = file_->Read(data_.offset + begin, nbytes, destination, scratch);
   } catch (const std::system_error& error) {
-    Refuse(std::strerror(error.code().value()));
+    RefuseData(data_, std::strerror(error.code().value()));
   }
-  if (got != nbytes) Refuse("the file is too short");
+  if (got != nbytes) RefuseData(data_, "the file is too short");
 }
 
-void DataReader::Check(uint32_t crc) const {
-  if (data_.crc && crc != *data_.crc) Refuse("the checksum is another");
-}
-
-void DataReader::Refuse(const std::string& problem) const {
-  const std::string place = data_.bytes != nullptr ? "in memory"
-                                                   : "in '" + data_.path + "' from byte " +
-                                                         std::to_string(data_.offset) + " on";
-  throw StatusError(StatusCode::kInvalidArgument, "paged_optax: " + std::to_string(data_.nbytes) +
-                                                      " bytes of a checkpoint's moments " + place +
-                                                      " cannot be read: " + problem);
+void CheckSum(const Data& data, uint32_t crc) {
+  if (data.crc && crc != *data.crc) RefuseData(data, "the checksum is another");
 }
 
 }  // namespace paged_optax

@@ -24,6 +24,7 @@ struct Data {
   const uint8_t* bytes = nullptr;  // null: in the file
   std::shared_ptr<const void> owner = nullptr;
   std::string path = {};
+  std::string shown_path = {};  // in UTF-8
   int64_t offset = 0;
   std::optional<uint32_t> crc = {};
 };
@@ -60,6 +61,9 @@ void CheckSource(const Source& source);
 // The product of non-negative numbers; nothing if it is more elements than a state may have.
 std::optional<int64_t> ProductOf(const std::vector<int64_t>& shape);
 
+// Throws if the array has a checksum, and it is another one. Opens no file.
+void CheckSum(const Data& data, uint32_t crc);
+
 // Reads an array, in pieces and from any thread.
 class DataReader {
  public:
@@ -68,13 +72,8 @@ class DataReader {
 
   // Bytes [begin, begin + nbytes). `scratch` is for this call.
   void Read(int64_t begin, int64_t nbytes, uint8_t* destination, DiskBuffer& scratch) const;
-  // Throws if this is not the checksum of the array.
-  void Check(uint32_t crc) const;
-  bool has_checksum() const { return data_.crc.has_value(); }
 
  private:
-  [[noreturn]] void Refuse(const std::string& problem) const;
-
   const Data& data_;
   std::unique_ptr<const InputFile> file_;
 };
