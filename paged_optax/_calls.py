@@ -91,7 +91,8 @@ def open_step(
       in; then zeros are loaded, and nothing is stored.
     """
     likes = [jax.lax.stop_gradient(like) for like in likes]
-    operands = guard(token, count, jnp.zeros(0, jnp.float32), *likes)
+    no_hyperparams = jnp.zeros(1, jnp.float32)  # one, since an empty operand can crash XLA (0.11.2)
+    operands = guard(token, count, no_hyperparams, *likes)
     with jax.named_scope("paged_open"):
         (token,) = spread(_Update(step), operands, len(operands) - len(likes))
     return token

@@ -163,10 +163,12 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
   call.kind = kind;
   call.token = Scalars<const Token*>(args, 0, ffi::DataType::S32, 2);
   call.count = Scalars<const int32_t*>(args, 1, ffi::DataType::S32, 1);
-  call.hyperparams = Scalars<const float*>(args, 2, ffi::DataType::F32,
-                                           AllRules()[kind.rule].hyperparams.size() +
-                                               (takes_params ? kNumParamHyperparams : 0) +
-                                               (kind.clips ? kNumClipHyperparams : 0));
+  const size_t num_hyperparams = AllRules()[kind.rule].hyperparams.size() +
+                                 (takes_params ? kNumParamHyperparams : 0) +
+                                 (kind.clips ? kNumClipHyperparams : 0);
+  // XLA's compiler in jax 0.11.2 ends the process where an operand inside of a shard_map is empty.
+  call.hyperparams =
+      Scalars<const float*>(args, 2, ffi::DataType::F32, std::max<size_t>(num_hyperparams, 1));
   call.part = Scalars<const int32_t*>(args, 3, ffi::DataType::S32, 1);
   call.new_token = static_cast<Token*>(
       Check(**rets.get<ffi::AnyBuffer>(0), ffi::DataType::S32, 2, "the new token"));
