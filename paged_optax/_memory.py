@@ -72,8 +72,8 @@ def prefetch(opt_state: Any) -> int:
       >>> _, state = tx.update(params, tx.init(params))
       >>> paged_optax.evict(state) > 2 * 1024**2
       True
-      >>> paged_optax.memory_report(state).resident
-      0
+      >>> paged_optax.memory_report(state).resident < 2**16  # the system may keep a page
+      True
       >>> moved = paged_optax.prefetch(state)
     """
     with named("prefetch"):

@@ -454,9 +454,8 @@ def test_released_in_the_middle_of_a_step():
     def update(updates, state, params=None):
         del params
         kept = {name: state["kept"][name] + updates[name] for name in updates}
-        return {"a": kept["a"], "b": jax.pure_callback(let_go, kept["b"], kept["b"])}, {
-            "kept": kept
-        }
+        kept["b"] = jax.pure_callback(let_go, kept["b"], kept["b"])  # before it is stored
+        return kept, {"kept": kept}
 
     tx = paged(optax.GradientTransformation(keep("float32").init, update), quantization=FLOAT32)
     grads = {name: np.ones((64, 64), f32) for name in "ab"}
