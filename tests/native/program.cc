@@ -95,7 +95,6 @@ Token StepOnGpu(const State& state, DeviceId device, int64_t run) {
     made = gpu.BindOnFirstUse(lock, registry.handles(), request, token, nullptr);
   }
   try {
-    gpu.BeforeStep(lock, nullptr);
     CudaUpdate update{};
     update.headers = gpu.headers(lock);
     update.num_headers = gpu.num_headers(lock);
@@ -106,8 +105,7 @@ Token StepOnGpu(const State& state, DeviceId device, int64_t run) {
     update.fingerprint = state.signature.Fingerprint();
     const Extent extent = state.signature.MakeExtent();
     for (size_t i = 0; i < kFormats.size(); ++i) update.regions[i].region = extent.regions[i];
-    LaunchUpdate(update, device.ordinal, nullptr);
-    gpu.AfterStep(lock, nullptr);
+    gpu.LaunchStep(lock, nullptr, [&] { LaunchUpdate(update, device.ordinal, nullptr); });
   } catch (const std::exception& error) {
     if (made) registry.handles().UndoFirstUse(token.handle, run, error);
     throw;

@@ -39,10 +39,18 @@ class CudaDevice final : public Device {
                                         const Request& request, Token token, Stream stream);
   void EndFirstUse(Handles& handles, const Arena& arena, bool is_restored, Stream stream);
 
-  // Around the launch of a step; see Pager.
-  void BeforeStep(const ContentsLock& lock, Stream stream) { pager_.BeforeStep(lock, stream); }
-  void BeforePart(const ContentsLock& lock, Stream stream) { pager_.BeforePart(lock, stream); }
-  void AfterStep(const ContentsLock& lock, Stream stream) { pager_.AfterStep(lock, stream); }
+  // Calls `launch`, which launches a step, or a later part of one that is open, in between moves;
+  // see Pager.
+  template <class F>
+  void LaunchStep(const ContentsLock& lock, Stream stream, const F& launch) {
+    pager_.BeforeStep(lock, stream);
+    LaunchInPlace(lock, stream, launch);
+  }
+  template <class F>
+  void LaunchPart(const ContentsLock& lock, Stream stream, const F& launch) {
+    pager_.BeforePart(lock, stream);
+    LaunchInPlace(lock, stream, launch);
+  }
 
   // Device memory: the headers, null if there are none, and where steps report.
   Header* headers(const ContentsLock&) const { return headers_; }
@@ -67,6 +75,17 @@ class CudaDevice final : public Device {
   void StopMoving() override { pager_.Stop(); }
 
  private:
+  // If it fails, some of its kernels may be on the stream all the same.
+  template <class F>
+  void LaunchInPlace(const ContentsLock& lock, Stream stream, const F& launch) {
+    try {
+      launch();
+    } catch (...) {
+      pager_.AfterStep(lock, stream);
+      throw;
+    }
+    pager_.AfterStep(lock, stream);
+  }
   // Number of a state's arena, or -1.
   int64_t IndexOf(const ContentsLock&, int32_t handle) const;
   void Append(const ContentsLock&, std::shared_ptr<Arena> arena);

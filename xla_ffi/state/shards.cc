@@ -10,7 +10,7 @@ namespace {
 
 [[noreturn]] void Refuse() {
   throw StatusError(StatusCode::kInvalidArgument,
-                    "malformed update: the text that says which parts the devices have");
+                    "malformed call: the text that says which parts the devices have");
 }
 
 // A number, or a list of nodes.

@@ -46,10 +46,6 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(::paged_optax::ArrayAttrs, StructMember<bo
 namespace paged_optax {
 namespace {
 
-[[noreturn]] void Refuse(const std::string& problem) {
-  throw StatusError(StatusCode::kInvalidArgument, "malformed load or store: " + problem);
-}
-
 // An array in XLA's memory.
 struct Buffer {
   void* data;
@@ -67,10 +63,7 @@ struct ArrayCall {
 
 template <class T>
 T* Scalars(ffi::AnyBuffer buffer, size_t count) {
-  if (buffer.element_type() != ffi::DataType::S32 || buffer.element_count() != count) {
-    Refuse("a scalar has another size or type");
-  }
-  return static_cast<T*>(buffer.untyped_data());
+  return static_cast<T*>(DataOf(buffer, ffi::DataType::S32, count, "a scalar"));
 }
 
 // Buffers are those of `get(i)`.
@@ -78,10 +71,10 @@ template <class F>
 void ParseBuffers(const ArrayAttrs& attrs, size_t count, const F& get, ArrayCall& call) {
   if (count == 0 || attrs.leaves.size() != count || attrs.formats.size() != count ||
       (attrs.keys.size() != 0 && attrs.keys.size() != count)) {
-    Refuse("a wrong number of leaves");
+    RefuseCall("a wrong number of leaves");
   }
   for (const int8_t format : attrs.formats) {
-    if (format < 0 || format >= static_cast<int>(kFormats.size())) Refuse("an unknown format");
+    if (format < 0 || format >= static_cast<int>(kFormats.size())) RefuseCall("an unknown format");
   }
   std::vector<Signature::LeafInfo> leaves;
   for (size_t i = 0; i < count; ++i) {
@@ -97,7 +90,7 @@ void ParseBuffers(const ArrayAttrs& attrs, size_t count, const F& get, ArrayCall
 
 ArrayCall ParseLoad(const ArrayAttrs& attrs, const ffi::RemainingArgs& args,
                     const ffi::RemainingRets& rets) {
-  if (args.size() == 0 || args.size() != rets.size()) Refuse("a wrong number of operands");
+  if (args.size() == 0 || args.size() != rets.size()) RefuseCall("a wrong number of operands");
   ArrayCall call{Scalars<Token>(*args.get<ffi::AnyBuffer>(0), 2),
                  Scalars<Token>(**rets.get<ffi::AnyBuffer>(0), 2), nullptr};
   const auto get = [&](size_t i) { return **rets.get<ffi::AnyBuffer>(1 + i); };
@@ -107,7 +100,7 @@ ArrayCall ParseLoad(const ArrayAttrs& attrs, const ffi::RemainingArgs& args,
 
 ArrayCall ParseStore(const ArrayAttrs& attrs, const ffi::RemainingArgs& args,
                      const ffi::RemainingRets& rets) {
-  if (args.size() < 2 || rets.size() != 1) Refuse("a wrong number of operands");
+  if (args.size() < 2 || rets.size() != 1) RefuseCall("a wrong number of operands");
   ArrayCall call{Scalars<Token>(*args.get<ffi::AnyBuffer>(0), 2),
                  Scalars<Token>(**rets.get<ffi::AnyBuffer>(0), 2),
                  Scalars<int32_t>(*args.get<ffi::AnyBuffer>(1), 1)};
@@ -136,7 +129,6 @@ const ArrayPlace& PlaceOf(const Header& header, const ArrayAttrs& attrs, const A
 }
 
 void RunOnCpu(ffi::ThreadPool& pool, const std::vector<ArrayWork>& works, bool stores) {
-  constexpr int64_t kBlocksPerTask = 64;
   struct Task {
     const ArrayWork* work;
     int64_t begin;
@@ -262,12 +254,12 @@ void RunOnGpu(int32_t device, const ArrayAttrs& attrs, const ArrayCall& call, cu
                       static_cast<int32_t>(attrs.leaves[i]), buffer.dtype, attrs.formats[i]});
   }
   const ContentsLock lock = gpu.Acquire();
-  gpu.BeforePart(lock, stream);
   const CudaArrayCall work{gpu.headers(lock), gpu.num_headers(lock), gpu.device_reports(),
                            call.token,        call.new_token,        call.count};
-  LaunchArrays(work, std::move(arrays), device, stream);
-  if (attrs.closes && call.count != nullptr) LaunchClose(work, device, stream);
-  gpu.AfterStep(lock, stream);
+  gpu.LaunchPart(lock, stream, [&] {
+    LaunchArrays(work, arrays, device, stream);
+    if (attrs.closes && call.count != nullptr) LaunchClose(work, device, stream);
+  });
 }
 
 ffi::Error LoadCuda(cudaStream_t stream, int32_t device, ArrayAttrs attrs, ffi::RemainingArgs args,

@@ -10,13 +10,21 @@
 namespace ffi = ::xla::ffi;
 
 namespace paged_optax {
+
+void RefuseCall(const std::string& problem) {
+  throw StatusError(StatusCode::kInvalidArgument, "malformed call: " + problem);
+}
+
+void* DataOf(ffi::AnyBuffer buffer, ffi::DataType dtype, size_t count, const std::string& what) {
+  if (buffer.element_type() != dtype || buffer.element_count() != count) {
+    RefuseCall(what + " has another size or type");
+  }
+  return buffer.untyped_data();
+}
+
 namespace {
 
 constexpr size_t kNumScalars = 4;  // operands before the gradients
-
-[[noreturn]] void Refuse(const std::string& problem) {
-  throw StatusError(StatusCode::kInvalidArgument, "malformed update: " + problem);
-}
 
 template <class T>
 constexpr const char* NameOf();
@@ -42,7 +50,7 @@ constexpr const char* NameOf<ffi::Span<const int64_t>>() {
 }
 
 int64_t InRange(const char* name, int64_t value, int64_t end) {
-  if (value < 0 || value >= end) Refuse(std::string(name) + " is " + std::to_string(value));
+  if (value < 0 || value >= end) RefuseCall(std::string(name) + " is " + std::to_string(value));
   return value;
 }
 
@@ -61,28 +69,22 @@ void CheckCounts(const UpdateAttrs& attrs, bool takes_params, size_t num_args, s
       !takes_params && std::none_of(attrs.formats.begin(), attrs.formats.end(),
                                     [](int8_t format) { return kFormats.at(format).is_random; });
   if (num_args != kNumScalars + num_leaves + num_params) {
-    Refuse(std::to_string(num_args) + " operands for " + std::to_string(num_leaves) + " leaves");
+    RefuseCall(std::to_string(num_args) + " operands for " + std::to_string(num_leaves) +
+               " leaves");
   }
   if (num_rets != 1 + (attrs.output == static_cast<int64_t>(Output::kOpen) ? 0 : num_leaves)) {
-    Refuse("a wrong number of results");
+    RefuseCall("a wrong number of results");
   }
-  if (attrs.decays.size() != num_params) Refuse("a wrong number of decays");
+  if (attrs.decays.size() != num_params) RefuseCall("a wrong number of decays");
   if (attrs.keys.size() != num_leaves && !(may_lack_keys && attrs.keys.size() == 0)) {
-    Refuse("a wrong number of keys");
+    RefuseCall("a wrong number of keys");
   }
-}
-
-void* Check(ffi::AnyBuffer buffer, ffi::DataType dtype, size_t count, const std::string& what) {
-  if (buffer.element_type() != dtype || buffer.element_count() != count) {
-    Refuse(what + " has another size or type");
-  }
-  return buffer.untyped_data();
 }
 
 template <class T>
 T Scalars(const ffi::RemainingArgs& args, size_t index, ffi::DataType dtype, size_t count) {
   return static_cast<T>(
-      Check(*args.get<ffi::AnyBuffer>(index), dtype, count, "operand " + std::to_string(index)));
+      DataOf(*args.get<ffi::AnyBuffer>(index), dtype, count, "operand " + std::to_string(index)));
 }
 
 Leaf ParseLeaf(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
@@ -101,20 +103,20 @@ Leaf ParseLeaf(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
   leaf.result_dtype = DTypeOf(result.element_type());
   if (attrs.keys.size() != 0) leaf.key = static_cast<uint64_t>(attrs.keys[i]);
   if (result.element_count() != grad.element_count()) {
-    Refuse("a result has another size than its gradient");
+    RefuseCall("a result has another size than its gradient");
   }
   if (output != Output::kParams && leaf.result_dtype != leaf.dtype) {
-    Refuse("an update has another type than its gradient");
+    RefuseCall("an update has another type than its gradient");
   }
   if (!TakesParams(output)) return leaf;
   const ffi::AnyBuffer param = *args.get<ffi::AnyBuffer>(kNumScalars + attrs.formats.size() + i);
   if (param.element_count() != grad.element_count()) {
-    Refuse("a parameter has another size than its gradient");
+    RefuseCall("a parameter has another size than its gradient");
   }
   leaf.params = param.untyped_data();
   leaf.param_dtype = DTypeOf(param.element_type());
   if (output == Output::kParams && leaf.result_dtype != leaf.param_dtype) {
-    Refuse("a new parameter has another type than the old one");
+    RefuseCall("a new parameter has another type than the old one");
   }
   leaf.rounding = leaf.param_dtype == DType::kFloat32
                       ? ParamRounding::kNearest
@@ -154,7 +156,7 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
   InRange("param_rounding", attrs.param_rounding, static_cast<int64_t>(kParamRoundingNames.size()));
   const StepKind kind = KindOf(attrs);
   if ((kind.output == Output::kOpen) != (kind.rule == kArrayRule)) {
-    Refuse("a rule and an output that do not belong together");
+    RefuseCall("a rule and an output that do not belong together");
   }
   const bool takes_params = TakesParams(kind.output);
   CheckCounts(attrs, takes_params, args.size(), rets.size());
@@ -171,7 +173,7 @@ UpdateCall Parse(const UpdateAttrs& attrs, const ffi::RemainingArgs& args,
       Scalars<const float*>(args, 2, ffi::DataType::F32, std::max<size_t>(num_hyperparams, 1));
   call.part = Scalars<const int32_t*>(args, 3, ffi::DataType::S32, 1);
   call.new_token = static_cast<Token*>(
-      Check(**rets.get<ffi::AnyBuffer>(0), ffi::DataType::S32, 2, "the new token"));
+      DataOf(**rets.get<ffi::AnyBuffer>(0), ffi::DataType::S32, 2, "the new token"));
   const size_t num_leaves = attrs.formats.size();
   for (const int8_t format : attrs.formats) ++call.ranges[format].count;
   std::array<int64_t, kFormats.size()> next = {};  // place of each format's next leaf

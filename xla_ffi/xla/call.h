@@ -47,6 +47,13 @@ struct UpdateAttrs {
 #undef PAGED_DECLARE
 };
 
+// Throws: the program is not one that this version of the package compiled.
+[[noreturn]] void RefuseCall(const std::string& problem);
+
+// Where the data of an operand or result are. Throws unless it has so many elements of this type.
+void* DataOf(::xla::ffi::AnyBuffer buffer, ::xla::ffi::DataType dtype, size_t count,
+             const std::string& what);
+
 // Throws for other types than those of gradients and parameters.
 DType DTypeOf(::xla::ffi::DataType dtype);
 

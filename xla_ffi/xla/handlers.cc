@@ -64,8 +64,6 @@ Request MakeRequest(DeviceId device, int64_t run, const UpdateAttrs& attrs, cons
           attrs.restart};
 }
 
-constexpr int64_t kBlocksPerTask = 64;
-
 // Steps all blocks of a call, region by region.
 void RunOnCpu(ffi::ThreadPool& pool, const UpdateCall& call, const AnyStep& step,
               const uint8_t* source, uint8_t* target) {
@@ -199,7 +197,6 @@ void Launch(CudaDevice& gpu, const ContentsLock& lock, const UpdateCall& call, R
   if (!buffer.has_value()) {
     throw StatusError(StatusCode::kResourceExhausted, "XLA has no scratch memory left");
   }
-  gpu.BeforeStep(lock, stream);
   CudaUpdate update{};
   update.headers = gpu.headers(lock);
   update.num_headers = gpu.num_headers(lock);
@@ -216,8 +213,7 @@ void Launch(CudaDevice& gpu, const ContentsLock& lock, const UpdateCall& call, R
   for (size_t i = 0; i < kFormats.size(); ++i) {
     update.regions[i] = {call.extent.regions[i], call.ranges[i].first, call.ranges[i].count};
   }
-  LaunchUpdate(update, gpu.id().ordinal, stream);
-  gpu.AfterStep(lock, stream);
+  gpu.LaunchStep(lock, stream, [&] { LaunchUpdate(update, gpu.id().ordinal, stream); });
 }
 
 ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::RunId run,

@@ -12,6 +12,8 @@
 
 namespace paged_optax {
 
+constexpr int64_t kBlocksPerTask = 64;  // of a loop over blocks
+
 // Runs body(0) .. body(count - 1) on the calling thread and on those threads of the pool that are
 // free. The caller never waits for a task that has not started: pool threads may all be busy with
 // other handlers that wait in the same way.
