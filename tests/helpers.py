@@ -54,6 +54,11 @@ from paged_optax._options import make_options  # noqa: F401
 from paged_optax._shards import Shards, cuts_of  # noqa: F401
 from paged_optax._state import Token, find_states  # noqa: F401
 
+# Fixtures of conftest.py, as marks.
+on_every_device = pytest.mark.usefixtures("device")
+on_cpu = pytest.mark.usefixtures("on_cpu")
+as_users_have_it = pytest.mark.usefixtures("standard_promotion")
+
 f32 = np.float32
 BLOCK = 256  # elements
 DTYPES = {  # in the order of enum DType

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from helpers import (
     DTYPES,
     RAISES,
+    as_users_have_it,
     assert_trees_close,
     assert_trees_equal,
     f32,
@@ -27,6 +28,8 @@ from helpers import (
     leaf_keys,
     make_tree,
     num_arenas,
+    on_cpu,
+    on_every_device,
     reference,
     same_bits,
     stack,
@@ -56,9 +59,6 @@ from paged_optax import (
 )
 
 pytestmark = pytest.mark.fast
-on_every_device = pytest.mark.usefixtures("device")
-on_cpu = pytest.mark.usefixtures("on_cpu")
-as_users_have_it = pytest.mark.usefixtures("standard_promotion")
 
 SHAPES = {"b": (7,), "e": (0, 3), "g": (300,), "h": (5000,), "s": (), "v": (70, 70), "w": (64, 80)}
 PARAMS = make_tree(100, SHAPES)

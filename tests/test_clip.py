@@ -17,10 +17,13 @@ from jax.sharding import PartitionSpec as P
 from helpers import (
     DTYPES,
     FLOAT32_MOMENTS,
+    as_users_have_it,
     assert_trees_close,
     clip_origins,
     f32,
     make_tree,
+    on_cpu,
+    on_every_device,
     reference,
     same_bits,
     stack,
@@ -39,9 +42,6 @@ from paged_optax import (
 )
 
 pytestmark = pytest.mark.fast
-on_every_device = pytest.mark.usefixtures("device")
-on_cpu = pytest.mark.usefixtures("on_cpu")
-as_users_have_it = pytest.mark.usefixtures("standard_promotion")
 
 
 def slow(value):

@@ -28,6 +28,8 @@ from helpers import (
     layout_bytes,
     make_tree,
     num_arenas,
+    on_cpu,
+    on_every_device,
     residuals_of,
     same_bits,
     stack,
@@ -37,8 +39,6 @@ from helpers import (
 from optimizers import DESCENTS, OPTIMIZERS, Specification, assert_as_specified, moments_of
 from paged_optax import Quantization, memory_report, release
 
-on_every_device = pytest.mark.usefixtures("device")
-on_cpu = pytest.mark.usefixtures("on_cpu")
 every_optimizer = pytest.mark.parametrize("optimizer", [row.param for row in DESCENTS])
 # Of optimizers with one direction the first; what it promises, all of them have.
 DIRECTIONS = list({row.direction: row for row in reversed(OPTIMIZERS)}.values())

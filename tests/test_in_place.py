@@ -17,10 +17,13 @@ from helpers import (
     DTYPES,
     RAISES,
     Token,
+    as_users_have_it,
     assert_trees_equal,
     f32,
     is_zero,
     make_tree,
+    on_cpu,
+    on_every_device,
     raise_if_refused,
     reference,
     residuals_of,
@@ -44,10 +47,7 @@ from paged_optax import (
 )
 
 pytestmark = pytest.mark.fast
-on_every_device = pytest.mark.usefixtures("device")
-on_cpu = pytest.mark.usefixtures("on_cpu")
 every_optimizer = pytest.mark.parametrize("optimizer", DESCENTS, ids=lambda row: row.name)
-as_users_have_it = pytest.mark.usefixtures("standard_promotion")
 
 SHAPES = {"b": (7,), "e": (0, 3), "g": (300,), "h": (5000,), "s": (), "v": (70, 70), "w": (64, 80)}
 BFLOAT16, FLOAT16 = DTYPES["bfloat16"], DTYPES["float16"]
