@@ -59,20 +59,21 @@ struct WholeBlock {
   PAGED_HD uint32_t Min(uint32_t lane_min) const { return lane_min; }
 };
 
-struct NoTables {};
-
-// What formats have in common that store each state as a number of its own: neither words for a
-// block, nor tables.
-struct PlainFormat {
-  static constexpr int kWordsPerState = 0;
-  static constexpr bool kStoresRatios = false;
-
+// For a format that computes without tables.
+struct NoTables {
   template <class Level>
   using Tables = NoTables;
   template <class Level>
   static constexpr NoTables MakeTables() {
     return {};
   }
+};
+
+// What formats have in common that store each state as a number of its own: neither words for a
+// block, nor tables.
+struct PlainFormat : NoTables {
+  static constexpr int kWordsPerState = 0;
+  static constexpr bool kStoresRatios = false;
 
   template <class Arithmetic>
   static bool MayStoreWord(int, uint32_t, bool) {

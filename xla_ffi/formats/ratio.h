@@ -229,19 +229,12 @@ PAGED_HD RatioWindow FitBlock(const float (&nu)[K], const float (&active)[K], ui
   return FitWindow(top, range, has_zeros);
 }
 
-struct Ratio {
+struct Ratio : NoTables {
   static constexpr char kName[] = "ratio";
   using Code = uint8_t;
   static constexpr int kWordsPerState = 1;  // of a signed state its scale, of the other the window
   static constexpr bool kIsRandom = true;
   static constexpr bool kStoresRatios = true;
-
-  template <class Level>
-  using Tables = NoTables;
-  template <class Level>
-  static constexpr NoTables MakeTables() {
-    return {};
-  }
 
   template <class Arithmetic>
   PAGED_HD static constexpr Code Zero(int) {

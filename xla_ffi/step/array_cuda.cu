@@ -1,18 +1,16 @@
 // See array_cuda.h. One warp loads or stores a block.
 #include <algorithm>
-#include <type_traits>
 
 #include "base/cuda_check.h"
 #include "base/fast_math.h"
 #include "step/array.h"
 #include "step/array_cuda.h"
-#include "step/lane_cuda.h"
+#include "step/launch_cuda.h"
+#include "step/token_cuda.h"
 
 namespace paged_optax {
 namespace {
 
-constexpr int kArrayThreads = 256;
-constexpr int kArrayWarps = kArrayThreads / kWarpSize;
 // Of a launch, to which they travel by value.
 constexpr int kMostArrays = 50;
 
@@ -22,32 +20,10 @@ struct Batch {
   int64_t num_blocks;
 };
 
-template <class Format>
-__device__ constexpr auto kArrayTables = Format::template MakeTables<uint8_t>();
-
-// The slot that the token's step writes, found by one warp; -1 if there is none.
-__device__ int FindOpen(const CudaArrayCall& call, Token token, Header** header) {
-  int found = -1;
-  for (int i = static_cast<int>(threadIdx.x); i < call.num_headers; i += kWarpSize) {
-    if (call.headers[i].handle == token.handle) found = i;
-  }
-  found = __reduce_max_sync(0xffffffffu, found);
-  *header = found < 0 ? nullptr : &call.headers[found];
-  return FindOpenSlot(*header, token);
-}
-
 // A step that was refused when it began has the token of before, and was reported then.
 __device__ void ReportLost(const CudaArrayCall& call, Token token, Verdict verdict,
                            const Header* header) {
-  if (token.version >= 0 || call.reports == nullptr) return;
-  volatile Rejection* report = &call.reports->rejection;
-  if (report->verdict != Verdict::kAccept) return;
-  report->token.handle = token.handle;
-  report->token.version = token.version;
-  report->version = header == nullptr ? 0 : header->version;
-  report->fingerprint = 0;
-  __threadfence_system();
-  report->verdict = verdict;
+  if (token.version < 0) ReportRejection(call.reports, token, verdict, header, /*fingerprint=*/0);
 }
 
 template <class Format>
@@ -61,17 +37,11 @@ struct ArrayShared {
 
 template <class Format>
 __device__ void Prepare(const CudaArrayCall& call, ArrayShared<Format>& shared) {
-  using Tables = typename Format::template Tables<uint8_t>;
-  if constexpr (!std::is_empty_v<Tables>) {
-    for (int i = threadIdx.x; i < static_cast<int>(sizeof(Tables) / 4); i += kArrayThreads) {
-      reinterpret_cast<uint32_t*>(&shared.tables)[i] =
-          reinterpret_cast<const uint32_t*>(&kArrayTables<Format>)[i];
-    }
-  }
+  FillTables<Format>(shared.tables);
   const Token token = *call.token;
   if (threadIdx.x < kWarpSize) {
-    Header* header;
-    const int slot = FindOpen(call, token, &header);
+    Header* const header = FindHeader(call.headers, call.num_headers, token);
+    const int slot = FindOpenSlot(header, token);
     if (threadIdx.x == 0) {
       shared.header = header;
       shared.source = shared.target = nullptr;
@@ -90,19 +60,6 @@ __device__ void Prepare(const CudaArrayCall& call, ArrayShared<Format>& shared) 
     }
   }
   __syncthreads();
-}
-
-__device__ int FindArray(const Batch& batch, int64_t block) {
-  int low = 0, high = batch.num_arrays;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (batch.arrays[middle].begin <= block) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
 }
 
 // Where a block of the array lies, or nothing: a program that cuts the leaf over the devices in
@@ -166,17 +123,18 @@ __device__ void StoreBlock(const ArrayShared<Format>& shared, const CudaArray& a
 }
 
 template <class Format, bool kStores>
-__global__ void __launch_bounds__(kArrayThreads)
+__global__ void __launch_bounds__(kThreads)
     ArrayKernel(const __grid_constant__ CudaArrayCall call, const __grid_constant__ Batch batch) {
   __shared__ ArrayShared<Format> shared;
   Prepare(call, shared);
   if (kStores && shared.target == nullptr) return;
   const uint32_t phase = kStores ? DitherPhase(*call.count) : 0;
   const int thread = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int64_t stride = int64_t{gridDim.x} * kArrayWarps;
-  for (int64_t block = int64_t{blockIdx.x} * kArrayWarps + threadIdx.x / kWarpSize;
+  const int64_t stride = int64_t{gridDim.x} * kWarps;
+  for (int64_t block = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize;
        block < batch.num_blocks; block += stride) {
-    const CudaArray& array = batch.arrays[FindArray(batch, block)];
+    const CudaArray& array =
+        batch.arrays[FindLast(batch.arrays, batch.num_arrays, &CudaArray::begin, block)];
     const ArrayPlace* place =
         shared.target == nullptr ? nullptr : FindPlace(call, shared.header, array);
     if constexpr (kStores) {
@@ -191,9 +149,9 @@ __global__ void __launch_bounds__(kArrayThreads)
 
 __global__ void CloseKernel(const __grid_constant__ CudaArrayCall call) {
   const Token token = *call.token;
-  Header* header;
-  const int slot = FindOpen(call, token, &header);
+  Header* const header = FindHeader(call.headers, call.num_headers, token);
   if (threadIdx.x != 0) return;
+  const int slot = FindOpenSlot(header, token);
   *call.new_token = slot < 0 ? LostToken(token) : Close(header, slot);
   if (slot < 0) ReportLost(call, token, header ? Verdict::kStale : Verdict::kUnknown, header);
 }
@@ -209,23 +167,13 @@ Kernel FindKernel(int format, bool stores) {
   return found;
 }
 
-// How many thread blocks run at a time. This loads the kernel.
-int64_t MostBlocks(Kernel kernel, int device) {
-  int num_multiprocessors = 0, blocks_per_multiprocessor = 0;
-  CUDA_CHECK(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_multiprocessor, kernel,
-                                                           kArrayThreads, 0));
-  return int64_t{num_multiprocessors} * blocks_per_multiprocessor;
-}
-
 void LaunchBatch(const CudaArrayCall& call, const Batch& batch, int format, int device,
                  Stream stream) {
   const Kernel kernel = FindKernel(format, call.count != nullptr);
-  const int64_t most = MostBlocks(kernel, device);
-  const int64_t wanted = (batch.num_blocks + kArrayWarps - 1) / kArrayWarps;
   // At least one, which passes the token on.
-  const auto blocks = static_cast<unsigned>(std::max<int64_t>(1, std::min(most, wanted)));
-  CUDA_LAUNCH(kernel<<<blocks, kArrayThreads, 0, stream>>>(call, batch));
+  const auto blocks = static_cast<unsigned>(
+      std::max<int64_t>(1, NumThreadBlocks(kernel, batch.num_blocks, device)));
+  CUDA_LAUNCH(kernel<<<blocks, kThreads, 0, stream>>>(call, batch));
 }
 
 }  // namespace
@@ -233,7 +181,7 @@ void LaunchBatch(const CudaArrayCall& call, const Batch& batch, int format, int 
 void PrepareArrays(const std::vector<int>& formats, int device) {
   ScopedDevice scope(device);
   for (const int format : formats) {
-    for (const bool stores : {false, true}) MostBlocks(FindKernel(format, stores), device);
+    for (const bool stores : {false, true}) NumThreadBlocks(FindKernel(format, stores), 1, device);
   }
   cudaFuncAttributes attributes;
   CUDA_CHECK(cudaFuncGetAttributes(&attributes, CloseKernel));

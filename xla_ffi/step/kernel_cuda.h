@@ -8,9 +8,6 @@
 
 namespace paged_optax {
 
-inline constexpr int kThreads = 256;
-inline constexpr int kWarps = kThreads / kWarpSize;
-
 // Blocks in host memory are left to a team of this many thread blocks: enough to keep the link
 // busy. More would only queue up at it while the others finish what is in device memory. One block
 // there takes the time of about kHostCost blocks in device memory.
@@ -77,20 +74,6 @@ __device__ inline void StepParams(const ParamStep& step, const Leaf& leaf, int64
   UpdateParams<kOutput>(step, leaf, start, params, reinterpret_cast<uint8_t (&)[kLane]>(residuals),
                         values);
   if (target != nullptr) *reinterpret_cast<uint2*>(target) = residuals;
-}
-
-// The tables of a format, for each thread block to copy into shared memory.
-template <class Format>
-__device__ constexpr auto kTables = Format::template MakeTables<uint8_t>();
-
-template <class Format, class Tables>
-__device__ void FillTables(Tables& tables) {
-  if constexpr (!std::is_empty_v<Tables>) {
-    static_assert(sizeof(Tables) % sizeof(float) == 0);
-    for (int i = threadIdx.x; i < static_cast<int>(sizeof(Tables) / sizeof(float)); i += kThreads) {
-      reinterpret_cast<float*>(&tables)[i] = reinterpret_cast<const float*>(&kTables<Format>)[i];
-    }
-  }
 }
 
 // What the threads of a block have in common.

@@ -1,6 +1,8 @@
-// What a thread of a warp adds to the arithmetic of block.h on a GPU: a lane of 8 elements, its
-// loads and stores, and the extremes of the block.
+// What a GPU adds to the arithmetic of block.h, array.h and norm.h: a thread's lane of 8 elements,
+// its loads and stores, the extremes of a warp's block, and what a thread block has in common.
 #pragma once
+
+#include <type_traits>
 
 #include "base/gpu_memory.h"
 #include "step/block.h"
@@ -9,6 +11,8 @@ namespace paged_optax {
 
 inline constexpr int kWarpSize = 32;
 inline constexpr int kLane = static_cast<int>(kBlockSize) / kWarpSize;  // elements of a thread
+inline constexpr int kThreads = 256;
+inline constexpr int kWarps = kThreads / kWarpSize;
 
 struct Warp {
   __device__ uint32_t Max(uint32_t lane_max) const {
@@ -155,6 +159,20 @@ __device__ inline void StoreCodes(const uint8_t (&codes)[kLane], uint8_t* target
 
 __device__ inline void StoreCodes(const float (&codes)[kLane], uint8_t* target) {
   StoreFloats(codes, reinterpret_cast<float*>(target));
+}
+
+// The tables of a format, for each thread block to copy into shared memory.
+template <class Format>
+__device__ constexpr auto kTables = Format::template MakeTables<uint8_t>();
+
+template <class Format, class Tables>
+__device__ void FillTables(Tables& tables) {
+  if constexpr (!std::is_empty_v<Tables>) {
+    static_assert(sizeof(Tables) % sizeof(float) == 0);
+    for (int i = threadIdx.x; i < static_cast<int>(sizeof(Tables) / sizeof(float)); i += kThreads) {
+      reinterpret_cast<float*>(&tables)[i] = reinterpret_cast<const float*>(&kTables<Format>)[i];
+    }
+  }
 }
 
 }  // namespace paged_optax

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "base/dtype.h"
+#include "base/search.h"
 #include "step/params.h"
 
 namespace paged_optax {
@@ -42,16 +43,7 @@ struct Leaf {
 // The leaf that block number `block` of a region belongs to: the last one that starts at or before
 // it. `leaves` are those of the region, in the order of their blocks.
 PAGED_HD int64_t FindLeaf(const Leaf* leaves, int64_t num_leaves, int64_t block) {
-  int64_t low = 0, high = num_leaves;
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    if (leaves[middle].first_block <= block) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
+  return FindLast(leaves, num_leaves, &Leaf::first_block, block);
 }
 
 }  // namespace paged_optax

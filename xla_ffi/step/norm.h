@@ -11,6 +11,7 @@
 #pragma once
 
 #include "base/dtype.h"
+#include "base/search.h"
 #include "formats/format.h"
 
 namespace paged_optax {
@@ -28,16 +29,6 @@ struct NormLeaf {
 };
 
 PAGED_HD int64_t NumPieces(int64_t size) { return (size + kPieceSize - 1) / kPieceSize; }
-
-// The leaf that a piece belongs to: the last one that starts at or before it.
-PAGED_HD int FindNormLeaf(const NormLeaf* leaves, int num_leaves, int32_t piece) {
-  int low = 0, high = num_leaves;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (leaves[middle].first_piece <= piece ? low : high) = middle;
-  }
-  return low;
-}
 
 // Hyperparameters of a step that clips: these come last.
 inline constexpr int kNumClipHyperparams = 2;  // the arguments of ClipScale

@@ -3,15 +3,13 @@
 #include <algorithm>
 
 #include "base/cuda_check.h"
+#include "step/launch_cuda.h"
 #include "step/norm_cuda.h"
 
 namespace paged_optax {
 namespace {
 
-constexpr int kWarpSize = kNormLanes;
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kLane = static_cast<int>(kBlockSize) / kWarpSize;  // elements of a thread
+static_assert(kNormLanes == kWarpSize && kNormAdders == kThreads);
 
 // Leaves travel with the launch, by value; small trees travel with less.
 constexpr int kFewLeaves = 60;
@@ -57,7 +55,8 @@ __global__ void __launch_bounds__(kThreads)
   int32_t piece = table.first_piece + static_cast<int32_t>(blockIdx.x) * kWarps +
                   static_cast<int32_t>(threadIdx.x) / kWarpSize;
   for (; piece < table.end_piece; piece += stride) {
-    const NormLeaf leaf = table.leaves[FindNormLeaf(table.leaves, table.num_leaves, piece)];
+    const NormLeaf leaf =
+        table.leaves[FindLast(table.leaves, table.num_leaves, &NormLeaf::first_piece, piece)];
     const int64_t begin = (piece - leaf.first_piece) * kPieceSize;
     const int64_t end = min(begin + kPieceSize, leaf.size);
     double lane = 0.0;
@@ -73,7 +72,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__global__ void __launch_bounds__(kNormAdders)
+__global__ void __launch_bounds__(kThreads)
     AddPiecesKernel(const double* pieces, int32_t num_pieces, float* norm) {
   __shared__ double adders[kNormAdders];
   const int thread = static_cast<int>(threadIdx.x);
@@ -100,12 +99,8 @@ void LaunchSum(const NormLeaf* leaves, int64_t num_leaves, double* pieces, int d
   std::copy_n(leaves, num_leaves, table.leaves);
   if (table.first_piece == table.end_piece) return;
   const auto kernel = SumPiecesKernel<kLeaves>;
-  int num_multiprocessors = 0, blocks_per_multiprocessor = 0;
-  CUDA_CHECK(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_multiprocessor,
-                                                           SumPiecesKernel<kLeaves>, kThreads, 0));
-  const int blocks = std::min(num_multiprocessors * blocks_per_multiprocessor,
-                              (table.end_piece - table.first_piece + kWarps - 1) / kWarps);
+  const auto blocks =
+      static_cast<unsigned>(NumThreadBlocks(kernel, table.end_piece - table.first_piece, device));
   CUDA_LAUNCH(kernel<<<blocks, kThreads, 0, stream>>>(table));
 }
 
@@ -127,7 +122,7 @@ void LaunchNorm(const NormLeaf* leaves, int64_t num_leaves, int32_t num_pieces, 
                              pieces, device, stream);
     }
   }
-  CUDA_LAUNCH(AddPiecesKernel<<<1, kNormAdders, 0, stream>>>(pieces, num_pieces, norm));
+  CUDA_LAUNCH(AddPiecesKernel<<<1, kThreads, 0, stream>>>(pieces, num_pieces, norm));
 }
 
 }  // namespace paged_optax

@@ -7,6 +7,8 @@
 #include "base/cuda_check.h"
 #include "step/array_cuda.h"
 #include "step/kernel_cuda.h"
+#include "step/launch_cuda.h"
+#include "step/token_cuda.h"
 
 namespace paged_optax {
 namespace {
@@ -106,16 +108,8 @@ __device__ void Resolve(const ResolveArgs& args, Token token, Header* header) {
     return;
   }
   *args.new_token = token;
-  if (skipped || args.reports == nullptr) return;
-  // The host reads this without waiting for the device; the first unread report stays.
-  volatile Rejection* report = &args.reports->rejection;
-  if (report->verdict != Verdict::kAccept) return;
-  report->token.handle = token.handle;
-  report->token.version = token.version;
-  report->version = header == nullptr ? 0 : header->version;
-  report->fingerprint = args.fingerprint;
-  __threadfence_system();
-  report->verdict = judgement.verdict;
+  if (skipped) return;
+  ReportRejection(args.reports, token, judgement.verdict, header, args.fingerprint);
 }
 
 // One thread block: finds the arena that the token names, and copies the leaves.
@@ -125,12 +119,8 @@ __global__ void ResolveKernel(const __grid_constant__ ResolveArgs args,
   CopyLeaves(copy);
   if (threadIdx.x >= kWarpSize) return;
   const Token token = *args.token;
-  int found = -1;
-  for (int i = threadIdx.x; i < args.num_headers; i += kWarpSize) {
-    if (args.headers[i].handle == token.handle) found = i;
-  }
-  found = __reduce_max_sync(0xffffffffu, found);
-  if (threadIdx.x == 0) Resolve(args, token, found < 0 ? nullptr : &args.headers[found]);
+  Header* const header = FindHeader(args.headers, args.num_headers, token);
+  if (threadIdx.x == 0) Resolve(args, token, header);
 }
 
 // After a launch that failed. `is_whole`: before anything was written.
@@ -260,13 +250,7 @@ struct RegionLaunch {
 // What can fail comes before the version advances: this loads the kernel, which takes memory.
 RegionLaunch PrepareLaunch(const StepKind& kind, const Region& region, int format, int device) {
   const Kernel kernel = FindKernel(kind, format);
-  int num_multiprocessors = 0, blocks_per_multiprocessor = 0;
-  CUDA_CHECK(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_multiprocessor, kernel,
-                                                           kThreads, 0));
-  const int64_t blocks = std::min(int64_t{num_multiprocessors} * blocks_per_multiprocessor,
-                                  (region.num_blocks + kWarps - 1) / kWarps);
-  return {kernel, static_cast<unsigned>(blocks)};
+  return {kernel, static_cast<unsigned>(NumThreadBlocks(kernel, region.num_blocks, device))};
 }
 
 [[noreturn]] void Undo(const ResolvedStep* resolved, bool is_whole, const StatusError& error,

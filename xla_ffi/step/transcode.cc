@@ -5,14 +5,12 @@
 
 #include "base/cpu.h"
 #include "rules/rules.h"
+#include "step/lane_cpu.h"
 
 namespace paged_optax {
 namespace {
 
-constexpr int kLane = static_cast<int>(kBlockSize);
-
-template <class Format>
-constexpr auto kTables = Format::template MakeTables<int32_t>();
+constexpr int kLane = kCpuLane;
 
 template <class Rule, class Format>
 uint8_t Zero(int32_t state) {
@@ -48,7 +46,7 @@ PAGED_CLONES void DecodeBlock(const uint8_t* const* codes, const uint32_t* words
   }
   for (int w = 0; w < kNumWords<Rule, Format>; ++w) lane.words[w] = words[w];
   float states[kNumStates<Rule>][kLane];
-  Format::template Decode<Rule>(kTables<Format>, lane, states);
+  Format::template Decode<Rule>(kCpuTables<Format>, lane, states);
   std::memcpy(values, states, sizeof(states));
 }
 
@@ -62,7 +60,7 @@ PAGED_CLONES void EncodeBlock(BlockValues values, uint8_t* const* codes, uint32_
   // Without gradients nothing tells which elements are idle: those that have nothing stored.
   float active[kLane];
   std::memcpy(active, states[0], sizeof(active));
-  Format::template Encode<Rule>(IeeeMath(), kTables<Format>, range, ToNearest(), active, states,
+  Format::template Encode<Rule>(IeeeMath(), kCpuTables<Format>, range, ToNearest(), active, states,
                                 lane, WholeBlock());
   for (int s = 0; s < kNumStates<Rule>; ++s) {
     std::memcpy(codes[s], lane.codes[s], sizeof(lane.codes[s]));

@@ -53,7 +53,8 @@ ffi::Error NormCpu(ffi::ThreadPool pool, Scalar /*like*/, ffi::RemainingArgs gra
     const int num_leaves = static_cast<int>(call.leaves.size());
     ParallelFor(pool, call.num_pieces, [&](int64_t i) {
       const auto piece = static_cast<int32_t>(i);
-      pieces[i] = SumPiece(call.leaves[FindNormLeaf(call.leaves.data(), num_leaves, piece)], piece);
+      const int leaf = FindLast(call.leaves.data(), num_leaves, &NormLeaf::first_piece, piece);
+      pieces[i] = SumPiece(call.leaves[leaf], piece);
     });
     *norm->typed_data() = NormOf(pieces);
   });
