@@ -70,9 +70,9 @@ def prefetch(opt_state: Any) -> int:
       >>> tx = paged_optax.scale_by_paged_adam8bit(paging=paging)
       >>> params = {"w": jnp.ones((1024, 1024))}
       >>> _, state = tx.update(params, tx.init(params))
-      >>> paged_optax.evict(state) > 2 * 1024**2
+      >>> paged_optax.evict(state) > 1024**2
       True
-      >>> paged_optax.memory_report(state).resident < 2**16  # the system may keep a page
+      >>> paged_optax.memory_report(state).on_host > 1024**2
       True
       >>> moved = paged_optax.prefetch(state)
     """

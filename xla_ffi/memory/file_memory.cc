@@ -165,6 +165,10 @@ class FileMemory final : public Memory {
     trouble_.clear();
 #if defined(MADV_PAGEOUT)
     PAGED_CALL(madvise, -1, data_ + begin, end - begin, MADV_PAGEOUT);
+    if (MappedBytes(data_ + begin, end - begin) == 0) return;
+    // Pages that other CPUs touched last are still in those CPUs' lists, which this call empties.
+    PAGED_CALL(posix_fadvise, errno, file_.fd(), begin, end - begin, POSIX_FADV_DONTNEED);
+    PAGED_CALL(madvise, -1, data_ + begin, end - begin, MADV_PAGEOUT);
 #endif
   }
 
