@@ -1,31 +1,21 @@
 """Adam and AdamW with 8-bit, paged moments, as optax gradient transformations."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import optax
 
 from ._options import Paging, Quantization, make_options
 from ._rule import Rule
-from ._state import Token, paged_state
+from ._state import PagedState, paged_state
 from ._transformation import descend, transformation
 from ._validate import check_decay
 
 
 @paged_state
-class ScaleByPagedAdam8bitState(NamedTuple):
-    """State of `scale_by_paged_adam8bit`: a few integers, whatever the size of the model.
-
-    Attributes:
-      count: int32 of shape (), the number of updates so far.
-      token: its `value`, int32 of shape (2,), says which moments belong to the state: their handle,
-        and the version of their contents.
-    """
-
-    # `count` hides tuple.count, as in optax's own states.
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    token: Token
+class ScaleByPagedAdam8bitState(PagedState):
+    """State of `scale_by_paged_adam8bit`."""
 
 
 def scale_by_paged_adam8bit(

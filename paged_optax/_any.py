@@ -13,24 +13,14 @@ from ._options import Options, Paging, Quantization, make_options
 from ._refusals import guard
 from ._refused import stopping_at_once
 from ._skip import Skip, follow, skipping
-from ._state import Token, check_state, make_beside, new_token, paged_state
+from ._state import PagedState, Token, check_state, make_beside, new_token, paged_state
 from ._transformation import count_on, flatten
 from ._validate import check_choice, check_dtypes
 
 
 @paged_state
-class PagedArraysState(NamedTuple):
-    """The part of `PagedTransformationState` that stands for the paged arrays.
-
-    Attributes:
-      count: int32 of shape (), the number of updates so far.
-      token: its `value`, int32 of shape (2,), says which arrays belong to the state: their handle,
-        and the version of their contents.
-    """
-
-    # `count` hides tuple.count, as in optax's own states.
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    token: Token
+class PagedArraysState(PagedState):
+    """The part of `PagedTransformationState` that stands for the paged arrays."""
 
 
 class PagedTransformationState(NamedTuple):

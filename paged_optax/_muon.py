@@ -1,7 +1,7 @@
 """Muon with 8-bit or bfloat16, paged momentum, as an optax gradient transformation."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import optax
@@ -9,7 +9,7 @@ import optax
 from ._adam import ScaleByPagedAdam8bitState
 from ._options import Options, Paging, Quantization, make_options
 from ._rule import Rule
-from ._state import Token, paged_state
+from ._state import PagedState, paged_state
 from ._transformation import before_others, compose, descend, part_of, transformation
 from ._validate import check_decay, check_rate
 
@@ -17,18 +17,8 @@ _STANDARD = (3.4445, -4.7750, 2.0315)  # optax.contrib.muon's default coefficien
 
 
 @paged_state
-class ScaleByPagedMuon8bitState(NamedTuple):
-    """State of the momentum of `paged_muon8bit`: a few integers, whatever the size of the model.
-
-    Attributes:
-      count: int32 of shape (), the number of updates so far.
-      token: its `value`, int32 of shape (2,), says which moments belong to the state: their handle,
-        and the version of their contents.
-    """
-
-    # `count` hides tuple.count, as in optax's own states.
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    token: Token
+class ScaleByPagedMuon8bitState(PagedState):
+    """State of the momentum of `paged_muon8bit`."""
 
 
 def paged_muon8bit(

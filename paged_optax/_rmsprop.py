@@ -1,6 +1,6 @@
 """RMSprop and Adagrad with 8-bit, paged moments, as optax gradient transformations."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import optax
@@ -8,54 +8,24 @@ import optax
 from ._options import Paging, Quantization, make_options
 from ._rule import Rule
 from ._sgd import ScaleByPagedTrace8bitState
-from ._state import Token, paged_state
+from ._state import PagedState, paged_state
 from ._transformation import ascend, before_others, compose, descend, part_of, transformation
 from ._validate import check_rate
 
 
 @paged_state
-class ScaleByPagedRms8bitState(NamedTuple):
-    """State of `scale_by_paged_rms8bit`: a few integers, whatever the size of the model.
-
-    Attributes:
-      count: int32 of shape (), the number of updates so far.
-      token: its `value`, int32 of shape (2,), says which moments belong to the state: their handle,
-        and the version of their contents.
-    """
-
-    # `count` hides tuple.count, as in optax's own states.
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    token: Token
+class ScaleByPagedRms8bitState(PagedState):
+    """State of `scale_by_paged_rms8bit`."""
 
 
 @paged_state
-class ScaleByPagedStddev8bitState(NamedTuple):
-    """State of `scale_by_paged_stddev8bit`: a few integers, whatever the size of the model.
-
-    Attributes:
-      count: int32 of shape (), the number of updates so far.
-      token: its `value`, int32 of shape (2,), says which moments belong to the state: their handle,
-        and the version of their contents.
-    """
-
-    # `count` hides tuple.count, as in optax's own states.
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    token: Token
+class ScaleByPagedStddev8bitState(PagedState):
+    """State of `scale_by_paged_stddev8bit`."""
 
 
 @paged_state
-class ScaleByPagedRss8bitState(NamedTuple):
-    """State of `scale_by_paged_rss8bit`: a few integers, whatever the size of the model.
-
-    Attributes:
-      count: int32 of shape (), the number of updates so far.
-      token: its `value`, int32 of shape (2,), says which moments belong to the state: their handle,
-        and the version of their contents.
-    """
-
-    # `count` hides tuple.count, as in optax's own states.
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    token: Token
+class ScaleByPagedRss8bitState(PagedState):
+    """State of `scale_by_paged_rss8bit`."""
 
 
 def scale_by_paged_rms8bit(

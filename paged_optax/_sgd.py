@@ -1,30 +1,18 @@
 """SGD with 8-bit, paged momentum, and the momentum alone, as optax gradient transformations."""
 
-from typing import NamedTuple
-
 import jax
 import optax
 
 from ._options import Paging, Quantization, make_options
 from ._rule import Rule
-from ._state import Token, paged_state
+from ._state import PagedState, paged_state
 from ._transformation import descend, transformation
 from ._validate import check_range
 
 
 @paged_state
-class ScaleByPagedTrace8bitState(NamedTuple):
-    """State of `scale_by_paged_trace8bit`: a few integers, whatever the size of the model.
-
-    Attributes:
-      count: int32 of shape (), the number of updates so far.
-      token: its `value`, int32 of shape (2,), says which moments belong to the state: their handle,
-        and the version of their contents.
-    """
-
-    # `count` hides tuple.count, as in optax's own states.
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    token: Token
+class ScaleByPagedTrace8bitState(PagedState):
+    """State of `scale_by_paged_trace8bit`."""
 
 
 def scale_by_paged_trace8bit(

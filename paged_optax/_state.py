@@ -58,7 +58,13 @@ jax.tree_util.register_pytree_with_keys(
 
 
 class PagedState(NamedTuple):
-    """What all paged states hold: a few integers, whatever the size of the model."""
+    """A few integers, whatever the size of the model.
+
+    Attributes:
+      count: int32 of shape (), the number of updates so far.
+      token: its `value`, int32 of shape (2,), says which moments belong to the state: their handle,
+        and the version of their contents.
+    """
 
     # `count` hides tuple.count, as in optax's own states.
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -69,8 +75,9 @@ _state_types: list[type] = []
 
 
 def paged_state(cls: type[T]) -> type[T]:
-    """Registers a class of states, with the fields of `PagedState` (which cannot be its base)."""
+    """Registers a class of states, which is a `PagedState`, and says so in its docstring."""
     _state_types.append(cls)
+    cls.__doc__ = f"{cls.__doc__}\n\n    {PagedState.__doc__}"
     return cls
 
 
