@@ -44,6 +44,8 @@ struct Arena {
   PlacementPolicy policy;
   int32_t part;                         // which parts of the leaves the device has
   int64_t run;                          // the execution that it was made in
+  // Of a restored state: no step of it has ended, so it may have to be made once more.
+  bool awaits_end = false;
   std::vector<ArrayPlace> places = {};  // of the rule "array"
   std::unique_ptr<Memory> memory = nullptr;
   SegmentTable segments = {};  // on the GPU only a copy: the device has its own

@@ -97,7 +97,7 @@ std::shared_ptr<Arena> CudaDevice::Make(ContentsLock& lock, const Request& reque
 void CudaDevice::EndFirstUse(Handles& handles, const Arena& arena, bool is_restored,
                              Stream stream) {
   if (is_restored) {
-    handles.NoteFilled(arena.header.handle, arena.run, arena.signature.num_devices());
+    (void)handles.NoteTaken(arena.header.handle, id(), arena.run, arena.signature.num_devices());
   }
   auto is_taken = arena.memory->is_taken();
   if (is_taken == nullptr) return;
