@@ -30,7 +30,7 @@ std::shared_ptr<Arena> MakeOnHost(const Request& request, Token token, int32_t v
   PlaceOnHost(*arena);
   if (request.source != nullptr) {
     Fill(*request.source, request, *arena);
-    arena->header.version = version;
+    arena->header.version = arena->restored_version = version;
     arena->awaits_end = true;
   }
   return arena;
@@ -45,13 +45,15 @@ bool IsWhole(Arena& arena) {
   }
 }
 
-// Whether a restored state can be stepped from here, counting on from `version`. If not, a first
-// step was lost, or the file was, and nothing here can be used from now on.
-bool IsAsRestored(Arena& arena, Token token, int32_t version) {
+// Whether the moments of a restored state, which a step wants to begin with, stay as they are. If
+// not, a first step did not end, or their file was lost, and nothing here can be used from now on.
+bool Stay(Arena& arena, Token token, int32_t version) {
   const ContentsLock lock(arena.mutex);
-  const bool can_step = FindSlot(arena.header, token.version) >= 0 && IsWhole(arena);
-  if (!can_step) std::fill(std::begin(arena.header.versions), std::end(arena.header.versions), 0);
-  arena.header.version = std::max(arena.header.version, version);
+  Header& header = arena.header;
+  if (HasGoneOn(arena, header)) return true;  // and the step is refused
+  const bool can_step = FindSlot(header, token.version) >= 0 && IsWhole(arena);
+  if (!can_step) std::fill(std::begin(header.versions), std::end(header.versions), 0);
+  header.version = arena.restored_version = std::max(header.version, version);
   return can_step;
 }
 
@@ -62,7 +64,7 @@ std::optional<LockedArena> CpuDevice::Open(Handles& handles, const Request& requ
   const int32_t version = is_restored ? handles.VersionToCountFrom(token.handle, request.run) : 0;
   std::shared_ptr<Arena> arena = FindOrMake(handles, request, token, version);
   const bool is_earlier = is_restored && arena != nullptr && arena->run != request.run;
-  if (is_earlier && !IsAsRestored(*arena, token, version)) {
+  if (is_earlier && !Stay(*arena, token, version)) {
     arena = FindOrMake(handles, request, token, version, std::move(arena));
   }
   std::optional<LockedArena> locked = LockArena(std::move(arena), /*for_step=*/true);

@@ -39,8 +39,8 @@ class CpuDevice final : public Device {
   using ListLock = std::unique_lock<std::mutex>;
   class Making;
 
-  // `version`: from which a restored state counts on. `unusable`: what was found and cannot be used,
-  // if anything; its place is taken.
+  // `version`: from which a restored state counts on. `unusable`: what was found and cannot be
+  // used, if anything; its place is taken.
   std::shared_ptr<Arena> FindOrMake(Handles& handles, const Request& request, Token token,
                                     int32_t version, std::shared_ptr<Arena> unusable = nullptr);
   std::shared_ptr<Arena> FindMade(ListLock& lock, int32_t handle);

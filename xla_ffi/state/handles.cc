@@ -18,7 +18,8 @@ constexpr int64_t kManyIssued = int64_t{1} << 20;
 // No process issues handles below, so that a token of zeros is recognised as none.
 constexpr int32_t kLeast = 1 << 20;
 
-// Steps of a restored state that were made on one device while another device did not end the first.
+// Steps of a restored state that were made on one device while another device did not end the
+// first.
 constexpr int32_t kMaxUnended = 1 << 10;
 
 // Of states that were forgotten: longer and more than updates are queued.

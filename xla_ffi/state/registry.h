@@ -35,9 +35,11 @@ class Registry {
   template <class D>
   D& At(int ordinal) {
     std::lock_guard<std::mutex> lock(mutex_);
-    std::unique_ptr<Device>& device = devices_[{D::kPlatform, ordinal}];
-    if (device == nullptr) device = std::make_unique<D>(ordinal);
-    return static_cast<D&>(*device);
+    const DeviceId id{D::kPlatform, ordinal};
+    auto found = devices_.find(id);
+    // If that fails, there is no such device, and the next call tries again.
+    if (found == devices_.end()) found = devices_.emplace(id, std::make_unique<D>(ordinal)).first;
+    return static_cast<D&>(*found->second);
   }
 
   // The arena for a token on the CPU, made at its first use. Throws what Explain says.

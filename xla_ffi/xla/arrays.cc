@@ -264,6 +264,7 @@ void RunOnGpu(int32_t device, const ArrayAttrs& attrs, const ArrayCall& call, cu
     LaunchArrays(work, arrays, device, stream);
     if (attrs.closes && call.count != nullptr) LaunchClose(work, device, stream);
   });
+  if (attrs.closes && call.count != nullptr) gpu.EndParts(lock, stream);
 }
 
 ffi::Error LoadCuda(cudaStream_t stream, int32_t device, ArrayAttrs attrs, ffi::RemainingArgs args,
