@@ -386,10 +386,10 @@ def test_from_optax_and_back(name):
 
 def test_bitsandbytes_has_no_such_state():
     params = {"w": np.ones((64, 80), f32)}
-    tx = paged_optax.scale_by_paged_ademamix8bit(quantization=ALL_QUANTIZED)
+    tx = paged_optax.scale_by_paged_ema8bit(0.9, quantization=ALL_QUANTIZED)
     updates, state = tx.update(params, tx.init(params))
     assert not is_zero(updates)
-    with pytest.raises(ValueError, match="ademamix"):
+    with pytest.raises(ValueError, match="the rule 'ema'; it has Adam, AdamW or LAMB, AdEMAMix"):
         paged_optax.to_bitsandbytes(state, ["['w']"])
 
 
