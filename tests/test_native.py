@@ -63,12 +63,15 @@ def start(program, *arguments):
 
 
 def test_threads(program):
-    """Steps, moves, questions, snapshots and releases of many states at once: no race, no loss."""
+    """Steps, moves, questions, snapshots, resets and releases at once: no race, no loss."""
     assert "arenas left 0" in start(program, "threads", "8")
 
 
 def test_every_call_fails_once(program):
-    """Each call of the system and of CUDA, in turn: an error, and then everything goes on."""
+    """Each call of the system and of CUDA, in turn: an error, and then everything goes on.
+
+    A restored state whose first step begins and does not end can be stepped again.
+    """
     assert "arenas left 0" in start(program, "faults")
 
 

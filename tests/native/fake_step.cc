@@ -43,30 +43,52 @@ void Report(const CudaUpdate& update, Verdict verdict, const Header* header) {
   __atomic_store_n(&report->verdict, verdict, __ATOMIC_RELEASE);
 }
 
+Header* FindHeader(const CudaUpdate& update) {
+  for (int i = 0; i < update.num_headers; ++i) {
+    if (update.headers[i].handle == update.token->handle) return &update.headers[i];
+  }
+  return nullptr;
+}
+
+// `source`: -1 if nothing is read.
+void StepSlot(const CudaUpdate& update, const Header& header, int32_t source, int32_t target,
+              int32_t version) {
+  const SegmentTable& table = *header.segments;
+  const int64_t slot_bytes = SlotBytesOf(update), segment = kChunkBytes << table.log2_chunks;
+  for (int64_t k = 0, at = 0; at < slot_bytes; ++k, at += segment) {
+    const int64_t nbytes = std::min(segment, slot_bytes - at);
+    StepBytes(source < 0 ? nullptr : table.bases[source][k] + at, table.bases[target][k] + at,
+              nbytes, Pattern(header.handle, update.token->version),
+              Pattern(header.handle, version));
+  }
+}
+
 }  // namespace
 
 void LaunchUpdate(const CudaUpdate& update, int, Stream) {
   if (PAGED_FAILS("launch")) throw CudaError(StatusCode::kInternal, "a fake launch");
-  Header* header = nullptr;
-  for (int i = 0; i < update.num_headers; ++i) {
-    if (update.headers[i].handle == update.token->handle) header = &update.headers[i];
-  }
+  Header* header = FindHeader(update);
   const Judgement judgement =
       Judge(header, *update.token, LayoutOf(update.fingerprint, *update.part));
   *update.new_token = *update.token;
   if (!IsAccepted(judgement.verdict)) return Report(update, judgement.verdict, header);
-  const Token before = *update.token;
-  *update.new_token = Advance(header, judgement, /*count=*/0);
-  const SegmentTable& table = *header->segments;
-  const int64_t slot_bytes = SlotBytesOf(update), segment = kChunkBytes << table.log2_chunks;
-  for (int64_t k = 0, at = 0; at < slot_bytes; ++k, at += segment) {
-    const int64_t nbytes = std::min(segment, slot_bytes - at);
-    const bool is_fresh = judgement.verdict == Verdict::kFresh;
-    StepBytes(is_fresh ? nullptr : table.bases[judgement.source][k] + at,
-              table.bases[judgement.target][k] + at, nbytes,
-              Pattern(header->handle, before.version),
-              Pattern(header->handle, update.new_token->version));
+  if (update.kind.output == Output::kOpen) {
+    *update.new_token = Open(header, judgement, /*count=*/0);
+    return;
   }
+  *update.new_token = Advance(header, judgement, /*count=*/0);
+  const bool is_fresh = judgement.verdict == Verdict::kFresh;
+  StepSlot(update, *header, is_fresh ? -1 : judgement.source, judgement.target,
+           update.new_token->version);
+}
+
+void LaunchRest(const CudaUpdate& update) {
+  if (PAGED_FAILS("launch")) throw CudaError(StatusCode::kInternal, "a fake launch");
+  Header* header = FindHeader(update);
+  const int32_t slot = FindOpenSlot(header, *update.new_token);
+  if (slot < 0) return;
+  StepSlot(update, *header, FindOpenSource(*header, slot), slot, -update.new_token->version);
+  *update.new_token = Close(header, slot);
 }
 
 void LaunchWriteToken(Token token, Token* destination, int, Stream) { *destination = token; }
@@ -84,7 +106,7 @@ void Fill(const Source&, const Request&, Arena& arena) {
   for (int64_t at = 0; at + kSample <= nbytes; at += kStride) {
     arena.memory->Write(0, at, kSample, sample.data());
   }
-  arena.header.version = arena.header.versions[0] = 1;
+  arena.header.version = arena.header.versions[0] = arena.header.started = 1;
 }
 
 }  // namespace paged_optax

@@ -6,9 +6,10 @@
 #include <cstdint>
 
 #include "layout/geometry.h"
+#include "step/step_cuda.h"
 
 // Bytes of a sample, and from one to the next.
-inline constexpr int64_t kSample = 64, kStride = 1 << 20;
+inline constexpr int64_t kSample = 64, kStride = 2 << 20;
 
 // Of moments with this handle and version.
 inline uint8_t Pattern(int32_t handle, int32_t version) {
@@ -21,3 +22,10 @@ void Check(const char* what, const uint8_t* sample, uint8_t expected);
 // Steps so many bytes of a slot: `source` is null if nothing is read.
 void StepBytes(const uint8_t* source, uint8_t* target, int64_t nbytes, uint8_t before,
                uint8_t after);
+
+namespace paged_optax {
+
+// What the loads and stores of a step do that LaunchUpdate began, whose token is in `new_token`.
+void LaunchRest(const CudaUpdate& update);
+
+}  // namespace paged_optax

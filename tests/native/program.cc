@@ -16,6 +16,7 @@
 #include "base/status.h"
 #include "fake_step.h"
 #include "memory/promises.h"
+#include "rules/rules.h"
 #include "state/cpu_device.h"
 #include "state/cuda_device.h"
 #include "state/registry.h"
@@ -37,14 +38,17 @@ struct State {
   PlacementPolicy policy;
   Signature signature;
   Token token;
+  bool has_parts() const { return signature.rule() == kArrayRule; }  // a step is several calls
 };
 
+constexpr int8_t kAdam = 0;
+constexpr int64_t kDims[] = {1030, 1024};  // 2.1 MiB: two segments
+
 State MakeState(std::vector<DeviceId> devices, PlacementPolicy policy, int32_t num_slots,
-                bool is_restored) {
+                bool is_restored, int8_t rule = kAdam) {
   Handles& handles = Registry::Get().handles();
-  Signature signature(/*rule=*/0, /*paths=*/0, num_slots, static_cast<int64_t>(devices.size()), "");
-  const int64_t dims[] = {1030, 1024};  // 2.1 MiB: two segments
-  signature.Append(kRatio, dims, 2);
+  Signature signature(rule, /*paths=*/0, num_slots, static_cast<int64_t>(devices.size()), "");
+  signature.Append(kRatio, kDims, 2);
   State state{devices, policy, signature, {0, 0}};
   if (is_restored) {
     auto source = std::make_shared<Source>();
@@ -62,13 +66,38 @@ Request RequestOf(const State& state, DeviceId device, int64_t run) {
   return {device, run, 0, "", state.policy, &state.signature, state.signature.Fingerprint(), 0};
 }
 
-Token StepOnCpu(const State& state, DeviceId device, int64_t run) {
-  const LockedArena locked = Registry::Get().Open(RequestOf(state, device, run), state.token);
-  Arena& arena = *locked.arena;
+// What StoreCpu in xla/arrays.cc does.
+Token EndOnCpu(const State& state, DeviceId device, Token open) {
+  CpuDevice& cpu = Registry::Get().At<CpuDevice>(device.ordinal);
+  std::shared_ptr<const Source> source;
+  const auto locked = cpu.TakeContents(open.handle);
+  const int32_t slot = locked ? FindOpenSlot(&locked->arena->header, open) : -1;
+  if (slot < 0) throw StatusError(StatusCode::kFailedPrecondition, "lost");
+  Arena& arena = *locked->arena;
+  const int32_t from = FindOpenSource(arena.header, slot);
+  const auto& bases = arena.segments.bases;
+  StepBytes(from < 0 ? nullptr : bases[from][0], bases[slot][0],
+            arena.memory->geometry().slot_bytes, Pattern(open.handle, state.token.version),
+            Pattern(open.handle, -open.version));
+  source = cpu.EndFirstUse(Registry::Get().handles(), arena);
+  return Close(&arena.header, slot);
+}
+
+enum class Until { kBegun, kEnd };
+
+Token StepOnCpu(const State& state, DeviceId device, int64_t run, Until until) {
+  std::optional<LockedArena> locked =
+      Registry::Get().Open(RequestOf(state, device, run), state.token);
+  Arena& arena = *locked->arena;
   const Judgement judgement =
       Judge(&arena.header, state.token, LayoutOf(state.signature.Fingerprint(), 0));
   if (!IsAccepted(judgement.verdict))
     throw StatusError(StatusCode::kFailedPrecondition, "not the newest");
+  if (state.has_parts()) {
+    const Token open = Open(&arena.header, judgement, /*count=*/0);
+    locked.reset();
+    return until == Until::kBegun ? state.token : EndOnCpu(state, device, open);
+  }
   const auto& bases = arena.segments.bases;
   const Token next = Advance(&arena.header, judgement, /*count=*/0);
   StepBytes(judgement.verdict == Verdict::kFresh ? nullptr : bases[judgement.source][0],
@@ -77,32 +106,51 @@ Token StepOnCpu(const State& state, DeviceId device, int64_t run) {
   return next;
 }
 
+// What StoreCuda in xla/arrays.cc does.
+Token EndOnGpu(CudaDevice& gpu, const CudaUpdate& update, Token open) {
+  const ContentsLock lock = gpu.Acquire();
+  Token next = open;
+  CudaUpdate rest = update;
+  rest.headers = gpu.headers(lock);
+  rest.num_headers = gpu.num_headers(lock);
+  rest.new_token = &next;
+  gpu.LaunchPart(lock, nullptr, [&] { LaunchRest(rest); });
+  gpu.EndParts(lock, nullptr);
+  if (next.version < 0) throw StatusError(StatusCode::kFailedPrecondition, "lost");
+  return next;
+}
+
 // What UpdateCuda in xla/handlers.cc does.
-Token StepOnGpu(const State& state, DeviceId device, int64_t run) {
+Token StepOnGpu(const State& state, DeviceId device, int64_t run, Until until) {
   Registry& registry = Registry::Get();
   CudaDevice& gpu = registry.At<CudaDevice>(device.ordinal);
   registry.CollectReports();
   registry.handles().NoteCall();
   std::shared_ptr<const Source> source;
+  std::vector<std::shared_ptr<const Source>> gone;
   std::shared_ptr<Arena> made;
   const Token token = state.token;
   Token next = token;
   const int32_t part = 0;
-  ContentsLock lock = gpu.Acquire();
-  if (gpu.MayBeFirstUse(lock, registry.handles(), run, state.signature.Fingerprint())) {
+  const uint64_t fingerprint = state.signature.Fingerprint();
+  CudaUpdate update{};
+  std::optional<ContentsLock> held(gpu.Acquire());
+  ContentsLock& lock = *held;
+  if (gpu.MayBeFirstUse(lock, registry.handles(), run, fingerprint)) {
+    gone = gpu.NoteEnds(lock, registry.handles(), fingerprint);
     Request request = RequestOf(state, device, run);
     if (token.version == 1) request.source = source = registry.handles().SourceOf(token.handle);
     made = gpu.BindOnFirstUse(lock, registry.handles(), request, token, nullptr);
   }
   try {
-    CudaUpdate update{};
     update.headers = gpu.headers(lock);
     update.num_headers = gpu.num_headers(lock);
     update.reports = gpu.device_reports();
     update.token = &token;
     update.part = &part;
     update.new_token = &next;
-    update.fingerprint = state.signature.Fingerprint();
+    update.fingerprint = fingerprint;
+    update.kind.output = state.has_parts() ? Output::kOpen : Output::kDirection;
     const Extent extent = state.signature.MakeExtent();
     for (size_t i = 0; i < kFormats.size(); ++i) update.regions[i].region = extent.regions[i];
     gpu.LaunchStep(lock, nullptr, [&] { LaunchUpdate(update, device.ordinal, nullptr); });
@@ -111,7 +159,9 @@ Token StepOnGpu(const State& state, DeviceId device, int64_t run) {
     throw;
   }
   if (made) gpu.EndFirstUse(registry.handles(), *made, source != nullptr, nullptr);
-  return next;
+  if (next.version >= 0) return next;
+  held.reset();
+  return until == Until::kBegun ? token : EndOnGpu(gpu, update, next);
 }
 
 // Of a step that was refused on one device and not on the other. Right after another thread
@@ -122,7 +172,7 @@ class Disagreement : public StatusError {
 };
 
 // One program on all devices of a state, each on a thread of its own if there are two.
-void Step(State& state) {
+void Step(State& state, Until until = Until::kEnd) {
   Registry::Get().ThrowIfRefused(state.token.handle);  // as Python does it before a program runs
   const int64_t run = g_next_run++;
   std::vector<Token> tokens(state.devices.size(), state.token);
@@ -130,7 +180,7 @@ void Step(State& state) {
   const auto step = [&](size_t i) {
     try {
       const auto on = state.devices[i].platform == Platform::kCpu ? StepOnCpu : StepOnGpu;
-      tokens[i] = on(state, state.devices[i], run);
+      tokens[i] = on(state, state.devices[i], run, until);
     } catch (const StatusError&) {
       failures[i] = std::current_exception();
     }
@@ -171,6 +221,24 @@ void TakeSnapshot(const State& state) {
   std::this_thread::yield();
 }
 
+// Writes all codes and words, as paged_optax.reset does.
+void Rewrite(State& state) {
+  if (state.token.version == 0) return;
+  const int64_t num_elements = kDims[0] * kDims[1], num_blocks = num_elements / kBlockSize;
+  const int32_t next = NextVersion(state.token.version);
+  const std::vector<uint8_t> bytes(num_elements, Pattern(state.token.handle, next));
+  const LeafRewrite::Bytes codes{bytes.data(), num_elements}, words{bytes.data(), 4 * num_blocks};
+  const size_t num_states = state.has_parts() ? 1 : 2;
+  for (const DeviceId device : state.devices) {
+    const int32_t version = Registry::Get().Rewrite(
+        device, state.token,
+        {{0, {num_states, codes}, std::vector<LeafRewrite::Bytes>(num_states, words)}});
+    // After a step that began and did not end, another version than was foreseen.
+    if (version != next) throw StatusError(StatusCode::kFailedPrecondition, "other bytes");
+  }
+  state.token.version = next;
+}
+
 PlacementPolicy Policy(bool pinned, std::string directory = "") {
   return {-1, 0, pinned, std::move(directory)};
 }
@@ -202,7 +270,7 @@ class Worker {
     if (states_.size() < 3) return Add();
     const size_t i = random_() % states_.size();
     State& state = states_[i];
-    switch (random_() % 16) {
+    switch (random_() % 20) {
       case 0:
         return Drop(i);
       case 1:
@@ -234,6 +302,17 @@ class Worker {
         return;
       case 9:
         return Read(state);
+      case 10:
+        return Rewrite(state);
+      case 11:
+        registry.FindNewest(state.token.handle - static_cast<int32_t>(random_() % 8));
+        return;
+      case 12:
+        registry.DescribeAll();
+        return;
+      case 13:
+        if (state.has_parts()) Step(state, Until::kBegun);
+        return;
       default:
         return Step(state);
     }
@@ -245,7 +324,8 @@ class Worker {
     if (random_() % 3 == 0) devices = {{platform, 0}, {platform, 1}};
     const bool is_file = platform == Platform::kCpu && random_() % 2;
     states_.push_back(MakeState(devices, Policy(random_() % 2, is_file ? "." : ""),
-                                1 + static_cast<int32_t>(random_() % 2), random_() % 4 == 0));
+                                1 + static_cast<int32_t>(random_() % 2), random_() % 4 == 0,
+                                random_() % 3 == 0 ? kArrayRule : kAdam));
   }
 
   void Drop(size_t i) {
@@ -271,6 +351,12 @@ void RunThreads(int seconds) {
 }
 
 // ---------------------------------------------------------------------------------------------------
+
+void Expect(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "%s\n", what);
+  std::abort();
+}
 
 // What it is to do, the second time if it fails the first.
 template <class F>
@@ -310,6 +396,8 @@ void Scenario() {
     Attempt([&] { TakeSnapshot(state); });
     Attempt([&] { Read(state); });
     Attempt([&] { registry.Describe(state.token); });
+    Attempt([&] { registry.DescribeAll(); });
+    Attempt([&] { registry.FindNewest(state.token.handle); });
   }
   for (const State& state : states) {
     if (state.token.version < 1) std::abort();
@@ -318,39 +406,67 @@ void Scenario() {
   }
 }
 
-void RunFaults() {
-  constexpr int kMany = 1 << 20;
-  Faults::Get().Ask("", kMany, 2);
-  Scenario();
-  std::printf("about %d calls\n", kMany - Faults::Get().NumLeft());
-  std::fflush(stdout);
-  int num_faults = 0;
-  for (;; ++num_faults) {
-    Faults::Get().Ask("", num_faults, /*error=*/2);
+// A first step of a restored state begins and does not end, whatever fails then; after it the state
+// is as it was. Once a first step has ended, nothing keeps what was staged.
+void UnendedScenario(std::vector<DeviceId> devices, bool is_file) {
+  State state = MakeState(devices, Policy(false, is_file ? "." : ""), 1, true, kArrayRule);
+  Registry& registry = Registry::Get();
+  const std::weak_ptr<const Source> source = registry.handles().SourceOf(state.token.handle);
+  Attempt([&] { Step(state, Until::kBegun); });
+  std::optional<Registry::Newest> newest;
+  Attempt([&] { newest = registry.FindNewest(state.token.handle); });
+  Expect(newest && newest->version == 1, "what was restored is not the newest");
+  Attempt([&] { Step(state); });
+  Attempt([&] { Read(state); });
+  Expect(state.token.version > 2, "no step after the one that did not end");
+  const bool on_cpu = devices[0].platform == Platform::kCpu;
+  try {
+    Step(state);  // a GPU tells by the next step that the first one has ended
+    Expect(source.expired(), "what was staged is kept");
+  } catch (const StatusError&) {  // the call that fails once: this state has no other copy
+  }
+  Expect(!on_cpu || source.expired(), "what was staged is kept");
+  Attempt([&] { registry.Release(state.token.handle); });
+  Attempt([&] { registry.Release(state.token.handle); });
+  try {
+    registry.ThrowIfRefused();
+  } catch (const StatusError&) {
+  }
+}
+
+void UnendedScenarios() {
+  constexpr DeviceId cpu0{Platform::kCpu, 0}, cpu1{Platform::kCpu, 1}, gpu0{Platform::kCuda, 0},
+      gpu1{Platform::kCuda, 1};
+  UnendedScenario({cpu0}, false);
+  UnendedScenario({cpu0, cpu1}, true);
+  UnendedScenario({gpu0}, false);
+  UnendedScenario({gpu0, gpu1}, false);
+}
+
+// Runs it as often as it makes calls of this name (any, if it is empty), each time with another one
+// that fails. Returns how many those are.
+template <class F>
+int FailEachCall(const char* name, const F& scenario) {
+  for (int after = 0;; ++after) {
+    Faults::Get().Ask(name, after, /*error=*/2);
     try {
-      Scenario();
+      scenario();
     } catch (const StatusError& error) {
-      std::fprintf(stderr, "call %d, %s: %s\n", num_faults, Faults::Get().Last().c_str(),
-                   error.what());
+      std::fprintf(stderr, "call %d, %s: %s\n", after, Faults::Get().Last().c_str(), error.what());
       std::abort();
     }
-    if (Faults::Get().Withdraw()) break;  // there are no more calls
+    if (Faults::Get().Withdraw()) return after;  // there are no more calls
   }
-  for (const char* name : {"launch", "thread"}) {
-    for (int after = 0;; ++after) {
-      Faults::Get().Ask(name, after, 2);
-      Scenario();
-      if (Faults::Get().Withdraw()) break;
-    }
+}
+
+void RunFaults() {
+  int num_faults = 0;
+  for (void (*scenario)() : {Scenario, UnendedScenarios}) {
+    num_faults += FailEachCall("", scenario);
+    for (const char* name : {"launch", "thread"}) FailEachCall(name, scenario);
   }
   std::printf("%d calls failed once\n", num_faults);
   if (num_faults < 100) std::abort();
-}
-
-void Expect(bool condition, const char* what) {
-  if (condition) return;
-  std::fprintf(stderr, "%s\n", what);
-  std::abort();
 }
 
 void RunHandles() {

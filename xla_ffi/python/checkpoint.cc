@@ -308,6 +308,10 @@ std::pair<int32_t, int32_t> Stage(const py::dict& spec) {
 py::object DescribeStaged(int32_t handle) {
   const auto source = Registry::Get().handles().SourceOf(handle);
   if (source == nullptr) return py::none();
+  const int64_t num_filled = [&] {
+    const WithoutGil unlocked;  // waits for an arena that is being made
+    return Registry::Get().NumDevicesOf(handle);
+  }();
   py::list leaves;
   for (const SourceLeaf& leaf : source->leaves) {
     leaves.append(
@@ -318,7 +322,7 @@ py::object DescribeStaged(int32_t handle) {
   description["has_residuals"] = source->has_residuals;
   description["convert"] = source->convert;
   description["leaves"] = leaves;
-  description["filled"] = Registry::Get().handles().NumFilled(handle);
+  description["filled"] = num_filled;
   return description;
 }
 

@@ -42,8 +42,12 @@ struct Arena {
   std::string shards;  // tells the Python side which parts of the leaves are on which device
   LeafNames names;
   PlacementPolicy policy;
-  int32_t part;                         // which parts of the leaves the device has
-  int64_t run;                          // the execution that it was made in
+  int32_t part;  // which parts of the leaves the device has
+  int64_t run;   // the execution that it was made in
+  // Of a restored state: whether no step of it has ended yet, so that what was staged is still
+  // needed; and the version that steps count on from.
+  bool awaits_end = false;
+  int32_t restored_version = 0;
   std::vector<ArrayPlace> places = {};  // of the rule "array"
   std::unique_ptr<Memory> memory = nullptr;
   SegmentTable segments = {};  // on the GPU only a copy: the device has its own
@@ -117,6 +121,10 @@ std::shared_ptr<Arena> MakeArena(const Request& request, Token token);
 // Whether a call may make the arena of a token that has none: of a state that was never updated, in
 // whatever process, or of one from elsewhere that may start over.
 bool MayStart(const Handles& handles, const Request& request, Token token);
+
+// Whether steps have gone on from what a restored state became here, so that its first step is over
+// and done. Otherwise, what one device ended may begin again because another device did not.
+bool HasGoneOn(const Arena& arena, const Header& header);
 
 // Warns that a state starts over.
 void NoteRestart(const Arena& arena);

@@ -35,9 +35,11 @@ class Registry {
   template <class D>
   D& At(int ordinal) {
     std::lock_guard<std::mutex> lock(mutex_);
-    std::unique_ptr<Device>& device = devices_[{D::kPlatform, ordinal}];
-    if (device == nullptr) device = std::make_unique<D>(ordinal);
-    return static_cast<D&>(*device);
+    const DeviceId id{D::kPlatform, ordinal};
+    auto found = devices_.find(id);
+    // If that fails, there is no such device, and the next call tries again.
+    if (found == devices_.end()) found = devices_.emplace(id, std::make_unique<D>(ordinal)).first;
+    return static_cast<D&>(*found->second);
   }
 
   // The arena for a token on the CPU, made at its first use. Throws what Explain says.
@@ -96,6 +98,8 @@ class Registry {
   std::optional<int32_t> NewestVersion(int32_t handle);
   // Whether NewestVersion would say something. Does not wait.
   bool IsAlive(int32_t handle);
+  // How many devices have an arena of a state.
+  int64_t NumDevicesOf(int32_t handle);
 
   // Stores other codes and words of some leaves in the place of the newest contents, once no step,
   // no move and no snapshot is under way, under a new version, which it returns.
@@ -118,6 +122,7 @@ class Registry {
   explicit Registry(const Registry* parent);
   std::vector<Device*> Devices();
   Device* FindDevice(DeviceId id);
+  std::optional<Newest> FindNewestHere(int32_t handle);  // leaves aside what is staged, if used
 
   Handles handles_;
   Copies copies_;
