@@ -21,6 +21,7 @@ from ._ademamix import ScaleByPagedAdemamix8bitState
 from ._bitsandbytes_entry import OPTIMIZERS, no_data, read_entry, some_of
 from ._contents import Contents, with_arrays
 from ._lion import ScaleByPagedLion8bitState
+from ._log import warn
 from ._names import number_tree
 from ._replace import replace_moments
 from ._rmsprop import ScaleByPagedRms8bitState, ScaleByPagedRss8bitState
@@ -118,6 +119,9 @@ def from_bitsandbytes(
             f" {steps[high]}; one state has one count. Keep them in states of their own"
             " (optax.partition)."
         )
+    for entry in found:
+        if entry.note:
+            warn(f"paged_optax: {entry.note}", stacklevel=2)
     leaves = tuple(entry.leaf for entry in found)
     contents = Contents(
         rule, False, number_tree(paths, treedef), leaves, no_data, found[0].num_steps

@@ -1,6 +1,5 @@
 """What bitsandbytes keeps of one parameter, and the leaf that it becomes."""
 
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ class Entry(NamedTuple):
     leaf: Leaf
     arrays: dict[str, np.ndarray]  # by the names of fields
     num_steps: int  # that it has seen
+    note: str  # what the user should know; may be empty
 
 
 def tensors_of(rule: str) -> list[list[str]]:
@@ -44,9 +44,10 @@ def read_entry(
     _check_optimizer(path, entry, rule)
     theirs = shape[::-1] if is_transposed else shape
     arrays: dict[str, np.ndarray] = {}
-    formats = set()
+    formats, notes = set(), []
     for number, names in enumerate(tensors_of(rule), 1):
-        found = _read_tensor(path, entry, number, names, theirs)
+        found, note = _read_tensor(path, entry, number, names, theirs)
+        notes.append(note)
         formats.add("float32" if found.keys() == set(names) else "dynamic")
         arrays |= found
     if len(formats) > 1:
@@ -63,7 +64,8 @@ def read_entry(
         )
         values = decode_leaf(contents, 0)
         format, arrays = "float32", {k: np.ascontiguousarray(v.T) for k, v in values.items()}
-    return Entry(Leaf(path, shape, format, shape, (start,)), arrays, _steps(path, entry))
+    leaf = Leaf(path, shape, format, shape, (start,))
+    return Entry(leaf, arrays, _steps(path, entry), "".join(notes))
 
 
 def no_data(*key: Any) -> np.ndarray:
@@ -91,24 +93,30 @@ def _check_optimizer(path: str, entry: dict[str, Any], rule: str) -> None:
 
 def _read_tensor(
     path: str, entry: dict[str, Any], number: int, names: Sequence[str], shape: Shape
-) -> dict[str, np.ndarray]:
-    """The arrays of the states that share one tensor, by the names of fields."""
+) -> tuple[dict[str, np.ndarray], str]:
+    """The arrays of the states that share one tensor, by the names of fields, and a note."""
     stacked = (len(names), *shape) if len(names) > 1 else shape
     tensor = _array(path, entry, f"state{number}", (np.uint8, np.float32), stacked)
     split = np.split(tensor, len(names)) if len(names) > 1 else [tensor]
     parts = {name: part.reshape(shape) for name, part in zip(names, split, strict=True)}
     if tensor.dtype == np.float32:
-        return parts
+        return parts, ""
     _check_map(path, entry, number)
     size = tensor.size // len(names)
     blocks = -(-size // BLOCK)
     scales = _scales(path, entry, number, (len(names), blocks) if len(names) > 1 else (blocks,))
     if len(names) == 1:
-        return parts | {f"{names[0]}_scale": scales}
-    fast, slow = names
+        return parts | {f"{names[0]}_scale": scales}, ""
+    (fast, slow), note = names, ""
     if size % BLOCK and _is_overlapping(scales):
-        parts[fast], parts[slow], scales = _without_lost(path, parts[fast], parts[slow], scales)
-    return parts | {f"{fast}_scale": scales[0], f"{slow}_scale": scales[1]}
+        parts[fast], parts[slow], scales = _without_lost(parts[fast], parts[slow], scales)
+        note = (
+            f"{path}: it has {size} elements, no multiple of {BLOCK}. For such parameters AdEMAMix"
+            " of bitsandbytes keeps a scale of the slow mean where one of the fast mean is, so both"
+            f" are lost: the last {size % BLOCK} values of m1 and the first {min(size, BLOCK)} of"
+            " m2 begin at 0"
+        )
+    return parts | {f"{fast}_scale": scales[0], f"{slow}_scale": scales[1]}, note
 
 
 def _is_overlapping(scales: np.ndarray) -> bool:
@@ -123,27 +131,19 @@ def _is_overlapping(scales: np.ndarray) -> bool:
 
 
 def _without_lost(
-    path: str, fast: np.ndarray, slow: np.ndarray, scales: np.ndarray
+    fast: np.ndarray, slow: np.ndarray, scales: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes and scales of overlapping means, with zeros where the scale is lost.
 
     Either mean may have written the place that they share, so both have been read with the other's
     scale since.
     """
-    size, blocks = fast.size, scales.shape[1]
+    blocks = scales.shape[1]
     flat, tail = scales.ravel(), (blocks - 1) * BLOCK
     scales = np.stack([flat[:blocks], flat[blocks - 1 : -1]])
     fast, slow = fast.copy(), slow.copy()
     scales[0, -1] = scales[1, 0] = 0
     fast.reshape(-1)[tail:] = slow.reshape(-1)[:BLOCK] = _ZERO
-    warnings.warn(
-        f"{path}: it has {size} elements, no multiple of {BLOCK}. For such parameters AdEMAMix of"
-        " bitsandbytes keeps a scale of the slow mean where one of the fast mean is, so both are"
-        f" lost: the last {size - tail} values of m1 and the first {min(size, BLOCK)} of m2 begin"
-        " at 0",
-        RuntimeWarning,
-        stacklevel=2,
-    )
     return fast, slow, scales
 
 
