@@ -117,7 +117,8 @@ class Program:
         number = next(self._numbers)
         aval: Any = atom.aval
         self._literals[number] = atom.val
-        self._values[number] = jax.numpy.asarray(atom.val, aval.dtype)
+        # A copy is on the mesh in use, as the results of operations are; asarray's is not.
+        self._values[number] = jax.numpy.array(atom.val, aval.dtype)
         return number
 
     def _needed(self, outputs: Iterable[int]) -> list[Equation]:

@@ -209,7 +209,7 @@ def run(tx, params, state, first, count):
     for i in range(first, first + count):
         grads = to_jax(make_tree(100 + i, {k: p.shape for k, p in params.items()}))
         updates, state = update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        params = jax.block_until_ready(optax.apply_updates(params, updates))
     return params, state
 
 

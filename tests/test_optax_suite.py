@@ -1,8 +1,9 @@
-"""Optax's own tests, with paged optimizers where they say Adam.
+"""Optax's own tests, with paged optimizers in them.
 
 Optax ships its test modules. Here they are run with other meanings for some names in them: what
-builds an `optax.adam` there builds a `paged_adam8bit`. A case that ends without having made a paged
-state fails, and so does one that works although `LEFT_OUT` says that it cannot.
+builds an `optax.adam` there builds a `paged_adam8bit`, and so on for every optimizer here
+(`optax_tables.py`). A case that ends without having made a paged state fails, and so does one that
+works although `LEFT_OUT` says that it cannot.
 """
 
 import ast
@@ -23,7 +24,7 @@ import unittest.mock
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import jax
 import optax
@@ -31,373 +32,25 @@ import pytest
 
 import paged_optax
 from helpers import raise_if_refused
-from paged_optax import Quantization, ScaleByPagedAdam8bitState
+from optax_tables import (
+    CONCERNS_US,
+    KNOWN_OPTAX,
+    LEFT_OUT,
+    NOT_IN_OPTAX,
+    PAGED,
+    SHARDING,
+    SUITES,
+    VARIANTS,
+    LeftOut,
+    Suite,
+)
+from paged_optax import PagedTransformationState
 
 pytestmark = [pytest.mark.optax_suite, pytest.mark.slow]
 
 OPTAX = importlib.metadata.version("optax")
-KNOWN_OPTAX = "0.2.8"  # what the tables below were written for
-ADAM = r"\b(scale_by_)?n?adamw?\b"
 DOCS = Path(__file__).parent.parent / "docs" / "compatibility.md"
-
-# Leaves are small in these tests, so moments are float32 unless min_size says otherwise.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "float32": {},
-    "8bit": {"quantization": Quantization(min_size=0)},
-    "replay": {"quantization": Quantization(min_size=0), "replay": True},
-}
-ONE_SLOT = ("float32", "8bit")
-
-PAGED = {
-    "adam": (paged_optax.paged_adam8bit, {}),
-    "adamw": (paged_optax.paged_adamw8bit, {}),
-    "nadam": (paged_optax.paged_adam8bit, {"nesterov": True}),
-    "nadamw": (paged_optax.paged_adamw8bit, {"nesterov": True}),
-    "scale_by_adam": (paged_optax.scale_by_paged_adam8bit, {}),
-}
-
-
-class Suite(NamedTuple):
-    """Tests of one module of optax.
-
-    Attributes:
-      module: its name, without ``optax.``.
-      tests: regular expression for the start of ``Class.test (parameters)``: what concerns Adam.
-      tables: its tables of optimizers, and the names whose rows stay.
-      instead: what else to replace, and how: by the optimizer of that name in `PAGED`, or by a
-        method of `Substitution`.
-      variants: which of `VARIANTS` run, each with a regular expression like `tests`.
-    """
-
-    module: str
-    tests: str = ""
-    tables: dict[str, tuple[str, ...]] = {}
-    instead: dict[str, str] = {}
-    variants: dict[str, str] = {"8bit": ""}
-
-
-ALIASES = ("adam", "adamw", "nadam", "nadamw")
-BOTH = {"float32": "", "8bit": ""}
-# Where a test knows SGD's numbers, a paged optimizer runs beside SGD and its updates are dropped.
-BESIDE_SGD = {"sgd": "beside"}
-COMBINING = (
-    r"\w+\.test_chain|ExtraArgsTest\.test_extra_args$"
-    r"|PartitionTest\.test_(empty|labels_mismatch[01])"
-)
-STATES = r"\w+\.test_(gradient_accumulation|state_shape.*\.float32|optimizers_can)"
-NUMBERS = r"\w+\.test_(optimization\d|optimizers\d)"
-
-SUITES = (
-    Suite(
-        "_src.alias_test",
-        r"AliasTest\.(?!.*sgd_mom)",
-        {"_OPTIMIZERS_UNDER_TEST": ALIASES},
-        variants={"float32": "", "8bit": NUMBERS, "replay": STATES},
-    ),
-    Suite("_src.combine_test", COMBINING, instead=BESIDE_SGD),
-    Suite("_src.float64_test", tables={"ALL_MODULES": ("adam", "adamw", "scale_by_adam")}),
-    Suite(
-        "_src.linesearch_test",
-        r"\w+\.test_(gradient_descent_with_linesearch|recycling|armijo|value_and_grad_from_state)",
-        instead=BESIDE_SGD,
-    ),
-    Suite(
-        "_src.lookahead_test",
-        instead={"_test_optimizer": "beside"},
-        variants={"8bit": "", "replay": ""},
-    ),
-    Suite(
-        "_src.transform_test",
-        r"\w+\.test_(scalers_adam$|rms_match|apply_every)",
-        instead=BESIDE_SGD,
-        variants=BOTH,
-    ),
-    Suite(
-        "contrib._common_test",
-        # Some take the wrapper away: nothing is new then in the rows of SGD.
-        "(?!.*(state_shape|accept_learning).*opt_name='sgd'|.*opt_name='sgd'.*wrap=False)",
-        tables={"_MAIN_OPTIMIZERS_UNDER_TEST": ("sgd",), "_BASE_OPTIMIZERS": ("adam", "adamw")},
-        instead={"sgd": "adamw"},
-        variants={"float32": "", "8bit": NUMBERS, "replay": STATES},
-    ),
-    Suite("contrib._complex_valued_test", r"\w+\.\w+_adam$", variants=BOTH),
-    Suite(
-        "contrib._galore_test",
-        "(?!.*test_projector)",  # a part of GaLore's own
-        instead={"galore": "base_optimizer"},
-        variants={"float32": "", "8bit": ".*(converge|decreases)"},
-    ),
-    Suite("contrib._mechanic_test", instead={"_test_optimizer": "beside"}),
-    Suite(
-        "contrib._sam_test",
-        # Only SGD does without a reset: Adam comes to where the gradient, to be normalized, is 0.
-        tables={"_ADVERSARIAL_OPTIMIZERS_UNDER_TEST": ("sgd",)},
-        instead={"sam": "keep_state", **BESIDE_SGD},
-        variants={"8bit": "", "replay": ".*opaque_mode=False"},
-    ),
-    Suite("contrib._schedule_free_test", "(?!.*buffer_donation)", instead={"sgd": "adam"}),
-    Suite("experimental._aggregating_test", "(?!.*standard1)", instead=BESIDE_SGD),
-    Suite(
-        "schedules._inject_test",
-        r"\w+\.test_(constant|numeric_static|hyperparam_d)",
-        variants=BOTH,
-    ),
-    Suite(
-        "schedules._schedule_test",
-        "ScheduleAsLearningRateTest",
-        {"_OPTIMIZERS_UNDER_TEST": ALIASES},
-    ),
-    Suite(
-        "transforms._accumulation_test",
-        r"\w+\.test_multi_steps(?!_computes)",
-        {"OPTIMIZERS_TO_TEST": ("adam",)},
-        {"MultiSteps": "jit", **BESIDE_SGD},
-        variants={"8bit": "(?!.*precision0)", "replay": ""},
-    ),
-    Suite("transforms._combining_test", COMBINING, instead=BESIDE_SGD),
-    Suite(
-        "transforms._conditionality_test",
-        "(?!.*statefull)",
-        instead={"scale": "beside", **BESIDE_SGD},
-    ),
-    # Without test_selective_bad_structure, which fails with SGD too: jax changed its message.
-    Suite("transforms._freezing_test", r"Selective(?!.*bad_structure)", instead=BESIDE_SGD),
-    Suite("transforms._layouts_test", instead=BESIDE_SGD),
-    Suite(
-        "transforms._masking_test",
-        r"\w+\.test_(masked_(sgd|stateful)|prefix|empty|nested|mask_comp)",
-        instead=BESIDE_SGD,
-    ),
-    Suite("transforms._monitoring_test", instead=BESIDE_SGD),
-    Suite("tree_utils._state_utils_test", "(?!.*test_map_params)", instead=BESIDE_SGD),
-)
-# In a process with eight devices.
-SHARDING = Suite(
-    "_src.sharding_test",
-    "(?!.*microbatch)",
-    {"OPTIMIZERS": ALIASES},
-    variants={"8bit": "", "replay": ""},
-)
-
-
-class LeftOut(NamedTuple):
-    """Cases that rightly raise here and not with optax.adam, or that need a larger tolerance.
-
-    Attributes:
-      test: module and name of the tests.
-      what: which of their cases; this, `test` and `why` are for readers of `DOCS`.
-      why: the reason.
-      cases: regular expression somewhere in ``Class.test (parameters)``.
-      error: what they raise; None if they hold with `rtol` and `atol`.
-      match: regular expression for the error's text.
-      variants: which of `VARIANTS` are affected.
-      rtol, atol: tolerances that hold.
-    """
-
-    test: str
-    what: str
-    why: str
-    cases: str
-    error: type[Exception] | tuple[type[Exception], ...] | None = None
-    match: str = ""
-    variants: tuple[str, ...] = tuple(VARIANTS)
-    rtol: float = 0.0
-    atol: float = 0.0
-
-    def has(self, case: "Case") -> bool:
-        module, test = self.test.split(" ")
-        return (
-            module == case.suite.module
-            and case.description.startswith(test)
-            and re.search(self.cases, case.description) is not None
-            and case.variant in self.variants
-        )
-
-
-OLD_STATE = ((RuntimeError, ValueError), "this optimizer state is not the newest one", ONE_SLOT)
-MU_DTYPE = (TypeError, "mu_dtype is .* it can only be None")
-NO_MU_DTYPE = "`mu_dtype` can only be None: moments have 8 bits"
-NO_COMPLEX = "complex parameters; `split_real_and_imaginary` takes them apart, and its test runs"
-NO_FLOAT64 = "float64 parameters"
-NO_MU = "the moments are outside JAX; `paged_optax.moments` reads them"
-TWICE = "uses a state twice, which takes `replay=True`"
-
-LEFT_OUT = (
-    LeftOut(
-        "_src.alias_test AliasTest.test_explicit_dtype",
-        "adam, adamw",
-        f"{NO_MU_DTYPE}, and the state has no `mu`",
-        "",
-        (TypeError, AttributeError),
-        f"{MU_DTYPE[1]}|'NoneType' object has no attribute 'dtype'|has dtype complex64",
-    ),
-    LeftOut(
-        "_src.alias_test AliasTest.test_optimization",
-        "complex64",
-        NO_COMPLEX,
-        "complex64",
-        TypeError,
-        "has dtype complex64",
-    ),
-    LeftOut(
-        "_src.alias_test AliasTest.test_state_shape_dtype_shard_stability",
-        "complex64, complex128",
-        NO_COMPLEX,
-        "complex",
-        TypeError,
-        "has dtype complex",
-    ),
-    LeftOut(
-        "_src.alias_test AliasTest.test_state_shape_dtype_shard_stability",
-        "float64",
-        NO_FLOAT64,
-        "float64",
-        TypeError,
-        "has dtype float64",
-    ),
-    LeftOut(
-        "_src.combine_test ExtraArgsTest.test_extra_args",
-        "all",
-        "integer parameters",
-        "",
-        TypeError,
-        "has dtype int32",
-    ),
-    LeftOut(
-        "_src.float64_test Float64Test.test_mixed_dtype_input_outputs",
-        "all",
-        NO_FLOAT64,
-        "",
-        TypeError,
-        "has dtype float64",
-    ),
-    LeftOut(
-        "_src.transform_test TransformTest.test_rms_match_adam",
-        "rtol=1e-6; 2e-5 holds",
-        "optax's first update is off by 6e-6: `1 - b2**t` is computed in float32, `1 - b2` is not",
-        "",
-        variants=("float32",),
-        rtol=2e-5,
-    ),
-    LeftOut(
-        "_src.transform_test TransformTest.test_rms_match_adam",
-        "rtol=1e-6 with 8-bit moments; 1e-3 holds",
-        "the second moment is rounded to 8 bits",
-        "",
-        variants=("8bit",),
-        rtol=1e-3,
-    ),
-    LeftOut(
-        "contrib._common_test ContribTest.test_state_shape_dtype_shard_stability",
-        "float64",
-        NO_FLOAT64,
-        "float64",
-        TypeError,
-        "has dtype float64",
-    ),
-    LeftOut(
-        "contrib._common_test ContribTest.test_optimizers_can_be_wrapped_in_inject_hyperparams",
-        "reduce_on_plateau",
-        "optax skips it for every optimizer",
-        "reduce_on_plateau",
-        unittest.SkipTest,
-        "reduce_on_plateau is not supported",
-    ),
-    LeftOut(
-        "contrib._galore_test GaLoreTest",
-        "tests that read `state.mu`",
-        NO_MU,
-        "_projection_state_shapes|_clipped_|memory_reduction|_right_projection",
-        AttributeError,
-        "has no attribute 'mu'",
-    ),
-    LeftOut(
-        "contrib._galore_test GaLoreTest",
-        "test_mixed_pytree_shapes_jittable_regression, test_mu_dtype_controls_moment_dtype",
-        NO_MU_DTYPE,
-        "test_mixed_pytree|test_mu_dtype",
-        *MU_DTYPE,
-    ),
-    LeftOut(
-        "contrib._sam_test SAMTest.test_optimization",
-        "opaque_mode=False, without `replay=True`",
-        TWICE,
-        "opaque_mode=False",
-        *OLD_STATE,
-    ),
-    LeftOut(
-        "contrib._schedule_free_test ScheduleFreeTest.test_explicit_dtype",
-        "complex64 parameters",
-        NO_COMPLEX,
-        "params_dtype='complex64', state_dtype='complex64'",
-        TypeError,
-        "has dtype complex64",
-    ),
-    LeftOut(
-        "contrib._schedule_free_test ScheduleFreeTest.test_explicit_dtype",
-        "complex64 parameters with a real state",
-        "optax skips it for every optimizer",
-        "params_dtype='complex64', state_dtype=(?!'complex64')",
-        unittest.SkipTest,
-        "Complex params with non-complex state",
-    ),
-    LeftOut(
-        "contrib._schedule_free_test ScheduleFreeTest.test_schedule_free_adamw",
-        "atol=1e-6 with 8-bit moments; 5e-3 holds",
-        "moments are rounded to 8 bits",
-        "",
-        variants=("8bit",),
-        atol=5e-3,
-    ),
-    LeftOut(
-        "contrib._complex_valued_test ComplexValuedTest.test_split_real_and_imaginary_adam",
-        "rtol=1e-6 with 8-bit moments",
-        "moments are rounded at random, each leaf by bits of its own",
-        "",
-        AssertionError,
-        "Not equal to tolerance rtol=1e-06",
-        ("8bit",),
-    ),
-    LeftOut(
-        "transforms._accumulation_test AccumulationTest.test_multi_steps",
-        "without `replay=True`",
-        TWICE,
-        r"test_multi_steps(_every|_scan|_skip|$)",
-        *OLD_STATE,
-    ),
-    LeftOut(
-        "transforms._accumulation_test AccumulationTest.test_multi_steps_mixed_precision",
-        "mu_dtype",
-        NO_MU_DTYPE,
-        "mu_dtype",
-        *MU_DTYPE,
-    ),
-    LeftOut(
-        "transforms._combining_test ExtraArgsTest.test_extra_args",
-        "all",
-        "integer parameters",
-        "",
-        TypeError,
-        "has dtype int32",
-    ),
-    LeftOut(
-        "tree_utils._state_utils_test StateUtilsTest",
-        "test_dict_based_optimizers, test_inject_hparams",
-        NO_MU,
-        "test_dict_based_optimizers|test_inject_hparams",
-        AttributeError,
-        "has no attribute 'mu'",
-    ),
-    LeftOut(
-        "tree_utils._state_utils_test StateUtilsTest",
-        "test_adam, test_map_non_params_to_none, test_tree_get, test_tree_get_all_with_path,"
-        " test_tree_set",
-        "look for a `ScaleByAdamState`; ours is a `ScaleByPagedAdam8bitState`",
-        "test_adam|test_map_non_params_to_none|test_tree_[gs]et",
-        (AssertionError, KeyError),
-        "ScaleByPagedAdam8bitState|None != Array",
-    ),
-)
+STATES = tuple(getattr(paged_optax, n) for n in paged_optax.__all__ if n.startswith("ScaleByPaged"))
 
 
 # --- Their modules, with our optimizers in them -------------------------------------------------
@@ -421,7 +74,7 @@ class Substitution:
         self._options = VARIANTS[variant]
         self._paged = {name: self._make_paged(*paged) for name, paged in PAGED.items()}
         self._meanings: dict[str, Callable[[Any], Any]] = {
-            **{name: functools.partial(self._swap, name) for name in PAGED},
+            **{name: functools.partial(self._swap, name) for name in suite.paged},
             **{
                 name: functools.partial(self._swap_sgd, how)
                 if how in PAGED
@@ -505,8 +158,29 @@ class Substitution:
         return factory
 
     def _swap(self, name, make):
-        del make
-        return self._paged[name]
+        """The paged optimizer, or optax's own where there is nothing to page."""
+        if name not in PAGED:
+            return self._make_any(make)
+        if name != "sgd":
+            return self._paged[name]
+
+        @functools.wraps(self._paged[name])
+        def factory(learning_rate, momentum=None, nesterov=False, **kwargs):
+            if momentum is None:
+                return make(learning_rate)
+            return self._paged[name](learning_rate, momentum, nesterov, **kwargs)
+
+        return factory
+
+    def _make_any(self, make):
+        """`paged(tx)` of what optax makes."""
+
+        @functools.wraps(make)
+        def wrapped(*args, quantization=None, replay=False, **kwargs):
+            tx = make(*args, **kwargs)
+            return paged_optax.paged(tx, quantization=quantization, replay=replay)
+
+        return self._make_paged(wrapped, {})
 
     def _swap_sgd(self, name, sgd):
         del sgd
@@ -602,12 +276,15 @@ def show_moments(tree: Any) -> Any:
     """Moments in the place of tokens, which differ for equal moments."""
 
     def is_state(node):
-        return isinstance(node, ScaleByPagedAdam8bitState)
+        return isinstance(node, (*STATES, PagedTransformationState))
 
     def show(node):
-        if not is_state(node) or not isinstance(node.token.value, jax.Array):
+        if not is_state(node):
             return node
-        return node.count, paged_optax.moments(node) if node.count else None
+        state, *others = node if isinstance(node, PagedTransformationState) else (node,)
+        if not isinstance(state.token.value, jax.Array):
+            return node
+        return state.count, paged_optax.moments(node) if state.count else None, *others
 
     return jax.tree.map(show, tree, is_leaf=is_state)
 
@@ -633,7 +310,8 @@ class Case:
 
     def __str__(self):
         module = self.suite.module.split(".")[-1].removesuffix("_test")
-        return f"{module}-{self.variant}-{self.description.split(' ')[0]}"
+        optimizer = re.findall(r"opt_name='(\w+)'", self.description)
+        return "-".join([module, self.variant, *optimizer, self.description.split(" ")[0]])
 
     def left_out(self) -> LeftOut | None:
         rows = [row for row in LEFT_OUT if row.has(self)]
@@ -726,7 +404,9 @@ def main() -> None:
     """Runs the tests of sharding. Prints every case, then their number."""
     warnings.simplefilter("error")
     assert jax.device_count() == 8
-    cases = [case for variant in SHARDING.variants for case in find_cases(SHARDING, variant)]
+    cases = [
+        c for suite in SHARDING for variant in suite.variants for c in find_cases(suite, variant)
+    ]
     for case in cases:
         print(case)
         try:
@@ -755,7 +435,8 @@ def test_sharding(tmp_path):
         pytest.skip(process.stdout.splitlines()[-1])
     assert process.returncode == 0, process.stdout + process.stderr
     # init, update and jit, for each optimizer
-    assert int(process.stdout.split()[-1]) >= 3 * len(ALIASES) * len(SHARDING.variants)
+    num_optimizers = [len(suite.paged) * len(suite.variants) for suite in SHARDING]
+    assert int(process.stdout.split()[-1]) == 3 * sum(num_optimizers)
 
 
 # --- The tables are complete --------------------------------------------------------------------
@@ -765,20 +446,29 @@ def test_cases_are_many():
     assert sum(case.test is not None for case in all_cases()) > 300
 
 
+def test_every_optimizer_takes_part():
+    """Or it is said why not."""
+    public = {name for name in paged_optax.__all__ if re.match("(scale_by_)?paged", name)}
+    taking_part = {make.__name__ for make, _ in PAGED.values()} | {"paged"}
+    assert taking_part == public - NOT_IN_OPTAX.keys()
+    used = {name for case in all_cases() if case.test for name in case.suite.paged}
+    assert PAGED.keys() < used  # the others by `paged`
+
+
 def test_every_row_leaves_out_something():
     """Else it is out of date."""
     cases = all_cases()
     assert [row for row in LEFT_OUT if not any(row.has(case) for case in cases)] == []
 
 
-def test_no_test_of_adam_is_forgotten():
+def test_no_test_of_them_is_forgotten():
     root = Path(optax.__file__).parent
     run = {f"{case.suite.module} {case.description}" for case in all_cases()}
     forgotten = []
     for path in sorted(root.rglob("*_test.py")):
         module = ".".join(path.relative_to(root).with_suffix("").parts)
         text = path.read_text(encoding="utf-8")
-        if module == SHARDING.module or not re.search(ADAM, text):
+        if module == SHARDING[0].module or not re.search(CONCERNS_US, text):
             continue
         lines = text.splitlines()
         for cls in ast.parse(text).body:
@@ -787,7 +477,9 @@ def test_no_test_of_adam_is_forgotten():
                     continue
                 name = f"{module} {cls.name}.{node.name}"
                 source = "\n".join(lines[node.lineno - 1 : node.end_lineno])
-                if re.search(ADAM, source) and not any(case.startswith(name) for case in run):
+                if re.search(CONCERNS_US, source) and not any(
+                    case.startswith(name) for case in run
+                ):
                     forgotten.append(name)
         if not any(case.startswith(f"{module} ") for case in run):
             forgotten.append(module)

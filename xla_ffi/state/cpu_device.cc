@@ -47,13 +47,16 @@ bool IsWhole(Arena& arena) {
 
 // Whether the moments of a restored state, which a step wants to begin with, stay as they are. If
 // not, a first step did not end, or their file was lost, and nothing here can be used from now on.
-bool Stay(Arena& arena, Token token, int32_t version) {
+// They take part in this execution then.
+bool Stay(Arena& arena, Token token, const Request& request, int32_t version) {
   const ContentsLock lock(arena.mutex);
   Header& header = arena.header;
   if (HasGoneOn(arena, header)) return true;  // and the step is refused
   const bool can_step = FindSlot(header, token.version) >= 0 && IsWhole(arena);
   if (!can_step) std::fill(std::begin(header.versions), std::end(header.versions), 0);
   header.version = arena.restored_version = std::max(header.version, version);
+  arena.run = request.run;
+  arena.awaits_end = true;
   return can_step;
 }
 
@@ -64,7 +67,7 @@ std::optional<LockedArena> CpuDevice::Open(Handles& handles, const Request& requ
   const int32_t version = is_restored ? handles.VersionToCountFrom(token.handle, request.run) : 0;
   std::shared_ptr<Arena> arena = FindOrMake(handles, request, token, version);
   const bool is_earlier = is_restored && arena != nullptr && arena->run != request.run;
-  if (is_earlier && !Stay(*arena, token, version)) {
+  if (is_earlier && !Stay(*arena, token, request, version)) {
     arena = FindOrMake(handles, request, token, version, std::move(arena));
   }
   std::optional<LockedArena> locked = LockArena(std::move(arena), /*for_step=*/true);

@@ -68,7 +68,7 @@ std::shared_ptr<Arena> CudaDevice::BindOnFirstUse(ContentsLock& lock, Handles& h
     const int64_t run = arenas_[index]->run;
     if (!handles.WasUndone(token.handle, run)) {
       const bool is_earlier = is_restored && run != request.run;
-      if (!is_earlier || Stay(lock, index, token, version)) return nullptr;
+      if (!is_earlier || Stay(lock, handles, request, index, token, version)) return nullptr;
       handles.NoteUnended(token.handle, id(), request.run);
     }
     Remove(lock, token.handle);
@@ -125,10 +125,7 @@ void SetInOrder(std::shared_ptr<std::atomic<bool>> is_taken, Stream stream) {
 
 void CudaDevice::EndFirstUse(Handles& handles, Arena& arena, bool is_restored, Stream stream) {
   const bool has_parts = arena.signature.rule() == kArrayRule;
-  arena.awaits_end = is_restored && has_parts;
-  if (is_restored && !has_parts) {  // the request keeps what was staged
-    (void)handles.NoteTaken(arena.header.handle, id(), arena.run, arena.signature.num_devices());
-  }
+  if (is_restored) NoteBegun(handles, arena);
   auto is_taken = arena.memory->is_taken();
   if (is_taken == nullptr) return;
   if (has_parts) {
@@ -136,6 +133,12 @@ void CudaDevice::EndFirstUse(Handles& handles, Arena& arena, bool is_restored, S
   } else {
     SetInOrder(std::move(is_taken), stream);
   }
+}
+
+void CudaDevice::NoteBegun(Handles& handles, Arena& arena) {
+  arena.awaits_end = arena.signature.rule() == kArrayRule;
+  if (arena.awaits_end) return;
+  (void)handles.NoteTaken(arena.header.handle, id(), arena.run, arena.signature.num_devices());
 }
 
 // The host does not know of which state the step is. If it is another one, memory counts as taken a
@@ -153,8 +156,9 @@ std::vector<std::shared_ptr<const Source>> CudaDevice::NoteEnds(const ContentsLo
     Arena& arena = *arenas_[i];
     if (!AwaitsEnd(arena, fingerprint)) continue;
     const Header header = ReadHeader(lock, static_cast<int64_t>(i));
-    arena.awaits_end = std::none_of(header.versions, header.versions + header.num_slots,
-                                    [](int32_t version) { return version > 1; });
+    arena.awaits_end =
+        std::none_of(header.versions, header.versions + header.num_slots,
+                     [&](int32_t version) { return version > arena.restored_version; });
     if (arena.awaits_end) continue;
     gone.push_back(
         handles.NoteTaken(header.handle, id(), arena.run, arena.signature.num_devices()));
@@ -162,13 +166,16 @@ std::vector<std::shared_ptr<const Source>> CudaDevice::NoteEnds(const ContentsLo
   return gone;
 }
 
-bool CudaDevice::Stay(const ContentsLock& lock, int64_t index, Token token, int32_t version) {
+bool CudaDevice::Stay(const ContentsLock& lock, Handles& handles, const Request& request,
+                      int64_t index, Token token, int32_t version) {
   Arena& arena = *arenas_[index];
   Header header = ReadHeader(lock, index);
   if (HasGoneOn(arena, header)) return true;  // and the kernels refuse the step
   if (FindSlot(header, token.version) < 0) return false;
   header.version = arena.restored_version = std::max(header.version, version);
   WriteHeader(lock, index, header);
+  arena.run = request.run;
+  NoteBegun(handles, arena);
   return true;
 }
 

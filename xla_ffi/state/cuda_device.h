@@ -106,8 +106,12 @@ class CudaDevice final : public Device {
     return arena.awaits_end && arena.header.layout == LayoutOf(fingerprint, arena.part);
   }
   // Whether the moments of a restored state, which a step wants to begin with, stay as they are:
-  // no first step began and did not end. Waits for steps.
-  bool Stay(const ContentsLock&, int64_t index, Token token, int32_t version);
+  // no first step began and did not end. They take part in this execution then. Waits for steps.
+  bool Stay(const ContentsLock&, Handles& handles, const Request& request, int64_t index,
+            Token token, int32_t version);
+  // A first step of restored moments is launched, or will be. If it is one call it ends too; the
+  // request keeps what was staged.
+  void NoteBegun(Handles& handles, Arena& arena);
   // The number of a state's arena, once it is made if that is under way.
   int64_t Await(ContentsLock& lock, int32_t handle);
   std::shared_ptr<Arena> Make(ContentsLock& lock, const Request& request, Token token,

@@ -100,6 +100,8 @@ std::shared_ptr<const Source> Handles::NoteTaken(int32_t handle, DeviceId device
   if (undone_.count({handle, run}) != 0) return nullptr;  // meanwhile, by another device
   const auto found = staged_.find(handle);
   if (found == staged_.end()) return nullptr;
+  const std::vector<int64_t>& runs = found->second.runs;
+  if (!runs.empty() && runs.back() != run) return nullptr;  // another device began once more
   const int64_t local = found->second.source->local_devices;
   const int64_t most = local > 0 ? std::min(local, num_devices) : num_devices;
   found->second.taken.insert(device);
@@ -116,7 +118,10 @@ int32_t Handles::VersionToCountFrom(int32_t handle, int64_t run) {
   std::vector<int64_t>& runs = found->second.runs;
   const auto place = std::find(runs.begin(), runs.end(), run);
   const auto index = static_cast<int32_t>(place - runs.begin());
-  if (place == runs.end()) runs.push_back(run);
+  if (place == runs.end()) {
+    runs.push_back(run);
+    found->second.taken.clear();  // all devices need it in this execution
+  }
   return 1 + index * kMaxUnended;
 }
 

@@ -50,8 +50,8 @@ class Handles {
   // What was staged for a handle; null if nothing was, or if all devices have taken it over.
   std::shared_ptr<const Source> SourceOf(int32_t handle) const;
   // One of so many devices took over what was staged, in this execution: from now on its moments do
-  // without. Returns what was staged if nobody needs it any more, for the caller to let go of it
-  // when it holds no lock.
+  // without. It counts only if no device began with it in another execution since. Returns what was
+  // staged if nobody needs it any more, for the caller to let go of it when it holds no lock.
   [[nodiscard]] std::shared_ptr<const Source> NoteTaken(int32_t handle, DeviceId device,
                                                         int64_t run, int64_t num_devices);
   // The version from which steps of a restored state count on in an execution that begins with what
@@ -134,7 +134,7 @@ class Handles {
   };
   struct Staged {
     std::shared_ptr<const Source> source;
-    std::set<DeviceId> taken = {};   // by these devices
+    std::set<DeviceId> taken = {};   // by these devices, in the last of these executions
     std::vector<int64_t> runs = {};  // executions that began with it
   };
   struct Forgotten {
