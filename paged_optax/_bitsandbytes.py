@@ -3,7 +3,8 @@
 A state dict of bitsandbytes has, by the place of a parameter in the optimizer, its step and the
 tensors of each moment: ``state1`` and ``state2`` in the parameter's shape, uint8 with ``qmap1``
 (the map of the codes) and ``absmax1`` (a scale for 256 elements), or float32 for small parameters.
-From 0.49.2 on these tensors are nested once more, in ``__bnb_optimizer_quant_state__``.
+``state1`` of AdEMAMix has both of its means, stacked. From 0.49.2 on these tensors are nested once
+more, in ``__bnb_optimizer_quant_state__``. Nothing says which optimizer a state dict is of.
 
 Everything here works on NumPy arrays. Tensors of torch are asked to become such, so that torch is
 needed only by those who have it.
@@ -15,14 +16,27 @@ from typing import Any
 import jax
 import numpy as np
 
-from . import _reference as reference
-from ._contents import BLOCK, Contents, Leaf, with_arrays
-from ._moments import decode_leaf
+from ._adam import ScaleByPagedAdam8bitState
+from ._ademamix import ScaleByPagedAdemamix8bitState
+from ._bitsandbytes_entry import OPTIMIZERS, no_data, read_entry, some_of
+from ._contents import Contents, with_arrays
+from ._lion import ScaleByPagedLion8bitState
+from ._log import warn
 from ._names import number_tree
 from ._replace import replace_moments
+from ._rmsprop import ScaleByPagedRms8bitState, ScaleByPagedRss8bitState
+from ._sgd import ScaleByPagedTrace8bitState
+from ._state import is_state
 
 NESTED = "__bnb_optimizer_quant_state__"
-SIGNED = (True, False)  # of state1 and state2
+_RULES: dict[type, str] = {
+    ScaleByPagedAdam8bitState: "adam",
+    ScaleByPagedAdemamix8bitState: "ademamix",
+    ScaleByPagedLion8bitState: "lion",
+    ScaleByPagedRms8bitState: "rms",
+    ScaleByPagedRss8bitState: "rss",
+    ScaleByPagedTrace8bitState: "trace",
+}
 
 
 def from_bitsandbytes(
@@ -35,12 +49,19 @@ def from_bitsandbytes(
 ) -> Any:
     """An optimizer state with the moments, and the count, of an optimizer of bitsandbytes.
 
-    For `Adam8bit`, `AdamW8bit` and `Lion8bit`, paged or not, and their 32-bit forms. An optimizer
-    with ``Quantization("dynamic")`` goes on with the same bits. Other formats, and transposed
-    leaves, are rounded once, to nearest, by the first update that takes the state.
+    For Adam, AdamW, LAMB, Lion, AdEMAMix, SGD, RMSprop and Adagrad in 8 and 32 bits, paged or not.
+    An optimizer with ``Quantization("dynamic")`` goes on with the same bits. Other formats, and
+    transposed leaves, are rounded once, to nearest, by the first update that takes the state.
+
+    A state dict does not say which optimizer it is of, so `opt_state` does: `paged_sgd8bit` takes
+    it for SGD's. What contradicts that is refused, but the momentum of SGD looks like Lion's.
+    LARS is refused, since optax's has another momentum.
+
+    AdEMAMix of bitsandbytes loses two scales of a parameter whose size is no multiple of 256. Up to
+    256 values of each mean begin at 0 then, with a warning that names the parameter.
 
     Args:
-      opt_state: what the paged optimizer's `init` returned, with one paged state in it. Only its
+      opt_state: what `init` of the same optimizer returned, with one paged state in it. Only its
         structure matters. Do not use it any more.
       state_dict: what ``optimizer.state_dict()`` returned, or the mapping ``"state"`` in it, with
         arrays of NumPy or tensors of torch. From a safetensors file: tensors by the names that the
@@ -56,10 +77,11 @@ def from_bitsandbytes(
       `opt_state` with another token and count.
 
     Raises:
-      ValueError: if a parameter is missing, or there twice, or of another shape; if it was not
-        quantized in blocks of 256 with the map that `Quantization("dynamic")` has; if parameters
-        have seen different numbers of steps; if there is another number of paged states. From the
-        first update (there also JaxRuntimeError): if scales or moments are not finite.
+      ValueError: if a parameter is missing, or there twice, or of another shape; if it has the
+        state of another optimizer than `opt_state`; if it was not quantized in blocks of 256 with
+        the map that `Quantization("dynamic")` has; if parameters have seen different numbers of
+        steps; if there is another number of paged states. From the first update (there also
+        JaxRuntimeError): if scales or moments are not finite.
       TypeError: for arrays of other dtypes.
 
     Example:
@@ -84,11 +106,12 @@ def from_bitsandbytes(
     check_known("transposed", transposed, paths)
     if not paths:
         raise ValueError("params has no leaves; pass the parameters of the optimizer")
+    rule = _rule_of(opt_state, [entries[keys[path]] for path in paths])
     found = [
-        _read_entry(path, np.shape(leaf), entries[keys[path]], path in transposed)
+        read_entry(path, np.shape(leaf), entries[keys[path]], rule, path in transposed)
         for path, (_, leaf) in zip(paths, pairs, strict=True)
     ]
-    steps = {path: count for path, (*_, count) in zip(paths, found, strict=True)}
+    steps = {path: entry.num_steps for path, entry in zip(paths, found, strict=True)}
     if len(set(steps.values())) > 1:
         low, high = min(steps, key=steps.__getitem__), max(steps, key=steps.__getitem__)
         raise ValueError(
@@ -96,20 +119,30 @@ def from_bitsandbytes(
             f" {steps[high]}; one state has one count. Keep them in states of their own"
             " (optax.partition)."
         )
-    rules = {"lion" if "nu" not in arrays else "adam" for _, arrays, _ in found}
-    if len(rules) != 1:
-        raise ValueError(
-            "some parameters have a state2 and some do not; convert one optimizer at a time"
-        )
-    leaves = tuple(leaf for leaf, _, _ in found)
-    count = next(iter(steps.values()))
-    contents = Contents(rules.pop(), False, number_tree(paths, treedef), leaves, _none, count)
-    arrays = {(i, 0, k): a for i, (_, arrays, _) in enumerate(found) for k, a in arrays.items()}
+    for entry in found:
+        if entry.note:
+            warn(f"paged_optax: {entry.note}", stacklevel=2)
+    leaves = tuple(entry.leaf for entry in found)
+    contents = Contents(
+        rule, False, number_tree(paths, treedef), leaves, no_data, found[0].num_steps
+    )
+    arrays = {(i, 0, k): a for i, entry in enumerate(found) for k, a in entry.arrays.items()}
     return replace_moments(opt_state, [with_arrays(contents, arrays)], convert=True)
 
 
-def _none(*key: Any) -> np.ndarray:
-    raise AssertionError(key)
+def _rule_of(opt_state: Any, entries: Sequence[Mapping[str, Any]]) -> str:
+    """The rule of the paged state; of mappings, which do not tell, Lion's or Adam's."""
+    states = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
+    kinds = [type(state) for state in states if not isinstance(state, Mapping)]
+    for kind in kinds:
+        if kind not in _RULES:
+            raise ValueError(
+                f"opt_state has a {kind.__name__}, and bitsandbytes has no optimizer with such a"
+                f" state; it has {', '.join(OPTIMIZERS.values())}. Begin with fresh moments."
+            )
+    if len(kinds) == 1:
+        return _RULES[kinds[0]]
+    return "adam" if any("state2" in entry for entry in entries) else "lion"
 
 
 def _entries_of(state_dict: Mapping[Any, Any]) -> dict[Any, dict[str, Any]]:
@@ -159,7 +192,7 @@ def find_keys(
         if keys[path] not in entries:
             raise ValueError(
                 f"state_dict has no parameter {keys[path]!r}, which is {path}; it has"
-                f" {_list(map(repr, entries))}"
+                f" {some_of(map(repr, entries))}"
             )
     return keys
 
@@ -169,98 +202,4 @@ def check_known(what: str, names: Collection[str], paths: Sequence[str]) -> None
         raise TypeError(f"{what} is {names!r}; it must be a collection of names")
     for name in names:
         if name not in paths:
-            raise ValueError(f"{what} has {name!r}, which is no leaf; there are {_list(paths)}")
-
-
-def _list(names: Any) -> str:
-    names = list(names)
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def _read_entry(
-    path: str, shape: tuple[int, ...], entry: dict[str, Any], is_transposed: bool
-) -> tuple[Leaf, dict[str, np.ndarray], int]:
-    """A leaf, its arrays, and the steps that it has seen."""
-    theirs = shape[::-1] if is_transposed else shape
-    names = ["mu", "nu"][: 2 if "state2" in entry else 1]
-    arrays: dict[str, np.ndarray] = {}
-    formats = set()
-    for number, (name, signed) in enumerate(zip(names, SIGNED, strict=False), 1):
-        codes = _array(path, entry, f"state{number}", (np.uint8, np.float32), theirs)
-        formats.add("dynamic" if codes.dtype == np.uint8 else "float32")
-        arrays[name] = codes
-        if codes.dtype == np.uint8:
-            arrays[f"{name}_scale"] = _scales(path, entry, number, signed, codes.size)
-    if len(formats) > 1:
-        raise ValueError(f"{path}: state1 and state2 have different dtypes")
-    format = formats.pop()
-    count = _steps(path, entry)
-    start = (0,) * len(shape)
-    if is_transposed:
-        leaf = Leaf(path, theirs, format, theirs, (start,))
-        contents = with_arrays(
-            Contents("adam" if len(names) == 2 else "lion", False, 0, (leaf,), _none),
-            {(0, 0, name): array for name, array in arrays.items()},
-        )
-        values = decode_leaf(contents, 0)
-        format, arrays = "float32", {k: np.ascontiguousarray(v.T) for k, v in values.items()}
-    return Leaf(path, shape, format, shape, (start,)), arrays, count
-
-
-def _steps(path: str, entry: dict[str, Any]) -> int:
-    """How many steps a parameter has seen."""
-    if "step" not in entry:
-        raise ValueError(f"{path}: there is no 'step' in its state")
-    step = _numpy(entry["step"])
-    if step.size != 1 or step.dtype.kind not in "iuf" or not 0 <= step.item() < 2**31 - 1:
-        raise ValueError(f"{path}: its step is {entry['step']!r}; it counts the updates so far")
-    if step.item() != int(step.item()):
-        raise ValueError(f"{path}: its step is {step.item()}, and no whole number")
-    return int(step.item())
-
-
-def _scales(path: str, entry: dict[str, Any], number: int, signed: bool, size: int) -> np.ndarray:
-    """The scales of one state, if its codes are those of `dynamic`."""
-    if not np.array_equal(
-        _array(path, entry, f"qmap{number}", (np.float32,), (256,)), reference.dynamic_map(signed)
-    ):
-        raise ValueError(
-            f"{path}: qmap{number} is not the dynamic map of bitsandbytes 0.44 and newer, so its"
-            " codes mean other numbers"
-        )
-    name, blocks = f"absmax{number}", (-(-size // BLOCK),)
-    if name in entry and np.shape(entry[name]) != blocks:
-        raise ValueError(
-            f"{path}: {name} has the shape {tuple(np.shape(entry[name]))}, and must have {blocks}:"
-            f" a scale for each {BLOCK} of {size} elements. Before 0.44 bitsandbytes had blocks of"
-            " 2,048; step once with a newer one and save again."
-        )
-    return _array(path, entry, name, (np.float32,), blocks)
-
-
-def _array(
-    path: str, entry: dict[str, Any], name: str, dtypes: Sequence[Any], shape: tuple[int, ...]
-) -> np.ndarray:
-    """An array of an entry, in native byte order and C order."""
-    if name not in entry:
-        raise ValueError(
-            f"{path}: there is no {name!r} in its state, only {_list(map(repr, entry))}"
-        )
-    array = _numpy(entry[name])
-    native = array.dtype.newbyteorder("=")
-    if native not in [np.dtype(dtype) for dtype in dtypes]:
-        known = " or ".join(np.dtype(dtype).name for dtype in dtypes)
-        raise TypeError(f"{path}: {name} is {array.dtype}, and must be {known}")
-    if array.shape != shape:
-        raise ValueError(
-            f"{path}: {name} has the shape {array.shape}, and must have {shape}. Does names match"
-            " the order of the optimizer, and is the leaf one of `transposed`?"
-        )
-    return np.ascontiguousarray(array, native).reshape(shape)  # a scalar stays one
-
-
-def _numpy(value: Any) -> np.ndarray:
-    """An array of a NumPy array, a number or a tensor of torch."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu().numpy()
-    return np.asarray(value)
+            raise ValueError(f"{what} has {name!r}, which is no leaf; there are {some_of(paths)}")

@@ -27,6 +27,7 @@ def scale_by_paged_ema8bit(
     quantization: Quantization | None = None,
     paging: Paging | None = None,
     missing: str = "error",
+    accumulator_dtype: None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Computes an exponential moving average of updates, outside XLA's memory.
 
@@ -50,6 +51,7 @@ def scale_by_paged_ema8bit(
       quantization: how the averages are stored; see `Quantization`.
       paging: where the averages live; see `Paging`.
       missing: ``"error"`` or ``"restart"``; see `scale_by_paged_adam8bit`.
+      accumulator_dtype: None, for programs that pass what optax's optimizer takes.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Gradients may be float32, bfloat16 or float16,
@@ -76,6 +78,7 @@ def scale_by_paged_ema8bit(
         quantization=quantization,
         paging=paging,
         missing=missing,
+        accumulator_dtype=accumulator_dtype,
     )
     rule = Rule("ema", decay=decay, debias=debias, sign=False)
     return transformation(rule, options, ScaleByPagedEma8bitState)
@@ -151,6 +154,7 @@ def paged_signum8bit(
     quantization: Quantization | None = None,
     paging: Paging | None = None,
     missing: str = "error",
+    accumulator_dtype: None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Signum: the sign of an 8-bit, paged moving average.
 
@@ -176,6 +180,7 @@ def paged_signum8bit(
       quantization: how the averages are stored; see `Quantization`.
       paging: where the averages live; see `Paging`.
       missing: ``"error"`` or ``"restart"``; see `scale_by_paged_adam8bit`.
+      accumulator_dtype: None, for programs that pass what optax's optimizer takes.
 
     Returns:
       The corresponding `optax.GradientTransformationExtraArgs`.
@@ -203,6 +208,7 @@ def paged_signum8bit(
         quantization=quantization,
         paging=paging,
         missing=missing,
+        accumulator_dtype=accumulator_dtype,
         param_rounding=param_rounding,
     )
     rule = Rule("ema", decay=decay, debias=False, sign=True)

@@ -10,7 +10,7 @@ import jax
 
 from ._bytes import check_bytes
 from ._tables import FORMAT_NAMES, PARAM_ROUNDINGS
-from ._validate import check_choice, check_kind, check_mu_dtype
+from ._validate import check_choice, check_kind, check_no_dtype
 
 NON_FINITE = ("propagate", "skip_element", "skip_step")
 MISSING = ("error", "restart")
@@ -203,9 +203,11 @@ def make_options(
     param_rounding: str = "nearest",
     missing: str = "error",
     mu_dtype: None = None,
+    accumulator_dtype: None = None,
 ) -> Options:
     """Checks the options, and takes the defaults of those that are None."""
-    check_mu_dtype(mu_dtype)
+    check_no_dtype("mu_dtype", mu_dtype)
+    check_no_dtype("accumulator_dtype", accumulator_dtype)
     quantization = Quantization() if quantization is None else quantization
     paging = Paging() if paging is None else paging
     check_choice("non_finite", non_finite, NON_FINITE)

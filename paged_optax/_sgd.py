@@ -24,6 +24,7 @@ def scale_by_paged_trace8bit(
     quantization: Quantization | None = None,
     paging: Paging | None = None,
     missing: str = "error",
+    accumulator_dtype: None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Accumulates a decaying sum of updates, outside XLA's memory.
 
@@ -49,6 +50,7 @@ def scale_by_paged_trace8bit(
       quantization: how the sums are stored; see `Quantization`.
       paging: where the sums live; see `Paging`.
       missing: ``"error"`` or ``"restart"``; see `scale_by_paged_adam8bit`.
+      accumulator_dtype: None, for programs that pass what optax's optimizer takes.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Gradients may be float32, bfloat16 or float16,
@@ -75,6 +77,7 @@ def scale_by_paged_trace8bit(
         quantization=quantization,
         paging=paging,
         missing=missing,
+        accumulator_dtype=accumulator_dtype,
     )
     rule = Rule("trace", decay=decay, nesterov=nesterov)
     return transformation(rule, options, ScaleByPagedTrace8bitState)
@@ -91,6 +94,7 @@ def paged_sgd8bit(
     quantization: Quantization | None = None,
     paging: Paging | None = None,
     missing: str = "error",
+    accumulator_dtype: None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SGD with 8-bit, paged momentum: `optax.sgd` for less memory.
 
@@ -114,6 +118,7 @@ def paged_sgd8bit(
       quantization: how the sums are stored; see `Quantization`.
       paging: where the sums live; see `Paging`.
       missing: ``"error"`` or ``"restart"``; see `scale_by_paged_adam8bit`.
+      accumulator_dtype: None, for programs that pass what optax's optimizer takes.
 
     Returns:
       The corresponding `optax.GradientTransformationExtraArgs`.
@@ -144,6 +149,7 @@ def paged_sgd8bit(
         quantization=quantization,
         paging=paging,
         missing=missing,
+        accumulator_dtype=accumulator_dtype,
         param_rounding=param_rounding,
     )
     rule = Rule("trace", decay=momentum, nesterov=nesterov)

@@ -6,14 +6,13 @@ from typing import Any
 import numpy as np
 
 from . import _reference as reference
-from ._bitsandbytes import NESTED, SIGNED, check_known, find_keys
-from ._contents import Contents
+from ._bitsandbytes import NESTED, check_known, find_keys
+from ._bitsandbytes_entry import OPTIMIZERS, SIGNED, tensors_of
+from ._contents import BLOCK, Contents
 from ._moments import decode_leaf
 from ._state import find_states, read_count
-from ._tables import RULES, rule_number
 from ._transfer import opened
 
-_THEIRS = ("adam", "lion", "trace", "rms", "rss")  # rules, with state1 and perhaps state2
 _MIN_8BIT_SIZE = 4096  # of bitsandbytes: smaller parameters have float32 moments
 
 
@@ -29,7 +28,8 @@ def to_bitsandbytes(
     ``optimizer.load_state_dict(optimizer.state_dict() | theirs)`` takes the result, once its arrays
     are tensors: ``jax.tree.map(torch.from_numpy, ...)``. What is stored in ``"dynamic"`` on one
     device, and not transposed, keeps all bits. Everything else is rounded once, to nearest, in
-    NumPy. Leaves with fewer than 4,096 elements become float32, as in bitsandbytes.
+    NumPy. Leaves with fewer than 4,096 elements become float32, as in bitsandbytes. So do leaves of
+    AdEMAMix whose size is no multiple of 256: in 8 bits bitsandbytes would mix up their scales.
 
     Args:
       opt_state: any optax state, nnx.Optimizer or TrainState with one paged state in it: the
@@ -69,10 +69,10 @@ def to_bitsandbytes(
     with opened(states[0].token) as contents:
         if contents is None:
             raise ValueError("this optimizer state was never updated: there are no moments yet")
-        if contents.rule not in _THEIRS:
+        if contents.rule not in OPTIMIZERS:
             raise ValueError(
-                f"bitsandbytes has no optimizer with the states of the rule {contents.rule!r}, or"
-                f" keeps them in another way; there are {', '.join(_THEIRS)}"
+                f"bitsandbytes has no optimizer with the states of the rule {contents.rule!r}; it"
+                f" has {', '.join(OPTIMIZERS.values())}"
             )
         paths = [leaf.name for leaf in contents.leaves]
         pairs = list(names.items() if isinstance(names, Mapping) else enumerate(names))
@@ -95,25 +95,40 @@ def _write_entry(
             f"{leaf.name}: {leaf.num_boxes - len(leaf.starts)} of its {leaf.num_boxes} parts are in"
             " other processes; save_moments there, and load_moments in one process"
         )
-    states = RULES[rule_number(contents.rule)]["states"]
-    is_small = int(np.prod(leaf.shape)) < _MIN_8BIT_SIZE
-    is_verbatim = leaf.num_boxes == 1 and not is_transposed and not is_small
-    tensors: dict[str, np.ndarray] = {}
-    if leaf.format == "dynamic" and is_verbatim:
-        fields = {field.name: field for field in contents.fields(leaf)}
-        for number, (name, _) in enumerate(states, 1):
-            tensors[f"state{number}"] = contents.read(i, 0, fields[name])
-            tensors[f"absmax{number}"] = contents.read(i, 0, fields[f"{name}_scale"])
+    theirs = tensors_of(contents.rule)
+    size = int(np.prod(leaf.shape))
+    is_wide = size < _MIN_8BIT_SIZE or (contents.rule == "ademamix" and size % BLOCK > 0)
+    is_verbatim = leaf.format == "dynamic" and leaf.num_boxes == 1 and not is_transposed
+    if is_verbatim and not is_wide:
+        fields = [field for field in contents.fields(leaf) if field.name != "residual"]
+        arrays = {field.name: contents.read(i, 0, field) for field in fields}
     else:
         values = decode_leaf(contents, i)
-        for number, ((name, _), signed) in enumerate(zip(states, SIGNED, strict=False), 1):
-            value = values[name].T if is_transposed else values[name]
-            tensors[f"state{number}"] = np.ascontiguousarray(value).reshape(value.shape)
-            if not is_small:
-                stored = reference.quantize(value.ravel(), signed)
-                tensors[f"state{number}"] = stored.codes[: value.size].reshape(value.shape)
-                tensors[f"absmax{number}"] = stored.scales
-    if not is_small:
-        for number in range(1, len(states) + 1):
+        arrays = {
+            name: value.T.copy() if is_transposed else value for name, value in values.items()
+        }
+        if not is_wide:
+            arrays = _quantize(arrays, theirs)
+    tensors: dict[str, np.ndarray] = {}
+    for number, names in enumerate(theirs, 1):
+        tensors[f"state{number}"] = _together(arrays, names)
+        if not is_wide:
+            tensors[f"absmax{number}"] = _together(arrays, [f"{name}_scale" for name in names])
             tensors[f"qmap{number}"] = reference.dynamic_map(SIGNED[number - 1]).copy()
     return {"step": count, NESTED: tensors} if nested else {"step": count, **tensors}
+
+
+def _quantize(values: dict[str, np.ndarray], theirs: list[list[str]]) -> dict[str, np.ndarray]:
+    """Codes and scales of values, by the names of fields."""
+    arrays = {}
+    for names, signed in zip(theirs, SIGNED, strict=False):
+        for name in names:
+            stored = reference.quantize(values[name].ravel(), signed)
+            arrays[name] = stored.codes[: values[name].size].reshape(values[name].shape)
+            arrays[f"{name}_scale"] = stored.scales
+    return arrays
+
+
+def _together(arrays: dict[str, np.ndarray], names: list[str]) -> np.ndarray:
+    """The one array of these names, or a stack of them."""
+    return arrays[names[0]] if len(names) == 1 else np.stack([arrays[name] for name in names])

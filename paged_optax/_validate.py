@@ -45,11 +45,11 @@ def check_decay(value: Any) -> None:
     check_rate("weight_decay", value)
 
 
-def check_mu_dtype(value: Any) -> None:
+def check_no_dtype(name: str, value: Any) -> None:
     """Accepts None, which trainers pass on to whatever optimizer there is."""
     if value is not None:
         raise TypeError(
-            f"mu_dtype is {value!r}; it can only be None, because Quantization says how moments are"
+            f"{name} is {value!r}; it can only be None, because Quantization says how moments are"
             " stored: 8 bits each by default, Quantization('float32') for float32"
         )
 

@@ -149,9 +149,7 @@ OPTIMIZERS = [
         "signum",
         direction=paged_optax.scale_by_paged_signum8bit,
         descent=paged_optax.paged_signum8bit,
-        optax=lambda rate: optax.chain(
-            optax.ema(0.9, debias=False), optax.scale_by_sign(), optax.scale_by_learning_rate(rate)
-        ),
+        optax=optax.signum,
         rule="ema",
         hyperparams=reference.DecayHyperparams(0.9),
         states=("ema",),

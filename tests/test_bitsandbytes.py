@@ -208,7 +208,7 @@ BAD = {
     "text": (_edit(1, step=lambda x: "3"), "its step is '3'"),
     "no dict": (lambda theirs: theirs["state"][1].update({NESTED: 3}), "is a int, no dict"),
     "steps": (_edit(1, step=lambda x: 7), "different numbers of steps"),
-    "one moment": (_edit(1, state2=None), "some parameters have a state2 and some do not"),
+    "one moment": (_edit(1, state2=None), r"\['kernel'\]: its state has no state2, as of Lion"),
     "parameter": (lambda theirs: theirs["state"].pop(1), r"no parameter 1, which is \['kernel'\]"),
     "empty": (lambda theirs: theirs["state"].clear(), "saved before the first step"),
 }

@@ -929,11 +929,21 @@ def test_mu_dtype_in_its_place_in_optax():
         paged_optax.paged_adamw8bit(1e-3, weight_decay=np.dtype("float32"))
 
 
-def test_mu_dtype_that_trainers_pass_on():
-    for make in (paged_optax.paged_adamw8bit, paged_optax.paged_lion8bit):
-        make(1e-3, mu_dtype=None)
-        with pytest.raises(TypeError, match=r"mu_dtype is .*bfloat16.*can only be None"):
-            make(1e-3, mu_dtype=jnp.bfloat16)
+@pytest.mark.parametrize(
+    "make, name",
+    [
+        (paged_optax.paged_adamw8bit, "mu_dtype"),
+        (paged_optax.paged_lion8bit, "mu_dtype"),
+        (functools.partial(paged_optax.paged_sgd8bit, momentum=0.9), "accumulator_dtype"),
+        (paged_optax.scale_by_paged_trace8bit, "accumulator_dtype"),
+        (paged_optax.scale_by_paged_ema8bit, "accumulator_dtype"),
+        (paged_optax.paged_signum8bit, "accumulator_dtype"),
+    ],
+)
+def test_dtypes_that_trainers_pass_on(make, name):
+    make(1e-3, **{name: None})
+    with pytest.raises(TypeError, match=rf"{name} is .*bfloat16.*can only be None"):
+        make(1e-3, **{name: jnp.bfloat16})
 
 
 def test_state_of_another_optimizer(tx):

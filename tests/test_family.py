@@ -1,6 +1,7 @@
 """Optimizers that are made of several links, formats by leaf, and conversions of all states."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from helpers import (
     to_jax,
     train,
 )
+from optax_tables import KNOWN_OPTAX, PAGED
 from paged_optax import Quantization, export_moments, memory_report, moments
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -87,6 +89,30 @@ COMPOSED = {
     ),
 }
 every_composed = pytest.mark.parametrize("name", COMPOSED)
+
+
+# Arguments of optax's that there are not, and ours that optax has not: docs/optimizers.md says so.
+ONLY_THEIRS = {"scale_by_lion": {"mode", "smooth_beta"}, "nadamw": {"nesterov"}, "signum": {"beta"}}
+ONLY_OURS = {"signum": {"decay", "weight_decay", "mask"}}
+OTHER_DEFAULTS = {"sgd": {"momentum"}, "nadam": {"nesterov"}}
+OURS = {"missing", "non_finite", "paging", "param_rounding", "quantization", "replay"}
+DTYPES = {"accumulator_dtype", "mu_dtype"}  # by keyword only
+
+
+@pytest.mark.skipif(optax.__version__ != KNOWN_OPTAX, reason="another release of optax")
+@pytest.mark.parametrize("name", PAGED)
+def test_arguments_are_those_of_optax(name):
+    """Names, order and defaults, but for what is said above."""
+    theirs = inspect.signature(getattr(optax, name, None) or getattr(optax.contrib, name))
+    ours = inspect.signature(PAGED[name][0])
+    wanted = [key for key in theirs.parameters if key not in ONLY_THEIRS.get(name, ())]
+    found = [key for key in ours.parameters if key not in OURS | ONLY_OURS.get(name, set())]
+    assert [key for key in found if key not in DTYPES] == [
+        key for key in wanted if key not in DTYPES
+    ]
+    assert DTYPES & {*found} == DTYPES & {*wanted}
+    for key in set(found) - OTHER_DEFAULTS.get(name, set()):
+        assert ours.parameters[key].default == theirs.parameters[key].default, key
 
 
 @every_composed
@@ -386,10 +412,10 @@ def test_from_optax_and_back(name):
 
 def test_bitsandbytes_has_no_such_state():
     params = {"w": np.ones((64, 80), f32)}
-    tx = paged_optax.scale_by_paged_ademamix8bit(quantization=ALL_QUANTIZED)
+    tx = paged_optax.scale_by_paged_ema8bit(0.9, quantization=ALL_QUANTIZED)
     updates, state = tx.update(params, tx.init(params))
     assert not is_zero(updates)
-    with pytest.raises(ValueError, match="ademamix"):
+    with pytest.raises(ValueError, match="the rule 'ema'; it has Adam, AdamW or LAMB, AdEMAMix"):
         paged_optax.to_bitsandbytes(state, ["['w']"])
 
 

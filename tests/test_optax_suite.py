@@ -451,7 +451,7 @@ def test_every_optimizer_takes_part():
     public = {name for name in paged_optax.__all__ if re.match("(scale_by_)?paged", name)}
     taking_part = {make.__name__ for make, _ in PAGED.values()} | {"paged"}
     assert taking_part == public - NOT_IN_OPTAX.keys()
-    used = {name for case in all_cases() if case.test for name in case.suite.paged}
+    used = {name for suite in SUITES for name in suite.paged}
     assert PAGED.keys() < used  # the others by `paged`
 
 

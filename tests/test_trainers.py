@@ -1,7 +1,8 @@
 """Trainers of other projects stop, and resume in another process, as if they had not stopped.
 
-They need the extra ``trainers``, and ``pip install --no-deps google-tunix google-metrax``, which
-would bring much else that Tunix's trainers do not import. Without them these tests skip themselves.
+They need the extras ``trainers`` and ``maxtext``, and ``pip install --no-deps google-tunix
+google-metrax maxtext``, which would bring much else that their trainers do not import. Without them
+these tests skip themselves.
 """
 
 import importlib.util
@@ -14,16 +15,23 @@ from helpers import run_python
 
 pytestmark = pytest.mark.slow
 
-TUNIX = (Path(__file__).parents[1] / "examples/trainers/tunix_peft.py").read_text()
+EXAMPLES = Path(__file__).parents[1] / "examples/trainers"
+TUNIX = (EXAMPLES / "tunix_peft.py").read_text()
+MAXTEXT = (EXAMPLES / "maxtext_pretrain.py").read_text()
 
 
-def losses_of(program, folder, *arguments):
-    cache = {  # programs are compiled once for all runs
+def run(program, folder, *arguments, **environment):
+    """Runs a program, with a cache of compiled programs for all that run in this folder."""
+    cache = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    process = run_python(program, folder, *arguments, **cache)
+    return run_python(program, folder, *arguments, **cache, **environment)
+
+
+def losses_of(program, folder, *arguments):
+    process = run(program, folder, *arguments)
     (line,) = [line for line in process.stdout.splitlines() if line.startswith("losses")]
     return json.loads(line.removeprefix("losses"))
 
@@ -34,12 +42,30 @@ def test_tunix(kind, num_devices, tmp_path):
     if importlib.util.find_spec("tunix") is None:
         pytest.skip("needs Tunix")
     arguments = ["--kind", kind, "--cpu-devices", num_devices, "--steps"]
-    run = ["--checkpoint-dir", tmp_path / "run"]
+    saved = ["--checkpoint-dir", tmp_path / "run"]
     whole = losses_of(TUNIX, tmp_path, *arguments, 6)
-    first = losses_of(TUNIX, tmp_path, *arguments, 4, *run)
-    rest = losses_of(TUNIX, tmp_path, *arguments, 6, *run)
+    first = losses_of(TUNIX, tmp_path, *arguments, 4, *saved)
+    rest = losses_of(TUNIX, tmp_path, *arguments, 6, *saved)
     assert list(first) == ["0", "1", "2", "3"] and list(rest) == ["4", "5"]
     assert first | rest == whole
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_maxtext(num_devices, tmp_path):
+    """Its own loop, checkpoints and learning rates; it adds the losses of a run to one file."""
+    if importlib.util.find_spec("maxtext") is None:
+        pytest.skip("needs MaxText")
+
+    def train(name, steps):
+        run(MAXTEXT, tmp_path, name, f"steps={steps}", JAX_NUM_CPU_DEVICES=str(num_devices))
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [(line["step"], line["learning/loss"]) for line in map(json.loads, lines)]
+
+    whole = train("whole", 6)
+    assert train("stopped", 4) == whole[:4]
+    assert (tmp_path / "stopped/paged/checkpoints/3/items/paged_optax").is_dir()
+    assert train("stopped", 6) == whole
+    assert whole[-1][1] < 0.5 * whole[0][1]
 
 
 EQUINOX = """
