@@ -43,6 +43,7 @@ from paged_optax import _ext as ext  # noqa: F401
 from paged_optax import _orbax as orbax_hook  # noqa: F401
 from paged_optax import _part_file as part_file  # noqa: F401
 from paged_optax import _reference as reference
+from paged_optax import _tables as tables  # noqa: F401
 from paged_optax import _testing as hooks  # noqa: F401  functions of C++ for tests alone
 from paged_optax._bytes import parse_bytes  # noqa: F401
 from paged_optax._clip import _origins as clip_origins  # noqa: F401
@@ -51,8 +52,10 @@ from paged_optax._muon import momentum as muon_momentum  # noqa: F401
 from paged_optax._names import leaf_keys  # noqa: F401
 from paged_optax._non_finite import count_bad, count_elements  # noqa: F401
 from paged_optax._options import make_options  # noqa: F401
+from paged_optax._rule import Rule  # noqa: F401
 from paged_optax._shards import Shards, cuts_of  # noqa: F401
-from paged_optax._state import Token, find_states  # noqa: F401
+from paged_optax._state import Token, find_states, new_token  # noqa: F401
+from paged_optax._step import make_step, part_of  # noqa: F401
 
 # Fixtures of conftest.py, as marks.
 on_every_device = pytest.mark.usefixtures("device")

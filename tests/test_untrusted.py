@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 
 import paged_optax
-from helpers import RAISES, assert_trees_equal, finish, make_tree, to_jax
+from helpers import FORMATS as FORMAT_NUMBERS
+from helpers import (
+    RAISES,
+    RULES,
+    assert_trees_equal,
+    finish,
+    hooks,
+    make_tree,
+    step_blocks,
+    tables,
+    to_jax,
+)
 from paged_optax import Quantization, load_moments, moments, save_moments
 
 SHAPES = {"b": (7,), "w": (64, 80)}
@@ -94,6 +105,32 @@ FORMATS = {
     "float32": ({"quantization": Quantization("float32")}, jnp.float32),
     "compensated": ({"param_rounding": "compensated"}, jnp.bfloat16),
 }
+
+
+# What no step stores: NaN, infinities, numbers below 0, windows without a unit or with 255 of them,
+# and bits without a meaning.
+NO_WORDS = [0x7FC00000, 0x7F800000, 0xFF800000, 0xBF800000, 0x7F7FFFFF, 0xFFFFFFFF, 0x01FF0080]
+NO_WORDS += [0xFFFF00FF, 0x12340000, 0xFFFF01FF, 0xFFFF0080, 0xF0000008, 0x80000000, 1]
+
+
+@pytest.mark.parametrize("format", FORMAT_NUMBERS)
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "array"])
+def test_a_step_over_bytes_that_none_stored(rule, format):
+    """Whatever lies in an arena, a step ends, and touches nothing else (under AddressSanitizer)."""
+    row = tables.RULES[RULES[rule]]
+    hyperparams = [0.9 if domain == "decay" else 1e-8 for _, domain in row["hyperparams"]]
+    _, end, _, _ = hooks.region(RULES[rule], FORMAT_NUMBERS[format], 3)
+    rng = np.random.default_rng(7)
+    for word in NO_WORDS:
+        arena = rng.integers(0, 256, end + 64, np.uint8)
+        words = arena[: end // 4 * 4].view(np.uint32)
+        words[rng.random(words.size) < 0.5] = word
+        words[-3 * len(row["states"]) :] = word  # where a format has words
+        after = arena[end:].copy()
+        for count in range(2):
+            values = rng.standard_normal(3 * 256).astype(np.float32)
+            step_blocks(values, arena, format, [(0, 3)], hyperparams, count, rule=rule)
+        np.testing.assert_array_equal(arena[end:], after)
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(2_500, marks=pytest.mark.endurance)])

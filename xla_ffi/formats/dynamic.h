@@ -223,7 +223,8 @@ struct Dynamic {
     for (int s = 0; s < kNumStates<Arithmetic>; ++s) {
       const DynamicMap<Level>& map =
           IsSigned<Arithmetic>(s) ? maps.of_signed : maps.of_non_negative;
-      const float scale = FloatOf(lane.words[s]);
+      // What no step stores counts as zero: what it decodes to would be looked up past the map.
+      const float scale = FloatOf(lane.words[s] < kInfinity ? lane.words[s] : 0);
       LookUp(map.value, lane.codes[s], states[s]);
       PAGED_UNROLL
       for (int k = 0; k < K; ++k) states[s][k] *= scale;

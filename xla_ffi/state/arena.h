@@ -2,6 +2,7 @@
 // be said about them.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -42,8 +43,8 @@ struct Arena {
   std::string shards;  // tells the Python side which parts of the leaves are on which device
   LeafNames names;
   PlacementPolicy policy;
-  int32_t part;  // which parts of the leaves the device has
-  int64_t run;   // the execution that it was made in
+  int32_t part;              // which parts of the leaves the device has
+  std::atomic<int64_t> run;  // the execution that it was made in, or a restored one began again
   // Of a restored state: whether no step of it has ended yet, so that what was staged is still
   // needed; and the version that steps count on from.
   bool awaits_end = false;

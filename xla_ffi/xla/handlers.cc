@@ -138,14 +138,21 @@ void StepOnCpu(ffi::ThreadPool& pool, const Request& request, const UpdateCall& 
 // Handlers
 // ---------------------------------------------------------------------------------------------------
 
+Token* NewTokenOf(ffi::Result<ffi::BufferR1<ffi::S32>>& token) {
+  if (token->element_count() != 2) RefuseCall("the new token has another size");
+  return reinterpret_cast<Token*>(token->typed_data());
+}
+
 // The attribute `site` only has a place in memory, which is another for each call of a program.
 ffi::Error IssueCpu(ffi::RunId run, int32_t device, bool shared, std::string_view site,
                     ffi::BufferR1<ffi::S32> seed, ffi::Result<ffi::BufferR1<ffi::S32>> token) {
   return Guarded([&] {
     const DeviceId id{Platform::kCpu, device};
+    Token* const new_token = NewTokenOf(token);
+    if (seed.element_count() != 2) RefuseCall("the seed has another size");
     const int32_t handle =
         Registry::Get().handles().Issue(id, run.run_id, {*seed.typed_data(), site.data()}, shared);
-    *reinterpret_cast<Token*>(token->typed_data()) = {handle, 0};
+    *new_token = {handle, 0};
   });
 }
 
@@ -185,8 +192,9 @@ ffi::Error IssueCuda(cudaStream_t stream, ffi::RunId run, int32_t device, bool s
                      ffi::Result<ffi::BufferR1<ffi::S32>> token) {
   return Guarded([&] {
     const DeviceId id{Platform::kCuda, device};
+    Token* const new_token = NewTokenOf(token);
     const int32_t handle = Registry::Get().handles().Issue(id, run.run_id, {/*seed=*/0}, shared);
-    LaunchWriteToken({handle, 0}, reinterpret_cast<Token*>(token->typed_data()), device, stream);
+    LaunchWriteToken({handle, 0}, new_token, device, stream);
   });
 }
 
