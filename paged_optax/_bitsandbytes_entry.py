@@ -125,9 +125,16 @@ def _is_overlapping(scales: np.ndarray) -> bool:
     Their kernels for GPUs count whole blocks only where the slow mean begins. So the last scale of
     the fast mean and the first of the slow one have one place, and the last place stays 0. On a CPU
     it is 0 only if that block never had a gradient, and then the last of the fast mean is 0 too.
+    Of the last blocks the same ones are idle in both means.
     """
-    last_fast, (*_, last_slow, spare) = scales[0, -1], scales.ravel()
-    return bool(spare == 0 and (last_fast != 0 or last_slow == 0))
+    if scales[1, -1] != 0:
+        return False
+    return bool(scales[0, -1] != 0 or _num_last_zeros(scales[1]) > _num_last_zeros(scales[0]))
+
+
+def _num_last_zeros(scales: np.ndarray) -> int:
+    used = np.flatnonzero(scales)
+    return scales.size - 1 - (used[-1] if used.size else -1)
 
 
 def _without_lost(

@@ -12,7 +12,7 @@ from ._bytes import format_bytes
 from ._log import named
 from ._pool import advise, xla_pool
 from ._state import find_states, read_token
-from ._transfer import is_unused
+from ._transfer import find_staged
 
 MAX_ROWS = 12  # groups of leaves that a printed report lists
 
@@ -242,7 +242,7 @@ def _describe_states(paged_states: list[Any]) -> tuple[list[dict[str, Any]], int
     newest = {handle: (version, state) for (handle, version), state in states.items()}
     reports, elsewhere = [], 0
     for handle, (version, state) in newest.items():  # several versions of one state count once
-        if version == 1 and is_unused(handle):
+        if find_staged(handle, version):
             continue  # like a state that init returned
         here = [report | {"handle": handle} for report in _ext.describe(handle, version)]
         reports += here

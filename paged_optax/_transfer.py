@@ -201,13 +201,7 @@ def _remember(handle: int, contents: Contents, arrays: Mapping[tuple[int, int, s
     _staged[handle] = dataclasses.replace(contents, data=data)
 
 
-def is_unused(handle: int) -> bool:
-    """Whether a state was restored, and no device has made its moments yet."""
-    waiting = _ext.staged(handle)
-    return waiting is not None and waiting["filled"] == 0
-
-
 def find_staged(handle: int, version: int) -> Contents | None:
-    """What a state was restored with, until an update of it has ended."""
-    is_waiting = version == 1 and _ext.staged(handle) is not None
-    return _staged.get(handle) if is_waiting else None
+    """What waits for the first update that takes a token, if anything does."""
+    waiting = _ext.staged(handle) if version == 1 else None
+    return None if waiting is None or waiting["filled"] else _staged.get(handle)

@@ -440,69 +440,6 @@ def test_reset_after_a_step_that_failed():
     assert_trees_equal(found, {"a": grads["a"], "b": 2 * grads["b"]})
 
 
-class Breaks:
-    """A transformation whose update of one leaf raises as long as `fails` says so."""
-
-    def __init__(self, leaf):
-        self._leaf = leaf
-        self.fails = False
-
-    def transformation(self):
-        inner = keep("float32")
-
-        def update(updates, state, params=None):
-            del params
-            kept = {name: state["kept"][name] + updates[name] for name in updates}
-            checked = jax.pure_callback(self._check, kept[self._leaf], kept[self._leaf])
-            return kept | {self._leaf: checked}, {"kept": kept | {self._leaf: checked}}
-
-        return optax.GradientTransformation(inner.init, update)
-
-    def _check(self, x):
-        if self.fails:
-            raise RuntimeError("no value")
-        return x
-
-
-@on_cpu
-@as_users_have_it
-@pytest.mark.parametrize("leaf", "ab")
-@pytest.mark.parametrize("replay", [False, True], ids=["", "replay"])
-def test_a_first_step_that_fails_leaves_what_was_restored(tmp_path, leaf, replay):
-    """Before the first store and after it; a second time too."""
-    breaks = Breaks(leaf)
-    tx = paged(breaks.transformation(), quantization=FLOAT32, replay=replay)
-    grads = {name: np.ones((64, 64), f32) for name in "ab"}
-    step = jax.jit(tx.update)
-    _, state = jax.block_until_ready(step(grads, tx.init(grads)))
-    restored = pickle.loads(pickle.dumps(state))
-    expected = moments(state)
-    breaks.fails = True
-    for _ in range(2):
-        with pytest.raises(RAISES, match="no value"):
-            jax.block_until_ready(step(grads, restored))
-        assert_trees_equal(moments(restored), expected)
-        same = newest(restored)
-        np.testing.assert_array_equal(same.arrays.token.value, restored.arrays.token.value)
-        assert_trees_equal(moments(pickle.loads(pickle.dumps(restored))), expected)
-    save_moments(restored, tmp_path / "moments")
-    breaks.fails = False
-    updates, after = jax.block_until_ready(step(grads, restored))
-    assert all(np.all(update == 2) for update in updates.values())
-    assert_trees_equal(jax.tree.leaves(moments(after))[0], 2 * grads["a"])
-    # From here on the state is like any other.
-    assert_trees_equal(newest(restored).arrays.count, after.arrays.count)
-    if not replay:
-        with pytest.raises(RAISES, match="not the newest"):
-            finish(step(grads, restored))
-    updates, after = step(grads, after)
-    assert all(np.all(update == 3) for update in updates.values())
-    before = num_arenas()
-    assert release(after) > 0 and num_arenas() == before - 1
-    again = load_moments(restored, tmp_path / "moments")
-    assert np.all(step(grads, again)[0]["a"] == 2)
-
-
 @on_cpu
 @as_users_have_it
 def test_released_in_the_middle_of_a_step():

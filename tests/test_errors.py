@@ -254,12 +254,14 @@ def race(update, grads, state):
     return won, errors
 
 
-def test_threads_race_for_one_state(tx):
+@pytest.mark.parametrize("is_restored", [False, True], ids=["", "restored"])
+def test_threads_race_for_one_state(tx, is_restored):
     """One wins, whichever it is; the others are refused."""
     update = jax.jit(tx.update)
     grads = {"w": jnp.ones((256, 160))}
     for _ in range(10):
         _, state = update(grads, tx.init(grads))
+        state = pickle.loads(pickle.dumps(state)) if is_restored else state
         (state,), errors = race(update, grads, state)
         assert errors and all("not the newest" in str(error) for error in errors)
         np.testing.assert_allclose(moments(state).mu["w"], 0.19, rtol=0.02)  # two steps of 1

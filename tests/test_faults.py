@@ -5,7 +5,6 @@ A test build can make any call fail that is written as PAGED_CALL (xla_ffi/base/
 
 import errno
 import os
-import pickle
 import shutil
 import sys
 import warnings
@@ -17,16 +16,8 @@ import optax
 import pytest
 
 import paged_optax
-from helpers import (
-    RAISES,
-    assert_trees_equal,
-    finish,
-    hooks,
-    num_arenas,
-    raise_if_refused,
-    run_python,
-)
-from paged_optax import Paging, evict, memory_report, moments, newest, prefetch, release
+from helpers import RAISES, assert_trees_equal, finish, hooks, num_arenas, run_python
+from paged_optax import Paging, evict, memory_report, moments, prefetch, release
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -42,10 +33,6 @@ def no_failure_is_left():
 
 def optimizer(directory):
     return paged_optax.scale_by_paged_adam8bit(paging=Paging(directory=directory))
-
-
-def paged_in_a_file(directory):
-    return paged_optax.paged(optax.adam(0.1), paging=Paging(directory=directory))
 
 
 def grads(step):
@@ -130,68 +117,6 @@ def test_a_step_that_is_lost_in_the_middle(tmp_path, num_calls, num_updated):
         finish(update(params, state, params))
     assert ("its whole update or none" in str(caught.value)) == (num_calls > 0)
     release(state)
-
-
-@pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize(
-    "make, num_calls", [(optimizer, 0), *((paged_in_a_file, calls) for calls in range(5))]
-)
-def test_a_first_step_that_fails_leaves_what_was_restored(tmp_path, make, num_calls):
-    """The file of the moments is lost while they are made or stepped: they are made once more.
-
-    A step of Adam is one call.
-    """
-    tx = make(tmp_path)
-    params = {"a": jnp.ones((64, 64)), "b": jnp.ones((64, 64))}
-    update = jax.jit(tx.update)
-    _, state = update(params, tx.init(params), params)
-    restored = pickle.loads(pickle.dumps(state))
-    stored = moments(state)
-    expected, _ = jax.block_until_ready(update(params, state, params))
-    hooks.fail_call("sync_file_range", errno.EIO, after=num_calls)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        jax.block_until_ready(update(params, restored, params))
-    assert not hooks.withdraw_failure()
-    with pytest.raises(RAISES, match="could not write moments"):
-        raise_if_refused()
-    assert_trees_equal(moments(restored), stored)
-    for state in (pickle.loads(pickle.dumps(restored)), newest(restored)):
-        updates, state = update(params, state, params)
-        assert_trees_equal(finish(updates), expected)
-    assert memory_report(state).total > 0
-    paged_optax.release_all()
-
-
-@pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("num_calls", [0, 3, 6, 7])
-def test_devices_agree_after_a_first_step_that_failed_on_one(tmp_path, num_calls):
-    """All of them begin again with what was restored, and count on from the same version."""
-    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices("cpu")[:2])
-    cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
-    params = jax.device_put({"a": jnp.ones((128, 64)), "b": jnp.ones((128, 64))}, cut)
-    tx = paged_in_a_file(tmp_path)
-    update = jax.jit(tx.update)
-    _, state = update(params, tx.init(params), params)
-    restored = pickle.loads(pickle.dumps(state))
-    stored = moments(state)
-    expected, _ = jax.block_until_ready(update(params, state, params))
-    hooks.fail_call("sync_file_range", errno.EIO, after=num_calls)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        jax.block_until_ready(update(params, restored, params))
-    assert not hooks.withdraw_failure()
-    with pytest.raises(RAISES, match="could not write moments"):
-        raise_if_refused()
-    assert_trees_equal(moments(restored), stored)
-    restored = newest(restored)
-    updates, state = update(params, restored, params)
-    assert_trees_equal(finish(updates), expected)
-    after = moments(newest(state))
-    assert_trees_equal(moments(state), after)
-    updates, state = update(params, state, params)
-    assert state.arrays.count == 3 and finish(updates)["a"].all()
-    paged_optax.release_all()
 
 
 def test_file_system_that_cannot_tell(in_a_file):

@@ -68,10 +68,7 @@ def test_threads(program):
 
 
 def test_every_call_fails_once(program):
-    """Each call of the system and of CUDA, in turn: an error, and then everything goes on.
-
-    A restored state whose first step begins and does not end can be stepped again.
-    """
+    """Each call of the system and of CUDA, in turn: an error, and then everything goes on."""
     assert "arenas left 0" in start(program, "faults")
 
 

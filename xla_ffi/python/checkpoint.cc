@@ -308,10 +308,6 @@ std::pair<int32_t, int32_t> Stage(const py::dict& spec) {
 py::object DescribeStaged(int32_t handle) {
   const auto source = Registry::Get().handles().SourceOf(handle);
   if (source == nullptr) return py::none();
-  const int64_t num_filled = [&] {
-    const WithoutGil unlocked;  // waits for an arena that is being made
-    return Registry::Get().NumDevicesOf(handle);
-  }();
   py::list leaves;
   for (const SourceLeaf& leaf : source->leaves) {
     leaves.append(
@@ -322,7 +318,7 @@ py::object DescribeStaged(int32_t handle) {
   description["has_residuals"] = source->has_residuals;
   description["convert"] = source->convert;
   description["leaves"] = leaves;
-  description["filled"] = num_filled;
+  description["filled"] = Registry::Get().handles().NumFilled(handle);
   return description;
 }
 

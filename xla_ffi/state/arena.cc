@@ -68,10 +68,6 @@ bool MayStart(const Handles& handles, const Request& request, Token token) {
   return token.version == 0 || (request.restart && handles.IsFromElsewhere(token.handle));
 }
 
-bool HasGoneOn(const Arena& arena, const Header& header) {
-  return !arena.awaits_end && header.version > NextVersion(arena.restored_version);
-}
-
 void NoteRestart(const Arena& arena) {
   PostNotice({arena.device.ordinal, 0,
               "the moments of an optimizer state are not in this process, and start at zero on " +

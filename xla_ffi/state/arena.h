@@ -2,7 +2,6 @@
 // be said about them.
 #pragma once
 
-#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -43,12 +42,8 @@ struct Arena {
   std::string shards;  // tells the Python side which parts of the leaves are on which device
   LeafNames names;
   PlacementPolicy policy;
-  int32_t part;              // which parts of the leaves the device has
-  std::atomic<int64_t> run;  // the execution that it was made in, or a restored one began again
-  // Of a restored state: whether no step of it has ended yet, so that what was staged is still
-  // needed; and the version that steps count on from.
-  bool awaits_end = false;
-  int32_t restored_version = 0;
+  int32_t part;                         // which parts of the leaves the device has
+  int64_t run;                          // the execution that it was made in
   std::vector<ArrayPlace> places = {};  // of the rule "array"
   std::unique_ptr<Memory> memory = nullptr;
   SegmentTable segments = {};  // on the GPU only a copy: the device has its own
@@ -122,10 +117,6 @@ std::shared_ptr<Arena> MakeArena(const Request& request, Token token);
 // Whether a call may make the arena of a token that has none: of a state that was never updated, in
 // whatever process, or of one from elsewhere that may start over.
 bool MayStart(const Handles& handles, const Request& request, Token token);
-
-// Whether steps have gone on from what a restored state became here, so that its first step is over
-// and done. Otherwise, what one device ended may begin again because another device did not.
-bool HasGoneOn(const Arena& arena, const Header& header);
 
 // Warns that a state starts over.
 void NoteRestart(const Arena& arena);

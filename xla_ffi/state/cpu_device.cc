@@ -1,13 +1,10 @@
 // See cpu_device.h.
 #include "state/cpu_device.h"
 
-#include <algorithm>
 #include <cstdlib>
 #include <exception>
 #include <utility>
 
-#include "base/status.h"
-#include "rules/rules.h"
 #include "state/fill.h"
 #include "state/fits.h"
 
@@ -23,64 +20,19 @@ std::optional<LockedArena> LockArena(std::shared_ptr<Arena> arena, bool for_step
   return LockedArena{std::move(arena), header, std::move(lock)};
 }
 
-// The arena of a fresh state, or of one that was restored, whose steps count on from `version`.
-std::shared_ptr<Arena> MakeOnHost(const Request& request, Token token, int32_t version) {
+// The arena of a fresh state, or of one that was restored.
+std::shared_ptr<Arena> MakeOnHost(const Request& request, Token token) {
   if (request.source != nullptr) CheckFits(*request.source, request);
   const auto arena = MakeArena(request, token);
   PlaceOnHost(*arena);
-  if (request.source != nullptr) {
-    Fill(*request.source, request, *arena);
-    arena->header.version = arena->restored_version = version;
-    arena->awaits_end = true;
-  }
+  if (request.source != nullptr) Fill(*request.source, request, *arena);
   return arena;
-}
-
-bool IsWhole(Arena& arena) {
-  try {
-    arena.memory->CheckContents();
-    return true;
-  } catch (const StatusError&) {
-    return false;
-  }
-}
-
-// Whether the moments of a restored state, which a step wants to begin with, stay as they are. If
-// not, a first step did not end, or their file was lost, and nothing here can be used from now on.
-// They take part in this execution then.
-bool Stay(Arena& arena, Token token, const Request& request, int32_t version) {
-  const ContentsLock lock(arena.mutex);
-  Header& header = arena.header;
-  if (HasGoneOn(arena, header)) return true;  // and the step is refused
-  const bool can_step = FindSlot(header, token.version) >= 0 && IsWhole(arena);
-  if (!can_step) std::fill(std::begin(header.versions), std::end(header.versions), 0);
-  header.version = arena.restored_version = std::max(header.version, version);
-  arena.run = request.run;
-  arena.awaits_end = true;
-  return can_step;
 }
 
 }  // namespace
 
 std::optional<LockedArena> CpuDevice::Open(Handles& handles, const Request& request, Token token) {
-  const bool is_restored = request.source != nullptr;
-  const int32_t version = is_restored ? handles.VersionToCountFrom(token.handle, request.run) : 0;
-  std::shared_ptr<Arena> arena = FindOrMake(handles, request, token, version);
-  const bool is_earlier = is_restored && arena != nullptr && arena->run != request.run;
-  if (is_earlier && !Stay(*arena, token, request, version)) {
-    arena = FindOrMake(handles, request, token, version, std::move(arena));
-  }
-  std::optional<LockedArena> locked = LockArena(std::move(arena), /*for_step=*/true);
-  // A step that is one call ends if it begins. The request keeps what was staged.
-  if (locked && locked->arena->signature.rule() != kArrayRule) {
-    (void)EndFirstUse(handles, *locked->arena);
-  }
-  return locked;
-}
-
-std::shared_ptr<const Source> CpuDevice::EndFirstUse(Handles& handles, Arena& arena) {
-  if (!std::exchange(arena.awaits_end, false)) return nullptr;
-  return handles.NoteTaken(arena.header.handle, id(), arena.run, arena.signature.num_devices());
+  return LockArena(FindOrMake(handles, request, token), /*for_step=*/true);
 }
 
 // The place of an arena that is being made, which is given up if that fails.
@@ -108,16 +60,11 @@ class CpuDevice::Making {
   const int32_t handle_;
 };
 
-std::shared_ptr<Arena> CpuDevice::FindOrMake(Handles& handles, const Request& request, Token token,
-                                             int32_t version, std::shared_ptr<Arena> unusable) {
+std::shared_ptr<Arena> CpuDevice::FindOrMake(Handles& handles, const Request& request,
+                                             Token token) {
   ListLock lock(mutex_);
   std::shared_ptr<Arena> arena = FindMade(lock, token.handle);
   const bool is_restored = request.source != nullptr;
-  if (arena != nullptr && arena == unusable) {
-    handles.NoteUnended(token.handle, id(), request.run);
-    arenas_.erase(token.handle);
-    arena = nullptr;
-  }
   const bool may_be_first = is_restored || MayStart(handles, request, token);
   if (arena != nullptr) {
     if (!may_be_first || !handles.WasUndone(token.handle, arena->run)) return arena;
@@ -129,15 +76,18 @@ std::shared_ptr<Arena> CpuDevice::FindOrMake(Handles& handles, const Request& re
   {
     Making making(lock, *this, token.handle);
     lock.unlock();
-    unusable = nullptr;  // its memory goes first
     try {
-      making.arena = arena = MakeOnHost(request, token, version);
+      making.arena = arena = MakeOnHost(request, token);
     } catch (const std::exception& error) {
       handles.UndoFirstUse(token.handle, request.run, error);
       throw;
     }
   }
-  if (!is_restored && claim == Handles::Claim::kFirst && token.version != 0) NoteRestart(*arena);
+  if (is_restored) {
+    handles.NoteFilled(token.handle, request.run, request.signature->num_devices());
+  } else if (claim == Handles::Claim::kFirst && token.version != 0) {
+    NoteRestart(*arena);
+  }
   return arena;
 }
 

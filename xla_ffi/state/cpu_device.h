@@ -16,11 +16,7 @@ class CpuDevice final : public Device {
   explicit CpuDevice(int ordinal) : Device({kPlatform, ordinal}) {}
 
   // The arena of a token, made at the first use of its state; nothing if that was elsewhere.
-  // Moments that were restored and are lost before a step of them has ended are made once more.
   std::optional<LockedArena> Open(Handles& handles, const Request& request, Token token);
-  // To be called when a step ends, with the contents locked. Returns what the state was restored
-  // from if nobody needs it any more, for the caller to let go of it when it holds no lock.
-  [[nodiscard]] std::shared_ptr<const Source> EndFirstUse(Handles& handles, Arena& arena);
 
   std::vector<std::shared_ptr<Arena>> Arenas() override;
   std::vector<int32_t> States() override;
@@ -39,10 +35,7 @@ class CpuDevice final : public Device {
   using ListLock = std::unique_lock<std::mutex>;
   class Making;
 
-  // `version`: from which a restored state counts on. `unusable`: what was found and cannot be
-  // used, if anything; its place is taken.
-  std::shared_ptr<Arena> FindOrMake(Handles& handles, const Request& request, Token token,
-                                    int32_t version, std::shared_ptr<Arena> unusable = nullptr);
+  std::shared_ptr<Arena> FindOrMake(Handles& handles, const Request& request, Token token);
   std::shared_ptr<Arena> FindMade(ListLock& lock, int32_t handle);
 
   // By handle. Null while one is being made, which may take seconds and is done without the lock:

@@ -2,9 +2,9 @@
 #include "state/cuda_device.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "base/cuda_check.h"
-#include "rules/rules.h"
 #include "state/fill.h"
 #include "state/fits.h"
 
@@ -19,11 +19,6 @@ CudaDevice::CudaDevice(int ordinal)
 bool CudaDevice::MayBeFirstUse(const ContentsLock& lock, const Handles& handles, int64_t run,
                                uint64_t fingerprint) const {
   if (handles.num_unused() > 0) return true;
-  if (std::any_of(arenas_.begin(), arenas_.end(), [&](const std::shared_ptr<Arena>& arena) {
-        return AwaitsEnd(*arena, fingerprint);
-      })) {
-    return true;
-  }
   // Nothing here belongs to such a call: the state comes from another process.
   if (std::none_of(arenas_.begin(), arenas_.end(), [&](const std::shared_ptr<Arena>& arena) {
         return arena->header.layout == LayoutOf(fingerprint, arena->part);
@@ -58,29 +53,21 @@ class CudaDevice::Binding {
 std::shared_ptr<Arena> CudaDevice::BindOnFirstUse(ContentsLock& lock, Handles& handles,
                                                   const Request& request, Token token,
                                                   Stream stream) {
-  const bool is_restored = request.source != nullptr;
-  if (!is_restored && !MayStart(handles, request, token)) return nullptr;
-  const int32_t version = is_restored ? handles.VersionToCountFrom(token.handle, request.run) : 0;
+  if (request.source == nullptr && !MayStart(handles, request, token)) return nullptr;
   for (;;) {
     lock.Await(bound_, [&] { return binding_ == 0; });
     const int64_t index = IndexOf(lock, token.handle);
     if (index < 0) break;
-    const int64_t run = arenas_[index]->run;
-    if (!handles.WasUndone(token.handle, run)) {
-      const bool is_earlier = is_restored && run != request.run;
-      if (!is_earlier || Stay(lock, handles, request, index, token, version)) return nullptr;
-      handles.NoteUnended(token.handle, id(), request.run);
-    }
+    if (!handles.WasUndone(token.handle, arenas_[index]->run)) return nullptr;
     Remove(lock, token.handle);
   }
   const Handles::Claim claim = handles.ClaimFirstUse(token.handle, request.run);
   if (claim == Handles::Claim::kNone) return nullptr;
   try {
     auto arena = Make(lock, request, token, stream);
-    if (is_restored) arena->header.version = arena->restored_version = version;
     Append(lock, arena);  // waits for the copies of Fill too
     holds_.AwaitNone(lock);
-    const bool restarts = !is_restored && token.version != 0;
+    const bool restarts = request.source == nullptr && token.version != 0;
     if (restarts && claim == Handles::Claim::kFirst) NoteRestart(*arena);
     return arena;
   } catch (const std::exception& error) {
@@ -107,10 +94,13 @@ std::shared_ptr<Arena> CudaDevice::Make(ContentsLock& lock, const Request& reque
   return arena;
 }
 
-namespace {
-
-// Sets it when the stream is there.
-void SetInOrder(std::shared_ptr<std::atomic<bool>> is_taken, Stream stream) {
+void CudaDevice::EndFirstUse(Handles& handles, const Arena& arena, bool is_restored,
+                             Stream stream) {
+  if (is_restored) {
+    handles.NoteFilled(arena.header.handle, arena.run, arena.signature.num_devices());
+  }
+  auto is_taken = arena.memory->is_taken();
+  if (is_taken == nullptr) return;
   using Flag = std::shared_ptr<std::atomic<bool>>;
   auto* flag = new Flag(std::move(is_taken));
   const auto set = [](void* data) {
@@ -119,64 +109,6 @@ void SetInOrder(std::shared_ptr<std::atomic<bool>> is_taken, Stream stream) {
   };
   // If it fails, memory counts as promised that has been taken, and nothing worse.
   if (PAGED_CUDA(cudaLaunchHostFunc(stream, set, flag)) != cudaSuccess) delete flag;
-}
-
-}  // namespace
-
-void CudaDevice::EndFirstUse(Handles& handles, Arena& arena, bool is_restored, Stream stream) {
-  const bool has_parts = arena.signature.rule() == kArrayRule;
-  if (is_restored) NoteBegun(handles, arena);
-  auto is_taken = arena.memory->is_taken();
-  if (is_taken == nullptr) return;
-  if (has_parts) {
-    untaken_.push_back(std::move(is_taken));
-  } else {
-    SetInOrder(std::move(is_taken), stream);
-  }
-}
-
-void CudaDevice::NoteBegun(Handles& handles, Arena& arena) {
-  arena.awaits_end = arena.signature.rule() == kArrayRule;
-  if (arena.awaits_end) return;
-  (void)handles.NoteTaken(arena.header.handle, id(), arena.run, arena.signature.num_devices());
-}
-
-// The host does not know of which state the step is. If it is another one, memory counts as taken a
-// little early.
-void CudaDevice::EndParts(const ContentsLock&, Stream stream) {
-  for (auto& is_taken : untaken_) SetInOrder(std::move(is_taken), stream);
-  untaken_.clear();
-}
-
-std::vector<std::shared_ptr<const Source>> CudaDevice::NoteEnds(const ContentsLock& lock,
-                                                                Handles& handles,
-                                                                uint64_t fingerprint) {
-  std::vector<std::shared_ptr<const Source>> gone;
-  for (size_t i = 0; i < arenas_.size(); ++i) {
-    Arena& arena = *arenas_[i];
-    if (!AwaitsEnd(arena, fingerprint)) continue;
-    const Header header = ReadHeader(lock, static_cast<int64_t>(i));
-    arena.awaits_end =
-        std::none_of(header.versions, header.versions + header.num_slots,
-                     [&](int32_t version) { return version > arena.restored_version; });
-    if (arena.awaits_end) continue;
-    gone.push_back(
-        handles.NoteTaken(header.handle, id(), arena.run, arena.signature.num_devices()));
-  }
-  return gone;
-}
-
-bool CudaDevice::Stay(const ContentsLock& lock, Handles& handles, const Request& request,
-                      int64_t index, Token token, int32_t version) {
-  Arena& arena = *arenas_[index];
-  Header header = ReadHeader(lock, index);
-  if (HasGoneOn(arena, header)) return true;  // and the kernels refuse the step
-  if (FindSlot(header, token.version) < 0) return false;
-  header.version = arena.restored_version = std::max(header.version, version);
-  WriteHeader(lock, index, header);
-  arena.run = request.run;
-  NoteBegun(handles, arena);
-  return true;
 }
 
 int64_t CudaDevice::Await(ContentsLock& lock, int32_t handle) {
@@ -281,11 +213,8 @@ std::optional<LockedArena> CudaDevice::TakeContents(int32_t handle) {
 }
 
 void CudaDevice::SetHeader(const LockedArena& locked, const Header& header) {
-  WriteHeader(locked.lock, IndexOf(locked.lock, header.handle), header);
-}
-
-void CudaDevice::WriteHeader(const ContentsLock&, int64_t index, const Header& header) {
   const ScopedDevice scope(id().ordinal);
+  const int64_t index = IndexOf(locked.lock, header.handle);
   CUDA_CHECK(cudaMemcpy(headers_ + index, &header, sizeof(Header), cudaMemcpyDefault));
   // Such copies may return before they are done, and XLA's streams do not wait for this one.
   CUDA_CHECK(cudaStreamSynchronize(cudaStreamLegacy));

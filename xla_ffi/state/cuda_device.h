@@ -2,10 +2,7 @@
 // memory, where kernels find it.
 #pragma once
 
-#include <atomic>
 #include <condition_variable>
-#include <memory>
-#include <vector>
 
 #include "base/device_buffer.h"
 #include "base/stream.h"
@@ -37,18 +34,10 @@ class CudaDevice final : public Device {
   // Makes the arena of a fresh token, or of one that was restored, if this is its first use: then
   // returns it, for EndFirstUse to be called after the step is launched. If something fails before,
   // the caller undoes the first use (Handles::UndoFirstUse). Gives the lock up meanwhile, and
-  // nobody holds the contents when it returns. Moments that were restored are made once more if a
-  // first step of them began and did not end.
+  // nobody holds the contents when it returns.
   std::shared_ptr<Arena> BindOnFirstUse(ContentsLock& lock, Handles& handles,
                                         const Request& request, Token token, Stream stream);
-  void EndFirstUse(Handles& handles, Arena& arena, bool is_restored, Stream stream);
-  // The last part of some step is launched that is more than one call.
-  void EndParts(const ContentsLock&, Stream stream);
-  // Finds out whose first steps, of more than one call, have ended since. Waits for the device if
-  // there are such states of this layout. Returns what they were restored from, for the caller to
-  // let go of it when it holds no lock.
-  std::vector<std::shared_ptr<const Source>> NoteEnds(const ContentsLock&, Handles& handles,
-                                                      uint64_t fingerprint);
+  void EndFirstUse(Handles& handles, const Arena& arena, bool is_restored, Stream stream);
 
   // Calls `launch`, which launches a step, or a later part of one that is open, in between moves;
   // see Pager.
@@ -101,17 +90,6 @@ class CudaDevice final : public Device {
   int64_t IndexOf(const ContentsLock&, int32_t handle) const;
   void Append(const ContentsLock&, std::shared_ptr<Arena> arena);
   Header ReadHeader(const ContentsLock&, int64_t index) const;
-  void WriteHeader(const ContentsLock&, int64_t index, const Header& header);
-  bool AwaitsEnd(const Arena& arena, uint64_t fingerprint) const {
-    return arena.awaits_end && arena.header.layout == LayoutOf(fingerprint, arena.part);
-  }
-  // Whether the moments of a restored state, which a step wants to begin with, stay as they are:
-  // no first step began and did not end. They take part in this execution then. Waits for steps.
-  bool Stay(const ContentsLock&, Handles& handles, const Request& request, int64_t index,
-            Token token, int32_t version);
-  // A first step of restored moments is launched, or will be. If it is one call it ends too; the
-  // request keeps what was staged.
-  void NoteBegun(Handles& handles, Arena& arena);
   // The number of a state's arena, once it is made if that is under way.
   int64_t Await(ContentsLock& lock, int32_t handle);
   std::shared_ptr<Arena> Make(ContentsLock& lock, const Request& request, Token token,
@@ -129,8 +107,6 @@ class CudaDevice final : public Device {
   Header* headers_ = nullptr;
   int64_t capacity_ = 0;
   std::unique_ptr<MappedBuffer> mailbox_;  // Reports
-  // Of states whose first step has begun and is more than one call: see Memory::is_taken.
-  std::vector<std::shared_ptr<std::atomic<bool>>> untaken_;
   // Handle of the state whose arena is being made, one at a time; 0 for none.
   int32_t binding_ = 0;
   std::condition_variable bound_;

@@ -18,10 +18,6 @@ constexpr int64_t kManyIssued = int64_t{1} << 20;
 // No process issues handles below, so that a token of zeros is recognised as none.
 constexpr int32_t kLeast = 1 << 20;
 
-// Steps of a restored state that were made on one device while another device did not end the
-// first.
-constexpr int32_t kMaxUnended = 1 << 10;
-
 // Of states that were forgotten: longer and more than updates are queued.
 constexpr std::chrono::seconds kGrace{60};
 constexpr int64_t kGraceCalls = 32;
@@ -94,45 +90,21 @@ std::shared_ptr<const Source> Handles::SourceOf(int32_t handle) const {
   return found == staged_.end() ? nullptr : found->second.source;
 }
 
-std::shared_ptr<const Source> Handles::NoteTaken(int32_t handle, DeviceId device, int64_t run,
-                                                 int64_t num_devices) {
-  const Lock<Handles> lock(mutex_);
-  if (undone_.count({handle, run}) != 0) return nullptr;  // meanwhile, by another device
-  const auto found = staged_.find(handle);
-  if (found == staged_.end()) return nullptr;
-  const std::vector<int64_t>& runs = found->second.runs;
-  if (!runs.empty() && runs.back() != run) return nullptr;  // another device began once more
-  const int64_t local = found->second.source->local_devices;
-  const int64_t most = local > 0 ? std::min(local, num_devices) : num_devices;
-  found->second.taken.insert(device);
-  if (static_cast<int64_t>(found->second.taken.size()) < most) return nullptr;
-  const auto source = std::move(found->second.source);
-  staged_.erase(found);
-  return source;
-}
-
-int32_t Handles::VersionToCountFrom(int32_t handle, int64_t run) {
+int64_t Handles::NumFilled(int32_t handle) const {
   const Lock<Handles> lock(mutex_);
   const auto found = staged_.find(handle);
-  if (found == staged_.end()) return 1;
-  std::vector<int64_t>& runs = found->second.runs;
-  const auto place = std::find(runs.begin(), runs.end(), run);
-  const auto index = static_cast<int32_t>(place - runs.begin());
-  if (place == runs.end()) {
-    runs.push_back(run);
-    found->second.taken.clear();  // all devices need it in this execution
-  }
-  return 1 + index * kMaxUnended;
+  return found == staged_.end() ? 0 : found->second.num_filled;
 }
 
-void Handles::NoteUnended(int32_t handle, DeviceId device, int64_t run) {
+// The caller has the source too, so it does not go here.
+void Handles::NoteFilled(int32_t handle, int64_t run, int64_t num_devices) {
   const Lock<Handles> lock(mutex_);
+  if (undone_.count({handle, run}) != 0) return;  // meanwhile, by another device
   const auto found = staged_.find(handle);
   if (found == staged_.end()) return;
-  found->second.taken.erase(device);
-  if (RunOf(lock, run).used.count(handle) != 0) return;  // another device was first
-  unused_.emplace(handle, std::chrono::steady_clock::now());
-  num_unused_ = static_cast<int64_t>(unused_.size());
+  const int64_t local = found->second.source->local_devices;
+  const int64_t most = local > 0 ? std::min(local, num_devices) : num_devices;
+  if (++found->second.num_filled >= most) staged_.erase(found);
 }
 
 Handles::Claim Handles::ClaimFirstUse(int32_t handle, int64_t run) {
@@ -166,7 +138,7 @@ void Handles::UndoFirstUse(int32_t handle, int64_t run, const std::exception& er
       is_refused ? StatusCode::kFailedPrecondition : StatusCode::kResourceExhausted;
   undone_.emplace(std::make_pair(handle, run), Undone{code, error.what()});
   const auto staged = staged_.find(handle);
-  if (staged != staged_.end()) staged->second.taken.clear();
+  if (staged != staged_.end()) staged->second.num_filled = 0;
 }
 
 bool Handles::WasUndone(int32_t handle, int64_t run) const {

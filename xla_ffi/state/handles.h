@@ -49,19 +49,9 @@ class Handles {
   int32_t Stage(std::shared_ptr<const Source> source, bool shared);
   // What was staged for a handle; null if nothing was, or if all devices have taken it over.
   std::shared_ptr<const Source> SourceOf(int32_t handle) const;
-  // One of so many devices took over what was staged, in this execution: from now on its moments do
-  // without. It counts only if no device began with it in another execution since. Returns what was
-  // staged if nobody needs it any more, for the caller to let go of it when it holds no lock.
-  [[nodiscard]] std::shared_ptr<const Source> NoteTaken(int32_t handle, DeviceId device,
-                                                        int64_t run, int64_t num_devices);
-  // The version from which steps of a restored state count on in an execution that begins with what
-  // was staged. It is the same on all devices, and above those of executions that began before and
-  // did not end: what is left of them must not meet the steps of this one.
-  int32_t VersionToCountFrom(int32_t handle, int64_t run);
-  // What this device had of a restored state is gone, because a first step had begun and did not
-  // end. Until that ends on all devices, what was staged is there, and the state can be used for
-  // the first time once more in this execution.
-  void NoteUnended(int32_t handle, DeviceId device, int64_t run);
+  // One of so many devices took over what was staged, in this execution.
+  void NoteFilled(int32_t handle, int64_t run, int64_t num_devices);
+  int64_t NumFilled(int32_t handle) const;
 
   // A random number that the processes of this job have in common. A job that follows in the same
   // process has another.
@@ -134,8 +124,7 @@ class Handles {
   };
   struct Staged {
     std::shared_ptr<const Source> source;
-    std::set<DeviceId> taken = {};   // by these devices, in the last of these executions
-    std::vector<int64_t> runs = {};  // executions that began with it
+    int64_t num_filled = 0;
   };
   struct Forgotten {
     int32_t handle;

@@ -205,16 +205,6 @@ std::vector<ArenaReport> Registry::DescribeAll() {
 }
 
 std::optional<Registry::Newest> Registry::FindNewest(int32_t handle) {
-  const bool is_staged = handles_.SourceOf(handle) != nullptr;
-  try {
-    return FindNewestHere(handle);
-  } catch (const StatusError&) {
-    if (!is_staged) throw;  // otherwise the first step can be tried again
-    return Newest{1, kNoCount, 1, 0};
-  }
-}
-
-std::optional<Registry::Newest> Registry::FindNewestHere(int32_t handle) {
   std::vector<Header> headers;
   for (Device* device : Devices()) {
     const auto locked = device->LockContents(handle);
@@ -264,13 +254,10 @@ std::optional<int32_t> Registry::NewestVersion(int32_t handle) {
 }
 
 bool Registry::IsAlive(int32_t handle) {
-  return handles_.MayBeUsed(handle) || NumDevicesOf(handle) > 0;
-}
-
-int64_t Registry::NumDevicesOf(int32_t handle) {
+  if (handles_.MayBeUsed(handle)) return true;
   const std::vector<Device*> devices = Devices();
-  return std::count_if(devices.begin(), devices.end(),
-                       [&](Device* device) { return device->Find(handle) != nullptr; });
+  return std::any_of(devices.begin(), devices.end(),
+                     [&](Device* device) { return device->Find(handle) != nullptr; });
 }
 
 namespace {

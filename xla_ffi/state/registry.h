@@ -98,8 +98,6 @@ class Registry {
   std::optional<int32_t> NewestVersion(int32_t handle);
   // Whether NewestVersion would say something. Does not wait.
   bool IsAlive(int32_t handle);
-  // How many devices have an arena of a state.
-  int64_t NumDevicesOf(int32_t handle);
 
   // Stores other codes and words of some leaves in the place of the newest contents, once no step,
   // no move and no snapshot is under way, under a new version, which it returns.
@@ -122,7 +120,6 @@ class Registry {
   explicit Registry(const Registry* parent);
   std::vector<Device*> Devices();
   Device* FindDevice(DeviceId id);
-  std::optional<Newest> FindNewestHere(int32_t handle);  // leaves aside what is staged, if used
 
   Handles handles_;
   Copies copies_;

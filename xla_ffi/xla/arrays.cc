@@ -209,16 +209,12 @@ ffi::Error StoreCpu(ffi::ThreadPool pool, int32_t device, ArrayAttrs attrs, ffi:
                     ffi::RemainingRets rets) {
   return Guarded([&] {
     const ArrayCall call = ParseStore(attrs, args, rets);
-    std::shared_ptr<const Source> source;  // outlives the lock
     const auto store = [&] {
       WithOpenSlot(device, *call.token, [&](Arena& arena, int32_t slot) {
         uint8_t* const base = arena.segments.bases[slot][0];
         RunOnCpu(pool, WorksOf(arena.header, attrs, call, base, DitherPhase(*call.count)),
                  /*stores=*/true);
-        if (!attrs.closes) return;
-        *call.new_token = Close(&arena.header, slot);
-        Registry& registry = Registry::Get();
-        source = registry.At<CpuDevice>(device).EndFirstUse(registry.handles(), arena);
+        if (attrs.closes) *call.new_token = Close(&arena.header, slot);
       });
     };
     IfOpen(call, store, [] {});
@@ -264,7 +260,6 @@ void RunOnGpu(int32_t device, const ArrayAttrs& attrs, const ArrayCall& call, cu
     LaunchArrays(work, arrays, device, stream);
     if (attrs.closes && call.count != nullptr) LaunchClose(work, device, stream);
   });
-  if (attrs.closes && call.count != nullptr) gpu.EndParts(lock, stream);
 }
 
 ffi::Error LoadCuda(cudaStream_t stream, int32_t device, ArrayAttrs attrs, ffi::RemainingArgs args,

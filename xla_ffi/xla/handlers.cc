@@ -234,8 +234,7 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
     CudaDevice& gpu = registry.At<CudaDevice>(device);
     registry.CollectReports();
     registry.handles().NoteCall();
-    std::shared_ptr<const Source> source;  // outlives the lock, and so do these
-    std::vector<std::shared_ptr<const Source>> gone;
+    std::shared_ptr<const Source> source;  // outlives the lock
     bool is_refused = false;
     std::shared_ptr<Arena> made;
     Token token{};
@@ -247,7 +246,6 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
           cudaMemcpyAsync(&token, call.token, sizeof(token), cudaMemcpyDeviceToHost, stream));
       CUDA_CHECK(cudaMemcpyAsync(&part, call.part, sizeof(part), cudaMemcpyDeviceToHost, stream));
       CUDA_CHECK(cudaStreamSynchronize(stream));
-      gone = gpu.NoteEnds(lock, registry.handles(), call.fingerprint);
       Request request = MakeRequest(gpu.id(), run.run_id, attrs, call, part);
       if (token.version == 1) request.source = source = registry.handles().SourceOf(token.handle);
       // If it is refused, the kernels find no arena, and so change nothing.
