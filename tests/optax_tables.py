@@ -302,6 +302,9 @@ class LeftOut(NamedTuple):
 OLD_STATE = ((RuntimeError, ValueError), "this optimizer state is not the newest one", ONE_SLOT)
 NO_OPTION = "unexpected keyword argument"
 DECAY_OF_1 = (ValueError, r"decay is 1\.0; it must be in \[0, 1\)")
+FLOAT64 = (TypeError, "has dtype float64")
+COMPLEX64 = (TypeError, "has dtype complex64")
+INT32 = (TypeError, "has dtype int32")
 MU_DTYPE = (TypeError, "mu_dtype is .* it can only be None")
 NO_MU_DTYPE = "`mu_dtype` can only be None: moments have 8 bits"
 NO_COMPLEX = "complex parameters; `split_real_and_imaginary` takes them apart, and its test runs"
@@ -333,8 +336,7 @@ LEFT_OUT = (
         "complex64",
         NO_COMPLEX,
         "complex64",
-        TypeError,
-        "has dtype complex64",
+        *COMPLEX64,
     ),
     LeftOut(
         "_src.alias_test AliasTest.test_state_shape_dtype_shard_stability",
@@ -349,16 +351,14 @@ LEFT_OUT = (
         "float64",
         NO_FLOAT64,
         "float64",
-        TypeError,
-        "has dtype float64",
+        *FLOAT64,
     ),
     LeftOut(
         "_src.combine_test ExtraArgsTest.test_extra_args",
         "all",
         "integer parameters",
         "",
-        TypeError,
-        "has dtype int32",
+        *INT32,
     ),
     LeftOut(
         "_src.combine_test PartitionTest.test_labels_mismatch",
@@ -373,8 +373,7 @@ LEFT_OUT = (
         "all",
         NO_FLOAT64,
         "",
-        TypeError,
-        "has dtype float64",
+        *FLOAT64,
     ),
     LeftOut(
         "_src.transform_test TransformTest.test_lion_",
@@ -405,8 +404,7 @@ LEFT_OUT = (
         "float64",
         NO_FLOAT64,
         "float64",
-        TypeError,
-        "has dtype float64",
+        *FLOAT64,
     ),
     LeftOut(
         "contrib._common_test ContribTest.test_optimizers_can_be_wrapped_in_inject_hyperparams",
@@ -436,8 +434,7 @@ LEFT_OUT = (
         "all",
         NO_COMPLEX,
         "",
-        TypeError,
-        "has dtype complex64",
+        *COMPLEX64,
     ),
     LeftOut(
         "contrib._muon_test MuonTest.test_dim_nums_combinations",
@@ -459,8 +456,7 @@ LEFT_OUT = (
         "complex64 parameters",
         NO_COMPLEX,
         "params_dtype='complex64', state_dtype='complex64'",
-        TypeError,
-        "has dtype complex64",
+        *COMPLEX64,
     ),
     LeftOut(
         "contrib._schedule_free_test ScheduleFreeTest.test_explicit_dtype",
@@ -522,8 +518,7 @@ LEFT_OUT = (
         "all",
         "integer parameters",
         "",
-        TypeError,
-        "has dtype int32",
+        *INT32,
     ),
     LeftOut(
         "transforms._masking_test MaskedTest.test_masked_state_structure",
