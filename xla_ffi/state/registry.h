@@ -96,7 +96,8 @@ class Registry {
   // The newest version of a state's moments: 0 if it is fresh, 1 if it was restored and not used.
   // Nothing if it was released or is not of this process. Waits for the device.
   std::optional<int32_t> NewestVersion(int32_t handle);
-  // Whether NewestVersion would say something. Does not wait.
+  // Whether NewestVersion would say something. Waits for no step, but for an arena that is being
+  // made.
   bool IsAlive(int32_t handle);
 
   // Stores other codes and words of some leaves in the place of the newest contents, once no step,
