@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "base/cuda_check.h"
+#include "base/device_buffer.h"
 #include "memory/memory.h"
 #include "memory/preflight.h"
 #include "memory/promises.h"
@@ -64,6 +65,9 @@ class ManagedMemory final : public Memory {
   std::shared_ptr<std::atomic<bool>> is_taken() const override { return is_taken_; }
 
   MemoryKind kind() const override { return MemoryKind::kManaged; }
+  std::shared_ptr<const void> Pin(void* bytes, int64_t nbytes) const override {
+    return std::make_shared<const PinnedBytes>(bytes, nbytes, device_);
+  }
 
   uint8_t* Address(int32_t slot, int32_t segment) const override {
     return data_ + slot * geometry().slot_bytes + geometry().Offset(segment);

@@ -12,9 +12,6 @@
 namespace paged_optax {
 namespace {
 
-constexpr int64_t kPieceBytes = int64_t{8} << 20;
-static_assert(kPieceBytes % kDiskPage == 0);
-
 // A part of an array that lies in one piece.
 struct Part {
   size_t array;
@@ -30,15 +27,15 @@ class Saver {
                    [](const SavedArray& array) { return array.nbytes; });
     std::partial_sum(ends_.begin(), ends_.end(), ends_.begin());
     nbytes_ = ends_.empty() ? 0 : ends_.back();
-    parts_.resize((nbytes_ + kPieceBytes - 1) / kPieceBytes);
+    parts_.resize((nbytes_ + kDiskPiece - 1) / kDiskPiece);
     file_.emplace(path, nbytes_);
   }
 
   int64_t num_pieces() const { return static_cast<int64_t>(parts_.size()); }
 
   void Save(int64_t piece, DiskBuffer& buffer) {
-    const int64_t begin = piece * kPieceBytes, end = std::min(begin + kPieceBytes, nbytes_);
-    uint8_t* const bytes = buffer.Reserve(kPieceBytes);
+    const int64_t begin = piece * kDiskPiece, end = std::min(begin + kDiskPiece, nbytes_);
+    uint8_t* const bytes = buffer.Reserve(kDiskPiece);
     size_t array = std::upper_bound(ends_.begin(), ends_.end(), begin) - ends_.begin();
     for (int64_t at = begin; at < end; ++array) {
       const int64_t size = std::min(ends_[array], end) - at;
