@@ -11,7 +11,8 @@
 namespace paged_optax {
 
 inline constexpr int64_t kDiskPage = 4096;  // what places, sizes and addresses are multiples of
-inline constexpr int64_t kDiskPiece = int64_t{8} << 20;  // bytes that a disk is as fast with as can be
+inline constexpr int64_t kDiskPiece = int64_t{8}
+                                      << 20;  // bytes that a disk is as fast with as can be
 static_assert(kDiskPiece % kDiskPage == 0);
 
 // Memory that disks can read and write by themselves.

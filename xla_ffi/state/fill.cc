@@ -44,10 +44,9 @@ class Copying {
     }
     AddWords(items);
     if (!piece_.residuals) return;
-    AddElements(*piece_.residuals, 1, items,
-                [this](int64_t first, int64_t size, uint8_t* bytes) {
-                  WriteResiduals(first, size, bytes);
-                });
+    AddElements(*piece_.residuals, 1, items, [this](int64_t first, int64_t size, uint8_t* bytes) {
+      WriteResiduals(first, size, bytes);
+    });
   }
 
  private:
@@ -59,7 +58,8 @@ class Copying {
     const int64_t most = kDiskPiece / (kBlockSize * item);  // blocks
     int64_t first = 0;
     do {  // once for an empty array, which has a checksum too
-      const int64_t begin = first * kBlockSize, size = std::min(most * kBlockSize, num_elements() - begin);
+      const int64_t begin = first * kBlockSize,
+                    size = std::min(most * kBlockSize, num_elements() - begin);
       items.push_back({{{&data, begin * item, size * item}},
                        is_read_once_,
                        [write, first, size](const std::vector<uint8_t*>& bytes) {
@@ -92,10 +92,9 @@ class Copying {
       bytes -= odd;
     }
     if (!work_.transcoder.may_store_codes(state, bytes, size)) work_.RefuseValues();
-    WriteBlocks(first, size, kBlockSize * item, work_.transcoder.zero(state), bytes,
-                [state](const BlockPlace& place) {
-                  return place.codes + state * place.state_stride;
-                });
+    WriteBlocks(
+        first, size, kBlockSize * item, work_.transcoder.zero(state), bytes,
+        [state](const BlockPlace& place) { return place.codes + state * place.state_stride; });
   }
 
   void WriteResiduals(int64_t first, int64_t size, const uint8_t* bytes) const {

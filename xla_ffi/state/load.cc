@@ -31,7 +31,7 @@ struct Batch {
   std::vector<Run> runs;
   size_t first_item;
   size_t num_items;
-  size_t first_span;           // of all items
+  size_t first_span;            // of all items
   std::vector<int64_t> places;  // of the spans, in the buffer
   int64_t end = 0;
 };
