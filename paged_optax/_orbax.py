@@ -20,11 +20,12 @@ saves bare tokens.
 What fails when Orbax changes: ``tests/test_checkpoint.py::test_orbax_has_what_we_wrap``.
 """
 
+import contextlib
 import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -126,20 +127,33 @@ class _Early:
     def __init__(self, folder: str, contents: Contents, token: tuple[int, int], room: int):
         # What a killed process left has the same stem, and goes when this one is made.
         self._part = PartFile(folder, f".paged_optax-{jax.process_index()}")
-        self._rest = _checkpoint_file.Background(self._part.path, [contents], room, **_about(token))
+        with self._removed_after_errors():
+            self._rest = _checkpoint_file.Background(
+                self._part.path, [contents], room, **_about(token)
+            )
+
+    @contextlib.contextmanager
+    def _removed_after_errors(self) -> Iterator[None]:
+        # Not when this object goes: the error refers to it.
+        try:
+            yield
+        except BaseException:
+            self._part.close()
+            raise
 
     def move(self, path: Any) -> None:
         """Puts the complete file where it belongs, on whatever file system that is."""
-        self._rest.finish()
         source = self._part.path
-        if not _is_local(path):
-            with open(source, "rb") as file, path.open("wb") as target:
-                shutil.copyfileobj(file, target, _CHUNK)
-        elif os.stat(path.parent).st_dev == os.stat(source).st_dev:
-            self._part.move(os.fspath(path))
-        else:
-            with replacing(os.fspath(path)) as part:
-                _ext.write_arrays(part, [FilePart(source, 0, os.path.getsize(source), None)])
+        with self._removed_after_errors():
+            self._rest.finish()
+            if not _is_local(path):
+                with open(source, "rb") as file, path.open("wb") as target:
+                    shutil.copyfileobj(file, target, _CHUNK)
+            elif os.stat(path.parent).st_dev == os.stat(source).st_dev:
+                self._part.move(os.fspath(path))
+            else:
+                with replacing(os.fspath(path)) as part:
+                    _ext.write_arrays(part, [FilePart(source, 0, os.path.getsize(source), None)])
         self._part.close()
 
 
