@@ -338,12 +338,13 @@ __device__ __forceinline__ void CopyLeaf(const Leaf& source, int thread, Leaf& l
 }
 
 // Thread blocks that a multiprocessor has at once, which leaves a thread 80 registers. Three states
-// and parameters need a few more.
+// need a few more where there are parameters or copies ahead as well.
 template <class Rule, class Format, int kOutput>
-inline constexpr int kMinBlocks = kNumStates<Rule> > 2 &&
-                                          kOutput > static_cast<int>(Output::kDirection)
-                                      ? 2
-                                      : 3;
+inline constexpr int kMinBlocks =
+    kNumStates<Rule> > 2 &&
+            (kFetchesAhead<Format> || kOutput > static_cast<int>(Output::kDirection))
+        ? 2
+        : 3;
 
 template <class Rule, class Format, int kOutput>
 __global__ void __launch_bounds__(kThreads, (kMinBlocks<Rule, Format, kOutput>))
