@@ -259,6 +259,11 @@ __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared, c
       Fetch(grads, next, thread, stage.grads);
       if constexpr (kHasParams) {
         if (TakesParams(output)) Fetch(params, next, thread, stage.params);
+        // Residuals, where parameters of 16 bits leave room.
+        if (TakesParams(output) && has_residuals && !params.is_float32()) {
+          CopyAhead<kLane>(group.source + group.to_residuals + next * int{kResidualBytes},
+                           stage.params.halves[1][thread]);
+        }
       }
       const uint8_t* codes = group.source + next * static_cast<int>(kBlockSize);
 #pragma unroll
@@ -310,6 +315,9 @@ __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared, c
           const int offset = group.to_residuals + i * static_cast<int>(kResidualBytes);
           if (group.source != nullptr) residuals = group.source + offset;
           new_residuals = group.target + offset;
+          if constexpr (kAhead) {
+            if (is_fetched && !params.is_float32()) residuals = stage.params.halves[1][thread];
+          }
         }
         float old[kLane];
         if constexpr (kAhead) {
