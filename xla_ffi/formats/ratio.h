@@ -64,17 +64,20 @@ struct RatioWindow {
   uint32_t shift;
 };
 
-// 2^33 over a number of quarters more than 4, rounded up.
-#define PAGED_RECIPROCALS {0x80000000u, 0x66666667u, 0x55555556u, 0x4924924au}
+// By a number of quarters: 2^33 over 4 and so many, rounded up.
+struct Reciprocals {
+  uint32_t of[4];
+};
+inline constexpr Reciprocals kReciprocals = {{0x80000000u, 0x66666667u, 0x55555556u, 0x4924924au}};
 #if defined(__CUDACC__)
-static __constant__ uint32_t kReciprocals[] = PAGED_RECIPROCALS;
+[[maybe_unused]] static __constant__ Reciprocals kReciprocalsOnGpu = kReciprocals;
 #endif
+
 PAGED_HD uint32_t ReciprocalOf(uint32_t quarters) {
 #if defined(__CUDA_ARCH__)
-  return kReciprocals[quarters];
+  return kReciprocalsOnGpu.of[quarters];
 #else
-  constexpr uint32_t kReciprocals[] = PAGED_RECIPROCALS;
-  return kReciprocals[quarters];
+  return kReciprocals.of[quarters];
 #endif
 }
 
