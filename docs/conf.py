@@ -1,4 +1,4 @@
-"""The documentation site: all Markdown of the project, and the reference from the docstrings.
+"""The documentation site: all Markdown, the notebook, and the reference from the docstrings.
 
 The root of the sources is the repository, so that a link is the same on the site and in a checkout:
 
@@ -21,10 +21,16 @@ project = "paged_optax"
 author = copyright = "The paged_optax authors"
 version = release = paged_optax.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
 extensions += ["sphinx_copybutton"]
 root_doc = "docs/index"
-include_patterns = ["docs/**.md", "xla_ffi/README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+include_patterns = [
+    "docs/**.md",
+    "examples/*.ipynb",
+    "xla_ffi/README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+]
 exclude_patterns = ["**/.*", "build", "**/site-packages"]
 
 # Markdown
@@ -32,6 +38,13 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 myst_links_external_new_tab = False
 suppress_warnings = ["myst.header"]  # a page may begin with a smaller heading
+
+# The notebook has no outputs in the repository. It runs when the site is built, and an error in it
+# fails the build.
+nb_execution_mode = "force"
+nb_execution_timeout = 600
+nb_execution_raise_on_error = True
+nb_merge_streams = True
 
 # Docstrings: Google style; `name` is a link where there is something of that name.
 smartquotes_action = "D"  # dashes; quotes in the texts of errors stay as they are

@@ -69,7 +69,8 @@ def update(
         params = [_vary_like(param, grad) for param, grad in zip(params, grads, strict=True)]
     operands = guard(token, count, jnp.asarray(hyperparams), *grads, *params)
     end = len(operands) - len(params)
-    token, *results = spread(_Update(step), operands[:end], end - len(grads), operands[end:])
+    with jax.named_scope(f"paged_{step.rule_name}"):  # what profilers call it
+        token, *results = spread(_Update(step), operands[:end], end - len(grads), operands[end:])
     return token, results
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from . import _arrays, _checkpoint_file
 from ._contents import Contents, merge
+from ._log import log, named, told
 from ._replace import replace_moments
 from ._state import find_states, read_count, read_token
 from ._transfer import opened
@@ -62,9 +63,11 @@ def save_moments(opt_state: Any, path: str | os.PathLike[str]) -> int:
     path = os.fspath(path)
     if jax.process_count() > 1:
         path = _path_of(path, jax.process_index(), jax.process_count())
-    with _opened(opt_state) as contents, _checkpoint_file.replacing(path) as file:
-        about = {"processes": jax.process_count(), "tokens": _tokens(opt_state)}
-        return _checkpoint_file.write(file, contents, **about)
+    with named("save_moments"):
+        with _opened(opt_state) as contents, _checkpoint_file.replacing(path) as file:
+            about = {"processes": jax.process_count(), "tokens": _tokens(opt_state)}
+            nbytes = _checkpoint_file.write(file, contents, **about)
+        return told("save_moments wrote %s to %s", nbytes, path)
 
 
 def load_moments(opt_state: Any, path: str | os.PathLike[str], *, convert: bool = False) -> Any:
@@ -95,9 +98,20 @@ def load_moments(opt_state: Any, path: str | os.PathLike[str], *, convert: bool 
       OSError: if the file cannot be read.
 
     Example:
-      See `save_moments`.
+      >>> import os, tempfile, jax.numpy as jnp, paged_optax
+      >>> tx = paged_optax.scale_by_paged_adam8bit()
+      >>> params = {"w": jnp.ones((64, 64))}
+      >>> _, state = tx.update(params, tx.init(params))
+      >>> path = os.path.join(tempfile.mkdtemp(), "moments.safetensors")
+      >>> nbytes = paged_optax.save_moments(state, path)
+      >>> state = paged_optax.load_moments(tx.init(params), path)  # in whatever process
+      >>> print(state.count)
+      1
     """
-    return replace_moments(opt_state, _read_files(os.fspath(path)), convert=convert)
+    with named("load_moments"):
+        state = replace_moments(opt_state, _read_files(os.fspath(path)), convert=convert)
+    log.info("load_moments found the moments in %s; the first update reads them", path)
+    return state
 
 
 def export_moments(opt_state: Any) -> dict[str, np.ndarray]:
@@ -126,7 +140,7 @@ def export_moments(opt_state: Any) -> dict[str, np.ndarray]:
       (64, 64) uint8
       >>> state = paged_optax.import_moments(tx.init(params), arrays)
     """
-    with _opened(opt_state) as contents:
+    with named("export_moments"), _opened(opt_state) as contents:
         return _arrays.to_arrays(contents)
 
 
@@ -151,7 +165,15 @@ def import_moments(opt_state: Any, arrays: Mapping[str, Any], *, convert: bool =
         `load_moments`.
 
     Example:
-      See `export_moments`.
+      >>> import jax.numpy as jnp, paged_optax
+      >>> tx = paged_optax.scale_by_paged_adam8bit()
+      >>> params = {"w": jnp.ones((64, 64))}
+      >>> _, state = tx.update(params, tx.init(params))
+      >>> arrays = paged_optax.export_moments(state)
+      >>> state = paged_optax.import_moments(tx.init(params), arrays)
+      >>> _, state = tx.update(params, state)
+      >>> print(state.count)
+      2
     """
     states, _ = _arrays.from_arrays(arrays)
     return replace_moments(

@@ -19,6 +19,7 @@ from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
 
 from . import _ext
+from ._log import log
 from ._step import Step
 
 TOKEN_SHAPE = (2,)  # handle, version
@@ -61,6 +62,7 @@ def _lower_issue(ctx, seed, *, shared):
 
 
 def _lower_update(ctx, *operands, step: Step):
+    log.debug("an update is compiled: %s", step)
     # Each result takes the place of its gradient, or of its parameter.
     places = range(NUM_SCALARS, len(operands))[step.replaced]
     aliases = {place: 1 + i for i, place in enumerate(places)}

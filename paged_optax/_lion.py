@@ -15,11 +15,17 @@ from ._validate import check_decay
 
 @paged_state
 class ScaleByPagedLion8bitState(NamedTuple):
-    """State of `scale_by_paged_lion8bit`: a few integers, whatever the size of the model."""
+    """State of `scale_by_paged_lion8bit`: a few integers, whatever the size of the model.
+
+    Attributes:
+      count: int32 of shape (), the number of updates so far.
+      token: its `value`, int32 of shape (2,), says which moments belong to the state: their handle,
+        and the version of their contents.
+    """
 
     # `count` hides tuple.count, as in optax's own states.
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  int32 (): updates so far
-    token: Token  # its `value`, int32 (2,): handle of the moments, version of their contents
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    token: Token
 
 
 def scale_by_paged_lion8bit(

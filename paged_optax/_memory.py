@@ -4,6 +4,7 @@ from typing import Any
 
 from . import _ext
 from ._bytes import check_bytes
+from ._log import named, told
 from ._state import find_states, read_anyway, read_token
 from ._states import StateInfo
 from ._watch import await_steps
@@ -40,7 +41,9 @@ def evict(opt_state: Any, device_bytes: int = 0) -> int:
       >>> moved = paged_optax.evict(state)  # 2.03 MiB on a GPU
       >>> moved = paged_optax.prefetch(state)
     """
-    return _limit(opt_state, min(check_bytes("device_bytes", device_bytes), 2**63 - 1))
+    limit = min(check_bytes("device_bytes", device_bytes), 2**63 - 1)
+    with named("evict"):
+        return told("evict moved %s of moments out of device memory", _limit(opt_state, limit))
 
 
 def prefetch(opt_state: Any) -> int:
@@ -59,11 +62,22 @@ def prefetch(opt_state: Any) -> int:
     Raises:
       ValueError: if there is no paged state.
       RuntimeError: if the moments were released or are not in this process.
+      MemoryError: if they could not be moved; they are then where they were.
 
     Example:
-      See `evict`.
+      >>> import tempfile, jax.numpy as jnp, paged_optax
+      >>> paging = paged_optax.Paging(directory=tempfile.mkdtemp())  # on a GPU: Paging()
+      >>> tx = paged_optax.scale_by_paged_adam8bit(paging=paging)
+      >>> params = {"w": jnp.ones((1024, 1024))}
+      >>> _, state = tx.update(params, tx.init(params))
+      >>> paged_optax.evict(state) > 2 * 1024**2
+      True
+      >>> paged_optax.memory_report(state).resident
+      0
+      >>> moved = paged_optax.prefetch(state)
     """
-    return _limit(opt_state, -1)
+    with named("prefetch"):
+        return told("prefetch moved %s of moments into device memory", _limit(opt_state, -1))
 
 
 def release(opt_state: Any) -> int:
@@ -92,7 +106,9 @@ def release(opt_state: Any) -> int:
         handles = {entry.handle for entry in entries}
     else:
         handles = {read_anyway(state)[0] for state in find_states(opt_state)}
-    return sum(_ext.release(handle) for handle in handles)
+    with named("release"):
+        freed = sum(_ext.release(handle) for handle in handles)
+        return told("release freed %s of moments, of %d state(s)", freed, len(handles))
 
 
 def release_all() -> int:
@@ -113,8 +129,9 @@ def release_all() -> int:
       >>> paged_optax.release_all() >= 2 * 2 * 1024**2
       True
     """
-    await_steps()  # a step that came after its moments are gone would be refused
-    return _ext.release_all()
+    with named("release_all"):
+        await_steps()  # a step that came after its moments are gone would be refused
+        return told("release_all freed %s of moments", _ext.release_all())
 
 
 def _limit(opt_state: Any, device_bytes: int) -> int:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from . import _ext, _names
 from . import _reference as reference
 from ._contents import BLOCK, Contents, Field
+from ._log import named
 from ._shards import Shards
 from ._state import PagedState, find_states, read_token
 from ._tables import RULES, rule_number
@@ -28,15 +29,24 @@ class Moments(NamedTuple):
 
     The names are those of optax's own states. A moment that no optimizer of the state has is None.
     If some of several optimizers have it, the leaves of the others are `optax.MaskedNode`.
+
+    Attributes:
+      mu: running mean of the gradients: Adam, Lion, Muon, centered RMSprop.
+      nu: running mean of their squares: Adam, AdEMAMix, RMSprop.
+      trace: momentum: SGD, LARS, RMSprop with momentum.
+      ema: moving average: Signum.
+      m1: the fast mean of AdEMAMix.
+      m2: its slow mean.
+      sum_of_squares: of Adagrad.
     """
 
-    mu: Any = None  # Adam, Lion, Muon, centered RMSprop
-    nu: Any = None  # Adam, AdEMAMix, RMSprop
-    trace: Any = None  # momentum
-    ema: Any = None  # moving averages
-    m1: Any = None  # AdEMAMix: the fast mean
-    m2: Any = None  # the slow one
-    sum_of_squares: Any = None  # Adagrad
+    mu: Any = None
+    nu: Any = None
+    trace: Any = None
+    ema: Any = None
+    m1: Any = None
+    m2: Any = None
+    sum_of_squares: Any = None
 
 
 def moments(opt_state: Any, *, gather: bool = False) -> Moments:
@@ -69,7 +79,8 @@ def moments(opt_state: Any, *, gather: bool = False) -> Moments:
       >>> print(paged_optax.moments(state).mu["w"][0, 0].round(4))
       0.2
     """
-    states = [_read_state(state, gather) for state in find_states(opt_state)]
+    with named("moments"):
+        states = [_read_state(state, gather) for state in find_states(opt_state)]
     try:
         return Moments(**{name: _merge_all(states, name) for name in Moments._fields})
     except _Overlap:

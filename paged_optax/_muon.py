@@ -18,11 +18,17 @@ _STANDARD = (3.4445, -4.7750, 2.0315)  # optax.contrib.muon's default coefficien
 
 @paged_state
 class ScaleByPagedMuon8bitState(NamedTuple):
-    """State of the momentum of `paged_muon8bit`: a few integers, whatever the size of the model."""
+    """State of the momentum of `paged_muon8bit`: a few integers, whatever the size of the model.
+
+    Attributes:
+      count: int32 of shape (), the number of updates so far.
+      token: its `value`, int32 of shape (2,), says which moments belong to the state: their handle,
+        and the version of their contents.
+    """
 
     # `count` hides tuple.count, as in optax's own states.
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  int32 (): updates so far
-    token: Token  # its `value`, int32 (2,): handle of the moments, version of their contents
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    token: Token
 
 
 def paged_muon8bit(

@@ -60,6 +60,11 @@ class Quantization:
       ...     print(name, array.dtype)
       0.0['embed'].0.mu float32
       0.1['w'].0.mu uint8
+
+    References:
+      Dettmers et al., `8-bit Optimizers via Block-wise Quantization
+      <https://arxiv.org/abs/2110.02861>`_, 2022, for ``"dynamic"``. ``"ratio"`` is of this library:
+      docs/numerics.md.
     """
 
     codec: str | Any | Callable[[Any], Any] = "ratio"
@@ -134,6 +139,15 @@ class Paging:
       ValueError: for negative numbers of bytes, another kind of memory, or a directory whose name
         is empty or not UTF-8.
       TypeError: for numbers of bytes that are not ints, or a directory that is not a path.
+
+    Example:
+      >>> import jax.numpy as jnp, paged_optax
+      >>> on_the_host = paged_optax.Paging(device_bytes=0)
+      >>> tx = paged_optax.paged_adamw8bit(1e-3, paging=on_the_host)
+      >>> params = {"w": jnp.ones((1024, 1024))}
+      >>> _, state = tx.update(params, tx.init(params), params)
+      >>> paged_optax.memory_report(state).devices[0].budget is None  # 0 on a GPU
+      True
     """
 
     device_bytes: int | None = None

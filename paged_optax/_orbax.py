@@ -24,7 +24,6 @@ import functools
 import os
 import shutil
 import tempfile
-import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any, BinaryIO, NamedTuple
@@ -38,6 +37,7 @@ from ._after_import import after_import
 from ._checkpoint import merge_files
 from ._contents import Contents, copy, nbytes_of
 from ._ffi import TOKEN_SHAPE
+from ._log import warn
 from ._state import new_token
 from ._transfer import opened, stage
 
@@ -289,10 +289,9 @@ def _install() -> None:
                     wrapped._is_of_paged_optax = True
                     setattr(cls, name, wrapped)
     except AttributeError as error:
-        warnings.warn(
+        warn(
             f"paged_optax does not know this version of Orbax ({error}), so that moments are not"
             " saved by it. Use paged_optax.save_moments.",
-            RuntimeWarning,
             stacklevel=2,
         )
 

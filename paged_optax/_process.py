@@ -2,10 +2,10 @@
 
 import atexit
 import os
-import warnings
 
 from . import _ext, _watch
 from ._bytes import format_bytes
+from ._log import log, warn
 from ._pool import advise, xla_pool
 from ._refused import warn_of_refusal
 from ._states import lost_bytes
@@ -14,9 +14,12 @@ _platform = "cuda"  # whose memory notices are about
 _said: set[int] = set()  # GPUs whose memory was said to be short
 
 
-def _on_notice(ordinal: int, missing_bytes: int, text: str, is_refusal: bool) -> None:
+def _on_notice(ordinal: int, missing_bytes: int, text: str, kind: str) -> None:
     """Passes a notice of the C++ code on as a warning; of short memory, once per GPU."""
-    if is_refusal:
+    if kind == "news":
+        log.info("%s", text)
+        return
+    if kind == "refusal":
         warn_of_refusal(text)
         return
     if missing_bytes:
@@ -27,7 +30,7 @@ def _on_notice(ordinal: int, missing_bytes: int, text: str, is_refusal: bool) ->
         if pool is not None and in_use is not None:
             text = f"{text} {advise(missing_bytes, pool, in_use)}".rstrip()
         text += _about_lost(ordinal)
-    warnings.warn(f"paged_optax: {text}", RuntimeWarning, stacklevel=2)
+    warn(f"paged_optax: {text}", stacklevel=2)
 
 
 def _about_lost(ordinal: int) -> str:

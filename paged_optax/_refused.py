@@ -9,7 +9,6 @@ arguments apart, in the thread that calls, before it runs or donates anything.
 import contextlib
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +18,7 @@ from jax.core import Tracer
 from . import _ext
 from ._ffi import TOKEN_SHAPE
 from ._local import local_handle
+from ._log import warn
 
 StateRefused: type[RuntimeError] = _ext.StateRefused
 
@@ -111,4 +111,4 @@ def warn_of_refusal(text: str) -> None:
         return
     message = f"{text} (The step changed nothing. The next use of the state raises StateRefused.)"
     with contextlib.suppress(RuntimeWarning):
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        warn(message, stacklevel=3)

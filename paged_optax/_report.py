@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from . import _ext, _names
 from ._bytes import format_bytes
+from ._log import named
 from ._pool import advise, xla_pool
 from ._state import find_states, read_token
 from ._transfer import find_staged
@@ -125,6 +126,36 @@ class MemoryReport:
         """Bytes of the second copies that ``replay=True`` keeps; part of the total."""
         return sum(device.replay for device in self.devices)
 
+    def to_dict(self, prefix: str = "moments/") -> dict[str, float]:
+        """All sizes as numbers with flat names, for loggers such as W&B and TensorBoard.
+
+        Args:
+          prefix: what all names begin with.
+
+        Returns:
+          Bytes by name: ``moments/total``, ``resident``, ``on_host``, ``replay`` and ``elsewhere``,
+          and for each device ``moments/cuda:0/total`` and so on, with ``budget``, ``free``,
+          ``pool``, ``pool_in_use`` and ``moved`` where they are known, ``moving_seconds``, and
+          ``evicted``, which is 0 or 1. All values are numbers; JSON takes them.
+
+        Example:
+          >>> import jax.numpy as jnp, paged_optax
+          >>> tx = paged_optax.scale_by_paged_adam8bit()
+          >>> params = {"w": jnp.ones((1024, 1024))}
+          >>> _, state = tx.update(params, tx.init(params))
+          >>> numbers = paged_optax.memory_report(state).to_dict()
+          >>> print(numbers["moments/total"], numbers["moments/cpu:0/resident"])
+          2130432 2130432
+        """
+        totals = ("total", "resident", "on_host", "replay", "elsewhere")
+        numbers: dict[str, float] = {f"{prefix}{name}": getattr(self, name) for name in totals}
+        for device in self.devices:
+            fields = dataclasses.asdict(device) | {"on_host": device.on_host}
+            for name, value in fields.items():
+                if isinstance(value, int | float):  # and neither None nor text
+                    numbers[f"{prefix}{device.device}/{name}"] = +value
+        return numbers
+
     def __str__(self) -> str:
         columns = ["total", "resident", "on_host", *["replay"] * (self.replay > 0)]
         rows = list(self.devices)
@@ -193,7 +224,21 @@ def memory_report(opt_state: Any) -> MemoryReport:
       >>> print(f"{paged_optax.memory_report(state).total / 1024**2:.2f} bytes per parameter")
       2.03 bytes per parameter
     """
-    states = {read_token(state): state for state in find_states(opt_state)}
+    with named("memory_report"):
+        reports, elsewhere = _describe_states(find_states(opt_state))
+    devices: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for report in reports:
+        devices.setdefault((report["platform"], report["ordinal"]), []).append(report)
+    return MemoryReport(
+        tuple(_device_memory(*device, reports) for device, reports in devices.items()),
+        _groups(reports),
+        elsewhere,
+    )
+
+
+def _describe_states(paged_states: list[Any]) -> tuple[list[dict[str, Any]], int]:
+    """What C++ says of each state on each device, and the bytes on devices of other processes."""
+    states = {read_token(state): state for state in paged_states}
     newest = {handle: (version, state) for (handle, version), state in states.items()}
     reports, elsewhere = [], 0
     for handle, (version, state) in newest.items():  # several versions of one state count once
@@ -205,14 +250,7 @@ def memory_report(opt_state: Any) -> MemoryReport:
             sharding = jnp.asarray(state.token).sharding
             num_others = len(sharding.device_set) - len(sharding.addressable_devices)
             elsewhere += num_others * here[0]["total"]
-    devices: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for report in reports:
-        devices.setdefault((report["platform"], report["ordinal"]), []).append(report)
-    return MemoryReport(
-        tuple(_device_memory(*device, reports) for device, reports in devices.items()),
-        _groups(reports),
-        elsewhere,
-    )
+    return reports, elsewhere
 
 
 def _device_memory(platform: str, ordinal: int, reports: list[dict[str, Any]]) -> DeviceMemory:

@@ -35,10 +35,14 @@ class SkipNonFiniteState(NamedTuple):
 
     Inside `jax.shard_map` with ``check_vma=False``, and `jax.pmap`, an element of a gradient that
     devices have in common counts once per device.
+
+    Attributes:
+      skipped: int32 of shape (), the gradient elements, or steps, that were skipped so far.
+      inner_state: the state of the optimizer.
     """
 
-    skipped: jax.Array  # int32 (): gradient elements, or steps, that were skipped so far
-    inner_state: Any  # that of the optimizer
+    skipped: jax.Array
+    inner_state: Any
 
 
 def skip_non_finite(

@@ -61,7 +61,7 @@ class PagedState(NamedTuple):
     """What all paged states hold: a few integers, whatever the size of the model."""
 
     # `count` hides tuple.count, as in optax's own states.
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  int32 (): updates so far
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     token: Any  # a `Token`; its array in what `find_states` returns
 
 

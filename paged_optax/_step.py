@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from ._names import leaf_keys, number_paths, number_tree
 from ._options import Options, Paging, Quantization
 from ._rule import Rule
-from ._tables import FORMAT_NAMES, FORMATS, OUTPUTS, PARAM_ROUNDINGS
+from ._tables import FORMAT_NAMES, FORMATS, OUTPUTS, PARAM_ROUNDINGS, RULES
 
 Int8s = Annotated[tuple[int, ...], np.int8]
 Int64s = Annotated[tuple[int, ...], np.int64]
@@ -52,6 +53,19 @@ class Step:
     shards: str  # which part of each leaf a device has, see `Shards`; "": not known
     skip_elements: bool  # the direction where a gradient is not usable is 0 instead of NaN
     tree: int  # a number for the tree structure
+
+    @property
+    def rule_name(self) -> str:
+        return RULES[self.rule]["name"]
+
+    def __str__(self) -> str:
+        """What is said of it in a log."""
+        counts = Counter(FORMAT_NAMES[number] for number in self.formats)
+        leaves = ", ".join(f"{count} in {name}" for name, count in counts.items())
+        return (
+            f"{self.rule_name}, {len(self.formats)} leaves ({leaves}), output"
+            f" {OUTPUTS[self.output]}, on {self.num_devices} device(s)"
+        )
 
     @property
     def takes_params(self) -> bool:

@@ -50,7 +50,17 @@ def to_bitsandbytes(
       NotImplementedError: if it is not known which part of the parameters each device has.
 
     Example:
-      See `from_bitsandbytes`.
+      >>> import jax.numpy as jnp, paged_optax
+      >>> tx = paged_optax.paged_adamw8bit(1e-3, quantization=paged_optax.Quantization("dynamic"))
+      >>> params = {"w": jnp.ones((64, 64))}
+      >>> _, state = tx.update(params, tx.init(params), params)
+      >>> theirs = paged_optax.to_bitsandbytes(state, ["['w']"], nested=False)
+      >>> print(theirs["state"][0]["step"], theirs["state"][0]["state1"].dtype)
+      1 uint8
+
+    References:
+      Dettmers et al., `8-bit Optimizers via Block-wise Quantization
+      <https://arxiv.org/abs/2110.02861>`_, 2022
     """
     states = find_states(opt_state)
     if len(states) != 1:

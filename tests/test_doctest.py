@@ -1,8 +1,9 @@
-"""The examples in docstrings and in README run."""
+"""The examples in docstrings and on the pages of the site run."""
 
 import ast
 import doctest
 import importlib
+import inspect
 import os
 import pkgutil
 import re
@@ -11,22 +12,28 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import optax
 import pytest
 
 import paged_optax
 
 README = Path(__file__).parent.parent / "README.md"
-COMPATIBILITY = README.parent / "docs" / "compatibility.md"
-CHECKPOINTS = README.parent / "docs" / "checkpoints.md"
-SEVERAL_GPUS = README.parent / "docs" / "several_gpus.md"
-PLANNING = README.parent / "docs" / "planning.md"
-SITE = [
-    README.parent / "docs" / f"{page}.md"
+DOCS = README.parent / "docs"
+COMPATIBILITY = DOCS / "compatibility.md"
+# Pages that need a process of their own, and those that share one.
+ALONE = {name: DOCS / f"{name}.md" for name in ("checkpoints", "planning", "several_gpus")}
+TOGETHER = [
+    DOCS / f"{page}.md"
     for page in (
-        "optimizers",
+        "accumulation",
+        "bfloat16",
         "from_bitsandbytes",
         "from_optax",
+        "full_finetuning",
         "how_it_works",
+        "monitoring",
+        "optimizers",
         "start",
         "trainers",
     )
@@ -46,35 +53,60 @@ def test_docstrings(name):
     assert results.failed == 0
 
 
-FUNCTIONS = [
-    paged_optax.scale_by_paged_adam8bit,
-    paged_optax.paged_adamw8bit,
-    paged_optax.paged_adam8bit,
-    paged_optax.MultiSteps,
-    paged_optax.apply_gradients,
-    paged_optax.moments,
-    paged_optax.memory_report,
-    paged_optax.save_moments,
-    paged_optax.export_moments,
-    paged_optax.to_optax,
-    paged_optax.from_optax,
-    paged_optax.plan,
-    paged_optax.release,
-    paged_optax.skip_non_finite,
-]
+PUBLIC = {name: getattr(paged_optax, name) for name in paged_optax.__all__}
+FUNCTIONS = {name: value for name, value in PUBLIC.items() if inspect.isfunction(value)}
+CLASSES = {name: value for name, value in PUBLIC.items() if inspect.isclass(value)}
+CANNOT_FAIL = {"release_all", "states", "use_orbax_hook"}
+FROM_PAPERS = {"Quantization", "from_bitsandbytes", "to_bitsandbytes"}
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
-def test_every_function_has_an_example(function):
-    (test,) = doctest.DocTestFinder(recurse=False).find(function)
-    assert test.examples
-    for section in ("Args:", "Returns:", "Raises:", "Example:"):
-        assert f"\n{section}\n" in f"\n{re.sub('^ +', '', function.__doc__, flags=re.MULTILINE)}"
+def sections_of(value):
+    """Names of a docstring's sections, with their lines."""
+    parts = re.split(r"^([A-Z][a-z]+):$", inspect.getdoc(value), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def has_example(value):
+    (test,) = doctest.DocTestFinder(recurse=False).find(value)
+    return bool(test.examples)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_function_says_all_of_itself(name):
+    """What goes in, with every argument by its name; what comes out; what is raised; an example."""
+    function = FUNCTIONS[name]
+    signature = inspect.signature(function)
+    sections = sections_of(function)
+    for argument in signature.parameters:
+        assert re.search(rf"^  \*{{0,2}}{argument}[:,\s]", sections["Args"], re.MULTILINE), argument
+    if signature.return_annotation is not None:
+        assert sections["Returns"].strip()
+    assert name in CANNOT_FAIL or sections["Raises"].strip()
+    assert has_example(function)
+    if "paging" in signature.parameters or name in FROM_PAPERS:
+        assert "http" in sections["References"]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_class_says_all_of_itself(name):
+    """What each field is. What users make themselves has an example as well."""
+    value = CLASSES[name]
+    fields = getattr(value, "_fields", None) or getattr(value, "__dataclass_fields__", ())
+    attributes = sections_of(value).get("Attributes", "")
+    for field in fields:
+        assert re.search(rf"^  {field}:", attributes, re.MULTILINE), field
+    if name in ("MultiSteps", "Paging", "Quantization"):
+        assert has_example(value)
+        assert sections_of(value)["Raises"].strip()
+    if name in FROM_PAPERS:
+        assert "http" in sections_of(value)["References"]
 
 
 def test_everything_public_has_a_docstring():
-    for name in paged_optax.__all__:
-        assert getattr(paged_optax, name).__doc__, name
+    for name, value in PUBLIC.items():
+        assert value.__doc__, name
     assert sorted(paged_optax.__all__) == paged_optax.__all__
 
 
@@ -86,13 +118,12 @@ def python_blocks(text):
 @pytest.mark.parametrize(
     ("documents", "options"),
     [
-        ([README], ["-W", "error"]),
-        ([CHECKPOINTS], []),  # Orbax warns of its own code
-        ([PLANNING], ["-W", "error"]),
-        ([SEVERAL_GPUS], ["-W", "error"]),
-        (SITE, ["-W", "error"]),
+        ([ALONE["checkpoints"]], []),  # Orbax warns of its own code
+        ([ALONE["planning"]], ["-W", "error"]),
+        ([ALONE["several_gpus"]], ["-W", "error"]),
+        (TOGETHER, ["-W", "error"]),
     ],
-    ids=["readme", "checkpoints", "planning", "several_gpus", "site"],
+    ids=[*ALONE, "others"],
 )
 def test_documents_run(documents, options, tmp_path):
     """All Python blocks, one after the other, in a process and a folder of their own."""
@@ -113,15 +144,15 @@ def test_documents_run(documents, options, tmp_path):
 @pytest.mark.skipif(not README.exists(), reason="tests without the source tree")
 def test_every_document_with_python_runs():
     """Other programs are in blocks of ``py``: what needs a package that the tests do not have."""
-    run = {README, CHECKPOINTS, PLANNING, SEVERAL_GPUS, *SITE}
-    pages = [README, *README.parent.glob("docs/*.md"), *README.parent.glob("docs/reference/*.md")]
+    run = {*ALONE.values(), *TOGETHER}
+    pages = [README, *DOCS.glob("*.md"), *DOCS.glob("reference/*.md")]
     assert {p for p in pages if python_blocks(p.read_text(encoding="utf-8"))} == run
 
 
 @pytest.mark.skipif(not README.exists(), reason="tests without the source tree")
 def test_documents_are_filled_in():
     """No placeholder of a number that was to be measured."""
-    for path in [README, *README.parent.glob("docs/*.md"), *README.parent.glob("xla_ffi/*.md")]:
+    for path in [README, *DOCS.glob("*.md"), *README.parent.glob("xla_ffi/*.md")]:
         assert not re.findall(r"(?<!```)\{[a-z_]+\}", path.read_text(encoding="utf-8")), path
 
 
@@ -157,7 +188,24 @@ def test_every_claim_of_compatibility_names_its_tests():
 
 
 @pytest.mark.skipif(not README.exists(), reason="tests without the source tree")
-def test_quickstart_is_what_the_readme_shows():
+def test_quickstart_is_what_the_first_page_shows():
     quickstart = (README.parent / "examples" / "quickstart.py").read_text(encoding="utf-8")
-    block, *_ = python_blocks(README.read_text(encoding="utf-8"))
-    assert block in quickstart
+    (block,) = python_blocks((DOCS / "start.md").read_text(encoding="utf-8"))
+    assert quickstart.endswith(block)
+
+
+@pytest.mark.fast
+@pytest.mark.skipif(not README.exists(), reason="tests without the source tree")
+@pytest.mark.parametrize("page", ["README.md", "docs/start.md"])
+def test_the_two_lines_work(page):
+    """What the diff adds, and what it removes, each make an optimizer."""
+    text = (README.parent / page).read_text(encoding="utf-8")
+    (diff,) = re.findall(r"^```diff\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    for sign in "+-":
+        lines = [line[1:] for line in diff.splitlines() if line[0] == sign]
+        names = {"optax": optax}
+        exec("\n".join(lines), names)
+        params = {"w": jnp.ones((64, 64))}
+        with jax.numpy_dtype_promotion("standard"):  # optax's bias correction needs it
+            updates, _ = names["tx"].update(params, names["tx"].init(params), params)
+        assert jnp.all(updates["w"] < 0)

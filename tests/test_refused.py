@@ -447,25 +447,48 @@ def test_a_warning_comes_before_the_exception(tmp_path, options):
     assert ("RuntimeWarning: paged_optax: this optimizer state" in process.stderr) != bool(options)
 
 
-def test_the_process_may_end_at_any_time(tmp_path):
-    """Also while steps are refused: nothing is raised into an interpreter that ends."""
+def test_the_process_may_end_while_steps_are_refused(tmp_path):
+    """XLA's threads report refusals to an interpreter that ends; nothing is raised into it.
+
+    (A Python thread that is inside of jax itself at that time is no test: before Python 3.14 it
+    ends the process by SIGABRT, or now and then by SIGSEGV, without paged_optax as well.)
+    """
     code = """
-import threading, time
-def spin():
-    state = old
-    while True:
-        try:
-            _, state = step(params, state)
-        except paged_optax.StateRefused:
-            pass
-threading.Thread(target=spin, daemon=True).start()
-time.sleep(0.2)
+def run(state, big):
+    body = lambda state, _: (tx.update(params, state, params)[1], None)
+    return jax.lax.scan(body, state, length=20_000)[0], big @ big
+big = jnp.ones((512, 512))  # for a small product the main thread would run the program itself
+run = jax.jit(run).lower(old, big).compile()
+paged_optax.newest(old)  # what was refused so far is done with
+result = run(old, big)
+assert not jax.tree.leaves(result)[0].is_ready()
 print("ends")
 """
-    for _ in range(3):
-        process = run_python(ONE_SHOT + code, tmp_path, options=("-W", "ignore"), check=False)
-        assert process.stdout == "ends\n"
-        assert "StateRefused" not in process.stderr and process.returncode in (0, -6), process
+    process = run_python(ONE_SHOT + code, tmp_path, options=("-W", "ignore"))
+    assert process.stdout == "ends\n" and process.stderr == ""
+
+
+def test_the_process_may_end_while_threads_ask(tmp_path):
+    """Daemon threads come back from C++ to a Python that is no longer there."""
+    code = """
+import threading, time
+from helpers import ext, find_state
+def ask():
+    while True:
+        try:
+            ext.describe(*token), ext.newest(token[0]), ext.list_states()
+            ext.read_leaf_parts("cpu", 0, *token, [0])
+            ext.read_leaf_parts("cpu", 0, token[0], 1, [0])  # the step before is refused
+        except paged_optax.StateRefused:
+            pass
+token = find_state(new).token.tolist()
+for _ in range(3):
+    threading.Thread(target=ask, daemon=True).start()
+time.sleep(0.1)
+print("ends")
+"""
+    process = run_python(ONE_SHOT + code, tmp_path, options=("-W", "ignore"))
+    assert process.stdout == "ends\n" and process.stderr == ""
 
 
 def test_a_state_that_is_right_is_not_printed(monkeypatch):

@@ -75,6 +75,45 @@ def test_troubleshooting_quotes_texts_that_exist():
         assert any(re.search(pattern, text) for text in flat), quote
 
 
+def test_every_public_name_is_in_the_overview():
+    """The table of functions and options names everything, and nothing that is not there."""
+    page = (DOCS / "overview.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"`([A-Za-z_0-9]+)[`(]", page))
+    assert set(paged_optax.__all__) <= names | {"Quantization", "Paging"}
+    assert {"Quantization(", "Paging("} <= set(re.findall(r"(?:Quantization|Paging)\(", page))
+    paged = {name for name in names if name.startswith(("paged_", "scale_by_paged_", "ScaleBy"))}
+    assert paged - {"paged_optax"} <= set(paged_optax.__all__)
+
+
+def test_every_benchmark_is_on_its_page():
+    page = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    for script in (ROOT / "benchmarks").glob("*.py"):
+        assert f"`{script.name}`" in page, script.name
+    for command in re.findall(r"python (benchmarks/\w+\.py)", page):
+        assert (ROOT / command).exists(), command
+
+
+def test_readme_is_one_screen():
+    """Promise and proof. What is longer has its page on the site."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 80
+    index = (DOCS / "index.md").read_text(encoding="utf-8")
+    for mark in re.findall(r':(?:start-after|end-before): "(.*)"', index):
+        assert mark in lines
+
+
+def test_links_of_readme_lead_somewhere():
+    """The site checks the links of its pages, and those of README only as far as it shows them."""
+    links = re.findall(r"\]\(([^)#:]+)(?:#([^)]+))?\)", (ROOT / "README.md").read_text("utf-8"))
+    assert len(links) > 20
+    for path, anchor in links:
+        assert (ROOT / path).exists(), path
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", (ROOT / path).read_text("utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings}
+            assert anchor in slugs, f"{path}#{anchor}"
+
+
 def test_every_page_is_in_the_contents():
     index = (DOCS / "index.md").read_text(encoding="utf-8")
     assert "<!-- other guides -->" in index

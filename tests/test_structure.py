@@ -98,3 +98,14 @@ def test_private_modules_are_known_to_one_file_of_tests():
     files = [p for p in sorted((ROOT / "tests").glob("*.py")) if private.search(p.read_text())]
     known = {"helpers.py", "conftest.py", "test_attributes.py"}  # the last is about these modules
     assert {path.name for path in files} <= known
+
+
+def test_nobody_asks_for_the_gil_of_an_interpreter_that_ended():
+    """What comes back to Python is WithoutGil (python/interpreter.h) or knows InterpreterStays."""
+    texts = {path: (XLA_FFI / path).read_text(encoding="utf-8") for path in sources()}
+    del texts["python/testing.cc"]
+    assert not [path for path, text in texts.items() if re.search(r"gil_scoped_release\b.*;", text)]
+    for path, text in texts.items():
+        assert text.count("gil_scoped_acquire") == len(
+            re.findall(r"InterpreterStays stays;\n.*return;.*\n.*gil_scoped_acquire", text)
+        ), path

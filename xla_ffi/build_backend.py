@@ -33,6 +33,7 @@ NVIDIA_WHEELS = [
     "nvidia-cuda-cccl==13.0.*",
     "nvidia-cuda-crt==13.0.*",
     "nvidia-nvvm==13.0.*",
+    "nvidia-nvtx==13.0.*",  # headers; without them profilers see no names
 ]
 
 # One file of each wheel: jax[cuda13] installs nvcc's package too, for its ptxas, without the rest.

@@ -77,11 +77,13 @@ def _of_cpp(source: str) -> Iterator[str]:
         end = match.end()
         literal = match[1].replace(r"\"", '"').replace(r"\n", " ")
         if re.search(r"[;{}]", gap):
-            yield from _sentence(text)
+            if "kNews" not in gap:  # what is told of no error
+                yield from _sentence(text)
             text = "" if "static_assert" in gap else literal
         else:
             text += (PLACE if gap.strip() and text else "") + literal
-    yield from _sentence(text)
+    if "kNews" not in source[end:]:
+        yield from _sentence(text)
 
 
 def _sentence(text: str) -> Iterator[str]:

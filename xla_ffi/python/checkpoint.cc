@@ -44,7 +44,7 @@ class PySnapshot {
   void Close() {
     std::shared_ptr<const Snapshot> last;
     std::swap(last, snapshot_);
-    const py::gil_scoped_release unlocked;
+    const WithoutGil unlocked;
     last.reset();
   }
 
@@ -74,7 +74,7 @@ py::array ReadPart(const PySnapshot& self, size_t leaf, const std::string& kind,
                                                   : Snapshot::Kind::kResiduals;
   std::optional<LeafPart> part;
   {
-    const py::gil_scoped_release unlocked;
+    const WithoutGil unlocked;
     part = snapshot->Read(leaf, number, state, begin, end);
   }
   return ToPython(std::move(*part));
@@ -105,7 +105,7 @@ py::list ReadLeaves(const std::string& platform, int ordinal, int32_t handle, in
                     const std::vector<size_t>& indices) {
   std::optional<PySnapshot> snapshot;
   {
-    const py::gil_scoped_release unlocked;
+    const WithoutGil unlocked;
     snapshot.emplace(OpenSnapshot(platform, ordinal, handle, version));
   }
   py::list leaves;
@@ -136,7 +136,7 @@ py::list ShapesOf(const Snapshot& snapshot) {
 }
 
 void DefineSnapshot(py::module_& module) {
-  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  using Unlocked = py::call_guard<WithoutGil>;
   const auto property = [](auto value) {
     return [value](const PySnapshot& self) { return value(*self.get()); };
   };
@@ -278,7 +278,7 @@ std::pair<int32_t, int32_t> Stage(const py::dict& spec) {
     throw py::value_error("the moments' description has a value of a wrong type or size");
   }
   const bool shared = Get<bool>(spec, "shared", false);
-  const py::gil_scoped_release unlocked;
+  const WithoutGil unlocked;
   CheckSource(*source);
   return {Registry::Get().handles().Stage(std::move(source), shared), 1};
 }
@@ -301,7 +301,7 @@ py::object DescribeStaged(int32_t handle) {
 }
 
 void DefineStaging(py::module_& module) {
-  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  using Unlocked = py::call_guard<WithoutGil>;
   module.def("stage", &Stage, py::arg("spec"));
   module.def("staged", &DescribeStaged, py::arg("handle"));
   module.def(

@@ -1,6 +1,8 @@
 // See interpreter.h.
 #include "python/interpreter.h"
 
+#include <unistd.h>
+
 #include <atomic>
 #include <chrono>
 #include <thread>
@@ -21,6 +23,14 @@ InterpreterStays::InterpreterStays() {
 }
 
 InterpreterStays::~InterpreterStays() { num_inside.fetch_sub(1); }
+
+WithoutGil::~WithoutGil() {
+  try {
+    PyEval_RestoreThread(state_);
+  } catch (...) {  // by pthread_exit, which ends the process where no one may catch it
+    for (;;) pause();
+  }
+}
 
 void CloseInterpreter() {
   is_closed.store(true);

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base/faults.h"
+#include "base/trace.h"
 #include "memory/file_system.h"
 #include "memory/gpus.h"
 #include "memory/memory.h"
@@ -69,6 +70,7 @@ py::dict BuildInfo() {
   info["version"] = PAGED_OPTAX_VERSION;
   info["ffi_api"] = FfiApiVersion();
   info["cuda"] = kHasCuda;
+  info["nvtx"] = PAGED_OPTAX_NVTX == 1;
   info["nvcc"] = PAGED_OPTAX_NVCC_VERSION;
   info["cuda_archs"] = PAGED_OPTAX_CUDA_ARCHS;
   return info;
@@ -178,7 +180,7 @@ py::dict ReportToPython(const ArenaReport& report) {
 py::list Describe(int32_t handle, int32_t version) {
   std::vector<ArenaReport> reports;
   {
-    py::gil_scoped_release unlocked;
+    const WithoutGil unlocked;
     reports = Registry::Get().Describe({handle, version});
   }
   py::list result;
@@ -189,7 +191,7 @@ py::list Describe(int32_t handle, int32_t version) {
 py::object FindNewest(int32_t handle) {
   std::optional<Registry::Newest> newest;
   {
-    py::gil_scoped_release unlocked;
+    const WithoutGil unlocked;
     newest = Registry::Get().FindNewest(handle);
   }
   if (!newest) return py::none();
@@ -203,7 +205,7 @@ py::tuple ListStates() {
   std::vector<ArenaReport> reports;
   std::vector<std::pair<int32_t, double>> unused;
   {
-    py::gil_scoped_release unlocked;
+    const WithoutGil unlocked;
     reports = Registry::Get().DescribeAll();
     unused = Registry::Get().handles().UnusedWithAges();
   }
@@ -225,7 +227,7 @@ int32_t Rewrite(const std::string& platform, int ordinal, int32_t handle, int32_
     rewrites.push_back(std::move(rewrite));
   }
   const DeviceId device{platform == "cpu" ? Platform::kCpu : Platform::kCuda, ordinal};
-  py::gil_scoped_release unlocked;
+  const WithoutGil unlocked;
   return Registry::Get().Rewrite(device, {handle, version}, rewrites);
 }
 
@@ -270,7 +272,7 @@ py::list ForecastToPython(const std::vector<py::dict>& states, int64_t free_byte
 // Calls read(locked arena, slot) for the contents that a token stands for, without the GIL.
 template <class F>
 auto ReadContents(const std::string& platform, int ordinal, Token token, const F& read) {
-  py::gil_scoped_release unlocked;
+  const WithoutGil unlocked;
   const DeviceId device{platform == "cpu" ? Platform::kCpu : Platform::kCuda, ordinal};
   const Registry::OpenSlot open = Registry::Get().Read(device, token);
   return read(open.locked, open.slot);
@@ -325,7 +327,7 @@ constexpr Internals kInternals{[] { return Registry::Get().NumArenas(); },
 
 PYBIND11_MODULE(_ext, module) {
   using namespace paged_optax;
-  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  using Unlocked = py::call_guard<WithoutGil>;
   module.doc() = "Handlers and registry of paged_optax; use the Python package, not this module.";
   static PyObject* const state_refused = PyErr_NewExceptionWithDoc(
       "paged_optax.StateRefused", kStateRefusedDoc, PyExc_RuntimeError, nullptr);

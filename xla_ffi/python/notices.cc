@@ -25,6 +25,18 @@ Notices* all_notices = new Notices();
 
 Notices& AllNotices() { return *all_notices; }
 
+const char* NameOf(Notice::Kind kind) {
+  switch (kind) {
+    case Notice::Kind::kRefusal:
+      return "refusal";
+    case Notice::Kind::kNews:
+      return "news";
+    case Notice::Kind::kOther:
+      break;
+  }
+  return "";
+}
+
 int DeliverPending(void*) {
   DeliverNotices();
   return 0;
@@ -67,7 +79,7 @@ void DeliverNotices() {
     }
     try {
       py::handle(notices.handler)(notice.ordinal, notice.missing_bytes, notice.text,
-                                  notice.kind == Notice::Kind::kRefusal);
+                                  NameOf(notice.kind));
     } catch (py::error_already_set& error) {
       // Where warnings are errors. This may be any place of the user's program: nothing to unwind.
       error.discard_as_unraisable("a notice of paged_optax");

@@ -5,7 +5,7 @@
 
 namespace paged_optax {
 
-// `handler` is called with ordinal, missing_bytes, text and whether it is a refusal.
+// `handler` is called with ordinal, missing_bytes, text and the kind: "", "refusal" or "news".
 void SetNoticeHandler(const pybind11::object& handler);
 
 // Calls the handler with what waits, now. The GIL must be held.

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "base/notice.h"
+#include "memory/preflight.h"
 
 namespace paged_optax {
 
@@ -51,10 +52,19 @@ void NoteRestart(const Arena& arena) {
                   "checkpoint should have had them, see docs/checkpoints.md."});
 }
 
+void NoteMade(const Arena& arena, int64_t resident) {
+  const int64_t nbytes = arena.memory->geometry().NumBytes();
+  PostNotice({arena.device.ordinal, 0,
+              "made " + FormatBytes(nbytes) + " of moments on " + Name(arena.device) + ", " +
+                  FormatBytes(resident) + " of them resident",
+              Notice::Kind::kNews});
+}
+
 void PlaceOnHost(Arena& arena) {
   arena.memory = MakeHostMemory(SlotBytes(arena.signature, kCpuGranularity),
                                 arena.signature.num_slots(), arena.policy.directory);
   arena.segments = arena.memory->Table(/*num_resident=*/1);
+  NoteMade(arena, arena.memory->geometry().NumBytes());
 }
 
 ArenaReport Report(const LockedArena& locked) {

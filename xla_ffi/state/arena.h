@@ -119,6 +119,9 @@ bool MayStart(const Handles& handles, const Request& request, Token token);
 // Warns that a state starts over.
 void NoteRestart(const Arena& arena);
 
+// For the log: the arena has its memory, `resident` bytes of it in the device's own.
+void NoteMade(const Arena& arena, int64_t resident);
+
 // Gives a new arena memory of the host.
 void PlaceOnHost(Arena& arena);
 

@@ -73,6 +73,7 @@ void PlaceOnDevice(Arena& arena, const FirstShare& share, Stream stream) {
   residency.is_kept = !arena.memory->ChangesAddresses();
   arena.segments = arena.memory->Table(share.segments);
   SendSegments(arena);
+  NoteMade(arena, residency.geometry.LeadingBytes(share.segments));
   if (share.missing_bytes == 0) return;
   PostNotice({ordinal, share.missing_bytes,
               FormatBytes(share.missing_bytes) + " of the optimizer's " +

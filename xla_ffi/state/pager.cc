@@ -9,6 +9,7 @@
 #include "base/faults.h"
 #include "base/notice.h"
 #include "base/status.h"
+#include "base/trace.h"
 #include "memory/gpus.h"
 #include "memory/memory.h"
 #include "step/step_cuda.h"
@@ -269,6 +270,8 @@ void Pager::Execute(ContentsLock& lock, Arena& arena, const Step& step) {
                   is_in ? Tier::kDevice : Tier::kHost};
   const int64_t nbytes = residency.geometry.LeadingBytes(move.first + move.count) -
                          residency.geometry.LeadingBytes(move.first);
+  const TraceRange range(is_in ? "paged_optax: moments to the GPU"
+                               : "paged_optax: moments to the host");
   planner_.Begin(States(lock), step, FreeDeviceBytes(ordinal_));
   const auto start = std::chrono::steady_clock::now();
   {

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "base/trace.h"
 #include "state/registry.h"
 #include "step/step_cpu.h"
 #include "xla/call.h"
@@ -242,6 +243,7 @@ void Launch(CudaDevice& gpu, const ContentsLock& lock, const UpdateCall& call, R
 ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::RunId run,
                       int32_t device, UpdateAttrs attrs, ffi::RemainingArgs args,
                       ffi::RemainingRets rets) {
+  const TraceRange range("paged_optax: step");
   return Guarded([&] {
     const UpdateCall call = Parse(attrs, args, rets);
     Registry& registry = Registry::Get();
