@@ -147,8 +147,8 @@ def time_sizes(path: str, codec: str, repeats: int) -> None:
     for peer in rows:
         times = [time_peer(peer, [(size,)], "float32", repeats, ["loop"])[0] for size in sizes]
         found["ms"][peer.name] = times
-    with open(path, "w") as file:
-        json.dump(found, file)
+        with open(path, "w") as file:
+            json.dump(found, file)
     print(f"{'float32 parameters, ms':<28}" + "".join(f"{size:>10.0e}" for size in sizes))
     for name, times in found["ms"].items():
         print(f"{name:<28}" + "".join(f"{ms:>10.3f}" for ms in times))
