@@ -34,8 +34,8 @@ __device__ inline const uint8_t* FirstOf(const void* data, DType dtype, int64_t 
 
 __device__ inline void Fetch(const uint8_t* first, DType dtype, int i, int thread,
                              FetchedArray& array) {
-  const auto size = static_cast<uint32_t>(SizeOf(dtype));
-  const uint8_t* elements = first + uint64_t{static_cast<uint32_t>(i) * kBlockSize} * size;
+  const auto stride = static_cast<uint32_t>(kBlockSize * SizeOf(dtype));
+  const uint8_t* elements = first + uint64_t{static_cast<uint32_t>(i)} * stride;
   CopyAhead<16>(elements, array.halves[0][thread]);
   if (dtype == DType::kFloat32) CopyAhead<16>(elements + 16, array.halves[1][thread]);
 }
