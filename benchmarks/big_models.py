@@ -148,6 +148,8 @@ def make_step(row: Row, tx: optax.GradientTransformation):
     def step(frozen, trained, opt_state, ids):
         loss, grads = jax.value_and_grad(loss_fn)(trained, frozen, ids)
         if row.in_place:
+            # Or XLA computes the loss after the step, from a copy of the old head.
+            loss, grads = jax.lax.optimization_barrier((loss, grads))
             return *paged_optax.apply_gradients(tx, grads, opt_state, trained), loss
         updates, opt_state = tx.update(grads, opt_state, trained)
         return optax.apply_updates(trained, updates), opt_state, loss
