@@ -1,7 +1,7 @@
 // See load.h. As in save.cc, what a thread reads at once has one size, whatever arrays it holds.
 #include "state/load.h"
 
-#include <cstring>
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <string>
@@ -50,6 +50,12 @@ class Loader {
   }
 
   int64_t num_batches() const { return static_cast<int64_t>(batches_.size()); }
+  // What every batch has room in.
+  int64_t buffer_bytes() const {
+    int64_t most = kDiskPage;
+    for (const Batch& batch : batches_) most = std::max(most, PageAfter(batch.end));
+    return most;
+  }
 
   void Load(int64_t number, uint8_t* buffer) {
     const Batch& batch = batches_[number];
@@ -141,16 +147,16 @@ void LoadItems(const std::vector<LoadItem>& items, const Memory& target) {
     std::shared_ptr<const void> pinned;  // goes first
   };
   Loader loader(items);
+  const int64_t nbytes = loader.buffer_bytes();
   ForEachInParallel(
       loader.num_batches(), NumDiskThreads(),
       [&] {
         auto buffer = std::make_unique<Buffer>();
-        uint8_t* const pages = buffer->pages.Reserve(kBufferBytes);
-        buffer->pinned = target.Pin(pages, kBufferBytes);
+        buffer->pinned = target.Pin(buffer->pages.Reserve(nbytes), nbytes);
         return buffer;
       },
       [&](int64_t i, const std::unique_ptr<Buffer>& buffer) {
-        loader.Load(i, buffer->pages.Reserve(kBufferBytes));
+        loader.Load(i, buffer->pages.Reserve(nbytes));
       });
   loader.Check();
 }
