@@ -38,12 +38,16 @@ from helpers import (
     to_jax,
 )
 from paged_optax import (
+    Paging,
     Quantization,
+    load_moments,
+    memory_report,
     moments,
     paged_adam8bit,
     paged_adamw8bit,
     paged_lion8bit,
     release,
+    save_moments,
     skip_non_finite,
 )
 
@@ -142,6 +146,32 @@ def test_goes_on_as_if_nothing_had_happened(device, name, replay):
     assert_trees_equal(actual, expected)
     assert_same_moments(other, last)
     assert find_state(other).token[1] == 5
+
+
+PLACES = [("cpu", None, False)] + [
+    pytest.param("gpu", device_bytes, replay, marks=pytest.mark.gpu)
+    for device_bytes in (None, 0, 4 * 2**20)
+    for replay in (False, True)
+]
+
+
+@pytest.mark.parametrize("device, device_bytes, replay", PLACES, indirect=["device"])
+def test_wherever_the_moments_of_a_gpu_lie(device, device_bytes, replay, tmp_path):
+    """Three chunks: all in its memory, none, and two of them."""
+    tx = OPTIMIZERS["ratio"](replay=replay, paging=Paging(device_bytes=device_bytes))
+    shapes = {"w": (1500, 2000), "b": (300,)}
+    params = to_jax(make_tree(0, shapes))
+    params, state = run(tx, params, tx.init(params), range(1, 3), shapes=shapes)
+    save_moments(state, tmp_path / "m.safetensors")
+    restored = load_moments(tx.init(params), tmp_path / "m.safetensors")
+    expected, last = run(tx, params, state, range(3, 5), shapes=shapes)
+    actual, other = run(tx, params, restored, range(3, 5), shapes=shapes)
+    assert_trees_equal(actual, expected)
+    assert_same_moments(other, last)
+    for each in (last, other):
+        report = memory_report(each)
+        if device_bytes is not None and report.devices[0].free is not None:
+            assert report.resident <= device_bytes
 
 
 @pytest.mark.parametrize("name", ["ratio", "dynamic", "lion"])
