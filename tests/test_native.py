@@ -23,12 +23,12 @@ pytestmark = [
 ]
 
 SOURCES = """
-    base/device_buffer base/disk_file memory/file_memory memory/file_system memory/gpus
+    base/crc32 base/device_buffer base/disk_file memory/file_memory memory/file_system memory/gpus
     memory/host_memory
     memory/managed_memory memory/memory memory/pinned_memory memory/planner memory/preflight
-    memory/promises state/arena state/contents state/copies state/cpu_device state/cuda_arena
-    state/cuda_device state/explain state/handles state/pager state/refusals state/registry
-    state/shards state/signature state/snapshot state/source state/tiling
+    memory/promises state/arena state/background_save state/contents state/copies state/cpu_device state/cuda_arena
+    state/cuda_device state/explain state/handles state/load state/pager state/refusals state/registry
+    state/save state/shards state/signature state/snapshot state/source state/tiling
 """.split()
 FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-fsanitize=thread", "-pthread"]
 DEFINES = ["-DPAGED_OPTAX_CUDA=1", "-DPAGED_OPTAX_TESTING=1", f"-I{HERE}", f"-I{XLA_FFI}"]
@@ -75,3 +75,8 @@ def test_every_call_fails_once(program):
 def test_handles(program):
     """Devices that are 5,000 inits apart agree; so do two jobs that follow each other."""
     start(program, "handles")
+
+
+def test_files(program):
+    """Threads that save, and load, in the background too: no race, and each call may fail once."""
+    start(program, "files")

@@ -2,6 +2,7 @@
 //   program threads SECONDS   from many threads at once, for ThreadSanitizer
 //   program handles           what devices and jobs agree on
 //   program faults            a run in which each call of the system or of CUDA fails once, in turn
+//   program files             the same for arrays that are saved and loaded
 // Ends with an error if moments are lost or memory is kept. What is refused is no error.
 #include <atomic>
 #include <chrono>
@@ -15,6 +16,7 @@
 #include "base/notice.h"
 #include "base/status.h"
 #include "fake_step.h"
+#include "files.h"
 #include "memory/promises.h"
 #include "rules/rules.h"
 #include "state/cpu_device.h"
@@ -424,6 +426,14 @@ void RunFaults() {
   if (num_faults < 100) std::abort();
 }
 
+void RunFiles() {
+  SaveAndLoad(/*many=*/true);
+  for (const char* name : {"open", "fallocate", "pwrite", "pread", "direct pread", "thread"}) {
+    const int count = FailEachCall(name, [] { SaveAndLoad(/*many=*/false); });
+    std::printf("%s: %d calls\n", name, count);
+  }
+}
+
 void RunHandles() {
   constexpr DeviceId first{Platform::kCpu, 0}, second{Platform::kCpu, 1};
   constexpr int kMany = 5000;
@@ -474,6 +484,8 @@ int Main(int argc, char** argv) {
     RunHandles();
   } else if (argc == 2 && std::strcmp(argv[1], "faults") == 0) {
     RunFaults();
+  } else if (argc == 2 && std::strcmp(argv[1], "files") == 0) {
+    RunFiles();
   } else {
     return 2;
   }
