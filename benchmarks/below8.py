@@ -20,13 +20,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numerics
+import numpy as np
 from gpt_quality import TinyGpt
 from moment_formats import FLOAT32, SMALL_FORMATS, WINNER, Format
 
 # What a time limit should leave comes first.
-FORMATS = [FLOAT32, SMALL_FORMATS[0], SMALL_FORMATS[1], WINNER, SMALL_FORMATS[2]]
+FORMATS = [FLOAT32, *SMALL_FORMATS[:3], WINNER, SMALL_FORMATS[3]]
 WAIT = 50  # steps that are queued at most
 
 

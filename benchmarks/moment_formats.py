@@ -190,7 +190,9 @@ def window(
     what is rounded up.
     """
     steps = [
-        (1 << shift) * (parts + part) // parts for shift in range(16, coarsest) for part in range(parts)
+        (1 << shift) * (parts + part) // parts
+        for shift in range(16, coarsest)
+        for part in range(parts)
     ]
     steps = jnp.array([*steps, 1 << coarsest], jnp.int32)
 
@@ -355,7 +357,8 @@ FORMATS = [
     WINNER,
 ]
 
-# Fewer than 8 bits a moment: `benchmarks/below8.py` trains with these. The last one is that of
+# Fewer than 8 bits a moment: `benchmarks/below8.py` trains with these. The second one is what a
+# kernel could store with the arithmetic of `ratio`. The last one is that of
 # torchao's AdamW4bit (torchao/optim/subclass_4bit.py), which took its maps from lpmm: B. Li,
 # J. Chen, J. Zhu, "Memory Efficient Optimizers with 4-bit States", 2023 (arXiv:2309.01507). Its
 # second moments have 16 values evenly spaced, without 0.
@@ -364,6 +367,10 @@ SMALL_FORMATS = [
     Format(
         "ratio, 6 + 6 bits",
         *(1.5 + 8 / 256, powers(31, 1.5), window(64, **_SMALL), 256, 256, True, golden, golden),
+    ),
+    Format(
+        "ratio, 6 + 6 bits, squares",
+        *(1.5 + 8 / 256, squares(largest=31), window(64, **_SMALL), 256, 256, True, golden, golden),
     ),
     Format(
         "ratio, 4 + 4 bits /64",
