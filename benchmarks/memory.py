@@ -55,7 +55,7 @@ def print_temporary(device: Any) -> None:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
             jax.eval_shape(tx.init, params),
         )
-        program = jax.jit(step, donate_argnums=(1, 2)).lower(params, state, params).compile()
+        program = jax.jit(step, donate_argnums=(0, 1, 2)).lower(params, state, params).compile()
         memory: Any = program.memory_analysis()
         kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         temporary = memory.temp_size_in_bytes
