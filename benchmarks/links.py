@@ -105,7 +105,7 @@ def main() -> None:
         show("one program", name, rate_of_steps([devices], rounding, args))
         each = [[device] for device in devices]
         show("programs", name, rate_of_steps(each, rounding, args))
-    if hasattr(_ext, "measure_link"):
+    if jax.default_backend() == "gpu":
         for label, some in [*alone, ("all", devices)]:
             show(label, "copies", rate_of_copies(some))
 
