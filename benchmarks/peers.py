@@ -19,7 +19,6 @@ from paged_optax import (
 )
 
 RATE, DECAY = 1e-3, 1e-2
-LOOP = 20  # steps of a program that loops
 
 
 class Peer(NamedTuple):
@@ -40,16 +39,19 @@ class JaxRun:
         self._carry = grads, state, params
         self._step = jax.jit(step, donate_argnums=(0, 1, 2))
         self._loop = jax.jit(
-            lambda *carry: jax.lax.fori_loop(0, LOOP, lambda _, carry: step(*carry), carry),
-            donate_argnums=(0, 1, 2),
+            lambda num_steps, *carry: jax.lax.fori_loop(
+                0, num_steps, lambda _, carry: step(*carry), carry
+            ),
+            static_argnums=0,
+            donate_argnums=(1, 2, 3),
         )
 
     def take(self, num_steps: int) -> None:
         for _ in range(num_steps):
             self._carry = self._step(*self._carry)
 
-    def loop(self) -> None:
-        self._carry = self._loop(*self._carry)
+    def loop(self, num_steps: int) -> None:
+        self._carry = self._loop(num_steps, *self._carry)
 
     def wait(self) -> None:
         jax.block_until_ready(self._carry)

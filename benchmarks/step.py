@@ -1,16 +1,18 @@
 """Times whole AdamW steps: gradients given, everything donated, against the peers installed.
 
     python benchmarks/step.py [--cases float32 lora ...] [--peers optax paged ...] [--ways loop]
+                              [--steps 100]
     python benchmarks/step.py --clip
     python benchmarks/step.py --sizes times.json
     python benchmarks/step.py --plot times.json docs/step_time.png
 
 A step takes gradients, state and parameters and makes the new parameters. "loop" is a step of a
-program that takes 20 of them; "dispatched" is one of ten programs that are started one after the
-other. Every optimizer's first step is compared with what AdamW's first step is before it is timed.
-"of copy" is the memory rate of the loop as a share of a copy's. --clip times steps of gradients
-that are clipped by their global norm. --sizes times steps of one tensor
-of 1e4 to 1e9 float32 parameters (to 1e8 on a CPU) in a loop, and --plot draws these times.
+program that takes 20 of them, or --steps; the more there are, the less of the program's own start
+is in the time. "dispatched" is one of ten programs that are started one after the other. Every
+optimizer's first step is compared with what AdamW's first step is before it is timed. "of copy" is
+the memory rate of the loop as a share of a copy's. --clip times steps of gradients that are clipped
+by their global norm. --sizes times steps of one tensor of 1e4 to 1e9 float32 parameters (to 1e8 on
+a CPU) in a loop, and --plot draws these times.
 """
 
 import argparse
@@ -24,10 +26,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from peers import DECAY, LOOP, RATE, Peer, clipping_peers, peers
+from peers import DECAY, RATE, Peer, clipping_peers, peers
 
 WAYS = ["loop", "dispatched"]
 DISPATCHED = 10  # queued in a row and timed together
+LOOP = 20  # steps of a program that loops
 
 
 def llama_1b() -> list[tuple[int, ...]]:
@@ -82,7 +85,12 @@ def time_ms(function: Any, wait: Any, num_steps: int, repeats: int) -> float:
 
 
 def time_peer(
-    peer: Peer, shapes: list[tuple[int, ...]], dtype: Any, repeats: int, ways: list[str]
+    peer: Peer,
+    shapes: list[tuple[int, ...]],
+    dtype: Any,
+    repeats: int,
+    ways: list[str],
+    num_steps: int = LOOP,
 ) -> list[float | None]:
     """Milliseconds of a step in a loop, and of one that is dispatched, as far as asked for."""
     params, grads = (make_leaves(shapes, dtype, seed) for seed in (0, 1))
@@ -91,7 +99,7 @@ def time_peer(
     check_first_step(run, samples[0], samples[1], dtype)
     times: list[float | None] = [None, None]
     if "loop" in ways and run.can_loop:
-        times[0] = time_ms(run.loop, run.wait, LOOP, repeats)
+        times[0] = time_ms(lambda: run.loop(num_steps), run.wait, num_steps, repeats)
     if "dispatched" in ways:
         times[1] = time_ms(lambda: run.take(DISPATCHED), run.wait, DISPATCHED, repeats)
     run.close()
@@ -120,7 +128,7 @@ def print_table(args: argparse.Namespace) -> None:
         for peer in clipping_peers(args.codec) if args.clip else peers(dtype, args.codec):
             if not any(re.search(pattern, peer.name) for pattern in args.peers):
                 continue
-            times = time_peer(peer, shapes, dtype, args.repeats, args.ways)
+            times = time_peer(peer, shapes, dtype, args.repeats, args.ways, args.steps)
             gc.collect()  # the memory of what the peer leaves behind
             cells = [f"{ms:.2f}" if ms else "-" for ms in times]
             share = "-"
@@ -139,8 +147,8 @@ def time_sizes(path: str, codec: str, repeats: int) -> None:
     for peer in rows:
         times = [time_peer(peer, [(size,)], "float32", repeats, ["loop"])[0] for size in sizes]
         found["ms"][peer.name] = times
-    with open(path, "w") as file:
-        json.dump(found, file)
+        with open(path, "w") as file:
+            json.dump(found, file)
     print(f"{'float32 parameters, ms':<28}" + "".join(f"{size:>10.0e}" for size in sizes))
     for name, times in found["ms"].items():
         print(f"{name:<28}" + "".join(f"{ms:>10.3f}" for ms in times))
@@ -167,6 +175,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=None)
     parser.add_argument("--codec", choices=["dynamic", "ratio"], default="ratio")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=LOOP, help="of a program that loops")
     parser.add_argument("--peers", nargs="+", default=[""], help="patterns of their names")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--clip", action="store_true", help="gradients are clipped")

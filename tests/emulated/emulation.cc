@@ -3,10 +3,17 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
 #include <memory>
-#include <vector>
 
 Place threadIdx, blockIdx, blockDim, gridDim;
+std::vector<Copy> copies[1024];
+
+void Fail(const char* what) {
+  std::printf("%s\n", what);
+  std::exit(1);
+}
 
 namespace {
 
@@ -85,6 +92,7 @@ void Launch(unsigned num_blocks, unsigned num_threads, const std::function<void(
   for (blockIdx.x = 0; blockIdx.x < num_blocks; ++blockIdx.x) {
     threads = std::vector<Thread>(num_threads);
     warps = std::vector<Meeting>(num_threads / 32);
+    for (std::vector<Copy>& queue : copies) queue.clear();
     for (Thread& thread : threads) {
       getcontext(&thread.context);
       thread.context.uc_stack.ss_sp = thread.stack.get();

@@ -3,9 +3,9 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
+#include <cstring>
 #include <functional>
+#include <vector>
 
 #define __device__
 #define __global__
@@ -43,8 +43,16 @@ uint32_t __reduce_min_sync(uint32_t mask, uint32_t value);
 // Runs `kernel` by `num_threads` threads in each of `num_blocks` blocks, one block after the other.
 void Launch(unsigned num_blocks, unsigned num_threads, const std::function<void()>& kernel);
 
+[[noreturn]] void Fail(const char* what);
+
 inline void CheckAligned(const void* address) {
-  if (reinterpret_cast<uintptr_t>(address) % 16 == 0) return;
-  std::printf("an access of 16 bytes is not aligned\n");
-  std::abort();
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) Fail("an access of 16 bytes is not aligned");
 }
+
+// Copies of a thread that are under way; one of 0 bytes ends a batch.
+struct Copy {
+  const void* source;
+  void* shared;
+  int num_bytes;
+};
+extern std::vector<Copy> copies[1024];

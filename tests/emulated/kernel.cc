@@ -1,4 +1,6 @@
 // Steps of the kernels' own source, in emulated threads, beside the same steps block by block.
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <random>
 #include <string>

@@ -22,4 +22,19 @@ __device__ inline void StoreVector(uint4 v, void* target) {
                : "memory");
 }
 
+// `kBytes` (8 or 16) from global memory; aligned to them. The thread goes on at once.
+template <int kBytes>
+__device__ inline void CopyAhead(const void* source, void* shared) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(__cvta_generic_to_global(source)), "n"(kBytes)
+               : "memory");
+}
+
+// Ends a batch of copies, which may be empty.
+__device__ inline void EndBatch() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for all batches of the thread but the last one.
+__device__ inline void WaitForBatches() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
+
 }  // namespace paged_optax

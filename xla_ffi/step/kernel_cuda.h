@@ -3,7 +3,7 @@
 #pragma once
 
 #include "base/fast_math.h"
-#include "step/lane_cuda.h"
+#include "step/fetch_cuda.h"
 #include "step/step_cuda.h"
 
 namespace paged_optax {
@@ -64,10 +64,9 @@ __device__ Share MyShare(int64_t resident_end, int64_t end) {
 // Directions on entry, updates or new parameters on return. `source` and `target`: the residuals of
 // the lane. Null where there are none; `source` also for a fresh state.
 template <Output kOutput>
-__device__ inline void StepParams(const ParamStep& step, const Leaf& leaf, int64_t start, int count,
-                                  const uint8_t* source, uint8_t* target, float (&values)[kLane]) {
-  alignas(16) float params[kLane];
-  Load(leaf.params, leaf.param_dtype, start, count, params);
+__device__ inline void StepParams(const ParamStep& step, const Leaf& leaf, int64_t start,
+                                  const float (&params)[kLane], const uint8_t* source,
+                                  uint8_t* target, float (&values)[kLane]) {
   constexpr uint32_t kZeros = kZeroResidual * 0x01010101u;
   uint2 residuals{kZeros, kZeros};
   if (source != nullptr) residuals = *reinterpret_cast<const uint2*>(source);
@@ -76,9 +75,16 @@ __device__ inline void StepParams(const ParamStep& step, const Leaf& leaf, int64
   if (target != nullptr) *reinterpret_cast<uint2*>(target) = residuals;
 }
 
+// Kernels that fetch ahead. Those of other formats are rarely used, and would need too much shared
+// memory.
+template <class Format>
+inline constexpr bool kFetchesAhead = std::is_same_v<Format, Ratio>;
+
 // What the threads of a block have in common.
-template <class Rule, class Format>
+template <class Rule, class Format, int kOutput>
 struct Shared {
+  using Fetched = FetchedBlock<kOutput != static_cast<int>(Output::kDirection), kNumStates<Rule>>;
+  std::conditional_t<kFetchesAhead<Format>, Fetched, NoTables> fetched[kWarps][2];
   typename Format::template Tables<uint8_t> tables;
   StepOf<Rule> step;
   const uint8_t* sources[kMaxSegments];  // bases of the segments
@@ -86,8 +92,9 @@ struct Shared {
   Leaf leaves[kWarps];  // of each warp, the one it works on: registers are short
 };
 
-template <class Rule, class Format>
-__device__ __forceinline__ void Fill(const ResolvedStep& resolved, Shared<Rule, Format>& shared) {
+template <class Rule, class Format, int kOutput>
+__device__ __forceinline__ void Fill(const ResolvedStep& resolved,
+                                     Shared<Rule, Format, kOutput>& shared) {
   FillTables<Format>(shared.tables);
   if (threadIdx.x == 0) shared.step = reinterpret_cast<const StepOf<Rule>&>(resolved.step);
   for (int i = threadIdx.x; resolved.accepted && i < kMaxSegments; i += kThreads) {
@@ -111,10 +118,10 @@ struct Group {
 };
 
 // Blocks [begin, end) of the group that starts with block `first` of the region.
-template <class Rule, class Format>
-__device__ __forceinline__ Group OpenGroup(const Shared<Rule, Format>& shared, const Region& region,
-                                           const ResolvedStep& resolved, int64_t first, int begin,
-                                           int end, int thread) {
+template <class Rule, class Format, int kOutput>
+__device__ __forceinline__ Group OpenGroup(const Shared<Rule, Format, kOutput>& shared,
+                                           const Region& region, const ResolvedStep& resolved,
+                                           int64_t first, int begin, int end, int thread) {
   constexpr int kWords = kNumWords<Rule, Format>;
   const BlockPlace place = region.Locate(first);
   const int lane = thread * kLane * static_cast<int>(sizeof(typename Format::Code));
@@ -136,8 +143,8 @@ __device__ __forceinline__ Group OpenGroup(const Shared<Rule, Format>& shared, c
 }
 
 template <class Rule, class Format>
-__device__ __forceinline__ void LoadLane(const Group& group, int i,
-                                         Lane<Rule, Format, kLane>& lane) {
+__device__ __forceinline__ void LoadCodesOf(const Group& group, int i,
+                                            Lane<Rule, Format, kLane>& lane) {
   constexpr int kStateBytes = sizeof(typename Format::Code) * kBlockSize;
 #pragma unroll
   for (int s = 0; s < kNumStates<Rule>; ++s) {
@@ -150,6 +157,11 @@ __device__ __forceinline__ void LoadLane(const Group& group, int i,
       LoadCodes(group.source + i * kStateBytes + s * group.stride, lane.codes[s]);
     }
   }
+}
+
+template <class Rule, class Format>
+__device__ __forceinline__ void TakeWords(const Group& group, int i,
+                                          Lane<Rule, Format, kLane>& lane) {
   constexpr int kWords = kNumWords<Rule, Format>;
 #pragma unroll
   for (int w = 0; w < kWords; ++w) {
@@ -177,9 +189,8 @@ inline constexpr int kAnyOutput = -1;
 
 // Kernels for one output each run as fast as they can, and take long to compile. So they are only
 // made of what many train with.
-template <class Rule, class Format>
-inline constexpr bool kHasOwnKernels =
-    std::is_same_v<Format, Ratio> && !std::is_same_v<Rule, Centered>;
+template <class Format>
+inline constexpr bool kHasOwnKernels = std::is_same_v<Format, Ratio>;
 
 // A refused step changes nothing: its update is zero, and parameters stay.
 __device__ inline void StoreRefused(Output output, const Leaf& leaf, int64_t start, int count) {
@@ -191,40 +202,117 @@ __device__ inline void StoreRefused(Output output, const Leaf& leaf, int64_t sta
   Store(leaf, start, count, values);
 }
 
+// How many of the `num` blocks from element `start` of a leaf on can be fetched ahead: those that
+// are whole, if the leaf's arrays are aligned.
+__device__ inline int NumFetched(const Leaf& leaf, int64_t start, int num) {
+  const int64_t num_whole = (leaf.size - start) / kBlockSize;
+  const bool is_aligned =
+      IsAligned(leaf.grads) && IsAligned(leaf.params) && IsAligned(leaf.results);
+  return is_aligned ? static_cast<int>(min(num_whole, int64_t{num})) : 0;
+}
+
+// The thread's elements of a leaf from `start` on: at most kLane.
+__device__ inline int NumElements(const Leaf& leaf, int64_t start) {
+  const int64_t left = leaf.size - start;
+  return left < 0 ? 0 : (left < kLane ? static_cast<int>(left) : kLane);
+}
+
 // Blocks [i, end) of a group, all of `leaf`, of which the thread has the elements from `start` on.
-template <class Rule, class Format>
-__device__ __forceinline__ void StepRun(const Shared<Rule, Format>& shared, const Leaf& leaf,
+template <class Rule, class Format, int kOutput>
+__device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared, const Leaf& leaf,
                                         Output output, bool has_residuals, int64_t start, int end,
                                         int thread, int& i, Group& group) {
+  constexpr bool kAhead = kFetchesAhead<Format>;
+  constexpr bool kHasParams = kOutput != static_cast<int>(Output::kDirection);
+  if (group.target == nullptr) {
+#pragma unroll 1
+    for (; i < end; ++i, start += kBlockSize) {
+      StoreRefused(output, leaf, start, NumElements(leaf, start));
+    }
+    return;
+  }
+  auto& fetched = shared.fetched[threadIdx.x / kWarpSize];
+  int fetched_end = i;
+  const uint8_t *grads = nullptr, *params = nullptr;
+  // Of block `next`, into what the block before the last was read from: that has been used.
+  const auto fetch = [&](int next) {
+    if constexpr (kAhead) {
+      auto& stage = fetched[static_cast<unsigned>(next) % 2];
+      Fetch(grads, leaf.dtype, next, thread, stage.grads);
+      if constexpr (kHasParams) {
+        if (TakesParams(output)) Fetch(params, leaf.param_dtype, next, thread, stage.params);
+        // Residuals, where parameters of 16 bits leave room.
+        if (TakesParams(output) && has_residuals && leaf.param_dtype != DType::kFloat32) {
+          CopyAhead<kLane>(group.source + group.to_residuals + next * int{kResidualBytes},
+                           stage.params.halves[1][thread]);
+        }
+      }
+      const uint8_t* codes = group.source + next * static_cast<int>(kBlockSize);
+#pragma unroll
+      for (int s = 0; s < kNumStates<Rule>; ++s) {
+        CopyAhead<kLane>(codes + s * group.stride, stage.codes[s][thread]);
+      }
+    }
+  };
+  if constexpr (kAhead) {
+    if (group.source != nullptr) {
+      fetched_end += NumFetched(leaf, start - thread * kLane, end - i);
+      grads = FirstOf(leaf.grads, leaf.dtype, start, i);
+      if constexpr (kHasParams) params = FirstOf(leaf.params, leaf.param_dtype, start, i);
+    }
+    if (i < fetched_end) fetch(i);
+    EndBatch();
+  }
 #pragma unroll 1
   for (; i < end; ++i, start += kBlockSize) {
-    const int64_t left = leaf.size - start;
-    const int count = left < 0 ? 0 : (left < kLane ? static_cast<int>(left) : kLane);
     alignas(16) float values[kLane];
-    if (group.target == nullptr) {
-      StoreRefused(output, leaf, start, count);
-      continue;
-    }
-    Load(leaf.grads, leaf.dtype, start, count, values);
     Lane<Rule, Format, kLane> lane;
-    LoadLane(group, i, lane);
+    const auto& stage = fetched[static_cast<unsigned>(i) % 2];
+    const bool is_fetched = kAhead && i < fetched_end;
+    if constexpr (kAhead) {
+      if (i + 1 < fetched_end) fetch(i + 1);
+      EndBatch();
+      WaitForBatches();
+      if (is_fetched) {
+        Take(stage.grads, leaf.dtype, thread, values);
+#pragma unroll
+        for (int s = 0; s < kNumStates<Rule>; ++s) LoadCodes(stage.codes[s][thread], lane.codes[s]);
+      }
+    }
+    const int count = is_fetched ? kLane : NumElements(leaf, start);
+    if (!is_fetched) {
+      Load(leaf.grads, leaf.dtype, start, count, values);
+      LoadCodesOf(group, i, lane);
+    }
+    TakeWords(group, i, lane);
     const int num_fresh = group.source == nullptr ? count : 0;
     StepBlock(FastMath(), shared.step, shared.tables, leaf.key, start, num_fresh, values, lane,
               Warp());
     StoreLane(lane, i, thread, group);
-    if (TakesParams(output)) {
-      const uint8_t* residuals = nullptr;
-      uint8_t* new_residuals = nullptr;
-      if (has_residuals) {
-        const int offset = group.to_residuals + i * static_cast<int>(kResidualBytes);
-        if (group.source != nullptr) residuals = group.source + offset;
-        new_residuals = group.target + offset;
-      }
-      const ParamStep& step = shared.step.params;
-      if (output == Output::kUpdate) {
-        StepParams<Output::kUpdate>(step, leaf, start, count, residuals, new_residuals, values);
-      } else {
-        StepParams<Output::kParams>(step, leaf, start, count, residuals, new_residuals, values);
+    if constexpr (kHasParams) {
+      if (TakesParams(output)) {
+        const uint8_t* residuals = nullptr;
+        uint8_t* new_residuals = nullptr;
+        if (has_residuals) {
+          const int offset = group.to_residuals + i * static_cast<int>(kResidualBytes);
+          if (group.source != nullptr) residuals = group.source + offset;
+          new_residuals = group.target + offset;
+          if constexpr (kAhead) {
+            if (is_fetched && leaf.param_dtype != DType::kFloat32)
+              residuals = stage.params.halves[1][thread];
+          }
+        }
+        float old[kLane];
+        if constexpr (kAhead) {
+          if (is_fetched) Take(stage.params, leaf.param_dtype, thread, old);
+        }
+        if (!is_fetched) Load(leaf.params, leaf.param_dtype, start, count, old);
+        const ParamStep& step = shared.step.params;
+        if (output == Output::kUpdate) {
+          StepParams<Output::kUpdate>(step, leaf, start, old, residuals, new_residuals, values);
+        } else {
+          StepParams<Output::kParams>(step, leaf, start, old, residuals, new_residuals, values);
+        }
       }
     }
     Store(leaf, start, count, values);
@@ -240,18 +328,23 @@ __device__ __forceinline__ void CopyLeaf(const Leaf& source, int thread, Leaf& l
   __syncwarp();
 }
 
-// Thread blocks that a multiprocessor has at once, which leaves a thread 80 registers. Three states
-// and parameters need a few more.
+// Thread blocks that a multiprocessor has at once: three leave a thread 80 registers. Three states
+// need a few more where there are parameters or copies ahead as well, and so does a mean that new
+// parameters are made of.
 template <class Rule, class Format, int kOutput>
-inline constexpr int kMinBlocks = kNumStates<Rule> > 2 &&
-                                          kOutput > static_cast<int>(Output::kDirection)
-                                      ? 2
-                                      : 3;
+inline constexpr bool kNeedsRegisters = kNumStates<Rule> > 2
+                                            ? kFetchesAhead<Format> ||
+                                                  kOutput > static_cast<int>(Output::kDirection)
+                                            : std::is_same_v<Rule, Centered>&& kOutput ==
+                                                  static_cast<int>(Output::kParams);
+
+template <class Rule, class Format, int kOutput>
+inline constexpr int kMinBlocks = kNeedsRegisters<Rule, Format, kOutput> ? 2 : 3;
 
 template <class Rule, class Format, int kOutput>
 __global__ void __launch_bounds__(kThreads, (kMinBlocks<Rule, Format, kOutput>))
     StepKernel(const __grid_constant__ RegionStep args) {
-  __shared__ Shared<Rule, Format> shared;
+  __shared__ Shared<Rule, Format, kOutput> shared;
   const ResolvedStep& resolved = *args.resolved;
   Fill(resolved, shared);
   const bool accepted = resolved.accepted;
@@ -273,7 +366,7 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<Rule, Format, kOutput>))
     const int num = static_cast<int>(min(share.end - first, int64_t{share.group}));
     Group group;
     if (accepted) group = OpenGroup(shared, region, resolved, first, i, num, thread);
-    int64_t leaf_index = FindLeaf(args.leaves, args.num_leaves, first + i);
+    int leaf_index = static_cast<int>(FindLeaf(args.leaves, args.num_leaves, first + i));
     while (i < num) {
       // A run of blocks of one leaf. Empty leaves own no blocks: pass over them too.
       const int64_t block = first + i;

@@ -1,0 +1,54 @@
+// Fetching ahead on the GPU: while a warp works on a block, the next one is on its way from global
+// to shared memory. A block takes about a thousand instructions, in which no other load is under
+// way that the warp could wait for: registers for the next block would cost more warps than they
+// save.
+//
+// Each thread copies and reads the same bytes, those of its lane. So threads wait for nobody, and
+// what a thread reads has arrived once it has waited for its own copies.
+#pragma once
+
+#include "step/lane_cuda.h"
+
+namespace paged_optax {
+
+// What a warp fetches of a block: gradients, parameters, and the codes of each state, of a byte. A
+// thread's halves of 16 bytes lie apart, so that a warp reads each half without bank conflicts.
+struct FetchedArray {
+  alignas(16) uint8_t halves[kLane / 4][kWarpSize][16];
+};
+
+template <bool kWithParams, int kStates>
+struct FetchedBlock {
+  static constexpr bool kHasParams = kWithParams;
+  static constexpr int kNumStates = kStates;
+  FetchedArray grads;
+  std::conditional_t<kWithParams, FetchedArray, NoTables> params;
+  alignas(16) uint8_t codes[kStates][kWarpSize][kLane];
+};
+
+// Where the elements of a thread are in an array of a leaf: in block 0 of the group, or would be,
+// if it has those from `start` on in block i.
+__device__ inline const uint8_t* FirstOf(const void* data, DType dtype, int64_t start, int i) {
+  return static_cast<const uint8_t*>(data) + (start - i * kBlockSize) * SizeOf(dtype);
+}
+
+__device__ inline void Fetch(const uint8_t* first, DType dtype, int i, int thread,
+                             FetchedArray& array) {
+  const auto stride = static_cast<uint32_t>(kBlockSize * SizeOf(dtype));
+  const uint8_t* elements = first + uint64_t{static_cast<uint32_t>(i)} * stride;
+  CopyAhead<16>(elements, array.halves[0][thread]);
+  if (dtype == DType::kFloat32) CopyAhead<16>(elements + 16, array.halves[1][thread]);
+}
+
+__device__ inline void Take(const FetchedArray& array, DType dtype, int thread,
+                            float (&values)[kLane]) {
+  const uint4 first = *reinterpret_cast<const uint4*>(array.halves[0][thread]);
+  if (dtype == DType::kFloat32) {
+    UnpackFloats(first, 0, values);
+    UnpackFloats(*reinterpret_cast<const uint4*>(array.halves[1][thread]), 4, values);
+  } else {
+    UnpackHalves(first, dtype, values);
+  }
+}
+
+}  // namespace paged_optax
