@@ -33,7 +33,7 @@ enum {
   cudaMemAttachGlobal = 1,
   cudaEnableDefault = 0
 };
-enum { cudaHostAllocMapped = 2, cudaHostAllocPortable = 1 };
+enum { cudaHostAllocMapped = 2, cudaHostAllocPortable = 1, cudaHostRegisterPortable = 1 };
 
 struct CUstream_st {};
 struct CUevent_st {};
@@ -137,6 +137,8 @@ inline cudaError_t cudaHostAlloc(void** data, size_t nbytes, unsigned) {
   return fake_cuda::Allocate(data, nbytes, fake_cuda::host_bytes);
 }
 inline cudaError_t cudaFreeHost(void* data) { return fake_cuda::Free(data, fake_cuda::host_bytes); }
+inline cudaError_t cudaHostRegister(void*, size_t, unsigned) { return cudaSuccess; }
+inline cudaError_t cudaHostUnregister(void*) { return cudaSuccess; }
 inline cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned) {
   return *device = host, cudaSuccess;
 }
