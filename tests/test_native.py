@@ -23,12 +23,12 @@ pytestmark = [
 ]
 
 SOURCES = """
-    base/crc32 base/device_buffer base/disk_file memory/file_memory memory/file_system memory/gpus
-    memory/host_memory
-    memory/managed_memory memory/memory memory/pinned_memory memory/planner memory/preflight
-    memory/promises state/arena state/background_save state/contents state/copies state/cpu_device state/cuda_arena
-    state/cuda_device state/explain state/handles state/load state/pager state/refusals state/registry
-    state/save state/shards state/signature state/snapshot state/source state/tiling
+    base/crc32 base/device_buffer base/disk_file memory/file_memory memory/file_system
+    memory/gpus memory/host_memory memory/managed_memory memory/memory memory/pinned_memory
+    memory/planner memory/preflight memory/promises state/arena state/background_save
+    state/contents state/copies state/cpu_device state/cuda_arena state/cuda_device
+    state/explain state/handles state/load state/pager state/refusals state/registry state/save
+    state/shards state/signature state/snapshot state/source state/tiling
 """.split()
 FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-fsanitize=thread", "-pthread"]
 DEFINES = ["-DPAGED_OPTAX_CUDA=1", "-DPAGED_OPTAX_TESTING=1", f"-I{HERE}", f"-I{XLA_FFI}"]
@@ -70,6 +70,11 @@ def test_threads(program):
 def test_every_call_fails_once(program):
     """Each call of the system and of CUDA, in turn: an error, and then everything goes on."""
     assert "arenas left 0" in start(program, "faults")
+
+
+def test_room_that_comes_late(program):
+    """Who waits for moments to come back does not wait for good, whoever takes memory meanwhile."""
+    assert "arenas left 0" in start(program, "room")
 
 
 def test_handles(program):

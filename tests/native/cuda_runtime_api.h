@@ -63,6 +63,8 @@ namespace fake_cuda {
 
 // What is allocated, by the memory that it counts for.
 inline std::atomic<int64_t> device_bytes{0}, host_bytes{0}, taken_by_others{0};
+// Which question for free memory from now on finds none; 0 for no such.
+inline std::atomic<int> full_at_question{0};
 inline constexpr int64_t kDeviceBytes = int64_t{1} << 30;
 inline thread_local int device = 0;
 
@@ -161,7 +163,8 @@ inline cudaError_t cudaMemPrefetchAsync(void*, size_t, cudaMemLocation, unsigned
 inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   const int64_t left =
       fake_cuda::kDeviceBytes - fake_cuda::device_bytes - fake_cuda::taken_by_others;
-  *free = static_cast<size_t>(left > 0 ? left : 0);
+  const bool is_full = fake_cuda::full_at_question > 0 && fake_cuda::full_at_question-- == 1;
+  *free = static_cast<size_t>(left > 0 && !is_full ? left : 0);
   return *total = fake_cuda::kDeviceBytes, cudaSuccess;
 }
 inline cudaError_t cudaMemset(void* data, int value, size_t nbytes) {
