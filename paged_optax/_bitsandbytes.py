@@ -22,7 +22,7 @@ from ._bitsandbytes_entry import OPTIMIZERS, no_data, read_entry, some_of
 from ._contents import Contents, with_arrays
 from ._lion import ScaleByPagedLion8bitState
 from ._log import warn
-from ._names import number_tree
+from ._names import names_of, number_tree
 from ._replace import replace_moments
 from ._rmsprop import ScaleByPagedRms8bitState, ScaleByPagedRss8bitState
 from ._sgd import ScaleByPagedTrace8bitState
@@ -101,7 +101,7 @@ def from_bitsandbytes(
     """
     entries = _entries_of(state_dict)
     pairs, treedef = jax.tree_util.tree_flatten_with_path(params)
-    paths = tuple(jax.tree_util.keystr(path) for path, _ in pairs)
+    paths = names_of([path for path, _ in pairs])
     keys = find_keys(names, paths, entries)
     check_known("transposed", transposed, paths)
     if not paths:

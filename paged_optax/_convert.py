@@ -11,7 +11,7 @@ import optax
 from ._any import PagedArraysState
 from ._contents import Contents, Leaf, with_arrays
 from ._moments import Moments, moments
-from ._names import number_tree
+from ._names import names_of, number_tree
 from ._replace import replace_moments
 from ._state import find_states, is_state, read_count
 from ._tables import RULES, rule_number
@@ -162,7 +162,7 @@ def float32_contents(rule: str, trees: dict[str, Any], count: int | None) -> Con
     """Contents in float32, of trees by the names of the rule's states."""
     first = next(iter(trees))
     pairs, treedef = jax.tree_util.tree_flatten_with_path(trees[first])
-    names = tuple(jax.tree_util.keystr(path) for path, _ in pairs)
+    names = names_of([path for path, _ in pairs])
     leaves = {name: jax.tree.leaves(tree) for name, tree in trees.items()}
     arrays = {
         (i, 0, name): np.ascontiguousarray(np.asarray(leaf, np.float32).reshape(np.shape(leaf)))

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 
+from ._names import names_of
 from ._state import has_states
 from ._validate import FLOATS
 
@@ -74,11 +75,8 @@ def find_layout(init: Callable[[Any], Any], params: Any) -> Layout:
         )
     named, treedef = jax.tree_util.tree_flatten_with_path(state)
     owners = [_owner(tuple(path), leaf, shapes) for path, leaf in named]
-    paths = [
-        jax.tree_util.keystr(path)
-        for (path, _), owner in zip(named, owners, strict=True)
-        if owner is not None
-    ]
+    names = names_of([path for path, _ in named])
+    paths = [name for name, owner in zip(names, owners, strict=True) if owner is not None]
     return Layout(tuple(leaf for _, leaf in named), treedef, tuple(owners), tuple(paths))
 
 

@@ -7,8 +7,39 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 trees: OrderedDict[int, Any] = OrderedDict()  # tree name -> treedef, the last traced at the end
 MAX_TREES = 4096
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def names_of(paths: Sequence[Any]) -> tuple[str, ...]:
+    """Names of the leaves of a tree: `jax.tree_util.keystr` of their paths.
+
+    A key whose text has an address, as that of any object without a ``__repr__``, has its place
+    among its neighbours instead: equal trees have equal names, in any process.
+    """
+    names = tuple(map(jax.tree_util.keystr, paths))
+    if not any(_ADDRESS.search(name) for name in names):
+        return names
+    places: dict[tuple[str, str], dict[str, int]] = {}
+    return tuple(_name_of(path, places) for path in paths)
+
+
+def _name_of(path: Any, places: dict[tuple[str, str], dict[str, int]]) -> str:
+    name = ""
+    for key in path:
+        text = jax.tree_util.keystr((key,))
+        is_text = isinstance(getattr(key, "key", None), str)
+        kind = text if is_text else _ADDRESS.sub("", text)
+        if kind != text:
+            place = places.setdefault((name, kind), {})
+            kind += f"#{place.setdefault(text, len(place))}"
+        name += kind
+    return name
 
 
 def number_paths(paths: Sequence[str]) -> int:
@@ -25,7 +56,7 @@ def leaf_keys(paths: tuple[str, ...], seed: int) -> tuple[int, ...]:
 def number_tree(paths: Sequence[str], treedef: Any) -> int:
     """A number for a tree structure, kept with the moments: how to show them as a tree."""
     # Without the addresses of objects, which would differ from process to process.
-    containers = re.sub(r" at 0x[0-9a-f]+", "", str(treedef))
+    containers = _ADDRESS.sub("", str(treedef))
     number = _number("\n".join([*paths, containers]))
     trees[number] = treedef
     trees.move_to_end(number)

@@ -14,7 +14,7 @@ from . import _calls
 from ._clip import unclipped
 from ._ffi import SKIP_STEP
 from ._in_place import in_place, not_in_place
-from ._names import number_tree
+from ._names import names_of, number_tree
 from ._non_finite import varying
 from ._options import Options
 from ._refusals import guard
@@ -123,7 +123,7 @@ class _Paged:
         check_dtypes("parameter", leaves)
         guard(*(leaf for _, leaf in leaves if isinstance(leaf, Tracer)))
         # `moments` of a state that is restored before any update shows them in this tree.
-        number_tree(tuple(jax.tree_util.keystr(path) for path, _ in leaves), tree)
+        number_tree(names_of([path for path, _ in leaves]), tree)
         return make_beside(
             [leaf for _, leaf in leaves],
             lambda: self._state_type(jnp.zeros([], jnp.int32), new_token(num_leaves=len(leaves))),
@@ -222,7 +222,7 @@ def flatten(updates: Any, params: Any) -> tuple[tuple[str, ...], list[jax.Array]
     leaves, treedef = jax.tree_util.tree_flatten_with_path(updates)
     check_dtypes("gradient", leaves)
     check_shapes(leaves, params)
-    paths = tuple(jax.tree_util.keystr(path) for path, _ in leaves)
+    paths = names_of([path for path, _ in leaves])
     return paths, [jnp.asarray(grad) for _, grad in leaves], treedef
 
 

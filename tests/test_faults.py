@@ -22,7 +22,7 @@ from paged_optax import Paging, evict, memory_report, moments, prefetch, release
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
 PARAMS = {"w": jnp.ones((300, 200))}
-BTRFS, ZFS, NFS = 0x9123683E, 0x2FC12FC1, 0x6969
+BTRFS, BCACHEFS, ZFS, NFS = 0x9123683E, 0xCA451A4E, 0x2FC12FC1, 0x6969
 
 
 @pytest.fixture(autouse=True)
@@ -203,8 +203,14 @@ def test_file_system_without_nameless_files(tmp_path):
 
 @pytest.mark.parametrize(
     "type, word",
-    [(BTRFS, "copy on write"), (ZFS, "copy on write"), (NFS, "another machine"), (0xEF53, "")],
-    ids=["btrfs", "ZFS", "NFS", "ext4"],
+    [
+        (BTRFS, "copy on write"),
+        (BCACHEFS, "copy on write"),
+        (ZFS, "copy on write"),
+        (NFS, "another machine"),
+        (0xEF53, ""),
+    ],
+    ids=["btrfs", "bcachefs", "ZFS", "NFS", "ext4"],
 )
 def test_file_systems_that_are_not_safe(type, word):
     danger = hooks.danger_of(type)

@@ -2,8 +2,10 @@
 
 import errno
 import pickle
+import tempfile
 import threading
 import time
+from subprocess import run
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +68,25 @@ def test_states_do_not_share_a_promise():
     release(first)
     _, second = step(tx, params, second)  # the same state, now that there is room
     assert memory_report(second).total > 4 * MIB
+
+
+def is_tmpfs(folder):
+    return run(["stat", "-fc", "%T", folder], capture_output=True).stdout == b"tmpfs\n"
+
+
+@pytest.mark.skipif(not is_tmpfs("/dev/shm"), reason="no tmpfs")
+def test_a_file_in_ram_needs_ram():
+    """Its room is asked for like that of plain memory, before any of it is taken."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        tx = paged_optax.scale_by_paged_adam8bit(paging=Paging(directory=folder))
+        params = params_of(4)
+        state = tx.init(params)
+        hooks.pretend_available(2 * MIB)
+        with pytest.raises(RAISES, match="need 4.06 MiB of host memory but 2.00 MiB"):
+            step(tx, params, state)
+        hooks.pretend_available(-1)
+        _, state = step(tx, params, state)
+        release(state)
 
 
 def test_what_was_touched_is_no_longer_promised():

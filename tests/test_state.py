@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import paged_optax
-from helpers import assert_trees_equal, num_arenas, share_base_of, stack
+from helpers import ALL_QUANTIZED, assert_trees_equal, num_arenas, share_base_of, stack
 from optimizers import BY_NAME, Specification
 from paged_optax import moments, release, scale_by_paged_adam8bit
 
@@ -704,3 +704,38 @@ def test_jobs_that_follow_each_other_agree_anew(monkeypatch):
     bases = [share_base_of(monkeypatch, job) for job in jobs]
     assert [len(each) for each in bases] == [1, 1] and bases[0] != bases[1]
     assert share_base_of(monkeypatch, jobs[0]) == bases[0]  # another process of the first job
+
+
+@functools.total_ordering
+class Key:
+    """Of a dict. It has no text of its own, only an address."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __hash__(self):
+        return hash(self.number)
+
+    def __eq__(self, other):
+        return self.number == other.number
+
+    def __lt__(self, other):
+        return self.number < other.number
+
+
+def test_keys_without_a_text_of_their_own():
+    """Equal trees have equal names, so each step finds its leaves, with the same random bits."""
+    tx = scale_by_paged_adam8bit(quantization=ALL_QUANTIZED)
+
+    def two_steps():
+        def grads():
+            return {Key(i): {"w": jnp.full((40, 30), 0.1 * i)} for i in (1, 2)}
+
+        state = tx.init(grads())
+        for _ in range(2):
+            _, state = jax.block_until_ready(tx.update(grads(), state))
+        return jax.tree.leaves(moments(state)), paged_optax.states()[-1].names
+
+    (once, names), (again, _) = two_steps(), two_steps()
+    assert_trees_equal(once, again)
+    assert len(set(names)) == 2 and " at 0x" not in "".join(names)

@@ -416,7 +416,9 @@ void Scenario() {
       continue;
     }
     Attempt([&] { registry.Limit(state.token, -1); });
-    if (!Reset(state)) continue;
+    // Where writes can fail, and once of each: they take a sanitizer long.
+    const bool is_reset = &state == &states[0] || &state == &states[2];
+    if (is_reset && !Reset(state)) continue;
     Attempt([&] { TakeSnapshot(state); });
     Attempt([&] { Read(state); });
     Attempt([&] { registry.Describe(state.token); });

@@ -1,6 +1,7 @@
 // The arenas of one of XLA's CPU devices.
 #pragma once
 
+#include <algorithm>
 #include <condition_variable>
 #include <map>
 #include <mutex>
@@ -24,8 +25,10 @@ class CpuDevice final : public Device {
   std::optional<LockedArena> LockContents(int32_t handle) override;
   std::optional<HeldArena> HoldContents(int32_t handle) override;
   std::optional<LockedArena> TakeContents(int32_t handle) override;
-  void SetHeader(const LockedArena& locked, const Header& header) override {
-    locked.arena->header = header;
+  void SetVersions(const LockedArena& locked, const Header& header) override {
+    // The rest of a header never changes, and others read it without the lock.
+    locked.arena->header.version = header.version;
+    std::copy_n(header.versions, kMaxSlots, locked.arena->header.versions);
   }
   std::optional<int64_t> Limit(int32_t handle, int64_t device_bytes) override;
   std::shared_ptr<Arena> Remove(int32_t handle) override;

@@ -212,7 +212,7 @@ std::optional<LockedArena> CudaDevice::TakeContents(int32_t handle) {
   return LockedArena{std::move(arena), header, std::move(lock)};
 }
 
-void CudaDevice::SetHeader(const LockedArena& locked, const Header& header) {
+void CudaDevice::SetVersions(const LockedArena& locked, const Header& header) {
   const ScopedDevice scope(id().ordinal);
   const int64_t index = IndexOf(locked.lock, header.handle);
   CUDA_CHECK(cudaMemcpy(headers_ + index, &header, sizeof(Header), cudaMemcpyDefault));

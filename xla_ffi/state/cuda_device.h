@@ -63,7 +63,7 @@ class CudaDevice final : public Device {
   std::optional<LockedArena> LockContents(int32_t handle) override;
   std::optional<HeldArena> HoldContents(int32_t handle) override;
   std::optional<LockedArena> TakeContents(int32_t handle) override;
-  void SetHeader(const LockedArena& locked, const Header& header) override;
+  void SetVersions(const LockedArena& locked, const Header& header) override;
   std::optional<int64_t> Limit(int32_t handle, int64_t device_bytes) override;
   std::shared_ptr<Arena> Remove(int32_t handle) override;
   bool HasReports() const override;

@@ -41,8 +41,8 @@ class Device {
   // Takes it off if it was made in this execution, in which another device failed to make its own.
   virtual void Abandon(int32_t handle, int64_t run) = 0;
 
-  // Changes what the arena knows of itself, with the contents locked.
-  virtual void SetHeader(const LockedArena& locked, const Header& header) = 0;
+  // Writes the version of `header` and those of its slots, with the contents locked.
+  virtual void SetVersions(const LockedArena& locked, const Header& header) = 0;
 
   // What a GPU found out and nobody has taken yet: that it refused a step, and that a step ended a
   // life. The handler of a CPU knows at once, and reports nothing here. HasReports takes no lock.

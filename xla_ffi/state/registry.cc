@@ -293,15 +293,15 @@ int32_t Registry::Rewrite(DeviceId id, Token token, const std::vector<LeafRewrit
       for (int32_t& each : header.versions) each = std::max(each, 0);
       header.versions[slot] = 0;  // nobody gets contents that are written in part
       try {
-        device->SetHeader(*locked, header);
+        device->SetVersions(*locked, header);
       } catch (const StatusError&) {  // nothing was written
-        device->SetHeader(*locked, before);
+        device->SetVersions(*locked, before);
         throw;
       }
       try {
         WriteLeaves(*locked, slot, leaves);
         header.version = header.versions[slot] = NextVersion(header.version);
-        device->SetHeader(*locked, header);
+        device->SetVersions(*locked, header);
       } catch (const StatusError& error) {
         throw StatusError(error.code(), std::string(error.what()) + kPartOfTheReset);
       }
