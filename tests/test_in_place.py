@@ -496,6 +496,7 @@ def test_copied_parameters_are_noticed(tmp_path):
             params, state = jax.tree.map(jnp.copy, grads), tx.init(grads)
             for _ in range(num_steps):
                 params, state = step(grads, state, params)
+            jax.block_until_ready(params)
 
         warnings.simplefilter("error")
         train(100, donate_argnums=(1, 2))
