@@ -1,7 +1,7 @@
 """Times whole AdamW steps: gradients given, everything donated, against the peers installed.
 
     python benchmarks/step.py [--cases float32 lora ...] [--peers optax paged ...] [--ways loop]
-                              [--steps 100]
+                              [--steps 100] [--processor-time]
     python benchmarks/step.py --clip
     python benchmarks/step.py --sizes times.json
     python benchmarks/step.py --plot times.json docs/step_time.png
@@ -11,8 +11,9 @@ program that takes 20 of them, or --steps; the more there are, the less of the p
 is in the time. "dispatched" is one of ten programs that are started one after the other. Every
 optimizer's first step is compared with what AdamW's first step is before it is timed. "of copy" is
 the memory rate of the loop as a share of a copy's. --clip times steps of gradients that are clipped
-by their global norm. --sizes times steps of one tensor of 1e4 to 1e9 float32 parameters (to 1e8 on
-a CPU) in a loop, and --plot draws these times.
+by their global norm. --processor-time adds up what all threads of this process have worked, for a
+CPU that other programs use too. --sizes times steps of one tensor of 1e4 to 1e9 float32 parameters
+(to 1e8 on a CPU) in a loop, and --plot draws these times.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import json
 import re
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -72,15 +74,21 @@ def check_first_step(run: Any, params: np.ndarray, grads: np.ndarray, dtype: Any
     np.testing.assert_allclose(run.sample(), expected, rtol=2 * digit, atol=2e-2 * RATE)
 
 
-def time_ms(function: Any, wait: Any, num_steps: int, repeats: int) -> float:
+def time_ms(
+    function: Any,
+    wait: Any,
+    num_steps: int,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """The median of the milliseconds of a step."""
     times = []
     for _ in range(repeats + 1):  # the first one compiles
         wait()
-        start = time.perf_counter()
+        start = clock()
         function()
         wait()
-        times.append((time.perf_counter() - start) / num_steps)
+        times.append((clock() - start) / num_steps)
     return 1e3 * statistics.median(times[1:])
 
 
@@ -91,6 +99,7 @@ def time_peer(
     repeats: int,
     ways: list[str],
     num_steps: int = LOOP,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[float | None]:
     """Milliseconds of a step in a loop, and of one that is dispatched, as far as asked for."""
     params, grads = (make_leaves(shapes, dtype, seed) for seed in (0, 1))
@@ -99,9 +108,9 @@ def time_peer(
     check_first_step(run, samples[0], samples[1], dtype)
     times: list[float | None] = [None, None]
     if "loop" in ways and run.can_loop:
-        times[0] = time_ms(lambda: run.loop(num_steps), run.wait, num_steps, repeats)
+        times[0] = time_ms(lambda: run.loop(num_steps), run.wait, num_steps, repeats, clock)
     if "dispatched" in ways:
-        times[1] = time_ms(lambda: run.take(DISPATCHED), run.wait, DISPATCHED, repeats)
+        times[1] = time_ms(lambda: run.take(DISPATCHED), run.wait, DISPATCHED, repeats, clock)
     run.close()
     return times
 
@@ -121,6 +130,7 @@ def copy_rate(num_bytes: int, repeats: int) -> float:
 def print_table(args: argparse.Namespace) -> None:
     rate = copy_rate(2**30 if jax.default_backend() == "gpu" else 2**26, args.repeats)
     print(f"{jax.devices()[0].device_kind}, copy {rate / 1e9:.0f} GB/s (read and written)")
+    clock = time.process_time if args.processor_time else time.perf_counter
     for name in args.cases or cases():
         title, shapes, dtype = cases()[name]
         size = sum(int(np.prod(shape)) for shape in shapes)
@@ -128,11 +138,11 @@ def print_table(args: argparse.Namespace) -> None:
         for peer in clipping_peers(args.codec) if args.clip else peers(dtype, args.codec):
             if not any(re.search(pattern, peer.name) for pattern in args.peers):
                 continue
-            times = time_peer(peer, shapes, dtype, args.repeats, args.ways, args.steps)
+            times = time_peer(peer, shapes, dtype, args.repeats, args.ways, args.steps, clock)
             gc.collect()  # the memory of what the peer leaves behind
             cells = [f"{ms:.2f}" if ms else "-" for ms in times]
             share = "-"
-            if peer.nbytes and times[0]:
+            if peer.nbytes and times[0] and not args.processor_time:
                 nbytes = size * peer.nbytes(jnp.dtype(dtype).itemsize)
                 share = f"{nbytes / (1e-3 * times[0]) / rate:.0%}"
             print(f"{peer.name:<38}{cells[0]:>12}{cells[1]:>12}{share:>10}", flush=True)
@@ -179,6 +189,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", default=[""], help="patterns of their names")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--clip", action="store_true", help="gradients are clipped")
+    parser.add_argument("--processor-time", action="store_true", help="instead of elapsed time")
     parser.add_argument("--sizes", metavar="FILE")
     parser.add_argument("--plot", nargs=2, metavar=("FILE", "PICTURE"))
     args = parser.parse_args()

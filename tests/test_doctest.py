@@ -26,6 +26,7 @@ ALONE = {name: DOCS / f"{name}.md" for name in ("checkpoints", "planning", "seve
 TOGETHER = [
     DOCS / f"{page}.md"
     for page in (
+        "refused",  # first, while there is one state
         "accumulation",
         "bfloat16",
         "from_bitsandbytes",
@@ -34,6 +35,7 @@ TOGETHER = [
         "how_it_works",
         "monitoring",
         "optimizers",
+        "paging",
         "start",
         "trainers",
     )

@@ -114,6 +114,19 @@ def test_links_of_readme_lead_somewhere():
             assert anchor in slugs, f"{path}#{anchor}"
 
 
+def test_pictures_exist():
+    """Each one that a page shows is a PNG next to it, with words for those who cannot see it."""
+    shown = set()
+    for page in [ROOT / "README.md", *DOCS.glob("*.md")]:
+        text = page.read_text(encoding="utf-8")
+        for words, path in re.findall(r"!\[([^]]*)\]\(([^)]+)\)", text):
+            picture = (page.parent / path).resolve()
+            assert len(words.split()) > 5, f"{page}: {path}"
+            assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n", picture
+            shown.add(picture)
+    assert shown == {picture.resolve() for picture in DOCS.glob("*.png")}
+
+
 def test_every_page_is_in_the_contents():
     index = (DOCS / "index.md").read_text(encoding="utf-8")
     assert "<!-- other guides -->" in index

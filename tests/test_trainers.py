@@ -7,6 +7,7 @@ these tests skip themselves.
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,26 @@ def test_equinox(tmp_path):
     whole = losses_of(EQUINOX, tmp_path, tmp_path, 0, 20)
     first = losses_of(EQUINOX, tmp_path, tmp_path, 0, 10)
     assert first + losses_of(EQUINOX, tmp_path, tmp_path, 10, 20) == whole
+
+
+def test_equinox_as_on_the_page(tmp_path):
+    """What docs/trainers.md shows, between a model and its training."""
+    if importlib.util.find_spec("equinox") is None:
+        pytest.skip("needs Equinox")
+    page = (EXAMPLES.parents[1] / "docs/trainers.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```py\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    (block,) = [block for block in blocks if "eqx.filter_jit" in block]
+    before = """
+import equinox as eqx, jax, jax.numpy as jnp
+model = eqx.nn.MLP(64, 64, 128, 2, key=jax.random.key(0))
+x = jax.random.normal(jax.random.key(1), (32, 64))
+compute_loss = lambda model, x: jnp.mean((jax.vmap(model)(x) - jnp.sin(x)) ** 2)
+"""
+    after = """
+losses = []
+for _ in range(20):
+    model, opt_state, loss = step(x, model, opt_state)
+    losses.append(float(loss))
+assert losses[-1] < 0.7 * losses[0], losses
+"""
+    run(before + block + after, tmp_path)
