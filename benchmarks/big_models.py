@@ -2,10 +2,13 @@
 
 Every row is a process of its own, and has random weights of a named shape. XLA's pool ends where
 the card would: at its size, less the moments that may be resident and 0.75 GiB for CUDA. Each row
-is checked against what the driver says the GPU holds (as nvidia-smi shows it). With QLoRA the base
-is in NF4, and float32 adapters of rank 64 on all seven projections are trained. "full" trains all
-parameters in bfloat16 with compensated rounding. Both clip gradients, except the largest, which
-has no room for that. The loss must fall.
+is checked against what the driver says the GPU holds (as nvidia-smi shows it). The loss must fall.
+
+"qlora" trains float32 adapters of rank 64 on all seven projections of a base in NF4; the optimizer
+is the one line that differs. "full" trains all parameters in bfloat16, with paged moments in place
+(`apply_gradients`), with compensated rounding and with `paged_optax.clip_by_global_norm`. Both clip
+gradients. Where a row leaves the length or the number of sequences open, `paged_optax.plan` finds
+the largest that fits.
 
     python benchmarks/big_models.py                        # all rows: an H200, 15 minutes
     python benchmarks/big_models.py --rows 65b/48 24b:paged  # some rows
@@ -13,6 +16,7 @@ has no room for that. The loss must fall.
 """
 
 import argparse
+import bisect
 import dataclasses
 import functools
 import json
@@ -34,14 +38,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import llama  # noqa: E402  # pyright: ignore[reportMissingImports]
 
+import paged_optax  # noqa: E402
 from paged_optax import Paging, memory_report, paged_adamw8bit, release  # noqa: E402
 
 GIB = 2**30
 RANK = 64
-WARM_UP, TIMED = 2, 6  # steps
+WARM_UP = 2  # steps
 CUDA_BYTES = 0.75 * GIB  # for CUDA's context, its libraries and their workspace
-PROBES = 1024, 2048  # tokens of a sequence, between which memory is measured to extrapolate
 GRAIN = 128  # lengths that are tried
+MOST_TOKENS = 16_384  # in a step
+FULL_POOL = 0.98  # of XLA's pool, where it is filled up: it has gaps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +59,10 @@ class Row:
       method: "qlora" or "full".
       optimizer: "paged" or "adamw".
       card: GiB that everything must fit in; None takes what the GPU has.
-      length: tokens of the sequence; None looks for the longest that fits.
+      length: tokens of a sequence; None looks for the longest that fits.
       resident: GiB of moments that may be in GPU memory.
-      batch: sequences.
-      clip: whether gradients are clipped, for which XLA copies the largest array once.
+      batch: sequences; None looks for the most that fit.
+      timed: steps that are timed, after two others.
     """
 
     shape: str
@@ -65,8 +71,13 @@ class Row:
     card: float | None
     length: int | None = 2048
     resident: float = 0.0
-    batch: int = 1
-    clip: bool = True
+    batch: int | None = 1
+    timed: int = 6
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the optimizer's call makes the new parameters."""
+        return self.method == "full" and self.optimizer == "paged"
 
     @property
     def name(self) -> str:
@@ -76,29 +87,35 @@ class Row:
     @property
     def selectors(self) -> set[str]:
         """What --rows may call it."""
-        return {self.name, f"{self.name}:{self.optimizer}", f"{self.shape}:{self.method}"}
+        size = ":batch" * (self.batch is None) or ":length" * (self.length is None)
+        names = {self.name, f"{self.name}:{self.optimizer}", f"{self.shape}:{self.method}"}
+        return names | ({self.name + size} if size else set())
 
 
 ROWS = [
     Row("tiny", "qlora", "paged", None, 256),
     Row("tiny", "qlora", "adamw", None, 256),
     Row("tiny", "full", "paged", None, 256),
+    Row("tiny", "full", "adamw", None, 256),
     Row("65b", "qlora", "paged", 48, resident=0.6),
     Row("65b", "qlora", "adamw", 48),
     Row("65b", "qlora", "paged", 48),
-    Row("24b", "full", "paged", None, 4096, resident=20),
-    Row("8b", "full", "paged", 48, 4096, resident=10),
-    Row("8b", "full", "adamw", 48, 4096),
-    Row("13b", "qlora", "paged", 16, None),
-    Row("13b", "qlora", "adamw", 16, None),
     Row("33b", "qlora", "paged", 24, 1024),
     Row("33b", "qlora", "adamw", 24, 1024),
-    Row("8b", "full", "adamw", None, 4096),
+    Row("13b", "qlora", "paged", 16, None),
+    Row("13b", "qlora", "adamw", 16, None),
+    Row("13b", "qlora", "paged", 16, 512, batch=None),
+    Row("13b", "qlora", "adamw", 16, 512, batch=None),
+    Row("13b", "qlora", "paged", 12, 1024),
+    Row("13b", "qlora", "adamw", 12, 1024),
+    Row("8b", "full", "paged", 48, 4096, resident=10),
+    Row("8b", "full", "adamw", 48, 4096),
     Row("8b", "full", "paged", None, 4096, resident=30),
+    Row("8b", "full", "adamw", None, 4096),
+    Row("24b", "full", "paged", None, 4096, resident=40),
     Row("24b", "full", "adamw", None, 4096),
-    Row("8b", "qlora", "paged", 16, None),
-    Row("8b", "qlora", "adamw", 16, None),
-    Row("32b", "full", "paged", None, 2048, resident=6, clip=False),
+    Row("32b", "full", "paged", None, 4096, resident=6, timed=3),
+    Row("32b", "full", "adamw", None, 4096),
 ]
 
 
@@ -106,14 +123,16 @@ ROWS = [
 
 
 def make_optimizer(row: Row) -> optax.GradientTransformation:
-    adamw = optax.adamw(1e-4, weight_decay=0.01)
+    adamw, clip = optax.adamw(1e-4, weight_decay=0.01), optax.clip_by_global_norm(1.0)
     if row.optimizer == "paged":
         # Pinned, because moments of many GiB are placed on the host on purpose.
         paging = Paging(device_bytes=int(row.resident * GIB), memory="pinned")
         rounding = "compensated" if row.method == "full" else "nearest"
         paging = paging if jax.default_backend() == "gpu" else None
         adamw = paged_adamw8bit(1e-4, weight_decay=0.01, paging=paging, param_rounding=rounding)
-    return optax.chain(optax.clip_by_global_norm(1.0), adamw) if row.clip else adamw
+    if row.in_place:
+        clip = paged_optax.clip_by_global_norm(1.0)  # without a copy of any gradient
+    return optax.chain(clip, adamw)
 
 
 def make_step(row: Row, tx: optax.GradientTransformation):
@@ -128,6 +147,10 @@ def make_step(row: Row, tx: optax.GradientTransformation):
     @functools.partial(jax.jit, donate_argnums=(1, 2))
     def step(frozen, trained, opt_state, ids):
         loss, grads = jax.value_and_grad(loss_fn)(trained, frozen, ids)
+        if row.in_place:
+            # Or XLA computes the loss after the step, from a copy of the old head.
+            loss, grads = jax.lax.optimization_barrier((loss, grads))
+            return *paged_optax.apply_gradients(tx, grads, opt_state, trained), loss
         updates, opt_state = tx.update(grads, opt_state, trained)
         return optax.apply_updates(trained, updates), opt_state, loss
 
@@ -142,24 +165,32 @@ def make_weights(row: Row):
     return (base, lora) if row.method == "qlora" else ({}, base)
 
 
-def longest(row: Row, tx, step, limit: int) -> int:
-    """Returns the longest sequence whose program fits into `limit` bytes, by two compilations."""
-    arrays = jax.eval_shape(functools.partial(make_weights, row))
-    state = jax.eval_shape(tx.init, arrays[1])
-    needs = []
-    for length in PROBES:
-        ids = jax.ShapeDtypeStruct((row.batch, length + 1), jnp.int32)
-        memory = step.lower(*arrays, state, ids).compile().memory_analysis()
-        needs.append(
-            memory.argument_size_in_bytes
-            + memory.temp_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-        )
-        print(f"{length} tokens need {needs[-1] / GIB:.2f} GiB of {limit / GIB:.2f}", flush=True)
-    slope = (needs[1] - needs[0]) / (PROBES[1] - PROBES[0])
-    length = PROBES[0] + (0.98 * limit - needs[0]) / slope  # the pool has gaps
-    return max(GRAIN, int(min(length, 8 * PROBES[1]) // GRAIN * GRAIN))
+def pool_bytes(row: Row) -> int:
+    """Returns what the planner expects XLA's pool to have in use."""
+    planned = paged_optax.plan(
+        row.shape,
+        card="1TiB",
+        host="1TiB",
+        rank=RANK if row.method == "qlora" else None,
+        batch=row.batch,
+        sequence=row.length,
+        clip=not row.in_place,
+    )
+    return (planned.usage if row.optimizer == "paged" else planned.other).pool
+
+
+def sized(row: Row, count: int) -> Row:
+    """Returns the row with what it leaves open set: so many sequences, or pieces of a sequence."""
+    if row.batch is None:
+        return dataclasses.replace(row, batch=count)
+    return dataclasses.replace(row, length=count * GRAIN)
+
+
+def largest(row: Row, limit: float) -> int:
+    """Returns the largest count for `sized` with which the row fits into `limit` bytes, or 1."""
+    most = MOST_TOKENS // (row.length or GRAIN)
+    counts = range(1, most + 1)
+    return max(1, bisect.bisect(counts, limit, key=lambda count: pool_bytes(sized(row, count))))
 
 
 def watch_pool(samples: list, done: threading.Event) -> None:
@@ -169,29 +200,35 @@ def watch_pool(samples: list, done: threading.Event) -> None:
         samples.append((time.time(), stats.get("bytes_in_use", 0)))
 
 
-def measure(row: Row, length: int, tx, step) -> dict:
+def say(text: str) -> None:
+    """Prints where a row is, for one that is stopped."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def measure(row: Row, tx, step) -> dict:
     """Trains for a few steps; returns what they took."""
+    assert row.batch is not None and row.length is not None
     frozen, trained = jax.jit(functools.partial(make_weights, row))()
     jax.block_until_ready(trained)
+    say("weights are made")
     state = jax.jit(tx.init)(trained)
-    vocab = llama.SHAPES[row.shape].vocab
-    ids = np.random.default_rng(0).integers(vocab, size=(row.batch, length + 1), dtype=np.int32)
+    vocab, shape = llama.SHAPES[row.shape].vocab, (row.batch, row.length + 1)
+    ids = np.random.default_rng(0).integers(vocab, size=shape, dtype=np.int32)
     losses, start = [], 0.0
     try:
-        for i in range(WARM_UP + TIMED):
+        for i in range(WARM_UP + row.timed):
             trained, state, loss = step(frozen, trained, state, ids)
             losses.append(loss)
-            if i == WARM_UP - 1:
+            if i < WARM_UP:
                 jax.block_until_ready(trained)
+                say(f"step {i + 1}, loss {float(loss):.3f}")
                 start = time.perf_counter()
         jax.block_until_ready((trained, state, losses))
     except jax.errors.JaxRuntimeError:
         if row.optimizer == "paged" and not losses:
             release(state)  # nobody will use it
         raise
-    seconds = (time.perf_counter() - start) / TIMED
-    if not float(losses[-1]) < float(losses[0]):
-        raise SystemExit(f"the loss did not fall: {[float(x) for x in losses]}")
+    seconds = (time.perf_counter() - start) / row.timed
     stats = jax.local_devices()[0].memory_stats() or {}
     held = {"resident": 0, "on_host": 0}
     if row.optimizer == "paged":
@@ -199,12 +236,13 @@ def measure(row: Row, length: int, tx, step) -> dict:
         held = {"resident": report.resident, "on_host": report.on_host}
         release(state)
     return held | {
-        "length": length,
+        "length": row.length,
+        "batch": row.batch,
         "seconds": seconds,
-        "tokens_per_second": row.batch * length / seconds,
+        "tokens_per_second": row.batch * row.length / seconds,
         "pool_peak": stats.get("peak_bytes_in_use", 0),
         "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "losses": [float(losses[0]), float(losses[-1])],
+        "losses": list(map(float, losses)),
         "trained": sum(x.size for x in jax.tree.leaves(trained)),
     }
 
@@ -212,24 +250,24 @@ def measure(row: Row, length: int, tx, step) -> dict:
 def child(row: Row) -> dict:
     """Runs a row; returns its figures, or under "failure" why there are none."""
     tx = make_optimizer(row)
-    step = make_step(row, tx)
     stats = jax.local_devices()[0].memory_stats() or {}
     limit = stats.get("bytes_limit", 4 * GIB)
     print(f"pool of {limit / GIB:.2f} GiB", flush=True)
-    length = row.length or longest(row, tx, step, limit)
-    message = ""
-    while length >= GRAIN:
+    is_open = row.length is None or row.batch is None
+    count = largest(row, FULL_POOL * limit) if is_open else 1
+    while True:
+        size = sized(row, count) if is_open else row
         try:
-            return measure(row, length, tx, step)
+            return measure(size, tx, make_step(size, tx))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             message = str(error).splitlines()[0][:160]
-            print(f"{length} tokens: {message}", flush=True)
-        if row.length:
-            break
-        length -= GRAIN
-    return {"failure": "RESOURCE_EXHAUSTED", "message": message, "length": length}
+            print(f"{size.batch} x {size.length} tokens: {message}", flush=True)
+        if count == 1:
+            tokens = {"length": size.length, "batch": size.batch}
+            return {"failure": "RESOURCE_EXHAUSTED", "message": message} | tokens
+        count -= 1
 
 
 def run_child(row: Row) -> None:
@@ -248,16 +286,16 @@ def run_child(row: Row) -> None:
 
 
 class Gpu:
-    """What the driver says of the first GPU; without one all is 0."""
+    """What the driver says of the first GPU that JAX sees; without one all is 0."""
 
     def __init__(self):
         try:
             import pynvml
 
             pynvml.nvmlInit()
-            self.memory = functools.partial(
-                pynvml.nvmlDeviceGetMemoryInfo, pynvml.nvmlDeviceGetHandleByIndex(0)
-            )
+            index = int(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0])
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            self.memory = functools.partial(pynvml.nvmlDeviceGetMemoryInfo, handle)
             self.total = int(self.memory().total)
         except Exception:
             self.memory, self.total = None, 0
@@ -302,7 +340,7 @@ def run(row: Row, gpu: Gpu, timeout: float) -> dict:
     else:
         print("".join(lines[-15:]))
     for line in lines:
-        if " need " in line or "tokens:" in line or "pool of" in line:
+        if "tokens:" in line or "pool of" in line:
             print("   ", line.rstrip())
     peak = max(size for _, size in samples)
     return result | {"gpu": samples, "gpu_peak": peak, "wall": time.time() - start, "row": row.name}
@@ -310,7 +348,7 @@ def run(row: Row, gpu: Gpu, timeout: float) -> dict:
 
 COLUMNS = (
     ("optimizer", 16),
-    ("tokens", 7),
+    ("tokens", 11),
     ("s/step", 8),
     ("tokens/s", 9),
     ("pool GiB", 9),
@@ -328,11 +366,12 @@ def header() -> str:
 def line(row: Row, result: dict) -> str:
     """Describes a row of the table."""
     name = "optax.adamw" if row.optimizer == "adamw" else "paged_adamw8bit"
+    tokens = f"{result['batch']} x {result['length']:,}" if "batch" in result else ""
     first = f"{row.name + ' ' + row.method:<14}{name:>16}"
     if "failure" in result:
-        return f"{first}{result.get('length') or '':>7}  {result['failure']}"
+        return f"{first}{tokens:>11}  {result['failure']}"
     cells = (
-        f"{result['length']:,}",
+        tokens,
         f"{result['seconds']:.3f}",
         f"{result['tokens_per_second']:,.0f}",
         f"{result['pool_peak'] / GIB:.2f}",
@@ -342,6 +381,12 @@ def line(row: Row, result: dict) -> str:
         f"{result['process'] / GIB:.1f}",
     )
     return first + "".join(f"{c:>{w}}" for c, (_, w) in zip(cells, COLUMNS[1:], strict=True))
+
+
+def has_learned(result: dict) -> bool:
+    """Whether the loss fell, as far as there is one."""
+    losses = result.get("losses", [1, 0])
+    return losses[-1] < losses[0]
 
 
 def main() -> int:
@@ -368,10 +413,13 @@ def main() -> int:
         print(f"{lines[-1]}  [{result['wall']:.0f} s]", flush=True)
         if row.card and result["gpu_peak"] > row.card * GIB:
             print(f"    {result['gpu_peak'] / GIB:.2f} GiB are MORE than the card has")
+        if not has_learned(result):
+            print(f"    the loss did NOT fall: {result['losses']}")
         if args.json:
             args.json.write_text(json.dumps(results))
     print("\n" + "\n".join(lines))
-    return int(any("status" in result.get("failure", "") for result in results))
+    broken = (r for r in results if "status" in r.get("failure", "") or not has_learned(r))
+    return int(any(broken))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import llama  # noqa: E402  # pyright: ignore[reportMissingImports]
 
+from paged_optax import apply_gradients  # noqa: E402
+
 AXIS = "fsdp"
 RANK = 64  # of the adapters of QLoRA
 SHAPES = llama.SHAPES | {
@@ -72,8 +74,8 @@ class Training:
     Attributes:
       frozen, trained, state: arrays in shards, and the optimizer state.
       grad: (frozen, trained, ids) to (loss, gradients), compiled.
-      update: (trained, state, gradients) to (trained, state, leftover), compiled. It takes over
-        what it is given.
+      update: (trained, state, gradients) to (trained, state), compiled. It takes over the first
+        two.
     """
 
     frozen: Any
@@ -85,7 +87,7 @@ class Training:
     def step(self, ids: jax.Array) -> jax.Array:
         """Queues a step; returns its loss."""
         loss, grads = self.grad(self.frozen, self.trained, ids)
-        self.trained, self.state, _ = self.update(self.trained, self.state, grads)
+        self.trained, self.state = self.update(self.trained, self.state, grads)
         return loss
 
 
@@ -109,12 +111,14 @@ def begin(
     loss = jax.shard_map(local_loss, in_specs=(*specs, P(AXIS)), out_specs=P())
     grad = jax.jit(jax.value_and_grad(loss, argnums=1)).lower(frozen, trained, ids).compile()
 
-    # The paged update writes into the buffers of the gradients. So these are donated, and the
-    # updates are a result that takes their place. Those of optax.adamw are never in memory.
-    @functools.partial(jax.jit, donate_argnums=(0, 1, 2) if paged else (0, 1))
+    # A paged optimizer writes the new parameters itself. The updates of optax.adamw are never in
+    # memory either: the compiler joins them with their application.
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(trained, state, grads):
+        if paged:
+            return apply_gradients(tx, grads, state, trained)
         updates, state = tx.update(grads, state, trained)
-        return optax.apply_updates(trained, updates), state, updates if paged else None
+        return optax.apply_updates(trained, updates), state
 
     compiled = update.lower(trained, state, trained).compile()
     found = [name for name in COLLECTIVES if name in (compiled.as_text() or "")]

@@ -6,9 +6,9 @@
 
 It trains the GPT of `numerics.py` on the source of Python's standard library for 1,000 steps. Every
 optimizer starts from the same weights and sees the same batches, once for each seed. The benchmark
-prints the held-out loss of each run and how far it is from optax.adamw with float32 parameters.
-Compare this with the distance between the seeds of optax.adamw, which it prints too. It writes
-`--json` after every run.
+prints the held-out loss of each run and how far it is from optax's optimizer with float32
+parameters. Compare this with the distance between the seeds of optax's, which it prints too. It
+writes `--json` after every run. All runs of a seed come before the next seed.
 """
 
 import argparse
@@ -25,17 +25,23 @@ import numpy as np
 import optax
 from numerics import WEIGHT_DECAY, Gpt
 
-from paged_optax import Quantization, paged_adamw8bit, release_all
+from paged_optax import Quantization, paged_adamw8bit, paged_lion8bit, release_all
 
 
 class Run(NamedTuple):
     optimizer: Callable
     dtype: str  # of the parameters
     what: str
+    baseline: str = "adamw"  # the run that it is compared with
+    peak: float | None = None  # of the learning rate, if not the model's
 
 
 def _paged(**options):
     return functools.partial(paged_adamw8bit, **options)
+
+
+def _lion(optimizer, what):
+    return Run(optimizer, "float32", what, "lion", 3e-4)
 
 
 _DYNAMIC = Quantization("dynamic")
@@ -51,8 +57,12 @@ RUNS = {
     ),
     "nearest": Run(_paged(), "bfloat16", "paged_adamw8bit"),
     "adamw-bfloat16": Run(optax.adamw, "bfloat16", "optax.adamw"),
+    "lion": _lion(optax.lion, "optax.lion"),
+    "paged-lion": _lion(paged_lion8bit, "paged_lion8bit"),
+    "dynamic-lion": _lion(
+        functools.partial(paged_lion8bit, quantization=_DYNAMIC), "paged_lion8bit, codec dynamic"
+    ),
 }
-BASELINE = "adamw"
 CHUNK = 100  # steps in one program
 
 
@@ -66,11 +76,10 @@ class Trainer:
     def __init__(self, model: Gpt, run: Run, steps: int):
         self.model, self.steps, self.dtype = model, steps, jnp.dtype(run.dtype)
         warmup = max(1, steps // 10)
-        rate = optax.warmup_cosine_decay_schedule(
-            model.peak / warmup, model.peak, warmup, steps, model.peak / 10
-        )
-        adamw = run.optimizer(rate, weight_decay=WEIGHT_DECAY)
-        self.tx = optax.chain(optax.clip_by_global_norm(1.0), adamw)
+        peak = run.peak or model.peak
+        rate = optax.warmup_cosine_decay_schedule(peak / warmup, peak, warmup, steps, peak / 10)
+        optimizer = run.optimizer(rate, weight_decay=WEIGHT_DECAY)
+        self.tx = optax.chain(optax.clip_by_global_norm(1.0), optimizer)
         self.learn, self.held_out = jnp.asarray(model.learn), jnp.asarray(model.held_out)
         self.advance = jax.jit(self._advance, donate_argnums=(0, 1))
         self.evaluate = jax.jit(self._evaluate)
@@ -117,7 +126,7 @@ class Trainer:
 
 
 def print_table(results: dict[str, dict], seeds: list[int]) -> None:
-    print("\nheld-out loss by seed; 'less' is the mean minus that of optax.adamw in float32")
+    print("\nheld-out loss by seed; 'less' is the mean minus that of optax's optimizer in float32")
     print(
         f"{'optimizer':<34}{'parameters':<11}"
         + "".join(f"{f'seed {seed}':>9}" for seed in seeds)
@@ -127,15 +136,15 @@ def print_table(results: dict[str, dict], seeds: list[int]) -> None:
              for name, rows in results.items()}  # fmt: skip
     for name, rows in results.items():
         losses = [rows[str(s)]["held_out"] if str(s) in rows else np.nan for s in seeds]
-        less = means[name] - means[BASELINE] if BASELINE in means else np.nan
+        less = means[name] - means.get(RUNS[name].baseline, np.nan)
         print(
             f"{RUNS[name].what:<34}{RUNS[name].dtype:<11}"
             + "".join(f"{loss:>9.4f}" for loss in losses)
             + f"{means[name]:>9.4f}{less:>+9.4f}"
         )
-    if BASELINE in results:
-        losses = [row["held_out"] for row in results[BASELINE].values()]
-        print(f"the seeds of optax.adamw are {max(losses) - min(losses):.4f} apart")
+    for name in {RUNS[name].baseline for name in results} & set(results):
+        losses = [row["held_out"] for row in results[name].values()]
+        print(f"the seeds of {RUNS[name].what} are {max(losses) - min(losses):.4f} apart")
 
 
 def main(argv=None) -> None:
@@ -159,9 +168,9 @@ def main(argv=None) -> None:
         f"steps; text of {len(model.learn):,} tokens"
     )
     results: dict[str, dict] = {}
-    for name in args.runs:
-        trainer = Trainer(model, RUNS[name], args.steps)
-        for seed in args.seeds:
+    trainers = {name: Trainer(model, RUNS[name], args.steps) for name in args.runs}
+    for seed in args.seeds:
+        for name, trainer in trainers.items():
             start = time.perf_counter()
             losses, held_out = trainer.train(seed)
             seconds = time.perf_counter() - start

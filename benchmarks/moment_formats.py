@@ -153,23 +153,48 @@ def squares(scale_bits: int = 32, largest: int = 127):
     return store
 
 
-def window(codes: int = 256, idle_octaves: int | None = 15, parts: int = 4):
+def powers(largest: int, exponent: float):
+    """Stores codes -largest .. largest: code k means (k / largest)^exponent of the block's scale.
+
+    Few codes leave out more of what is small if they stand for squares. They are rounded at random.
+    """
+
+    def store(x, word):
+        scale = _block_scale(x, 32)
+        y = jnp.abs(x) / jnp.where(scale > 0, scale, jnp.inf)
+        k = jnp.clip(jnp.floor(y ** (1 / exponent) * largest), 0, largest - 1)
+        stored = _between((k / largest) ** exponent, ((k + 1) / largest) ** exponent, y, word)
+        return jnp.sign(x) * stored * scale
+
+    return store
+
+
+def window(
+    codes: int = 256,
+    idle_octaves: int | None = 15,
+    parts: int = 4,
+    coarsest: int = 21,
+    spare: int = 4,
+):
     """Stores second moments as floats with as many bits of fraction as the block's range allows.
 
     A code and an offset, times a step, are the bits of a float32. The step is the least with which
     the codes reach from the block's largest value to its smallest above 0 (0 has its own code).
-    Steps are 2^16 .. 2^21; with four parts they are also 1.25, 1.5 and 1.75 times these. No scale
+    Steps are 2^16 .. 2^coarsest; with four parts also 1.25, 1.5 and 1.75 times these. No scale
     multiplies the values, so a block's grid stays where it is when its maximum moves. With one
     part, a finer grid contains the coarser ones. Random bits that are added before the division
     round without bias, because floats of an octave are evenly spaced.
 
     Values below the window take its lowest code. Idle elements are those with m = 0, whose v decays
-    forever. They widen the window no further than `idle_octaves`.
+    forever. They widen the window no further than `idle_octaves`. `spare` codes are for 0 and for
+    what is rounded up.
     """
     steps = [
-        (1 << shift) * (parts + part) // parts for shift in range(16, 21) for part in range(parts)
+        (1 << shift) * (parts + part) // parts
+        for shift in range(16, coarsest)
+        for part in range(parts)
     ]
-    steps = jnp.array([*steps, 1 << 21], jnp.int32)
+    steps = jnp.array([*steps, 1 << coarsest], jnp.int32)
 
     def store(v, word, idle):
         bits = bits_of(v)
@@ -178,12 +203,12 @@ def window(codes: int = 256, idle_octaves: int | None = 15, parts: int = 4):
         if idle_octaves is not None:
             low = jnp.where(idle, jnp.maximum(low, top - (idle_octaves << 23)), low)
         span = jnp.maximum(top - jnp.min(low, axis=1, keepdims=True), 0)
-        coarser = jnp.sum(span > (codes - 5) * steps, axis=1, keepdims=True)
+        coarser = jnp.sum(span > (codes - spare - 1) * steps, axis=1, keepdims=True)
         step = steps[jnp.minimum(coarser, len(steps) - 1)]
         share = 0.5 if word is None else _fraction(word)
         cut = bits // step
         cut += (bits % step) > (share * step).astype(jnp.int32)
-        cut = jnp.clip(cut, top // step - (codes - 4), INFINITY // step - 1)
+        cut = jnp.clip(cut, top // step - (codes - spare), INFINITY // step - 1)
         return jnp.where(v > 0, float_of(cut * step), 0.0)
 
     return store
@@ -280,6 +305,15 @@ def _ratio(name, rounding, v=None, **kwargs):
     return _format(name, squares(), v or window(), rounding, relative=True, **kwargs)
 
 
+def four_bit_levels() -> np.ndarray:
+    """Returns the signed map of 4 bits of torchao and lpmm, 3 decades like those of `dynamic`."""
+    positive = []
+    for decade in range(3):
+        edges = np.linspace(0.1, 1, 2**decade + 1)
+        positive += list((edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - 2))
+    return np.sort(np.array([*(-x for x in positive), 0.0, *positive, 1.0]))
+
+
 FLOAT32 = Format("float32", 8, lambda m, word: m, lambda v, word, idle: v, 256, 256, False)
 BASELINE = _format("dynamic (bitsandbytes)", _DYNAMIC_M, table(_DYNAMIC_V), _NEAREST)
 WINNER = _ratio("ratio", _GOLDEN)
@@ -321,4 +355,29 @@ FORMATS = [
     _ratio("ratio, unbroken sequence", {"m_random": unbroken_golden, "v_random": unbroken_golden}),
     _ratio("ratio, hashed elements", {"m_random": hashed_golden, "v_random": hashed_golden}),
     WINNER,
+]
+
+# Fewer than 8 bits a moment: `benchmarks/below8.py` trains with these. The second one is what a
+# kernel could store with the arithmetic of `ratio`. The last one is that of
+# torchao's AdamW4bit (torchao/optim/subclass_4bit.py), which took its maps from lpmm: B. Li,
+# J. Chen, J. Zhu, "Memory Efficient Optimizers with 4-bit States", 2023 (arXiv:2309.01507). Its
+# second moments have 16 values evenly spaced, without 0.
+_SMALL = {"coarsest": 25, "spare": 3}
+SMALL_FORMATS = [
+    Format(
+        "ratio, 6 + 6 bits",
+        *(1.5 + 8 / 256, powers(31, 1.5), window(64, **_SMALL), 256, 256, True, golden, golden),
+    ),
+    Format(
+        "ratio, 6 + 6 bits, squares",
+        *(1.5 + 8 / 256, squares(largest=31), window(64, **_SMALL), 256, 256, True, golden, golden),
+    ),
+    Format(
+        "ratio, 4 + 4 bits /64",
+        *(1 + 8 / 64, powers(7, 1.5), window(16, **_SMALL), 64, 64, True, golden, golden),
+    ),
+    Format(
+        "torchao, 4 + 4 bits /128",
+        *(1 + 8 / 128, table(four_bit_levels()), table(np.arange(1, 17) / 16), 128, 128, False),
+    ),
 ]

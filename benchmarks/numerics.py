@@ -25,7 +25,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from moment_formats import BASELINE, FLOAT32, FORMATS, WINNER, Format
+from moment_formats import BASELINE, FLOAT32, FORMATS, SMALL_FORMATS, WINNER, Format
 
 BLOCK = 256
 B1, B2, EPS = np.float32(0.9), np.float32(0.999), np.float32(1e-8)
@@ -614,7 +614,7 @@ def print_model(rows, steps, spread):
     table = {name: summary(row, steps) for name, row in rows.items()}
     columns = list(next(iter(table.values())))
     print(f"{'format':<38}{'bytes':>7}" + "".join(f"{c:>13}" for c in columns) + f"{'gain':>8}")
-    size = {fmt.name: fmt.bytes_per_parameter for fmt in FORMATS}
+    size = {fmt.name: fmt.bytes_per_parameter for fmt in [*FORMATS, *SMALL_FORMATS]}
     for name, row in table.items():
         gain = table[BASELINE.name]["carried"] / row["carried"] if BASELINE.name in table else 0
         print(
@@ -657,7 +657,7 @@ def main(argv=None) -> None:
     add("--blocks", type=int, help="blocks to carry along (default: 32,768; 1,024 on a CPU)")
     add("--seeds", type=int, help="trainings with each format (default: 3 with --gpt, else 0)")
     add("--only", choices=["synthetic", "model", "idle"], help="one part of the study")
-    add("--formats", nargs="+", metavar="WORD", help="only formats whose name contains such a word")
+    add("--formats", nargs="+", metavar="WORD", help="formats whose name has such a word")
     add("--b1", type=float, default=float(B1), help="decay rate of first moments (default: 0.9)")
     add("--json", type=Path, metavar="FILE", help="file for every number")
     args = parser.parse_args(argv)
@@ -666,7 +666,8 @@ def main(argv=None) -> None:
     B1 = np.float32(args.b1)
     formats = FORMATS
     if args.formats:
-        formats = [fmt for fmt in FORMATS if any(word in fmt.name for word in args.formats)]
+        known = [*FORMATS, *SMALL_FORMATS]
+        formats = [fmt for fmt in known if any(word in fmt.name for word in args.formats)]
         if not formats:
             parser.error("argument --formats: no format has such a name")
     names = [fmt.name for fmt in formats]

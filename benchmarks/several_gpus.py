@@ -1,11 +1,13 @@
 """A Llama shape on 1, 2, ... GPUs, with parameters, gradients and moments in shards (FSDP).
 
     python benchmarks/several_gpus.py [--shape 8b] [--gpus 1 2] [--optimizer resident host adamw]
+    python benchmarks/several_gpus.py --together         # the same in less time
     python benchmarks/several_gpus.py --processes        # one process a GPU (jax.distributed, NCCL)
     python benchmarks/several_gpus.py --method qlora --shape 65b --batch 2
 
 `fsdp.py` has the training. All rows train on the same data, with the same number of tokens a step.
-Every row is a process of its own, or one a GPU, so that its memory is its own as well.
+Every row is a process of its own, or one a GPU, so that its memory is its own as well. `--together`
+starts one for all optimizers, which is faster; "XLA" then is the largest of the rows so far.
 
     resident    paged_adamw8bit, moments in GPU memory
     half, host  the same with half of the moments, or all of them, in pinned host memory
@@ -14,14 +16,17 @@ Every row is a process of its own, or one a GPU, so that its memory is its own a
 With "full" all weights are trained: in bfloat16, compensated by paged_adamw8bit, while optax.adamw
 keeps bfloat16 moments. With "qlora" the weights are NF4, and float32 adapters are trained.
 
-"step" is a whole training step, queued without waiting. "update" is the optimizer's step alone,
-with the application of its updates; the host waits before and after it. "link" is the rate at which
+"step" is a whole training step, queued without waiting. "update" is the optimizer's step alone: in
+place (`apply_gradients`), or with the application of optax's updates. The host waits before and
+after it. "XLA" is the most that XLA's pool had in use on a GPU. "link" is the rate at which
 each GPU moves its moments on the host, in either direction, while all GPUs do the same. "of linear"
 compares tokens per second with those of the first number of GPUs.
 """
 
 import argparse
 import functools
+import gc
+import itertools
 import json
 import os
 import socket
@@ -30,6 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 import fsdp
 import jax
@@ -69,7 +75,7 @@ def train(training: fsdp.Training, data, steps: int) -> dict:
         times = [time.perf_counter()]
         loss, grads = jax.block_until_ready(training.grad(training.frozen, training.trained, ids))
         times.append(time.perf_counter())
-        training.trained, training.state, grads = jax.block_until_ready(
+        training.trained, training.state = jax.block_until_ready(
             training.update(training.trained, training.state, grads)
         )
         times.append(time.perf_counter())
@@ -90,9 +96,9 @@ def train(training: fsdp.Training, data, steps: int) -> dict:
     }
 
 
-def measure(args: argparse.Namespace) -> dict:
+def measure(args: argparse.Namespace, optimizer: str) -> dict:
     """Returns the figures of a row, with bytes by GPU of this process."""
-    config, optimizer = fsdp.SHAPES[args.shape], args.optimizer[0]
+    config = fsdp.SHAPES[args.shape]
     _, trained = jax.eval_shape(functools.partial(fsdp.make_weights, config, args.method))
     size = sum(x.size for x in jax.tree.leaves(trained))
     compensated = args.method == "full"
@@ -120,19 +126,21 @@ def child(args: argparse.Namespace) -> None:
             f"localhost:{args.port}", args.gpus[0], args.rank, local_device_ids=[args.rank]
         )
     with jax.set_mesh(fsdp.make_mesh(args.gpus[0])):
-        print(json.dumps(measure(args)), flush=True)
+        for optimizer in args.optimizer:
+            print(json.dumps(measure(args, optimizer)), flush=True)
+            gc.collect()  # arrays of this row
 
 
 # -------------------------------------------------------------------- all rows, in the parent
 
 
-def run(args: argparse.Namespace, num_gpus: int, optimizer: str, cache: str) -> dict | None:
-    """Runs one row in new processes; returns its figures, or None if it failed."""
+def start(args: argparse.Namespace, num_gpus: int, optimizers: list[str], cache: str) -> list:
+    """Starts a process that measures rows, or one for each GPU."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, __file__, "--child", "--gpus", str(num_gpus), "--port", str(port)]
-    command += ["--optimizer", optimizer]
+    command += ["--optimizer", *optimizers]
     for name in PASSED_ON:
         command += [f"--{name}", str(getattr(args, name))]
     environment = os.environ | {
@@ -141,17 +149,30 @@ def run(args: argparse.Namespace, num_gpus: int, optimizer: str, cache: str) -> 
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
     }
     ranks = [["--rank", str(i)] for i in range(num_gpus)] if args.processes else [[]]
-    children = [
+    return [
         subprocess.Popen([*command, *rank], env=environment, stdout=subprocess.PIPE, text=True)
         for rank in ranks
     ]
-    texts = [process.communicate()[0] for process in children]
-    if any(process.returncode for process in children):
-        return None
-    rows = [json.loads(text.splitlines()[-1]) for text in texts]
-    for name in ("xla", "resident", "on_host"):
-        rows[0][name] = [x for row in rows for x in row[name]]
-    return rows[0]
+
+
+def read_rows(children: list) -> Iterator[dict]:
+    """Yields each row when all processes have measured it."""
+    outputs = [(line for line in child.stdout if line.startswith("{")) for child in children]
+    for lines in zip(*outputs, strict=False):
+        rows = [json.loads(line) for line in lines]
+        for name in ("xla", "resident", "on_host"):
+            rows[0][name] = [x for row in rows for x in row[name]]
+        yield rows[0]
+    for child in children:
+        child.wait()
+
+
+def rows_of(args: argparse.Namespace, num_gpus: int, cache: str) -> Iterator[tuple]:
+    """Yields (optimizer, figures) as they are measured; figures are None if there are none."""
+    groups = [args.optimizer] if args.together else [[name] for name in args.optimizer]
+    for optimizers in groups:
+        rows = read_rows(start(args, num_gpus, optimizers, cache))
+        yield from itertools.zip_longest(optimizers, rows)
 
 
 def gib(values: list[int]) -> str:
@@ -179,6 +200,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, nargs="+", help="default: 1, 2, 4, ... as there are")
     parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS)
     parser.add_argument("--processes", action="store_true", help="one process a GPU")
+    parser.add_argument("--together", action="store_true", help="one process for all optimizers")
     parser.add_argument("--batch", type=int, default=8, help="sequences a step, on all GPUs")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
     parser.add_argument("--steps", type=int, default=4, help="that are timed, twice")
@@ -207,8 +229,7 @@ def main() -> None:
     first: dict[str, float] = {}  # tokens per second and GPU
     with tempfile.TemporaryDirectory() as cache:
         for num_gpus in gpus:
-            for optimizer in args.optimizer:
-                row = run(args, num_gpus, optimizer, cache)
+            for optimizer, row in rows_of(args, num_gpus, cache):
                 cells = "   failed"
                 if row is not None:
                     row["tokens"] = args.batch * args.length / row["step"]

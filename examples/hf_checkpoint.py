@@ -261,5 +261,5 @@ def load(
         "layers": {name: stack(name) for name in bar},
     }
     if not config.tied:
-        base["head"] = jnp.asarray(read("lm_head.weight").T, dtype)
+        base["head"] = jnp.asarray(read("lm_head.weight"), dtype).T  # the host makes no copy
     return config, base

@@ -43,12 +43,31 @@ def write(path: str, states: Sequence[Contents | None], **extra: Any) -> int:
     Returns:
       The number of bytes written.
     """
-    entries = list(_metadata.entries_of(states))
+    return _add_sums(path, _ext.write_arrays(path, _parts(states, extra)))
+
+
+class Background:
+    """The same while others go on. When it was made, nobody has to keep the states any more."""
+
+    def __init__(self, path: str, states: Sequence[Contents | None], room: int, **extra: Any):
+        """`room`: bytes of host memory for what the disk takes later."""
+        self._path = path
+        self._save = _ext.BackgroundSave(path, _parts(states, extra), room)
+
+    def finish(self) -> int:
+        """Waits for the rest, once; as `write`."""
+        return _add_sums(self._path, self._save.finish())
+
+
+def _parts(states: Sequence[Contents | None], extra: dict[str, Any]) -> list[Any]:
+    """What a file consists of but for the checksums, as the extension takes it."""
     text = _encode_header(states, extra)
-    parts = [struct.pack("<Q", len(text)), text, *map(_source_of, entries)]
-    sums = _ext.write_arrays(path, parts)
-    with open(path, "ab") as file:  # the length has none
-        file.write(np.array(sums[1:], "<u4"))
+    return [struct.pack("<Q", len(text)), text, *map(_source_of, _metadata.entries_of(states))]
+
+
+def _add_sums(path: str, sums: Sequence[int]) -> int:
+    with open(path, "ab") as file:
+        file.write(np.array(sums[1:], "<u4"))  # the length has none
         return file.tell()
 
 

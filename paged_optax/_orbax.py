@@ -3,8 +3,9 @@
 What this promises. Where Orbax saves an optimizer state, the moments go into a folder
 ``paged_optax`` in the same item of the checkpoint, in a safetensors file a process. Orbax commits a
 checkpoint after its files are complete, and this one counts among them. The copy is taken before
-Orbax's ``save`` returns, so training may go on at once. Where Orbax restores the state, the token
-is a new one for these moments, whatever the target was.
+Orbax's ``save`` returns, so training may go on at once. It goes into a file next to the checkpoint
+from the start, and into memory as far as the disk is slower than the copy. Where Orbax restores the
+state, the token is a new one for these moments, whatever the target was.
 
 How. All array leaves of all its APIs go through ``serialize`` and ``deserialize`` of two public
 classes, `ArrayHandler` and `NumpyHandler`. Their methods are wrapped when the user's program
@@ -19,11 +20,12 @@ saves bare tokens.
 What fails when Orbax changes: ``tests/test_checkpoint.py::test_orbax_has_what_we_wrap``.
 """
 
+import contextlib
 import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -82,7 +84,7 @@ def _wrap_serialize(plain: Any) -> Any:
 class _Copy(NamedTuple):
     """The moments of one state as they are now."""
 
-    moments: "Contents | _Spill | None"  # None for a state that was never updated
+    moments: "Contents | _Early | None"  # None for a state that was never updated
     info: Any  # Orbax's, of the token's leaf
 
 
@@ -94,13 +96,15 @@ def _copy_all(values: Sequence[Any], infos: Sequence[Any]) -> dict[tuple[int, in
         if token is None or token in copies:
             continue
         with opened(value) as contents:
-            if contents is None:
-                copies[token] = _Copy(None, info)
-            elif nbytes_of(contents) > _ext.available_host_bytes() // 2:
-                copies[token] = _Copy(_Spill(contents, token, info), info)
-            else:
-                copies[token] = _Copy(copy(contents), info)
+            copies[token] = _Copy(contents and _copy(contents, token, info), info)
     return copies
+
+
+def _copy(contents: Contents, token: tuple[int, int], info: Any) -> "Contents | _Early":
+    folder, room = _existing_folder(info), _ext.available_host_bytes() // 2
+    if folder is None and nbytes_of(contents) <= room:
+        return copy(contents)
+    return _Early(folder or _folder(), contents, token, room)
 
 
 def _token_of(value: Any) -> tuple[int, int] | None:
@@ -114,28 +118,42 @@ def _token_of(value: Any) -> tuple[int, int] | None:
     return (handle, version) if _ext.is_issued(handle) else None
 
 
-class _Spill:
-    """Moments that host memory has no room for, in a file next to the checkpoint.
+class _Early:
+    """Moments that are written before Orbax has made the folder where they belong.
 
-    It is there until Orbax has made the folder where they belong, and goes with this object.
+    Until then the file is next to the checkpoint. It goes with this object.
     """
 
-    def __init__(self, contents: Contents, token: tuple[int, int], info: Any):
+    def __init__(self, folder: str, contents: Contents, token: tuple[int, int], room: int):
         # What a killed process left has the same stem, and goes when this one is made.
-        self._part = PartFile(_existing_folder(info), f".paged_optax-{jax.process_index()}")
-        _checkpoint_file.write(self._part.path, [contents], **_about(token))
+        self._part = PartFile(folder, f".paged_optax-{jax.process_index()}")
+        with self._removed_after_errors():
+            self._rest = _checkpoint_file.Background(
+                self._part.path, [contents], room, **_about(token)
+            )
+
+    @contextlib.contextmanager
+    def _removed_after_errors(self) -> Iterator[None]:
+        # Not when this object goes: the error refers to it.
+        try:
+            yield
+        except BaseException:
+            self._part.close()
+            raise
 
     def move(self, path: Any) -> None:
-        """Puts the file where it belongs, on whatever file system that is."""
+        """Puts the complete file where it belongs, on whatever file system that is."""
         source = self._part.path
-        if not _is_local(path):
-            with open(source, "rb") as file, path.open("wb") as target:
-                shutil.copyfileobj(file, target, _CHUNK)
-        elif os.stat(path.parent).st_dev == os.stat(source).st_dev:
-            self._part.move(os.fspath(path))
-        else:
-            with replacing(os.fspath(path)) as part:
-                _ext.write_arrays(part, [FilePart(source, 0, os.path.getsize(source), None)])
+        with self._removed_after_errors():
+            self._rest.finish()
+            if not _is_local(path):
+                with open(source, "rb") as file, path.open("wb") as target:
+                    shutil.copyfileobj(file, target, _CHUNK)
+            elif os.stat(path.parent).st_dev == os.stat(source).st_dev:
+                self._part.move(os.fspath(path))
+            else:
+                with replacing(os.fspath(path)) as part:
+                    _ext.write_arrays(part, [FilePart(source, 0, os.path.getsize(source), None)])
         self._part.close()
 
 
@@ -155,7 +173,7 @@ async def _commit(token: tuple[int, int], copied: _Copy) -> None:
     folder = copied.info.parent_dir / FOLDER
     folder.mkdir(exist_ok=True)
     path = folder / f"{_name(token)}.{jax.process_index()}.safetensors"
-    if isinstance(copied.moments, _Spill):
+    if isinstance(copied.moments, _Early):
         copied.moments.move(path)
     elif _is_local(path):
         with replacing(os.fspath(path)) as part:
@@ -170,14 +188,14 @@ def _about(token: tuple[int, int]) -> dict[str, Any]:
     return {"processes": jax.process_count(), "tokens": [token]}
 
 
-def _existing_folder(info: Any) -> str:
-    """A folder on the file system of the checkpoint; a local one where that is not known yet."""
+def _existing_folder(info: Any) -> str | None:
+    """A local folder on the file system of the checkpoint; None where that is not known yet."""
     try:
         folder = info.parent_dir
     except ValueError:  # of Orbax: it waits for the storage to choose a path
-        return _folder()
+        return None
     if not _is_local(folder):
-        return _folder()
+        return None
     # Orbax may delete a temporary folder that an earlier process left, to make it anew.
     while not folder.is_dir() or "orbax-checkpoint-tmp" in os.fspath(folder):
         folder = folder.parent

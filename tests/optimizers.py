@@ -348,7 +348,8 @@ def assert_stored(stored, expected, what=""):
         expected = [part for parts in zip(*expected, strict=True) for part in parts]
     for actual, part in zip(stored, expected, strict=True):
         same_bits(actual[: part.size], part, what)
-        assert not actual[part.size :].any(), what
+        padding = actual[part.size :]
+        assert not padding.any(), f"{what}: padding is not zero; does a rule move states of zero?"
 
 
 def assert_as_specified(state, specification, what=""):

@@ -10,13 +10,34 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import paged_optax
-from helpers import RAISES, assert_trees_equal, finish, hooks, num_arenas, run_python
-from paged_optax import Paging, evict, memory_report, moments, prefetch, release
+from helpers import (
+    RAISES,
+    assert_trees_equal,
+    finish,
+    hooks,
+    num_arenas,
+    run_python,
+    stored_leaves,
+)
+from paged_optax import (
+    Paging,
+    evict,
+    load_moments,
+    memory_report,
+    moments,
+    newest,
+    prefetch,
+    release,
+    reset,
+    save_moments,
+    states,
+)
 
 # That moments could not be moved is a warning, and the second time it works.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
@@ -41,22 +62,27 @@ def grads(step):
 
 
 class Lost(Exception):
-    """A step of which part was made; the error said so."""
+    """A step or a reset of which part was made; the error said so."""
 
 
 def attempt(action, *args, is_patient, replay=False):
     """What the action returns, the second time if it fails the first."""
     try:
         return finish(action(*args))
-    except (*RAISES, MemoryError) as error:
+    except (*RAISES, MemoryError, OSError) as error:
         assert is_patient
         if "cannot be trusted" in str(error) and not replay:
-            raise Lost from error
+            raise Lost("reset" if "Part of the reset" in str(error) else "step") from error
         return finish(action(*args))
 
 
+def bits(tree):
+    """To compare many large trees fast."""
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
 def run(tx, update, is_patient=False, replay=False):
-    """Updates and moments of two steps, with moves in between."""
+    """The bits of the updates and moments of two steps, with moves in between."""
     state, updates = attempt(tx.init, grads(0), is_patient=is_patient), []
     try:
         for step in range(2):
@@ -66,9 +92,32 @@ def run(tx, update, is_patient=False, replay=False):
             updates.append(result)
             for action in evict, prefetch:
                 attempt(action, state, is_patient=is_patient)
-        return updates, attempt(moments, state, is_patient=is_patient)
+        return bits((updates, attempt(stored_leaves, state, is_patient=is_patient)))
     finally:
         attempt(release, state, is_patient=True)
+
+
+def run_rest(tx, update, folder, is_patient=False):
+    """The bits of what comes out of a reset, a checkpoint and a step from it."""
+    small = {"w": grads(0)["w"][:64], "b": grads(0)["b"]}
+    made = []
+    try:
+        state = attempt(tx.init, small, is_patient=is_patient)
+        made.append(state)
+        _, state = attempt(update, small, state, is_patient=is_patient)
+        state = attempt(reset, state, {"w": np.arange(64)[:, None] < 9}, is_patient=is_patient)
+        attempt(save_moments, state, folder / "moments", is_patient=is_patient)
+        attempt(states, is_patient=is_patient)
+        state = attempt(newest, state, is_patient=is_patient)
+        fresh = attempt(tx.init, small, is_patient=is_patient)
+        made.append(fresh)
+        restored = attempt(load_moments, fresh, folder / "moments", is_patient=is_patient)
+        made.append(restored)
+        result, restored = attempt(update, small, restored, is_patient=is_patient)
+        return bits((result, attempt(stored_leaves, restored, is_patient=is_patient)))
+    finally:
+        for state in made:
+            attempt(release, state, is_patient=True)
 
 
 @pytest.mark.parametrize("memory, replay", [("managed", False), ("pinned", True)])
@@ -88,10 +137,75 @@ def test_every_call_fails_once(memory, replay):
             continue
         if hooks.withdraw_failure():  # there are no more calls
             break
-        assert_trees_equal(actual, expected)
+        assert actual == expected
     print(f"{memory}, replay={replay}: {num_calls} calls failed once, {num_lost} partial steps")
     assert 60 <= num_calls < 1999
     assert num_lost == (0 if replay else 2)  # the second kernel of each step
+    assert num_arenas() == 0
+
+
+@pytest.mark.parametrize("memory", ["managed", "pinned"])
+def test_every_call_of_the_rest_fails_once(memory, tmp_path):
+    """The same of resets, checkpoints, `newest` and the first step of a restored state."""
+    tx = paged_optax.scale_by_paged_adam8bit(paging=Paging(memory=memory))
+    update = jax.jit(tx.update)
+    expected, lost, num_calls = run_rest(tx, update, tmp_path), [], 0
+    for num_calls in range(2000):
+        hooks.fail_call("", NO_MEMORY, after=num_calls)
+        try:
+            actual = run_rest(tx, update, tmp_path, is_patient=True)
+        except Lost as error:
+            lost.append(str(error))
+            continue
+        if hooks.withdraw_failure():  # there are no more calls
+            break
+        assert actual == expected
+    num_resets = lost.count("reset")
+    print(f"{memory}: {num_calls} calls failed once, {num_resets} resets are lost of {len(lost)}")
+    assert 60 <= num_calls < 1999
+    assert 1 <= num_resets <= 20  # copies of the one leaf, and the header after them
+    assert lost.count("step") == 2  # the second kernel of each step
+    assert num_arenas() == 0
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_every_call_of_any_optimizer_fails_once():
+    """A step of several calls: an error, then the same bits, or the state is refused for good."""
+    tx = paged_optax.paged(optax.adam(0.1), quantization=paged_optax.Quantization("float32"))
+    params, update = {"a": jnp.ones((64, 64)), "b": jnp.ones((77,))}, jax.jit(tx.update)
+
+    def two_steps(is_patient):
+        state = first = attempt(tx.init, params, is_patient=is_patient)
+        try:
+            result, state = attempt(update, params, state, params, is_patient=is_patient)
+            try:
+                second, state = finish(update(params, state, params))
+            except RAISES:
+                assert is_patient
+                try:
+                    second, state = finish(update(params, state, params))
+                except RAISES as error:  # the first one failed when moments were written already
+                    with pytest.raises(RAISES):
+                        moments(state)
+                    raise Lost from error
+            return bits((result, second))
+        finally:
+            attempt(release, first, is_patient=True)
+
+    expected, num_lost, num_calls = two_steps(is_patient=False), 0, 0
+    for num_calls in range(2000):
+        hooks.fail_call("", NO_MEMORY, after=num_calls)
+        try:
+            actual = two_steps(is_patient=True)
+        except Lost:
+            num_lost += 1
+            continue
+        if hooks.withdraw_failure():  # there are no more calls
+            break
+        assert actual == expected
+    print(f"any: {num_calls} calls failed once, {num_lost} steps were lost in the middle")
+    assert 30 <= num_calls < 1999
+    assert num_lost < num_calls / 2
     assert num_arenas() == 0
 
 

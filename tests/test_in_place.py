@@ -35,9 +35,11 @@ from helpers import (
 from optimizers import BY_NAME, DESCENTS, Specification, assert_as_specified
 from paged_optax import (
     MultiSteps,
+    Paging,
     Quantization,
     apply_gradients,
     clip_by_global_norm,
+    memory_report,
     moments,
     paged_adam8bit,
     paged_adamw8bit,
@@ -417,6 +419,35 @@ def test_a_gpu_leaves_the_parameters_of_a_refused_step(donate):
         with pytest.raises(RuntimeError, match="not the newest"):
             raise_if_refused()
         assert not is_zero(apply_gradients(tx, grads, newest, params)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory", ["managed", "pinned"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
+def test_parameters_do_not_depend_on_where_moments_are(rounding, memory):
+    """On the GPU, on the host, or partly on each."""
+    chunk = 2**21
+    with jax.default_device(jax.devices("gpu")[0]):
+        shapes = {"a": (2048, 1024), "b": (1000, 1000), "c": (30,)}
+        params, *grads = (
+            {name: x.astype(jnp.bfloat16) for name, x in make_tree(seed, shapes).items()}
+            for seed in range(4)
+        )
+        params["b"] = params["b"].astype(jnp.float32)
+
+        def run(device_bytes):
+            paging = Paging(device_bytes=device_bytes, memory=memory)
+            tx = paged_adamw8bit(RATE, weight_decay=DECAY, param_rounding=rounding, paging=paging)
+            new, state = donated(tx, to_jax(params), [to_jax(grad) for grad in grads])
+            jax.block_until_ready(new)
+            return (new, moments(state)), memory_report(state)
+
+        expected, report = run(None)
+        assert report.resident == report.total > 3 * chunk
+        for device_bytes in (0, chunk):
+            found, report = run(device_bytes)
+            assert report.resident == device_bytes
+            assert_trees_equal(found, expected)
 
 
 # --- Memory -------------------------------------------------------------------------------------

@@ -72,6 +72,11 @@ def test_every_call_fails_once(program):
     assert "arenas left 0" in start(program, "faults")
 
 
+def test_room_that_comes_late(program):
+    """Who waits for moments to come back does not wait for good, whoever takes memory meanwhile."""
+    assert "arenas left 0" in start(program, "room")
+
+
 def test_handles(program):
     """Devices that are 5,000 inits apart agree; so do two jobs that follow each other."""
     start(program, "handles")

@@ -90,6 +90,64 @@ def test_arrays_are_written_whole(sizes, refused, tmp_path):
     assert sums == [zlib.crc32(array) for array in arrays]
 
 
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("room", [0, 2**40])
+def test_arrays_are_written_in_the_background(sizes, room, tmp_path):
+    """As they were: whoever owns them may change them meanwhile."""
+    arrays = [noise(nbytes, i) for i, nbytes in enumerate(SIZES[sizes])]
+    before = [array.copy() for array in arrays]
+    path = tmp_path / "file"
+    path.touch()
+    save = ext.BackgroundSave(str(path), arrays, room)
+    for array in arrays:
+        array[:] = 0
+    assert save.finish() == [zlib.crc32(array) for array in before]
+    assert path.read_bytes() == b"".join(array.tobytes() for array in before)
+    with pytest.raises(ValueError, match="is finished"):
+        save.finish()
+
+
+@pytest.fixture(scope="module")
+def many_pieces():
+    """More than there are threads and buffers."""
+    return noise(10 * PIECE + 4321)
+
+
+def test_background_that_has_room_for_less(many_pieces, tmp_path):
+    """More pieces than threads and buffers together; also where the machine has no more threads."""
+    data = many_pieces
+    for call, error in (("", 0), ("thread", errno.EAGAIN), ("pwrite", errno.EINTR)):
+        path = tmp_path / f"file{call}"
+        path.touch()
+        if call:
+            hooks.fail_call(call, error)
+        assert ext.BackgroundSave(str(path), [data], 0).finish() == [zlib.crc32(data)]
+        assert path.read_bytes() == data.tobytes()
+
+
+def test_background_that_nobody_waits_for(tmp_path):
+    data = noise(4 * PIECE)
+    for _ in range(5):
+        (tmp_path / "file").write_bytes(b"")
+        save = ext.BackgroundSave(str(tmp_path / "file"), [data], 2**40)
+        del save
+
+
+@pytest.mark.parametrize("after", [0, 2])
+@pytest.mark.parametrize("call", ["open", "fallocate", "pwrite", "empty pwrite"])
+def test_background_where_the_disk_is_full(call, after, many_pieces, tmp_path):
+    """Any write may fail, also while others wait for the memory that it would have given back."""
+    if after and "pwrite" not in call:
+        pytest.skip("there is one such call")
+    path = tmp_path / "file"
+    path.touch()
+    hooks.fail_call(call, errno.ENOSPC, after=after)
+    with pytest.raises(OSError) as error:
+        ext.BackgroundSave(str(path), [many_pieces], 0).finish()
+    assert error.value.errno == (errno.EIO if call == "empty pwrite" else errno.ENOSPC)
+    assert error.value.filename == str(path)
+
+
 @pytest.mark.parametrize("call", ["open", "fallocate", "pwrite"])
 def test_disk_that_is_full(call, trained, tmp_path):
     _, _, state = trained
@@ -317,8 +375,9 @@ def save_and_restore(state, fresh, folder):
 
 
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no second file system")
-def test_spill_on_another_file_system(trained, tmp_path, monkeypatch):
-    """What is written before Orbax's `save` returns is copied where it cannot be moved."""
+@pytest.mark.parametrize("room", [0, 2**60])
+def test_orbax_where_moments_cannot_be_moved(room, trained, tmp_path, monkeypatch):
+    """What is written before Orbax has made its folder is copied from another file system."""
     pytest.importorskip("orbax.checkpoint")
     tx, params, state = trained
     with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
@@ -333,9 +392,23 @@ def test_spill_on_another_file_system(trained, tmp_path, monkeypatch):
             return other
 
         monkeypatch.setattr(orbax_hook, "_existing_folder", folder_of)
-        monkeypatch.setattr(ext, "available_host_bytes", lambda: 0)
+        monkeypatch.setattr(ext, "available_host_bytes", lambda: room)
         restored = save_and_restore(state, tx.init(params), tmp_path)
         assert seen == [[left.name]] and os.listdir(other) == []
+    expected, actual = (tx.update(params, x)[0] for x in (state, restored))
+    assert_trees_equal(actual, expected)
+
+
+@pytest.mark.parametrize("call", ["fallocate", "pwrite"])
+def test_orbax_where_the_disk_is_full(call, trained, tmp_path):
+    """An error, no checkpoint, nothing left, and a state that can be saved again."""
+    pytest.importorskip("orbax.checkpoint")
+    tx, params, state = trained
+    hooks.fail_call(call, errno.ENOSPC)
+    with pytest.raises(Exception, match="No space left"):
+        save_and_restore(state, tx.init(params), tmp_path)
+    assert not (tmp_path / "c").exists() and not list(tmp_path.rglob(".paged_optax-*"))
+    restored = save_and_restore(state, tx.init(params), tmp_path)
     expected, actual = (tx.update(params, x)[0] for x in (state, restored))
     assert_trees_equal(actual, expected)
 

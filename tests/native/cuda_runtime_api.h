@@ -33,7 +33,7 @@ enum {
   cudaMemAttachGlobal = 1,
   cudaEnableDefault = 0
 };
-enum { cudaHostAllocMapped = 2, cudaHostAllocPortable = 1 };
+enum { cudaHostAllocMapped = 2, cudaHostAllocPortable = 1, cudaHostRegisterPortable = 1 };
 
 struct CUstream_st {};
 struct CUevent_st {};
@@ -63,6 +63,8 @@ namespace fake_cuda {
 
 // What is allocated, by the memory that it counts for.
 inline std::atomic<int64_t> device_bytes{0}, host_bytes{0}, taken_by_others{0};
+// Which question for free memory from now on finds none; 0 for no such.
+inline std::atomic<int> full_at_question{0};
 inline constexpr int64_t kDeviceBytes = int64_t{1} << 30;
 inline thread_local int device = 0;
 
@@ -137,6 +139,8 @@ inline cudaError_t cudaHostAlloc(void** data, size_t nbytes, unsigned) {
   return fake_cuda::Allocate(data, nbytes, fake_cuda::host_bytes);
 }
 inline cudaError_t cudaFreeHost(void* data) { return fake_cuda::Free(data, fake_cuda::host_bytes); }
+inline cudaError_t cudaHostRegister(void*, size_t, unsigned) { return cudaSuccess; }
+inline cudaError_t cudaHostUnregister(void*) { return cudaSuccess; }
 inline cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned) {
   return *device = host, cudaSuccess;
 }
@@ -159,7 +163,8 @@ inline cudaError_t cudaMemPrefetchAsync(void*, size_t, cudaMemLocation, unsigned
 inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   const int64_t left =
       fake_cuda::kDeviceBytes - fake_cuda::device_bytes - fake_cuda::taken_by_others;
-  *free = static_cast<size_t>(left > 0 ? left : 0);
+  const bool is_full = fake_cuda::full_at_question > 0 && fake_cuda::full_at_question-- == 1;
+  *free = static_cast<size_t>(left > 0 && !is_full ? left : 0);
   return *total = fake_cuda::kDeviceBytes, cudaSuccess;
 }
 inline cudaError_t cudaMemset(void* data, int value, size_t nbytes) {

@@ -101,7 +101,8 @@ void LaunchWriteSegments(const SegmentTable& segments, SegmentTable* destination
 void CheckFits(const Source&, const Request&) {}
 
 void Fill(const Source&, const Request&, Arena& arena) {
-  const std::vector<uint8_t> sample(kSample, Pattern(arena.header.handle, 1));
+  std::vector<uint8_t> sample(kSample, Pattern(arena.header.handle, 1));
+  const auto pinned = arena.memory->Pin(sample.data(), kSample);
   const int64_t nbytes = arena.memory->geometry().slot_bytes;
   for (int64_t at = 0; at + kSample <= nbytes; at += kStride) {
     arena.memory->Write(0, at, kSample, sample.data());

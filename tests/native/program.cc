@@ -2,6 +2,7 @@
 //   program threads SECONDS   from many threads at once, for ThreadSanitizer
 //   program handles           what devices and jobs agree on
 //   program faults            a run in which each call of the system or of CUDA fails once, in turn
+//   program room              moments that come back while others take the device's memory
 // Ends with an error if moments are lost or memory is kept. What is refused is no error.
 #include <atomic>
 #include <chrono>
@@ -9,12 +10,14 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <string_view>
 #include <thread>
 
 #include "base/faults.h"
 #include "base/notice.h"
 #include "base/status.h"
 #include "fake_step.h"
+#include "formats/formats.h"
 #include "memory/promises.h"
 #include "rules/rules.h"
 #include "state/cpu_device.h"
@@ -29,7 +32,13 @@ void PostNotice(Notice) {}
 
 namespace {
 
-constexpr int8_t kRatio = 2;
+constexpr int8_t FormatNamed(std::string_view name) {
+  int8_t format = 0;
+  while (kFormats[format].name != name) ++format;
+  return format;
+}
+
+constexpr int8_t kRatio = FormatNamed("ratio");
 std::atomic<int64_t> g_next_run{1};
 
 // One state on one or two devices, as a program steps it.
@@ -363,6 +372,23 @@ void Attempt(const F& action) {
   }
 }
 
+// A reset that fails leaves the moments as they were, or nobody gets them any more. Returns whether
+// they are there.
+bool Reset(State& state) {
+  try {
+    Rewrite(state);
+    return true;
+  } catch (const StatusError&) {
+  }
+  try {
+    Read(state);
+  } catch (const StatusError&) {
+    return false;
+  }
+  Rewrite(state);
+  return true;
+}
+
 // Every kind of memory, on one device and on two, with moves, questions and a restored state.
 void Scenario() {
   constexpr DeviceId cpu0{Platform::kCpu, 0}, cpu1{Platform::kCpu, 1}, gpu0{Platform::kCuda, 0},
@@ -388,6 +414,7 @@ void Scenario() {
       continue;
     }
     Attempt([&] { registry.Limit(state.token, -1); });
+    if (!Reset(state)) continue;
     Attempt([&] { TakeSnapshot(state); });
     Attempt([&] { Read(state); });
     Attempt([&] { registry.Describe(state.token); });
@@ -415,6 +442,24 @@ int FailEachCall(const char* name, const F& scenario) {
     }
     if (Faults::Get().Withdraw()) return after;  // there are no more calls
   }
+}
+
+// Others have all memory of the device when the thread looks for room, and give it back before the
+// one who waits for the thread looks again.
+void RunRoomThatComesLate() {
+  State state = MakeState({{Platform::kCuda, 0}}, Policy(true), 1, false);
+  Step(state);
+  Registry& registry = Registry::Get();
+  registry.Limit(state.token, 0);
+  for (int question = 1; question <= 4; ++question) {
+    fake_cuda::full_at_question = question;
+    registry.Limit(state.token, -1);
+    fake_cuda::full_at_question = 0;
+    registry.Limit(state.token, -1);
+    Expect(registry.Describe(state.token).at(0).resident_bytes > 0, "the moments are not back");
+    registry.Limit(state.token, 0);
+  }
+  registry.Release(state.token.handle);
 }
 
 void RunFaults() {
@@ -474,6 +519,8 @@ int Main(int argc, char** argv) {
     RunHandles();
   } else if (argc == 2 && std::strcmp(argv[1], "faults") == 0) {
     RunFaults();
+  } else if (argc == 2 && std::strcmp(argv[1], "room") == 0) {
+    RunRoomThatComesLate();
   } else {
     return 2;
   }

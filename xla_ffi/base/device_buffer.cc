@@ -34,4 +34,15 @@ MappedBuffer::MappedBuffer(int64_t nbytes) {
 
 MappedBuffer::~MappedBuffer() { (void)PAGED_CUDA(cudaFreeHost(host_)); }
 
+PinnedBytes::PinnedBytes(void* bytes, int64_t nbytes, int device) : bytes_(bytes) {
+  const ScopedDevice scope(device);
+  if (PAGED_CUDA(cudaHostRegister(bytes, nbytes, cudaHostRegisterPortable)) == cudaSuccess) return;
+  bytes_ = nullptr;
+  (void)cudaGetLastError();  // the next call must not report it
+}
+
+PinnedBytes::~PinnedBytes() {
+  if (bytes_ != nullptr) (void)PAGED_CUDA(cudaHostUnregister(bytes_));
+}
+
 }  // namespace paged_optax

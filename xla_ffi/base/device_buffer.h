@@ -1,5 +1,5 @@
 // Small arrays next to the moments: owners of plain device memory and of pinned host memory that
-// the GPU maps. The device must be current when one is made.
+// the GPU maps, for which the device must be current when one is made; and bytes that are pinned.
 #pragma once
 
 #include <cstdint>
@@ -30,6 +30,18 @@ class MappedBuffer {
  private:
   void* host_ = nullptr;
   void* device_ = nullptr;
+};
+
+// Memory of somebody else, which stays where it is for as long as this lives. A GPU then copies it
+// without the driver's copying it first. If the driver refuses, nothing is different.
+class PinnedBytes {
+ public:
+  PinnedBytes(void* bytes, int64_t nbytes, int device);
+  PinnedBytes(const PinnedBytes&) = delete;
+  ~PinnedBytes();
+
+ private:
+  void* bytes_;  // null: refused
 };
 
 }  // namespace paged_optax

@@ -104,8 +104,20 @@ InputFile::InputFile(const std::string& path, bool is_read_once)
 
 int64_t InputFile::Read(int64_t offset, int64_t nbytes, uint8_t* destination,
                         DiskBuffer& scratch) const {
+  if (nbytes < kDiskPage || file_.direct_fd() < 0) return ReadBuffered(offset, nbytes, destination);
+  uint8_t* const pages = scratch.Reserve(nbytes + 2 * kDiskPage);
+  const int64_t got = ReadPages(offset, nbytes, pages);
+  std::memcpy(destination, pages + offset % kDiskPage, got);
+  return got;
+}
+
+int64_t InputFile::ReadPages(int64_t offset, int64_t nbytes, uint8_t* pages) const {
+  const int64_t got = nbytes < kDiskPage ? 0 : ReadDirect(offset, nbytes, pages);
+  return got + ReadBuffered(offset + got, nbytes - got, pages + offset % kDiskPage + got);
+}
+
+int64_t InputFile::ReadBuffered(int64_t offset, int64_t nbytes, uint8_t* destination) const {
   int64_t done = 0;
-  if (nbytes >= kDiskPage) done = ReadDirect(offset, nbytes, destination, scratch);
   while (done < nbytes) {
     const ssize_t part =
         PAGED_CALL(pread, -1, file_.fd(), destination + done, nbytes - done, offset + done);
@@ -118,13 +130,11 @@ int64_t InputFile::Read(int64_t offset, int64_t nbytes, uint8_t* destination,
 }
 
 // Reads whole pages, with the bytes that are asked for among them. May stop before their end.
-int64_t InputFile::ReadDirect(int64_t offset, int64_t nbytes, uint8_t* destination,
-                              DiskBuffer& scratch) const {
+int64_t InputFile::ReadDirect(int64_t offset, int64_t nbytes, uint8_t* pages) const {
   const int fd = file_.direct_fd();
   if (fd < 0) return 0;
   const int64_t skip = offset % kDiskPage;
   const int64_t size = (skip + nbytes + kDiskPage - 1) / kDiskPage * kDiskPage;
-  uint8_t* const pages = scratch.Reserve(size);
   int64_t got = 0;
   while (got < size) {
     const ssize_t part =
@@ -138,9 +148,7 @@ int64_t InputFile::ReadDirect(int64_t offset, int64_t nbytes, uint8_t* destinati
     got += part;
     if (part % kDiskPage != 0 || part == 0) break;  // the end of the file
   }
-  const int64_t usable = std::clamp<int64_t>(got - skip, 0, nbytes);
-  std::memcpy(destination, pages + skip, usable);
-  return usable;
+  return std::clamp<int64_t>(got - skip, 0, nbytes);
 }
 
 }  // namespace paged_optax

@@ -11,6 +11,9 @@
 namespace paged_optax {
 
 inline constexpr int64_t kDiskPage = 4096;  // what places, sizes and addresses are multiples of
+inline constexpr int64_t kDiskPiece = int64_t{8}
+                                      << 20;  // bytes that a disk is as fast with as can be
+static_assert(kDiskPiece % kDiskPage == 0);
 
 // Memory that disks can read and write by themselves.
 class DiskBuffer {
@@ -72,10 +75,13 @@ class InputFile {
   int64_t nbytes() const { return nbytes_; }
   // Returns how many bytes there were. `scratch` is for this call.
   int64_t Read(int64_t offset, int64_t nbytes, uint8_t* destination, DiskBuffer& scratch) const;
+  // The same, to offset % kDiskPage in `pages`, which begin and end at multiples of kDiskPage.
+  // Nothing is copied on the way.
+  int64_t ReadPages(int64_t offset, int64_t nbytes, uint8_t* pages) const;
 
  private:
-  int64_t ReadDirect(int64_t offset, int64_t nbytes, uint8_t* destination,
-                     DiskBuffer& scratch) const;
+  int64_t ReadDirect(int64_t offset, int64_t nbytes, uint8_t* pages) const;
+  int64_t ReadBuffered(int64_t offset, int64_t nbytes, uint8_t* destination) const;
 
   DiskFile file_;
   bool is_file_ = false;

@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "base/cuda_check.h"
+#include "base/device_buffer.h"
 #include "memory/memory.h"
 #include "memory/preflight.h"
 #include "memory/promises.h"
@@ -16,7 +17,8 @@
 namespace paged_optax {
 namespace {
 
-constexpr int64_t kPieceBytes = kChunkBytes;
+// Of moments that move while steps run, and of new memory, where nothing has to be copied.
+constexpr int64_t kPieceBytes = kChunkBytes, kNewPieceBytes = 8 * kChunkBytes;
 
 #if CUDART_VERSION >= 13000
 cudaMemLocation Location(Tier tier, int device) {
@@ -64,6 +66,9 @@ class ManagedMemory final : public Memory {
   std::shared_ptr<std::atomic<bool>> is_taken() const override { return is_taken_; }
 
   MemoryKind kind() const override { return MemoryKind::kManaged; }
+  std::shared_ptr<const void> Pin(void* bytes, int64_t nbytes) const override {
+    return std::make_shared<const PinnedBytes>(bytes, nbytes, device_);
+  }
 
   uint8_t* Address(int32_t slot, int32_t segment) const override {
     return data_ + slot * geometry().slot_bytes + geometry().Offset(segment);
@@ -86,9 +91,11 @@ class ManagedMemory final : public Memory {
   // Steps may run meanwhile: those that touch a page under way wait for it. In small pieces,
   // because a prefetch holds up every other call of the process to CUDA, such as the launch of a
   // step.
-  void Prepare(const Move& move, Stream stream) override {
+  void Prepare(const Move& move, Stream stream) override { Prepare(move, stream, kPieceBytes); }
+
+  void Prepare(const Move& move, Stream stream, int64_t piece_bytes) {
     try {
-      Send(move, stream);
+      Send(move, stream, piece_bytes);
     } catch (...) {
       // Pages that were sent come back when they are used.
       Place({move.first, move.count, move.to == Tier::kDevice ? Tier::kHost : Tier::kDevice});
@@ -97,12 +104,12 @@ class ManagedMemory final : public Memory {
   }
 
  private:
-  void Send(const Move& move, Stream stream) {
+  void Send(const Move& move, Stream stream, int64_t piece_bytes) {
     Place(move);
     ForEachSlot(move, [&](uint8_t* data, int64_t nbytes) {
-      for (int64_t done = 0; done < nbytes; done += kPieceBytes) {
+      for (int64_t done = 0; done < nbytes; done += piece_bytes) {
         CUDA_CHECK(
-            Prefetch(data + done, std::min(kPieceBytes, nbytes - done), move.to, device_, stream));
+            Prefetch(data + done, std::min(piece_bytes, nbytes - done), move.to, device_, stream));
         // The driver's lock is unfair: pause, so that a launch that waits can take it.
         std::this_thread::sleep_for(std::chrono::microseconds(50));
       }
@@ -141,7 +148,7 @@ std::unique_ptr<Memory> MakeManagedMemory(const Geometry& geometry, int device,
                                           int32_t num_resident, Stream stream) {
   // The driver may evict every managed page, so host memory must be there for all of them.
   auto memory = std::make_unique<ManagedMemory>(geometry, device);
-  memory->Prepare({0, num_resident, Tier::kDevice}, stream);
+  memory->Prepare({0, num_resident, Tier::kDevice}, stream, kNewPieceBytes);
   // The kernel's first write makes pages on the host, ten times as fast as the CPU would.
   memory->Place({num_resident, geometry.NumSegments() - num_resident, Tier::kHost});
   memory->KeepPromise();

@@ -54,6 +54,11 @@ class Memory {
   virtual void Finish(const Move&, Stream) {}
   virtual void Abandon(const Move&, Stream) noexcept {}
 
+  // Makes Read and Write of these bytes of the host faster until the result goes, if that can be.
+  virtual std::shared_ptr<const void> Pin(void* /*bytes*/, int64_t /*nbytes*/) const {
+    return nullptr;
+  }
+
   // To be set once the first step is done: what is on the host has been taken from it. Null where
   // nobody has to say so.
   virtual std::shared_ptr<std::atomic<bool>> is_taken() const { return nullptr; }

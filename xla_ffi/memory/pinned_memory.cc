@@ -76,6 +76,9 @@ class PinnedMemory final : public Memory {
   }
 
   MemoryKind kind() const override { return MemoryKind::kPinned; }
+  std::shared_ptr<const void> Pin(void* bytes, int64_t nbytes) const override {
+    return std::make_shared<const PinnedBytes>(bytes, nbytes, device_);
+  }
   bool ChangesAddresses() const override { return true; }
 
   uint8_t* Address(int32_t slot, int32_t segment) const override {

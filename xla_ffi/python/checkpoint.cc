@@ -15,6 +15,7 @@
 #include "base/status.h"
 #include "python/interpreter.h"
 #include "rules/rules.h"
+#include "state/background_save.h"
 #include "state/registry.h"
 #include "state/save.h"
 #include "state/source.h"
@@ -377,18 +378,22 @@ SavedArray DataToSave(const py::handle& item) {
   return {data->nbytes, read, check};
 }
 
-std::vector<uint32_t> WriteArrays(const py::object& name, const py::sequence& items) {
-  const std::string path = PathOf(name);
+std::vector<SavedArray> ArraysToSave(const py::sequence& items) {
   std::vector<SavedArray> arrays;
   for (const py::handle& item : items) {
     const bool is_part =
         py::isinstance<py::tuple>(item) && py::isinstance<PySnapshot>(item.cast<py::tuple>()[0]);
     arrays.push_back(is_part ? PartToSave(item.cast<py::tuple>()) : DataToSave(item));
   }
+  return arrays;
+}
+
+// Calls body() without the GIL, and raises OSError of a file for what the system said.
+template <class F>
+auto WithFile(const py::object& name, const F& body) {
   try {
     const WithoutGil unlocked;
-    const std::vector<SavedArray> owned = std::move(arrays);  // it ends without the GIL too
-    return SaveArrays(path, owned);
+    return body();
   } catch (const std::system_error& error) {
     const int number = error.code().value();
     const py::tuple arguments = py::make_tuple(number, std::strerror(number), name);
@@ -397,12 +402,58 @@ std::vector<uint32_t> WriteArrays(const py::object& name, const py::sequence& it
   }
 }
 
+std::vector<uint32_t> WriteArrays(const py::object& name, const py::sequence& items) {
+  const std::string path = PathOf(name);
+  std::vector<SavedArray> arrays = ArraysToSave(items);
+  return WithFile(name, [&] {
+    const std::vector<SavedArray> owned = std::move(arrays);  // it ends without the GIL too
+    return SaveArrays(path, owned);
+  });
+}
+
+// A BackgroundSave that ends without the GIL: its threads may wait for it.
+class PyBackgroundSave {
+ public:
+  PyBackgroundSave(const py::object& name, const py::sequence& items, int64_t max_bytes)
+      : name_(name) {
+    const std::string path = PathOf(name);
+    std::vector<SavedArray> arrays = ArraysToSave(items);
+    save_ = WithFile(
+        name, [&] { return std::make_unique<BackgroundSave>(path, std::move(arrays), max_bytes); });
+  }
+  ~PyBackgroundSave() {
+    if (save_ == nullptr) return;
+    if (!save_->is_here()) {
+      (void)save_.release();
+      return;
+    }
+    const WithoutGil unlocked;
+    save_.reset();
+  }
+
+  std::vector<uint32_t> Finish() {
+    if (save_ == nullptr || !save_->is_here()) {
+      throw py::value_error("this file is finished, or another process writes it");
+    }
+    const std::unique_ptr<BackgroundSave> save = std::move(save_);
+    return WithFile(name_, [&] { return save->Finish(); });
+  }
+
+ private:
+  py::object name_;
+  std::unique_ptr<BackgroundSave> save_;
+};
+
 }  // namespace
 
 void DefineCheckpoints(py::module_& module) {
   DefineSnapshot(module);
   DefineStaging(module);
   module.def("write_arrays", &WriteArrays, py::arg("path"), py::arg("arrays"));
+  py::class_<PyBackgroundSave>(module, "BackgroundSave")
+      .def(py::init<const py::object&, const py::sequence&, int64_t>(), py::arg("path"),
+           py::arg("arrays"), py::arg("max_bytes"))
+      .def("finish", &PyBackgroundSave::Finish);
 }
 
 }  // namespace paged_optax

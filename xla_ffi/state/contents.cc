@@ -104,14 +104,19 @@ void WriteLeaf(const LeafRewrite& rewrite, const Region& region, const Signature
 
 }  // namespace
 
-void WriteLeaves(const LockedArena& locked, int32_t slot, const std::vector<LeafRewrite>& leaves) {
-  const Arena& arena = *locked.arena;
-  const Extent extent = arena.signature.MakeExtent();
-  const std::vector<Signature::LeafInfo> infos = arena.signature.Leaves();
+void CheckLeaves(const LockedArena& locked, const std::vector<LeafRewrite>& leaves) {
+  const Extent extent = locked.arena->signature.MakeExtent();
+  const std::vector<Signature::LeafInfo> infos = locked.arena->signature.Leaves();
   for (const LeafRewrite& rewrite : leaves) {
     const Signature::LeafInfo& info = infos.at(rewrite.leaf);
     CheckFits(rewrite, extent.regions[info.format], info);
   }
+}
+
+void WriteLeaves(const LockedArena& locked, int32_t slot, const std::vector<LeafRewrite>& leaves) {
+  const Arena& arena = *locked.arena;
+  const Extent extent = arena.signature.MakeExtent();
+  const std::vector<Signature::LeafInfo> infos = arena.signature.Leaves();
   for (const LeafRewrite& rewrite : leaves) {
     const Signature::LeafInfo& info = infos[rewrite.leaf];
     WriteLeaf(rewrite, extent.regions[info.format], info, slot, *arena.memory);

@@ -41,8 +41,10 @@ struct LeafRewrite {
   std::vector<Bytes> codes, words;  // of each state; words where the format has some
 };
 
-// Writes them into a slot that nobody else reads or writes. Throws before anything is written if
-// they do not fit the leaves.
+// Throws if they do not fit the leaves.
+void CheckLeaves(const LockedArena& locked, const std::vector<LeafRewrite>& leaves);
+
+// Writes them, which have to fit, into a slot that nobody else reads or writes.
 void WriteLeaves(const LockedArena& locked, int32_t slot, const std::vector<LeafRewrite>& leaves);
 
 }  // namespace paged_optax

@@ -19,12 +19,19 @@ std::string LostStep() {
          std::string(kWaysOut);
 }
 
+std::string FailedInTheMiddle() {
+  return "a step or a reset of this optimizer state failed in the middle, so its moments cannot be "
+         "trusted any more. Restore them from a checkpoint, or make a new state with init(params), "
+         "after paged_optax.release(opt_state), which frees these moments.";
+}
+
 bool CanRestart(const Refusal& refusal) {
   return refusal.request == nullptr || refusal.request->rule() != kArrayRule;
 }
 
 std::string NotTheNewest(const Refusal& refusal) {
   if (refusal.token.version < 0) return LostStep();
+  if (refusal.token.version == refusal.version) return FailedInTheMiddle();
   std::string text = "this optimizer state is not the newest one: its moments were at version " +
                      std::to_string(refusal.token.version) +
                      ", and later steps have since moved them to version " +

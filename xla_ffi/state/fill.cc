@@ -2,16 +2,15 @@
 #include "state/fill.h"
 
 #include <algorithm>
-#include <array>
-#include <optional>
+#include <cstring>
 #include <utility>
 #include <vector>
 
-#include "base/crc32.h"
-#include "base/threads.h"
 #include "state/leaf_work.h"
+#include "state/load.h"
 #include "state/reblock.h"
 #include "state/shards.h"
+#include "step/params.h"
 
 namespace paged_optax {
 namespace {
@@ -26,97 +25,137 @@ const Piece* FindSameBox(const LeafWork& work) {
   return found == leaf.pieces.end() ? nullptr : &*found;
 }
 
-// A leaf that is stored as the arena wants it. Several threads copy windows of it.
+// A leaf that is stored as the arena wants it: what comes out of its arrays goes into the arena
+// without a window in between.
 class Copying {
  public:
-  Copying(const LeafWork& work, const Piece& piece) : work_(work) {
-    for (const Data& data : piece.codes) arrays_.push_back(&data);
-    for (const Data& data : piece.words) arrays_.push_back(&data);
-    if (piece.residuals) arrays_.push_back(&*piece.residuals);
-    sums_.resize(work.num_windows() * arrays_.size());
+  Copying(const LeafWork& work, const Piece& piece) : work_(work), piece_(piece) {
     // Other devices read the same box if there are more of them than boxes.
     is_read_once_ = static_cast<int64_t>(work.from().pieces.size()) >= work.source.local_devices;
   }
 
-  int64_t num_windows() const { return work_.num_windows(); }
-
-  // Each thread has memory of its own for this.
-  struct Local {
-    DiskBuffer scratch;
-    std::vector<uint32_t> words = {};
-    std::array<std::optional<Window>, kFormats.size()> windows = {};
-  };
-
-  void CopyWindow(int64_t index, Local& local) {
-    std::optional<Window>& kept = local.windows[work_.info.format];
-    if (!kept) kept.emplace(work_.shape);
-    Window& window = *kept;
-    work_.FillWindow(index, window, [&](int64_t first) {
-      const size_t num_states = work_.shape.num_states, num_words = work_.shape.num_words;
-      for (size_t a = 0; a < arrays_.size(); ++a) {
-        if (a < num_states) {
-          const int64_t item = work_.shape.code_bytes;
-          Read(index, a, first * kBlockSize * item, window.size() * item, window.codes(a), local);
-        } else if (a < num_states + num_words) {
-          local.words.resize(window.num_blocks());
-          Read(index, a, first * 4, window.num_blocks() * 4,
-               reinterpret_cast<uint8_t*>(local.words.data()), local);
-          for (int64_t b = 0; b < window.num_blocks(); ++b) {
-            window.words()[b * num_words + (a - num_states)] = local.words[b];
-          }
-        } else {
-          Read(index, a, first * kBlockSize, window.size(), window.residuals(), local);
-        }
-      }
+  // In the order of a file.
+  void AddItems(std::vector<LoadItem>& items) const {
+    for (size_t s = 0; s < piece_.codes.size(); ++s) {
+      AddElements(piece_.codes[s], work_.shape.code_bytes, items,
+                  [this, s = static_cast<int32_t>(s)](int64_t first, int64_t size, uint8_t* bytes) {
+                    WriteCodes(s, first, size, bytes);
+                  });
+    }
+    AddWords(items);
+    if (!piece_.residuals) return;
+    AddElements(*piece_.residuals, 1, items, [this](int64_t first, int64_t size, uint8_t* bytes) {
+      WriteResiduals(first, size, bytes);
     });
   }
 
-  // After all windows: throws if an array is not what was saved.
-  void Check() const {
-    for (size_t a = 0; a < arrays_.size(); ++a) {
-      uint32_t crc = 0;
-      for (int64_t w = 0; w < num_windows(); ++w) {
-        const Sum& sum = sums_[w * arrays_.size() + a];
-        crc = JoinCrc32(crc, sum.crc, sum.nbytes);
-      }
-      CheckSum(*arrays_[a], crc);
-    }
-  }
-
  private:
-  struct Sum {
-    uint32_t crc;
-    int64_t nbytes;
-  };
-
-  void Read(int64_t index, size_t a, int64_t begin, int64_t nbytes, uint8_t* destination,
-            Local& local) {
-    const Data& data = *arrays_[a];
-    DataReader(data, is_read_once_).Read(begin, nbytes, destination, local.scratch);
-    const uint32_t crc = data.crc ? Crc32(0, destination, nbytes) : 0;
-    sums_[index * arrays_.size() + a] = {crc, nbytes};
+  // Of an array with so many bytes an element. `write` is called with the number of the first
+  // block and how many elements there are.
+  template <class F>
+  void AddElements(const Data& data, int64_t item, std::vector<LoadItem>& items,
+                   const F& write) const {
+    const int64_t most = kDiskPiece / (kBlockSize * item);  // blocks
+    int64_t first = 0;
+    do {  // once for an empty array, which has a checksum too
+      const int64_t begin = first * kBlockSize,
+                    size = std::min(most * kBlockSize, num_elements() - begin);
+      items.push_back({{{&data, begin * item, size * item}},
+                       is_read_once_,
+                       [write, first, size](const std::vector<uint8_t*>& bytes) {
+                         write(first, size, bytes[0]);
+                       }});
+      first += most;
+    } while (first < work_.num_blocks());
   }
+
+  void AddWords(std::vector<LoadItem>& items) const {
+    if (piece_.words.empty()) return;
+    const int64_t most = kDiskPiece / 4 / static_cast<int64_t>(piece_.words.size());
+    int64_t first = 0;
+    do {
+      const int64_t count = std::min(most, work_.num_blocks() - first);
+      std::vector<Span> spans;
+      for (const Data& data : piece_.words) spans.push_back({&data, first * 4, count * 4});
+      items.push_back({std::move(spans), is_read_once_,
+                       [this, first, count](const std::vector<uint8_t*>& bytes) {
+                         WriteWords(first, count, bytes);
+                       }});
+      first += most;
+    } while (first < work_.num_blocks());
+  }
+
+  void WriteCodes(int32_t state, int64_t first, int64_t size, uint8_t* bytes) const {
+    const int64_t item = work_.shape.code_bytes;
+    if (const auto odd = reinterpret_cast<uintptr_t>(bytes) % item; odd != 0) {
+      std::memmove(bytes - odd, bytes, size * item);
+      bytes -= odd;
+    }
+    if (!work_.transcoder.may_store_codes(state, bytes, size)) work_.RefuseValues();
+    WriteBlocks(
+        first, size, kBlockSize * item, work_.transcoder.zero(state), bytes,
+        [state](const BlockPlace& place) { return place.codes + state * place.state_stride; });
+  }
+
+  void WriteResiduals(int64_t first, int64_t size, const uint8_t* bytes) const {
+    WriteBlocks(first, size, kBlockSize, kZeroResidual, bytes,
+                [](const BlockPlace& place) { return place.residuals; });
+  }
+
+  // Bytes of `size` elements, and `padding` in the rest of the last block.
+  template <class F>
+  void WriteBlocks(int64_t first, int64_t size, int64_t block_bytes, uint8_t padding,
+                   const uint8_t* bytes, const F& place_of) const {
+    const int64_t whole = size / kBlockSize, left = size % kBlockSize;
+    const auto write = [&](int64_t begin, int64_t count, const uint8_t* from) {
+      ForEachRun(work_.region, work_.info.first_block + begin, count,
+                 [&](const BlockPlace& place, int64_t done, int64_t run) {
+                   work_.memory.Write(/*slot=*/0, place_of(place), run * block_bytes,
+                                      from + done * block_bytes);
+                 });
+    };
+    write(first, whole, bytes);
+    if (left == 0) return;
+    std::vector<uint8_t> last(block_bytes, padding);
+    std::memcpy(last.data(), bytes + whole * block_bytes, left * block_bytes / kBlockSize);
+    write(first + whole, 1, last.data());
+  }
+
+  void WriteWords(int64_t first, int64_t count, const std::vector<uint8_t*>& arrays) const {
+    const size_t num_words = arrays.size();
+    std::vector<uint32_t> words(count * num_words);  // those of a block are neighbours
+    for (int64_t b = 0; b < count; ++b) {
+      const bool is_padded = (first + b + 1) * kBlockSize > num_elements();
+      for (size_t w = 0; w < num_words; ++w) {
+        uint32_t& word = words[b * num_words + w];
+        std::memcpy(&word, arrays[w] + b * 4, 4);
+        if (!work_.transcoder.may_store_word(static_cast<int32_t>(w), word, is_padded)) {
+          work_.RefuseValues();
+        }
+      }
+    }
+    ForEachRun(work_.region, work_.info.first_block + first, count,
+               [&](const BlockPlace& place, int64_t done, int64_t run) {
+                 work_.memory.Write(/*slot=*/0, place.words,
+                                    run * static_cast<int64_t>(num_words) * 4,
+                                    words.data() + done * num_words);
+               });
+  }
+
+  int64_t num_elements() const { return work_.info.size; }
 
   const LeafWork& work_;
-  std::vector<const Data*> arrays_;
+  const Piece& piece_;
   bool is_read_once_;
-  std::vector<Sum> sums_;  // of each array, for each window
 };
 
-void CopyAll(const std::vector<LeafWork>& works, const std::vector<const Piece*>& pieces) {
+void CopyAll(const std::vector<LeafWork>& works, const std::vector<const Piece*>& pieces,
+             const Memory& memory) {
   std::vector<Copying> leaves;
-  std::vector<std::pair<size_t, int64_t>> windows;  // of all leaves
-  for (size_t i = 0; i < works.size(); ++i) {
-    leaves.emplace_back(works[i], *pieces[i]);
-    for (int64_t w = 0; w < leaves[i].num_windows(); ++w) windows.emplace_back(i, w);
-  }
-  ForEachInParallel(
-      static_cast<int64_t>(windows.size()), std::max(NumThreads(), NumDiskThreads()),
-      [] { return Copying::Local(); },
-      [&](int64_t i, Copying::Local& local) {
-        leaves[windows[i].first].CopyWindow(windows[i].second, local);
-      });
-  for (const Copying& leaf : leaves) leaf.Check();
+  std::vector<LoadItem> items;
+  for (size_t i = 0; i < works.size(); ++i) leaves.emplace_back(works[i], *pieces[i]);
+  for (const Copying& leaf : leaves) leaf.AddItems(items);
+  LoadItems(items, memory);
 }
 
 }  // namespace
@@ -143,7 +182,7 @@ void Fill(const Source& source, const Request& request, Arena& arena) {
     (piece == nullptr ? others : stored).push_back(work);
     if (piece != nullptr) pieces.push_back(piece);
   }
-  CopyAll(stored, pieces);
+  CopyAll(stored, pieces, *arena.memory);
   for (const LeafWork& work : others) Reblock(work);
   arena.header.version = arena.header.versions[0] = arena.header.started = 1;
 }

@@ -152,7 +152,10 @@ int64_t Pager::MoveNow(ContentsLock& lock, Arena& arena, int64_t nbytes) {
   lock.Await(settled_, [&] {
     if (is_placing_) return false;
     if (stopping_ || !residency.failure.empty()) return true;
-    return !residency.moving && (residency.segments == residency.target || !Pick(lock, &step));
+    if (residency.moving) return false;
+    if (residency.segments == residency.target || !Pick(lock, &step)) return true;
+    wake_.notify_one();  // the thread may sleep because it found no room, which came since
+    return false;
   });
   if (!residency.failure.empty()) {
     throw StatusError(StatusCode::kResourceExhausted,

@@ -268,6 +268,10 @@ int32_t NewestContents(const Header& header) {
   return *std::max_element(header.versions, header.versions + header.num_slots);
 }
 
+constexpr char kPartOfTheReset[] =
+    ". Part of the reset was made, so the moments of this optimizer state cannot be trusted any "
+    "more (with replay=True, those before the last step can). Make a new state with init(params).";
+
 }  // namespace
 
 int32_t Registry::Rewrite(DeviceId id, Token token, const std::vector<LeafRewrite>& leaves) {
@@ -280,14 +284,27 @@ int32_t Registry::Rewrite(DeviceId id, Token token, const std::vector<LeafRewrit
     auto locked = device == nullptr ? std::nullopt : device->TakeContents(token.handle);
     if (!locked) Refuse(id, {Verdict::kUnknown, token, 0, 0});
     Header header = locked->header;
-    version = NewestContents(header);
+    version = header.version;
     const int32_t slot = FindSlot(header, token.version);
-    if (slot >= 0 && version == token.version) {
+    if (slot >= 0 && NewestContents(header) == token.version) {
+      CheckLeaves(*locked, leaves);
+      const Header before = header;
       // A step that is open, or failed while it was, must not write what comes after these.
       for (int32_t& each : header.versions) each = std::max(each, 0);
-      WriteLeaves(*locked, slot, leaves);
-      header.version = header.versions[slot] = NextVersion(header.version);
-      device->SetHeader(*locked, header);
+      header.versions[slot] = 0;  // nobody gets contents that are written in part
+      try {
+        device->SetHeader(*locked, header);
+      } catch (const StatusError&) {  // nothing was written
+        device->SetHeader(*locked, before);
+        throw;
+      }
+      try {
+        WriteLeaves(*locked, slot, leaves);
+        header.version = header.versions[slot] = NextVersion(header.version);
+        device->SetHeader(*locked, header);
+      } catch (const StatusError& error) {
+        throw StatusError(error.code(), std::string(error.what()) + kPartOfTheReset);
+      }
       return header.version;
     }
   }

@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "base/disk_file.h"
+
 namespace paged_optax {
 
 // An array of bytes.
@@ -21,5 +23,36 @@ struct SavedArray {
 // Writes arrays one after the other into an existing file, from its start on, and returns the
 // CRC-32 of each. Does not sync. Throws std::system_error if the file cannot be written.
 std::vector<uint32_t> SaveArrays(const std::string& path, const std::vector<SavedArray>& arrays);
+
+// The same, piece by piece. Any thread may read and write pieces.
+class Saver {
+ public:
+  Saver(const std::string& path, std::vector<SavedArray> arrays);
+
+  int64_t num_pieces() const { return static_cast<int64_t>(parts_.size()); }
+  // Fills a buffer with a piece; once each.
+  void Read(int64_t piece, DiskBuffer& buffer);
+  void Write(int64_t piece, DiskBuffer& buffer) const;
+  // After all pieces were read: lets go of what the arrays are read from.
+  void EndReading();
+  // After that, or after all pieces were read.
+  std::vector<uint32_t> Sums() const;
+
+ private:
+  // A part of an array that lies in one piece.
+  struct Part {
+    size_t array;
+    int64_t nbytes;
+    uint32_t crc;
+  };
+
+  int64_t SizeOf(int64_t piece) const;
+
+  std::vector<SavedArray> arrays_;
+  std::vector<int64_t> ends_;  // of the arrays, in the file
+  int64_t nbytes_ = 0;
+  std::vector<std::vector<Part>> parts_;  // of each piece, in order
+  std::optional<OutputFile> file_;
+};
 
 }  // namespace paged_optax

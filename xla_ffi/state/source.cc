@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <system_error>
+#include <utility>
 
 #include "base/status.h"
 #include "formats/formats.h"
@@ -98,19 +99,43 @@ void CheckSource(const Source& source) {
   for (size_t i = 0; i < source.leaves.size(); ++i) CheckLeaf(source, i);
 }
 
+namespace {
+
 // A file that shrinks under a mapping of it would end the process, so files are read.
-DataReader::DataReader(const Data& data, bool is_read_once) : data_(data) {
-  if (data.bytes != nullptr || data.nbytes == 0) return;
+std::shared_ptr<const InputFile> OpenFile(const Data& data, bool is_read_once) {
+  if (data.bytes != nullptr || data.nbytes == 0) return nullptr;
   try {
-    file_ = std::make_unique<const InputFile>(data.path, is_read_once);
+    return std::make_shared<const InputFile>(data.path, is_read_once);
   } catch (const std::system_error& error) {
     RefuseData(data, std::strerror(error.code().value()));
   }
+}
+
+}  // namespace
+
+DataReader::DataReader(const Data& data, bool is_read_once)
+    : DataReader(data, OpenFile(data, is_read_once)) {}
+
+DataReader::DataReader(const Data& data, std::shared_ptr<const InputFile> file)
+    : data_(data), file_(std::move(file)) {
+  if (file_ == nullptr) return;
   if (!file_->is_file()) RefuseData(data, "this is not a file");
   if (data.offset < 0 || data.nbytes > file_->nbytes() ||
       data.offset > file_->nbytes() - data.nbytes) {
     RefuseData(data, "the file is too short");
   }
+}
+
+// That `read` reads so many bytes.
+template <class F>
+void DataReader::Check(int64_t nbytes, const F& read) const {
+  int64_t got = 0;
+  try {
+    got = read();
+  } catch (const std::system_error& error) {
+    RefuseData(data_, std::strerror(error.code().value()));
+  }
+  if (got != nbytes) RefuseData(data_, "the file is too short");
 }
 
 void DataReader::Read(int64_t begin, int64_t nbytes, uint8_t* destination,
@@ -121,13 +146,11 @@ void DataReader::Read(int64_t begin, int64_t nbytes, uint8_t* destination,
     std::memcpy(destination, data_.bytes + begin, nbytes);
     return;
   }
-  int64_t got = 0;
-  try {
-    got = file_->Read(data_.offset + begin, nbytes, destination, scratch);
-  } catch (const std::system_error& error) {
-    RefuseData(data_, std::strerror(error.code().value()));
-  }
-  if (got != nbytes) RefuseData(data_, "the file is too short");
+  Check(nbytes, [&] { return file_->Read(data_.offset + begin, nbytes, destination, scratch); });
+}
+
+void DataReader::ReadPages(int64_t begin, int64_t nbytes, uint8_t* pages) const {
+  Check(nbytes, [&] { return file_->ReadPages(data_.offset + begin, nbytes, pages); });
 }
 
 void CheckSum(const Data& data, uint32_t crc) {

@@ -69,13 +69,22 @@ class DataReader {
  public:
   // `is_read_once`: as for InputFile. Throws what is wrong with the file.
   DataReader(const Data& data, bool is_read_once);
+  // Of a file that is open already. Null: the array is in memory, or empty.
+  DataReader(const Data& data, std::shared_ptr<const InputFile> file);
 
+  // Null as above.
+  const std::shared_ptr<const InputFile>& file() const { return file_; }
   // Bytes [begin, begin + nbytes). `scratch` is for this call.
   void Read(int64_t begin, int64_t nbytes, uint8_t* destination, DiskBuffer& scratch) const;
+  // The same out of the file, as InputFile does it. May go on into other arrays of the file.
+  void ReadPages(int64_t begin, int64_t nbytes, uint8_t* pages) const;
 
  private:
+  template <class F>
+  void Check(int64_t nbytes, const F& read) const;
+
   const Data& data_;
-  std::unique_ptr<const InputFile> file_;
+  std::shared_ptr<const InputFile> file_;
 };
 
 }  // namespace paged_optax

@@ -26,30 +26,24 @@ struct FetchedBlock {
   alignas(16) uint8_t codes[kStates][kWarpSize][kLane];
 };
 
-// An array of a leaf as a thread fetches it from block to block.
-struct FetchedSource {
-  const uint8_t* first;  // where the thread's elements of block 0 of the group are, or would be
-  uint32_t stride;       // bytes of a block
-  __device__ bool is_float32() const { return stride == kBlockSize * sizeof(float); }
-};
-
-// Of a thread that has the elements from `start` on in block i of the group.
-__device__ inline FetchedSource SourceOf(const void* data, DType dtype, int64_t start, int i) {
-  const int64_t size = SizeOf(dtype);
-  return {static_cast<const uint8_t*>(data) + (start - i * kBlockSize) * size,
-          static_cast<uint32_t>(size * kBlockSize)};
+// Where the elements of a thread are in an array of a leaf: in block 0 of the group, or would be,
+// if it has those from `start` on in block i.
+__device__ inline const uint8_t* FirstOf(const void* data, DType dtype, int64_t start, int i) {
+  return static_cast<const uint8_t*>(data) + (start - i * kBlockSize) * SizeOf(dtype);
 }
 
-__device__ inline void Fetch(const FetchedSource& source, int i, int thread, FetchedArray& array) {
-  const uint8_t* elements = source.first + uint64_t{static_cast<uint32_t>(i)} * source.stride;
+__device__ inline void Fetch(const uint8_t* first, DType dtype, int i, int thread,
+                             FetchedArray& array) {
+  const auto stride = static_cast<uint32_t>(kBlockSize * SizeOf(dtype));
+  const uint8_t* elements = first + uint64_t{static_cast<uint32_t>(i)} * stride;
   CopyAhead<16>(elements, array.halves[0][thread]);
-  if (source.is_float32()) CopyAhead<16>(elements + 16, array.halves[1][thread]);
+  if (dtype == DType::kFloat32) CopyAhead<16>(elements + 16, array.halves[1][thread]);
 }
 
-__device__ inline void Take(const FetchedArray& array, const FetchedSource& source, DType dtype,
-                            int thread, float (&values)[kLane]) {
+__device__ inline void Take(const FetchedArray& array, DType dtype, int thread,
+                            float (&values)[kLane]) {
   const uint4 first = *reinterpret_cast<const uint4*>(array.halves[0][thread]);
-  if (source.is_float32()) {
+  if (dtype == DType::kFloat32) {
     UnpackFloats(first, 0, values);
     UnpackFloats(*reinterpret_cast<const uint4*>(array.halves[1][thread]), 4, values);
   } else {

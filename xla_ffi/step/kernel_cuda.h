@@ -189,9 +189,8 @@ inline constexpr int kAnyOutput = -1;
 
 // Kernels for one output each run as fast as they can, and take long to compile. So they are only
 // made of what many train with.
-template <class Rule, class Format>
-inline constexpr bool kHasOwnKernels =
-    std::is_same_v<Format, Ratio> && !std::is_same_v<Rule, Centered>;
+template <class Format>
+inline constexpr bool kHasOwnKernels = std::is_same_v<Format, Ratio>;
 
 // A refused step changes nothing: its update is zero, and parameters stay.
 __device__ inline void StoreRefused(Output output, const Leaf& leaf, int64_t start, int count) {
@@ -234,16 +233,16 @@ __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared, c
   }
   auto& fetched = shared.fetched[threadIdx.x / kWarpSize];
   int fetched_end = i;
-  FetchedSource grads, params;
+  const uint8_t *grads = nullptr, *params = nullptr;
   // Of block `next`, into what the block before the last was read from: that has been used.
   const auto fetch = [&](int next) {
     if constexpr (kAhead) {
       auto& stage = fetched[static_cast<unsigned>(next) % 2];
-      Fetch(grads, next, thread, stage.grads);
+      Fetch(grads, leaf.dtype, next, thread, stage.grads);
       if constexpr (kHasParams) {
-        if (TakesParams(output)) Fetch(params, next, thread, stage.params);
+        if (TakesParams(output)) Fetch(params, leaf.param_dtype, next, thread, stage.params);
         // Residuals, where parameters of 16 bits leave room.
-        if (TakesParams(output) && has_residuals && !params.is_float32()) {
+        if (TakesParams(output) && has_residuals && leaf.param_dtype != DType::kFloat32) {
           CopyAhead<kLane>(group.source + group.to_residuals + next * int{kResidualBytes},
                            stage.params.halves[1][thread]);
         }
@@ -258,8 +257,8 @@ __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared, c
   if constexpr (kAhead) {
     if (group.source != nullptr) {
       fetched_end += NumFetched(leaf, start - thread * kLane, end - i);
-      grads = SourceOf(leaf.grads, leaf.dtype, start, i);
-      if constexpr (kHasParams) params = SourceOf(leaf.params, leaf.param_dtype, start, i);
+      grads = FirstOf(leaf.grads, leaf.dtype, start, i);
+      if constexpr (kHasParams) params = FirstOf(leaf.params, leaf.param_dtype, start, i);
     }
     if (i < fetched_end) fetch(i);
     EndBatch();
@@ -275,7 +274,7 @@ __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared, c
       EndBatch();
       WaitForBatches();
       if (is_fetched) {
-        Take(stage.grads, grads, leaf.dtype, thread, values);
+        Take(stage.grads, leaf.dtype, thread, values);
 #pragma unroll
         for (int s = 0; s < kNumStates<Rule>; ++s) LoadCodes(stage.codes[s][thread], lane.codes[s]);
       }
@@ -299,12 +298,13 @@ __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared, c
           if (group.source != nullptr) residuals = group.source + offset;
           new_residuals = group.target + offset;
           if constexpr (kAhead) {
-            if (is_fetched && !params.is_float32()) residuals = stage.params.halves[1][thread];
+            if (is_fetched && leaf.param_dtype != DType::kFloat32)
+              residuals = stage.params.halves[1][thread];
           }
         }
         float old[kLane];
         if constexpr (kAhead) {
-          if (is_fetched) Take(stage.params, params, leaf.param_dtype, thread, old);
+          if (is_fetched) Take(stage.params, leaf.param_dtype, thread, old);
         }
         if (!is_fetched) Load(leaf.params, leaf.param_dtype, start, count, old);
         const ParamStep& step = shared.step.params;
@@ -328,14 +328,18 @@ __device__ __forceinline__ void CopyLeaf(const Leaf& source, int thread, Leaf& l
   __syncwarp();
 }
 
-// Thread blocks that a multiprocessor has at once, which leaves a thread 80 registers. Three states
-// need a few more where there are parameters or copies ahead as well.
+// Thread blocks that a multiprocessor has at once: three leave a thread 80 registers. Three states
+// need a few more where there are parameters or copies ahead as well, and so does a mean that new
+// parameters are made of.
 template <class Rule, class Format, int kOutput>
-inline constexpr int kMinBlocks =
-    kNumStates<Rule> > 2 &&
-            (kFetchesAhead<Format> || kOutput > static_cast<int>(Output::kDirection))
-        ? 2
-        : 3;
+inline constexpr bool kNeedsRegisters = kNumStates<Rule> > 2
+                                            ? kFetchesAhead<Format> ||
+                                                  kOutput > static_cast<int>(Output::kDirection)
+                                            : std::is_same_v<Rule, Centered>&& kOutput ==
+                                                  static_cast<int>(Output::kParams);
+
+template <class Rule, class Format, int kOutput>
+inline constexpr int kMinBlocks = kNeedsRegisters<Rule, Format, kOutput> ? 2 : 3;
 
 template <class Rule, class Format, int kOutput>
 __global__ void __launch_bounds__(kThreads, (kMinBlocks<Rule, Format, kOutput>))

@@ -159,7 +159,7 @@ using Kernel = void (*)(RegionStep);
 
 template <class Rule, class Format>
 Kernel FindStepKernel(Output output) {
-  if constexpr (kHasOwnKernels<Rule, Format>) {
+  if constexpr (kHasOwnKernels<Format>) {
     switch (output) {
       case Output::kDirection:
         return StepKernel<Rule, Format, static_cast<int>(Output::kDirection)>;
