@@ -135,6 +135,9 @@ class LeafwiseStep:
             closes = group is groups[-1]
             new_token, stored = self._run_group(group, new_token, count, closes=closes)
             left = self._was_refused | jnp.any(stored != (closed if closes else opened))
+            # Else XLA compares the tokens of all groups at once, after the last one, and until then
+            # every parameter's new arrays take memory.
+            new_token, (left,) = _in_order(new_token, [left])
             lefts.update(dict.fromkeys(group, left))
         self.is_left = is_left = left
         (old_token,) = align([token], [new_token])
@@ -245,12 +248,8 @@ class LeafwiseStep:
         return token, stored
 
     def _in_order(self, token: jax.Array, numbers: list[int]) -> jax.Array:
-        """The token, once these values are there."""
-        if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
-            return token  # jax 0.10 would take the token for one that differs between devices
-        token, *values = jax.lax.optimization_barrier(
-            [token, *map(self._program.__getitem__, numbers)]
-        )
+        """The token, once these values of the program are there."""
+        token, values = _in_order(token, [self._program[number] for number in numbers])
         for number, value in zip(numbers, values, strict=True):
             self._program[number] = value
         return token
@@ -281,3 +280,11 @@ class LeafwiseStep:
             groups[-1].append(owner)
             room -= sizes[owner]
         return groups
+
+
+def _in_order(token: jax.Array, values: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+    """The token, once these values are there, and the values."""
+    if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
+        return token, values  # jax 0.10 would take the token for one that differs between devices
+    token, *values = jax.lax.optimization_barrier([token, *values])
+    return token, values

@@ -519,9 +519,7 @@ def test_memory():
     assert isinstance(state.inner_state[0].mu["w"], optax.MaskedNode)
 
 
-@on_cpu
-@as_users_have_it
-def test_no_more_than_two_leaves_in_xla():
+def check_no_more_than_two_leaves_in_xla():
     """XLA's temporary memory: what a leaf's arrays take once loaded and once to be stored."""
     leaf, count = (256, 256), 16
     params = {f"w{i:02d}": jax.ShapeDtypeStruct(leaf, f32) for i in range(count)}
@@ -541,6 +539,45 @@ def test_no_more_than_two_leaves_in_xla():
     assert temp <= 5 * nbytes  # two arrays, loaded and new, and the gradient's update
     assert arguments <= 2 * count * nbytes + 64
     assert temporary(optax.scale_by_adam())[1] >= 4 * count * nbytes
+
+
+@on_cpu
+@as_users_have_it
+def test_no_more_than_two_leaves_in_xla():
+    check_no_more_than_two_leaves_in_xla()
+
+
+@pytest.mark.gpu
+@as_users_have_it
+def test_no_more_than_two_leaves_in_xla_for_a_gpu():
+    check_no_more_than_two_leaves_in_xla()
+
+
+@as_users_have_it
+def test_a_parameter_ends_before_the_next_begins():
+    """What tells whether a parameter's step was lost is known before the next one is stored.
+
+    XLA for GPUs would find it out for all parameters at once, after the last one, and keep all of
+    their new arrays until then.
+    """
+    params = {f"w{i}": jax.ShapeDtypeStruct((64, 64), f32) for i in range(3)}
+    tx = paged(optax.scale_by_adam())
+    program = jax.make_jaxpr(tx.update)(params, jax.eval_shape(tx.init, params), params)
+    made_by, needs = {}, []  # by variable, by equation: numbers of equations
+    tokens, verdicts = [], []  # that make a token of arrays, or a truth value
+    for number, equation in enumerate(program.eqns):
+        sources = {made_by[id(x)] for x in equation.invars if id(x) in made_by}
+        needs.append(sources.union(*(needs[source] for source in sources)))
+        made_by |= {id(x): number for x in equation.outvars}
+        shapes = [x.aval.shape for x in equation.outvars]
+        if shapes == [(2,)] and any(x.aval.shape == (64, 64) for x in equation.invars):
+            tokens.append(number)
+        if () in shapes and any(x.aval.dtype == bool for x in equation.outvars):
+            verdicts.append(number)
+    _, *stores = tokens  # the first one begins the step
+    assert len(stores) == 3
+    for store, after in zip(stores, stores[1:], strict=False):
+        assert any(store in needs[verdict] for verdict in verdicts if verdict in needs[after])
 
 
 # --- Refusals -----------------------------------------------------------------------------------
