@@ -26,24 +26,37 @@ struct FetchedBlock {
   alignas(16) uint8_t codes[kStates][kWarpSize][kLane];
 };
 
+// Bytes of a block in the arrays of a leaf. In shared memory: registers are short.
+struct BlockBytes {
+  uint32_t grads, params;
+};
+
+__device__ inline BlockBytes BlockBytesOf(const Leaf& leaf) {
+  return {static_cast<uint32_t>(SizeOf(leaf.dtype) * kBlockSize),
+          static_cast<uint32_t>(SizeOf(leaf.param_dtype) * kBlockSize)};
+}
+
+__device__ inline bool IsFloat32(uint32_t block_bytes) {
+  return block_bytes == kBlockSize * sizeof(float);
+}
+
 // Where the elements of a thread are in an array of a leaf: in block 0 of the group, or would be,
 // if it has those from `start` on in block i.
 __device__ inline const uint8_t* FirstOf(const void* data, DType dtype, int64_t start, int i) {
   return static_cast<const uint8_t*>(data) + (start - i * kBlockSize) * SizeOf(dtype);
 }
 
-__device__ inline void Fetch(const uint8_t* first, DType dtype, int i, int thread,
+__device__ inline void Fetch(const uint8_t* first, uint32_t block_bytes, int i, int thread,
                              FetchedArray& array) {
-  const auto stride = static_cast<uint32_t>(kBlockSize * SizeOf(dtype));
-  const uint8_t* elements = first + uint64_t{static_cast<uint32_t>(i)} * stride;
+  const uint8_t* elements = first + uint64_t{static_cast<uint32_t>(i)} * block_bytes;
   CopyAhead<16>(elements, array.halves[0][thread]);
-  if (dtype == DType::kFloat32) CopyAhead<16>(elements + 16, array.halves[1][thread]);
+  if (IsFloat32(block_bytes)) CopyAhead<16>(elements + 16, array.halves[1][thread]);
 }
 
-__device__ inline void Take(const FetchedArray& array, DType dtype, int thread,
-                            float (&values)[kLane]) {
+__device__ inline void Take(const FetchedArray& array, uint32_t block_bytes, DType dtype,
+                            int thread, float (&values)[kLane]) {
   const uint4 first = *reinterpret_cast<const uint4*>(array.halves[0][thread]);
-  if (dtype == DType::kFloat32) {
+  if (IsFloat32(block_bytes)) {
     UnpackFloats(first, 0, values);
     UnpackFloats(*reinterpret_cast<const uint4*>(array.halves[1][thread]), 4, values);
   } else {

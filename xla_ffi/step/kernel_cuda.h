@@ -90,6 +90,7 @@ struct Shared {
   const uint8_t* sources[kMaxSegments];  // bases of the segments
   uint8_t* targets[kMaxSegments];
   Leaf leaves[kWarps];  // of each warp, the one it works on: registers are short
+  BlockBytes block_bytes[kWarps];
 };
 
 template <class Rule, class Format, int kOutput>
@@ -232,17 +233,18 @@ __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared, c
     return;
   }
   auto& fetched = shared.fetched[threadIdx.x / kWarpSize];
+  const BlockBytes& bytes = shared.block_bytes[threadIdx.x / kWarpSize];
   int fetched_end = i;
   const uint8_t *grads = nullptr, *params = nullptr;
   // Of block `next`, into what the block before the last was read from: that has been used.
   const auto fetch = [&](int next) {
     if constexpr (kAhead) {
       auto& stage = fetched[static_cast<unsigned>(next) % 2];
-      Fetch(grads, leaf.dtype, next, thread, stage.grads);
+      Fetch(grads, bytes.grads, next, thread, stage.grads);
       if constexpr (kHasParams) {
-        if (TakesParams(output)) Fetch(params, leaf.param_dtype, next, thread, stage.params);
+        if (TakesParams(output)) Fetch(params, bytes.params, next, thread, stage.params);
         // Residuals, where parameters of 16 bits leave room.
-        if (TakesParams(output) && has_residuals && leaf.param_dtype != DType::kFloat32) {
+        if (TakesParams(output) && has_residuals && !IsFloat32(bytes.params)) {
           CopyAhead<kLane>(group.source + group.to_residuals + next * int{kResidualBytes},
                            stage.params.halves[1][thread]);
         }
@@ -274,7 +276,7 @@ __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared, c
       EndBatch();
       WaitForBatches();
       if (is_fetched) {
-        Take(stage.grads, leaf.dtype, thread, values);
+        Take(stage.grads, bytes.grads, leaf.dtype, thread, values);
 #pragma unroll
         for (int s = 0; s < kNumStates<Rule>; ++s) LoadCodes(stage.codes[s][thread], lane.codes[s]);
       }
@@ -298,13 +300,12 @@ __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared, c
           if (group.source != nullptr) residuals = group.source + offset;
           new_residuals = group.target + offset;
           if constexpr (kAhead) {
-            if (is_fetched && leaf.param_dtype != DType::kFloat32)
-              residuals = stage.params.halves[1][thread];
+            if (is_fetched && !IsFloat32(bytes.params)) residuals = stage.params.halves[1][thread];
           }
         }
         float old[kLane];
         if constexpr (kAhead) {
-          if (is_fetched) Take(stage.params, leaf.param_dtype, thread, old);
+          if (is_fetched) Take(stage.params, bytes.params, leaf.param_dtype, thread, old);
         }
         if (!is_fetched) Load(leaf.params, leaf.param_dtype, start, count, old);
         const ParamStep& step = shared.step.params;
@@ -320,11 +321,13 @@ __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared, c
 }
 
 // One warp copies a leaf to where its threads read it.
-__device__ __forceinline__ void CopyLeaf(const Leaf& source, int thread, Leaf& leaf) {
+__device__ __forceinline__ void CopyLeaf(const Leaf& source, int thread, Leaf& leaf,
+                                         BlockBytes& block_bytes) {
   __syncwarp();
   if (thread < static_cast<int>(sizeof(Leaf) / sizeof(uint64_t))) {
     reinterpret_cast<uint64_t*>(&leaf)[thread] = reinterpret_cast<const uint64_t*>(&source)[thread];
   }
+  if (thread == 0) block_bytes = BlockBytesOf(source);
   __syncwarp();
 }
 
@@ -373,7 +376,7 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<Rule, Format, kOutput>))
       while (leaf_index + 1 < args.num_leaves && args.leaves[leaf_index + 1].first_block <= block) {
         ++leaf_index;
       }
-      CopyLeaf(args.leaves[leaf_index], thread, leaf);
+      CopyLeaf(args.leaves[leaf_index], thread, leaf, shared.block_bytes[threadIdx.x / kWarpSize]);
       const int64_t in_leaf = block - leaf.first_block;
       const int64_t left_in_leaf = NumBlocks(leaf.size) - in_leaf;
       const int run_end = left_in_leaf < num - i ? i + static_cast<int>(left_in_leaf) : num;
