@@ -163,7 +163,7 @@ def test_every_call_of_the_rest_fails_once(memory, tmp_path):
     num_resets = lost.count("reset")
     print(f"{memory}: {num_calls} calls failed once, {num_resets} resets are lost of {len(lost)}")
     assert 60 <= num_calls < 1999
-    assert 1 <= num_resets <= 20  # copies of the one leaf, and the header after them
+    assert num_resets >= 1  # copies of the one leaf, and the header after them
     assert lost.count("step") == 2  # the second kernel of each step
     assert num_arenas() == 0
 

@@ -40,7 +40,7 @@ class Scratch {
   }
   Scratch(const Scratch&) = delete;
   ~Scratch() {  // once the kernels before it are done
-    if (is_of_cuda_) (void)PAGED_CUDA(cudaFreeAsync(data_, stream_));
+    if (is_of_cuda_ && PAGED_CUDA(cudaFreeAsync(data_, stream_)) != cudaSuccess) Forget();
   }
 
   void* data() const { return data_; }
@@ -54,9 +54,11 @@ class Scratch {
   bool TakeOfCuda(size_t nbytes) {
     const ScopedDevice scope(device_);
     is_of_cuda_ = PAGED_CUDA(cudaMallocAsync(&data_, nbytes, stream_)) == cudaSuccess;
-    if (!is_of_cuda_) (void)cudaGetLastError();  // so that no launch finds it
+    if (!is_of_cuda_) Forget();
     return is_of_cuda_;
   }
+
+  static void Forget() { (void)cudaGetLastError(); }  // so that no launch finds it
 
   int device_;
   cudaStream_t stream_;
