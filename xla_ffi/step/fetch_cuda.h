@@ -43,7 +43,8 @@ __device__ inline bool IsFloat32(uint32_t block_bytes) {
 // Where the elements of a thread are in an array of a leaf: in block 0 of the group, or would be,
 // if it has those from `start` on in block i.
 __device__ inline const uint8_t* FirstOf(const void* data, DType dtype, int64_t start, int i) {
-  return static_cast<const uint8_t*>(data) + (start - i * kBlockSize) * SizeOf(dtype);
+  const int64_t offset = (start - i * kBlockSize) * SizeOf(dtype);
+  return reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(data) + offset);
 }
 
 __device__ inline void Fetch(const uint8_t* first, uint32_t block_bytes, int i, int thread,
