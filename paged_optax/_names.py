@@ -42,6 +42,11 @@ def _name_of(path: Any, places: dict[tuple[str, str], dict[str, int]]) -> str:
     return name
 
 
+def is_by_place(name: str) -> bool:
+    """Whether `names_of` told a key of this name apart by its place."""
+    return "]#" in name
+
+
 def number_paths(paths: Sequence[str]) -> int:
     """A number for the leaves of a tree: which there are, and in which order."""
     return _number("\n".join(paths))

@@ -12,7 +12,7 @@ from . import _ext
 from . import _reference as reference
 from ._any import PagedArraysState
 from ._contents import BLOCK, Contents, Leaf, Shape, with_arrays
-from ._names import names_of
+from ._names import is_by_place, names_of
 from ._replace import put_in
 from ._state import as_state, is_state, no_states, read_handle
 from ._tables import RULES, rule_number
@@ -152,7 +152,7 @@ def _mask_of(masks: Masks, name: str, shape: Shape, used: set[str]) -> np.ndarra
                 f" {name or 'the parameter'} of shape {tuple(shape)}"
             ) from None
         return mask if mask.any() else None
-    if "]#" in name and any("]#" in path for path, _ in masks):
+    if is_by_place(name) and any(is_by_place(path) for path, _ in masks):
         raise ValueError(
             "keys without a text of their own, such as objects without __repr__, are told apart by"
             f" their places in the tree (#0 is the first), so where needs a mask for each of them,"

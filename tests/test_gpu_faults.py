@@ -120,6 +120,25 @@ def run_rest(tx, update, folder, is_patient=False):
             attempt(release, state, is_patient=True)
 
 
+def fail_each_call(run_once):
+    """Fails each call in turn, until none is left: how many there were, and what was lost.
+
+    What comes out of the others are the bits of a run without a failure.
+    """
+    expected, lost, num_calls = run_once(False), [], 0
+    for num_calls in range(2000):
+        hooks.fail_call("", NO_MEMORY, after=num_calls)
+        try:
+            actual = run_once(True)
+        except Lost as error:
+            lost.append(str(error))
+            continue
+        if hooks.withdraw_failure():  # there are no more calls
+            break
+        assert actual == expected
+    return num_calls, lost
+
+
 @pytest.mark.parametrize("memory, replay", [("managed", False), ("pinned", True)])
 def test_every_call_fails_once(memory, replay):
     """Each in turn: an error, and then the same bits; or an error that says what is lost."""
@@ -127,20 +146,12 @@ def test_every_call_fails_once(memory, replay):
         paging=Paging(memory="pinned") if memory == "pinned" else Paging(), replay=replay
     )
     update = jax.jit(tx.update)
-    expected, num_lost, num_calls = run(tx, update), 0, 0
-    for num_calls in range(2000):
-        hooks.fail_call("", NO_MEMORY, after=num_calls)
-        try:
-            actual = run(tx, update, is_patient=True, replay=replay)
-        except Lost:
-            num_lost += 1
-            continue
-        if hooks.withdraw_failure():  # there are no more calls
-            break
-        assert actual == expected
-    print(f"{memory}, replay={replay}: {num_calls} calls failed once, {num_lost} partial steps")
+    num_calls, lost = fail_each_call(
+        lambda is_patient: run(tx, update, is_patient=is_patient, replay=replay)
+    )
+    print(f"{memory}, replay={replay}: {num_calls} calls failed once, {len(lost)} partial steps")
     assert 60 <= num_calls < 1999
-    assert num_lost == (0 if replay else 2)  # the second kernel of each step
+    assert len(lost) == (0 if replay else 2)  # the second kernel of each step
     assert num_arenas() == 0
 
 
@@ -149,17 +160,9 @@ def test_every_call_of_the_rest_fails_once(memory, tmp_path):
     """The same of resets, checkpoints, `newest` and the first step of a restored state."""
     tx = paged_optax.scale_by_paged_adam8bit(paging=Paging(memory=memory))
     update = jax.jit(tx.update)
-    expected, lost, num_calls = run_rest(tx, update, tmp_path), [], 0
-    for num_calls in range(2000):
-        hooks.fail_call("", NO_MEMORY, after=num_calls)
-        try:
-            actual = run_rest(tx, update, tmp_path, is_patient=True)
-        except Lost as error:
-            lost.append(str(error))
-            continue
-        if hooks.withdraw_failure():  # there are no more calls
-            break
-        assert actual == expected
+    num_calls, lost = fail_each_call(
+        lambda is_patient: run_rest(tx, update, tmp_path, is_patient=is_patient)
+    )
     num_resets = lost.count("reset")
     print(f"{memory}: {num_calls} calls failed once, {num_resets} resets are lost of {len(lost)}")
     assert 60 <= num_calls < 1999
@@ -192,20 +195,10 @@ def test_every_call_of_any_optimizer_fails_once():
         finally:
             attempt(release, first, is_patient=True)
 
-    expected, num_lost, num_calls = two_steps(is_patient=False), 0, 0
-    for num_calls in range(2000):
-        hooks.fail_call("", NO_MEMORY, after=num_calls)
-        try:
-            actual = two_steps(is_patient=True)
-        except Lost:
-            num_lost += 1
-            continue
-        if hooks.withdraw_failure():  # there are no more calls
-            break
-        assert actual == expected
-    print(f"any: {num_calls} calls failed once, {num_lost} steps were lost in the middle")
+    num_calls, lost = fail_each_call(two_steps)
+    print(f"any: {num_calls} calls failed once, {len(lost)} steps were lost in the middle")
     assert 30 <= num_calls < 1999
-    assert num_lost < num_calls / 2
+    assert len(lost) < num_calls / 2
     assert num_arenas() == 0
 
 

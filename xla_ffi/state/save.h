@@ -33,7 +33,8 @@ class Saver {
   // Fills a buffer with a piece; once each.
   void Read(int64_t piece, DiskBuffer& buffer);
   void Write(int64_t piece, DiskBuffer& buffer) const;
-  // After all pieces were read: lets go of what the arrays are read from.
+  // After all pieces were read: lets go of what the arrays are read from. Bytes whose checksum is
+  // still to be compared stay.
   void EndReading();
   // After that, or after all pieces were read.
   std::vector<uint32_t> Sums() const;
