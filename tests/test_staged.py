@@ -818,7 +818,8 @@ def encode(format, mu, nu):
         codes, words = [p.codes for p in parts], [p.scales for p in parts]
     else:
         random = np.full(len(pad(mu)), 0x80008000, np.uint32)
-        state = reference.quantize_ratio(pad(mu), pad(nu), random)
+        bits = 6 if format == "ratio6" else 8
+        state = reference.quantize_ratio(pad(mu), pad(nu), random, bits)
         codes, words = [state.mu_codes, state.nu_codes], [state.mu_scales, state.nu_words]
     return {"codes": [c[:size] for c in codes], "words": words, "residuals": None}
 
@@ -834,7 +835,7 @@ def decode(format, piece, size):
             for (c, signed), w in zip(pairs, piece["words"], strict=True)
         ]
     words = [np.asarray(w).view(f32) for w in piece["words"]]
-    state = reference.RatioState(pad(mu), pad(nu), *words)
+    state = reference.from_arrays(format, [pad(mu), pad(nu), *words], (True, False))
     return [x[:size] for x in reference.dequantize_ratio(state)]
 
 
@@ -902,8 +903,8 @@ SPLITS = [  # shapes, and where their dimensions are cut
 ]
 
 
-@pytest.mark.parametrize("source", ["ratio", "dynamic", "float32"])
-@pytest.mark.parametrize("target", ["ratio", "dynamic", "float32"])
+@pytest.mark.parametrize("source", ["ratio", "ratio6", "dynamic", "float32"])
+@pytest.mark.parametrize("target", ["ratio", "ratio6", "dynamic", "float32"])
 @pytest.mark.parametrize("shape, splits", SPLITS)
 def test_other_boxes_and_formats(source, target, shape, splits):
     """Blocks as they were where they coincide; else the specification's, of what was stored."""

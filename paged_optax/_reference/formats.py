@@ -382,7 +382,8 @@ def dequantize_ratio(state: RatioState) -> tuple[np.ndarray, np.ndarray]:
 def _dequantize_ratios(firsts, nu_codes, nu_words, num_bits) -> list[np.ndarray]:
     nu = _decode_ratio_nu(nu_codes.reshape(-1, BLOCK_SIZE), nu_words.view(np.uint32), num_bits)
     unit = ratio_unit(nu)[0]
-    return [*((_dequantize_squares(*mu, num_bits) * unit).ravel() for mu in firsts), nu.ravel()]
+    squares = [_dequantize_squares(codes, scales, num_bits) for codes, scales in firsts]
+    return [*((x * unit).ravel() for x in squares), nu.ravel()]
 
 
 def ratio_random(leaf_key: int, count: int, size: int) -> np.ndarray:
@@ -472,7 +473,7 @@ def decode(stored: Any, signed: Sequence[bool], size: int) -> list[np.ndarray]:
         if isinstance(x, Squares):
             x = _dequantize_array(*x, x.bits).ravel()
         elif isinstance(x, Window):
-            (x,) = _dequantize_ratios([], x.codes, x.words, x.bits)
+            x = _dequantize_ratios([], x.codes, x.words, x.bits)[0]
         elif isinstance(x, Halves):
             x = dequantize_halves(x)
         elif isinstance(x, Quantized):

@@ -46,19 +46,17 @@ py::array_t<uint8_t> Encode(const py::array_t<float, py::array::c_style>& values
   return codes;
 }
 
-// The `ratio` codes alone, of 8 or 6 bits. The word of a block:
-template <int kBits>
+// The `ratio` code alone. The word of a block:
 uint32_t WindowWord(uint32_t top, uint32_t range, bool has_zeros) {
-  return FitWindow<kBits>(top, range, has_zeros).word;
+  return FitWindow<8>(top, range, has_zeros).word;
 }
 
 // codes of second moments in such a block;
-template <int kBits>
 py::array_t<uint8_t> EncodeNus(const py::array_t<float, py::array::c_style>& values, uint32_t top,
                                uint32_t range, bool has_zeros,
                                const py::array_t<uint32_t, py::array::c_style>& random) {
   py::array_t<uint8_t> codes(values.size());
-  const RatioWindow window = FitWindow<kBits>(top, range, has_zeros);
+  const RatioWindow window = FitWindow<8>(top, range, has_zeros);
   for (py::ssize_t i = 0; i < values.size(); ++i) {
     float nu[1] = {values.data()[i]};
     const uint32_t words[1] = {random.data()[i]};
@@ -71,13 +69,12 @@ py::array_t<uint8_t> EncodeNus(const py::array_t<float, py::array::c_style>& val
 }
 
 // and of first moments that are already divided by their units.
-template <int kBits>
 py::array_t<uint8_t> EncodeMus(const py::array_t<float, py::array::c_style>& ratios, float scale,
                                const py::array_t<uint32_t, py::array::c_style>& random) {
   py::array_t<uint8_t> codes(ratios.size());
   for (py::ssize_t i = 0; i < ratios.size(); ++i) {
-    codes.mutable_data()[i] = EncodeRatioMu<kBits>(
-        IeeeMath(), ratios.data()[i], InverseMuStep<kBits>(IeeeMath(), scale, Limits<true>::kLeast),
+    codes.mutable_data()[i] = EncodeRatioMu<8>(
+        IeeeMath(), ratios.data()[i], InverseMuStep<8>(IeeeMath(), scale, Limits<true>::kLeast),
         random.data()[i]);
   }
   return codes;
@@ -233,20 +230,12 @@ void AddPlanner(py::module_& module) {
               int64_t free_bytes) { planner.Begin(states, {state, segments}, free_bytes); });
 }
 
-template <int kBits>
-void AddRatio(py::module_& module, const std::string& suffix) {
-  module.def(("window_word" + suffix).c_str(), &WindowWord<kBits>, py::arg("top"), py::arg("range"),
-             py::arg("has_zeros"));
-  module.def(("encode_ratio_nu" + suffix).c_str(), &EncodeNus<kBits>, py::arg("values"),
-             py::arg("top"), py::arg("range"), py::arg("has_zeros"), py::arg("random"));
-  module.def(("encode_ratio_mu" + suffix).c_str(), &EncodeMus<kBits>, py::arg("ratios"),
-             py::arg("scale"), py::arg("random"));
-}
-
 void AddArithmetic(py::module_& module) {
   module.def("encode", &Encode, py::arg("values"), py::arg("signed"));
-  AddRatio<8>(module, "");
-  AddRatio<6>(module, "6");
+  module.def("window_word", &WindowWord, py::arg("top"), py::arg("range"), py::arg("has_zeros"));
+  module.def("encode_ratio_nu", &EncodeNus, py::arg("values"), py::arg("top"), py::arg("range"),
+             py::arg("has_zeros"), py::arg("random"));
+  module.def("encode_ratio_mu", &EncodeMus, py::arg("ratios"), py::arg("scale"), py::arg("random"));
   module.def("random_bits", &RandomBitsOf, py::arg("leaf_key"), py::arg("count"), py::arg("start"),
              py::arg("size"));
   module.def("step_leaf", &StepLeaf, py::arg("rule"), py::arg("values"), py::arg("dtype"),
