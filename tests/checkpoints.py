@@ -20,6 +20,7 @@ SHAPES = {"a": (64, 80), "b": (7,), "c": (33, 40), "d": (4096, 2)}
 # Optimizers by name, and the dtype of their parameters.
 RUNS = {
     "ratio": (lambda: paged_optax.paged_adamw8bit(1e-2, quantization=SMALL), jnp.float32),
+    "ratio6": (lambda: paged_optax.paged_adamw8bit(1e-2, quantization=SIX_BITS), jnp.float32),
     "dynamic": (lambda: paged_optax.paged_adamw8bit(1e-2, quantization=DYNAMIC), jnp.float32),
     "float32": (lambda: paged_optax.paged_adamw8bit(1e-2, quantization=FLOAT32), jnp.float32),
     "replay": (lambda: paged_optax.paged_adam8bit(1e-2, replay=True), jnp.float32),
@@ -48,6 +49,7 @@ RUNS = {
     ),
 }
 SMALL = Quantization(min_size=0)
+SIX_BITS = Quantization("ratio6", min_size=0)
 DYNAMIC = Quantization("dynamic")
 FLOAT32 = Quantization(min_size=2**62)
 

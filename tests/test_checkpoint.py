@@ -80,7 +80,7 @@ def test_resume_in_a_new_process(name, wrong_in_a_new_process):
     assert f"'{name} " not in wrong_in_a_new_process
 
 
-@pytest.mark.parametrize("name", ["ratio", "compensated"])
+@pytest.mark.parametrize("name", ["ratio", "ratio6", "compensated"])
 def test_resume_on_a_mesh(name, tmp_path):
     assert_resumes(tmp_path, name, mesh="4x2")
 
