@@ -428,7 +428,7 @@ def make_on(num_devices):
     return {k: jax.device_put(v, NamedSharding(mesh, SPECS[k])) for k, v in params.items()}
 
 
-@pytest.mark.parametrize("codec", ["ratio", "dynamic"])
+@pytest.mark.parametrize("codec", ["ratio", "ratio6", "dynamic"])
 def test_other_numbers_of_devices(codec, tmp_path):
     """8 -> 4 -> 1 -> 2: blocks that coincide keep their bits, others are rounded once each time."""
     quantization = Quantization(codec, min_size=0)
