@@ -21,6 +21,7 @@ What fails when Orbax changes: ``tests/test_checkpoint.py::test_orbax_has_what_w
 """
 
 import contextlib
+import errno
 import functools
 import os
 import shutil
@@ -149,11 +150,15 @@ class _Early:
             if not _is_local(path):
                 with open(source, "rb") as file, path.open("wb") as target:
                     shutil.copyfileobj(file, target, _CHUNK)
-            elif os.stat(path.parent).st_dev == os.stat(source).st_dev:
-                self._part.move(os.fspath(path))
             else:
-                with replacing(os.fspath(path)) as part:
-                    _ext.write_arrays(part, [FilePart(source, 0, os.path.getsize(source), None)])
+                try:
+                    self._part.move(os.fspath(path))
+                except OSError as error:
+                    if error.errno != errno.EXDEV:
+                        raise
+                    with replacing(os.fspath(path)) as part:
+                        whole = FilePart(source, 0, os.path.getsize(source), None)
+                        _ext.write_arrays(part, [whole])
         self._part.close()
 
 
@@ -199,7 +204,8 @@ def _existing_folder(info: Any) -> str | None:
     # Orbax may delete a temporary folder that an earlier process left, to make it anew.
     while not folder.is_dir() or "orbax-checkpoint-tmp" in os.fspath(folder):
         folder = folder.parent
-    return os.fspath(folder)
+    # Another process of the job may be the one that may write there.
+    return os.fspath(folder) if os.access(folder, os.W_OK | os.X_OK) else None
 
 
 def _name(token: tuple[int, int]) -> str:

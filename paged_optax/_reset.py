@@ -12,6 +12,7 @@ from . import _ext
 from . import _reference as reference
 from ._any import PagedArraysState
 from ._contents import BLOCK, Contents, Leaf, Shape, with_arrays
+from ._names import names_of
 from ._replace import put_in
 from ._state import as_state, is_state, no_states, read_handle
 from ._tables import RULES, rule_number
@@ -124,9 +125,10 @@ def _refuse_all_of_any(rule: str, masks: Masks) -> None:
 
 def _masks(where: Any) -> Masks:
     masks = []
-    for path, mask in jax.tree_util.tree_leaves_with_path(where):
+    pairs = jax.tree_util.tree_leaves_with_path(where)
+    names = names_of([path for path, _ in pairs])
+    for name, (_, mask) in zip(names, pairs, strict=True):
         array = np.asarray(mask)
-        name = jax.tree_util.keystr(path)
         if array.dtype != np.bool_:
             raise TypeError(
                 f"the mask {name or 'where'} is {array.dtype}{list(array.shape)}, and must be of"
@@ -150,6 +152,12 @@ def _mask_of(masks: Masks, name: str, shape: Shape, used: set[str]) -> np.ndarra
                 f" {name or 'the parameter'} of shape {tuple(shape)}"
             ) from None
         return mask if mask.any() else None
+    if "]#" in name and any("]#" in path for path, _ in masks):
+        raise ValueError(
+            "keys without a text of their own, such as objects without __repr__, are told apart by"
+            f" their places in the tree (#0 is the first), so where needs a mask for each of them,"
+            f" and has none for {name}. False resets nothing"
+        )
     return None
 
 

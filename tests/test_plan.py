@@ -188,8 +188,16 @@ ADAMW_POOLS = [
 ]
 
 
+# In place, with gradients that are clipped while the step runs.
+IN_PLACE_POOLS = [("24b", {"clip": False}, 4096, 91.60), ("32b", {"clip": False}, 4096, 126.52)]
 # In the same runs: bytes of moments by memory_report.
-MOMENTS = [("65b", LORA, 1_625_292_800), ("13b", LORA, 509_607_936), ("8b", {}, 24_473_763_840)]
+MOMENTS = [
+    ("65b", LORA, 1_625_292_800),
+    ("13b", LORA, 509_607_936),
+    ("8b", {}, 24_473_763_840),
+    ("24b", {}, 71_840_038_912),
+    ("32b", {}, 99_853_795_328),
+]
 
 
 def planned_pool(usage, name, options, sequence):
@@ -201,6 +209,11 @@ def planned_pool(usage, name, options, sequence):
 @pytest.mark.parametrize(("name", "options", "sequence", "pool"), PAGED_POOLS)
 def test_pool_is_as_measured(name, options, sequence, pool):
     assert planned_pool("usage", name, options, sequence) == pytest.approx(pool, rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "options", "sequence", "pool"), IN_PLACE_POOLS)
+def test_pool_in_place_is_as_measured(name, options, sequence, pool):
+    assert planned_pool("usage", name, options, sequence) == pytest.approx(pool, rel=0.015)
 
 
 @pytest.mark.parametrize(("name", "options", "sequence", "pool"), ADAMW_POOLS)

@@ -734,7 +734,14 @@ def test_keys_without_a_text_of_their_own():
         state = tx.init(grads())
         for _ in range(2):
             _, state = jax.block_until_ready(tx.update(grads(), state))
-        return jax.tree.leaves(moments(state)), paged_optax.states()[-1].names
+        found = jax.tree.leaves(moments(state)), paged_optax.states()[-1].names
+        masks = jax.tree.map(lambda _: False, grads())
+        masks[Key(2)] = {"w": True}
+        reset = paged_optax.reset(state, masks)
+        assert [np.any(mu) for mu in jax.tree.leaves(moments(reset).mu)] == [True, False]
+        with pytest.raises(ValueError, match=r"where needs a mask for each .* none for"):
+            paged_optax.reset(reset, {Key(1): {"w": True}})
+        return found
 
     (once, names), (again, _) = two_steps(), two_steps()
     assert_trees_equal(once, again)

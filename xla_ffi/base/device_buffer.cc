@@ -42,7 +42,8 @@ PinnedBytes::PinnedBytes(void* bytes, int64_t nbytes, int device) : bytes_(bytes
 }
 
 PinnedBytes::~PinnedBytes() {
-  if (bytes_ != nullptr) (void)PAGED_CUDA(cudaHostUnregister(bytes_));
+  if (bytes_ == nullptr || PAGED_CUDA(cudaHostUnregister(bytes_)) == cudaSuccess) return;
+  (void)cudaGetLastError();
 }
 
 }  // namespace paged_optax

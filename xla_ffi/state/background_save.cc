@@ -8,6 +8,7 @@
 
 #include "base/faults.h"
 #include "base/threads.h"
+#include "memory/preflight.h"
 
 namespace paged_optax {
 
@@ -15,6 +16,7 @@ BackgroundSave::BackgroundSave(const std::string& path, std::vector<SavedArray> 
                                int64_t max_bytes)
     : saver_(path, std::move(arrays)),
       max_buffers_(std::max(max_bytes / kDiskPiece, NumDiskThreads())),
+      min_available_(max_bytes / 2),
       process_(getpid()) {
   const int64_t count = saver_.num_pieces();
   try {
@@ -63,10 +65,15 @@ void BackgroundSave::Read(int64_t piece) {
   changed_.notify_all();
 }
 
+// Others may take host memory too while the copy grows.
+bool BackgroundSave::MayGrow() const {
+  if (num_buffers_ < NumDiskThreads()) return true;
+  return num_buffers_ < max_buffers_ && AvailableHostBytes() >= min_available_;
+}
+
 DiskBuffer BackgroundSave::TakeBuffer() {
   std::unique_lock<std::mutex> lock(mutex_);
-  changed_.wait(
-      lock, [&] { return failure_ != nullptr || !unused_.empty() || num_buffers_ < max_buffers_; });
+  changed_.wait(lock, [&] { return failure_ != nullptr || !unused_.empty() || MayGrow(); });
   if (failure_ != nullptr) std::rethrow_exception(failure_);
   DiskBuffer buffer;
   if (unused_.empty()) {

@@ -20,7 +20,8 @@ namespace paged_optax {
 class BackgroundSave {
  public:
   // Reads all arrays before it returns, and has begun to write them: what is not on the disk then
-  // is in memory. Pieces beyond `max_bytes` wait until others are written. Throws as SaveArrays.
+  // is in memory. Pieces beyond `max_bytes`, or where less than half as much is left to the host,
+  // wait until others are written. Throws as SaveArrays.
   BackgroundSave(const std::string& path, std::vector<SavedArray> arrays, int64_t max_bytes);
   BackgroundSave(const BackgroundSave&) = delete;
   // Ends what has not been written.
@@ -36,6 +37,7 @@ class BackgroundSave {
   void Read(int64_t piece);
   void WriteAll();
   DiskBuffer TakeBuffer();
+  bool MayGrow() const;
   void Fail();
   // No piece will come any more.
   void Close();
@@ -43,6 +45,7 @@ class BackgroundSave {
 
   Saver saver_;
   const int64_t max_buffers_;
+  const int64_t min_available_;  // of the host
   const pid_t process_;
   std::mutex mutex_;
   std::condition_variable changed_;

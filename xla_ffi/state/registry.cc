@@ -233,6 +233,14 @@ std::optional<Registry::Newest> Registry::FindNewest(int32_t handle) {
     const int32_t zero = first.first_version;
     return Newest{zero, zero == 0 ? 0 : kNoCount, 0, zero};
   }
+  if (!newest && headers.size() == 1) {
+    throw StatusError(
+        StatusCode::kFailedPrecondition,
+        "paged_optax: no moments of this optimizer state are whole: a step or a reset "
+        "failed in the middle, or another thread has one under way. If none has, "
+        "restore them from a checkpoint, or make a new state with init(params), after "
+        "paged_optax.release(opt_state), which frees these moments.");
+  }
   if (!newest) {
     throw StatusError(StatusCode::kFailedPrecondition,
                       "paged_optax: the devices have different moments of this optimizer state: a "

@@ -25,18 +25,25 @@ struct NormTable {
 
 static_assert(sizeof(NormTable<kManyLeaves>) <= 32764, "kernel parameters of CUDA 12.1 and newer");
 
+template <DType kDType>
 __device__ float LoadOne(const NormLeaf& leaf, int64_t i) {
   if (i >= leaf.size) return 0.0f;
-  if (leaf.dtype == DType::kFloat32) return static_cast<const float*>(leaf.data)[i];
-  const uint16_t half = static_cast<const uint16_t*>(leaf.data)[i];
-  return leaf.dtype == DType::kBFloat16 ? FromBFloat16(half) : FromFloat16(half);
+  if constexpr (kDType == DType::kFloat32) {
+    return static_cast<const float*>(leaf.data)[i];
+  } else {
+    const uint16_t half = static_cast<const uint16_t*>(leaf.data)[i];
+    return kDType == DType::kBFloat16 ? FromBFloat16(half) : FromFloat16(half);
+  }
 }
 
 // What a thread's elements of a block add to its lane.
+template <DType kDType>
 __device__ float SumOfBlock(const NormLeaf& leaf, int64_t start, int thread) {
   float squares[kLane];
 #pragma unroll
-  for (int j = 0; j < kLane; ++j) squares[j] = LoadOne(leaf, start + j * kWarpSize + thread);
+  for (int j = 0; j < kLane; ++j) {
+    squares[j] = LoadOne<kDType>(leaf, start + j * kWarpSize + thread);
+  }
 #pragma unroll
   for (int j = 0; j < kLane; ++j) squares[j] *= squares[j];
 #pragma unroll
@@ -45,6 +52,30 @@ __device__ float SumOfBlock(const NormLeaf& leaf, int64_t start, int thread) {
     for (int j = 0; j < half; ++j) squares[j] += squares[j + half];
   }
   return squares[0];
+}
+
+// A thread's lane of the elements [begin, end). A loop for each dtype, so that no branch keeps the
+// loads of four blocks from being under way together.
+template <DType kDType>
+__device__ double SumOfLane(const NormLeaf& leaf, int64_t begin, int64_t end, int thread) {
+  double lane = 0.0;
+#pragma unroll 4
+  for (int64_t start = begin; start < end; start += kBlockSize) {
+    lane += SumOfBlock<kDType>(leaf, start, thread);
+  }
+  return lane;
+}
+
+__device__ double SumOfLane(const NormLeaf& leaf, int64_t begin, int64_t end, int thread) {
+  switch (leaf.dtype) {
+    case DType::kFloat32:
+      return SumOfLane<DType::kFloat32>(leaf, begin, end, thread);
+    case DType::kBFloat16:
+      return SumOfLane<DType::kBFloat16>(leaf, begin, end, thread);
+    case DType::kFloat16:
+      return SumOfLane<DType::kFloat16>(leaf, begin, end, thread);
+  }
+  return 0.0;
 }
 
 template <int kLeaves>
@@ -59,11 +90,7 @@ __global__ void __launch_bounds__(kThreads)
         table.leaves[FindLast(table.leaves, table.num_leaves, &NormLeaf::first_piece, piece)];
     const int64_t begin = (piece - leaf.first_piece) * kPieceSize;
     const int64_t end = min(begin + kPieceSize, leaf.size);
-    double lane = 0.0;
-#pragma unroll 4
-    for (int64_t start = begin; start < end; start += kBlockSize) {
-      lane += SumOfBlock(leaf, start, thread);
-    }
+    double lane = SumOfLane(leaf, begin, end, thread);
 #pragma unroll
     for (int half = kWarpSize / 2; half > 0; half /= 2) {
       lane += __shfl_xor_sync(0xffffffffu, lane, half);

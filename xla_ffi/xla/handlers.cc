@@ -27,6 +27,7 @@
 #include "base/cuda_check.h"
 #include "state/cuda_device.h"
 #include "step/step_cuda.h"
+#include "xla/scratch.h"
 #endif
 
 namespace ffi = ::xla::ffi;
@@ -201,15 +202,12 @@ ffi::Error IssueCuda(cudaStream_t stream, ffi::RunId run, int32_t device, bool s
 // `reports`: where the kernels report, or null.
 void Launch(CudaDevice& gpu, const ContentsLock& lock, const UpdateCall& call, Reports* reports,
             ffi::ScratchAllocator& scratch, cudaStream_t stream) {
-  const auto buffer = scratch.Allocate(ScratchBytes(call.leaves.size()), kScratchAlignment);
-  if (!buffer.has_value()) {
-    throw StatusError(StatusCode::kResourceExhausted, "XLA has no scratch memory left");
-  }
+  const Scratch memory(scratch, ScratchBytes(call.leaves.size()), gpu.id().ordinal, stream);
   CudaUpdate update{};
   update.headers = gpu.headers(lock);
   update.num_headers = gpu.num_headers(lock);
   update.reports = reports;
-  update.scratch = *buffer;
+  update.scratch = memory.data();
   update.token = call.token;
   update.count = call.count;
   update.hyperparams = call.hyperparams;

@@ -14,6 +14,7 @@
 #if PAGED_OPTAX_CUDA
 #include "base/cuda_check.h"
 #include "step/norm_cuda.h"
+#include "xla/scratch.h"
 #endif
 
 namespace ffi = ::xla::ffi;
@@ -73,12 +74,9 @@ ffi::Error NormCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, int32_t 
                     Scalar /*like*/, ffi::RemainingArgs grads, ffi::Result<Scalar> norm) {
   return Guarded([&] {
     const NormCall call = ParseNorm(grads);
-    const auto buffer = scratch.Allocate(NormScratchBytes(call.num_pieces), sizeof(double));
-    if (!buffer.has_value()) {
-      throw StatusError(StatusCode::kResourceExhausted, "XLA has no scratch memory left");
-    }
+    const Scratch memory(scratch, NormScratchBytes(call.num_pieces), device, stream);
     LaunchNorm(call.leaves.data(), static_cast<int64_t>(call.leaves.size()), call.num_pieces,
-               *buffer, norm->typed_data(), device, stream);
+               memory.data(), norm->typed_data(), device, stream);
   });
 }
 
