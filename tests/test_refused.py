@@ -356,6 +356,17 @@ def test_a_loop_that_catches():
     assert_trees_equal(given, params)
 
 
+def test_a_loop_that_never_waits():
+    """It is stopped once JAX starts no more programs before others end; parameters are whole."""
+    tx, params = paged_adamw8bit(0.1), make_params()
+    states = trained(tx, params)
+    step, state, given = make_step(tx), states[1], params
+    with pytest.raises(StateRefused, match="not the newest one"):
+        for _ in range(1000):
+            given, state = step(given, state)
+    assert_trees_equal(given, params)
+
+
 # --- Who is told, and when ----------------------------------------------------------------------
 
 
