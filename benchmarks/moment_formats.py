@@ -175,12 +175,13 @@ def window(
     parts: int = 4,
     coarsest: int = 21,
     spare: int = 4,
+    finest: int = 16,
 ):
     """Stores second moments as floats with as many bits of fraction as the block's range allows.
 
     A code and an offset, times a step, are the bits of a float32. The step is the least with which
     the codes reach from the block's largest value to its smallest above 0 (0 has its own code).
-    Steps are 2^16 .. 2^coarsest; with four parts also 1.25, 1.5 and 1.75 times these. No scale
+    Steps are 2^finest .. 2^coarsest; with four parts also 1.25, 1.5 and 1.75 times these. No scale
     multiplies the values, so a block's grid stays where it is when its maximum moves. With one
     part, a finer grid contains the coarser ones. Random bits that are added before the division
     round without bias, because floats of an octave are evenly spaced.
@@ -191,7 +192,7 @@ def window(
     """
     steps = [
         (1 << shift) * (parts + part) // parts
-        for shift in range(16, coarsest)
+        for shift in range(finest, coarsest)
         for part in range(parts)
     ]
     steps = jnp.array([*steps, 1 << coarsest], jnp.int32)
@@ -357,21 +358,25 @@ FORMATS = [
     WINNER,
 ]
 
-# Fewer than 8 bits a moment: `benchmarks/below8.py` trains with these. The second one is what a
-# kernel could store with the arithmetic of `ratio`. The last one is that of
-# torchao's AdamW4bit (torchao/optim/subclass_4bit.py), which took its maps from lpmm: B. Li,
-# J. Chen, J. Zhu, "Memory Efficient Optimizers with 4-bit States", 2023 (arXiv:2309.01507). Its
-# second moments have 16 values evenly spaced, without 0.
+# Fewer than 8 bits a moment: `benchmarks/below8.py` trains with the first four. The second one is
+# the package's `ratio6`, whose steps end at 2^23. The fourth one is that of torchao's AdamW4bit
+# (torchao/optim/subclass_4bit.py), which took its maps from lpmm: B. Li, J. Chen, J. Zhu, "Memory
+# Efficient Optimizers with 4-bit States", 2023 (arXiv:2309.01507). Its second moments have 16
+# values evenly spaced, without 0. The last two are other steps for the second one.
 _SMALL = {"coarsest": 25, "spare": 3}
+
+
+def _six(name, **steps):
+    v = window(64, spare=3, **steps)
+    return Format(name, 1.5 + 8 / 256, squares(largest=31), v, 256, 256, True, golden, golden)
+
+
 SMALL_FORMATS = [
     Format(
         "ratio, 6 + 6 bits",
         *(1.5 + 8 / 256, powers(31, 1.5), window(64, **_SMALL), 256, 256, True, golden, golden),
     ),
-    Format(
-        "ratio, 6 + 6 bits, squares",
-        *(1.5 + 8 / 256, squares(largest=31), window(64, **_SMALL), 256, 256, True, golden, golden),
-    ),
+    _six("ratio, 6 + 6 bits, squares", coarsest=25),
     Format(
         "ratio, 4 + 4 bits /64",
         *(1 + 8 / 64, powers(7, 1.5), window(16, **_SMALL), 64, 64, True, golden, golden),
@@ -380,4 +385,6 @@ SMALL_FORMATS = [
         "torchao, 4 + 4 bits /128",
         *(1 + 8 / 128, table(four_bit_levels()), table(np.arange(1, 17) / 16), 128, 128, False),
     ),
+    _six("ratio, 6 + 6 bits, steps of 2^18 on", finest=18, coarsest=23),
+    _six("ratio, 6 + 6 bits, steps of powers of 2", coarsest=25, parts=1),
 ]

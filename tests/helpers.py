@@ -335,10 +335,10 @@ def layout_bytes(num_quantized, num_float32, has_residuals=False, num_states=2):
 # --- The CPU loop alone -------------------------------------------------------------------------
 
 
-def arena_bytes(num_quantized, num_float32, has_residuals=False):
+def arena_bytes(num_quantized, num_float32, has_residuals=False, codec="ratio"):
     """Bytes of an arena of Adam's moments, from the extension."""
     end = 0
-    for name, blocks in (("ratio", num_quantized), ("float32", num_float32)):
+    for name, blocks in ((codec, num_quantized), ("float32", num_float32)):
         _, end, _, _ = _testing.region(RULES["adam"], FORMATS[name], blocks, has_residuals, end)
     return _round_up(end, 512)
 
@@ -364,11 +364,25 @@ def make_arena(*states):
     return np.frombuffer(arena.ljust(_round_up(len(arena), 512), b"\0"), np.uint8)
 
 
-def split_arena(arena, num_blocks):
+def split_arena(arena, num_blocks, codec="ratio"):
     """Codes and float32 words, of first and second moments, of an arena of one chunk."""
-    codes = arena[: 2 * num_blocks * BLOCK].reshape(2, -1)
-    words = arena[2 * num_blocks * BLOCK :][: 8 * num_blocks].view(f32).reshape(num_blocks, 2).T
+    nbytes = 2 * num_blocks * (192 if codec == "ratio6" else BLOCK)
+    codes = arena[:nbytes].reshape(2, -1)
+    if codec == "ratio6":
+        codes = unpack_six_bits(codes.reshape(-1, 192)).reshape(2, -1)
+    words = arena[nbytes:][: 8 * num_blocks].view(f32).reshape(num_blocks, 2).T
     return *codes, *np.ascontiguousarray(words)
+
+
+def unpack_six_bits(packed):
+    """Codes (blocks, 256) from bytes (blocks, 192), code by code as layout/six_bits.h says."""
+    k = np.arange(BLOCK)
+    group, place = k // 8, k % 8
+    lower = packed[:, 4 * group + place % 4] >> (4 * (place // 4)).astype(np.uint8)
+    pairs = packed[:, 128:].copy().view("<u2").astype(np.int64)
+    first_bit = np.array([4, 12, 6, 14, 2, 10, 0, 8])[place]
+    upper = pairs[:, group] >> first_bit & 3
+    return (lower & 15 | upper << 4).astype(np.uint8)
 
 
 def step_blocks(

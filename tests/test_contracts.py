@@ -43,7 +43,9 @@ every_optimizer = pytest.mark.parametrize("optimizer", [row.param for row in DES
 # Of optimizers with one direction the first; what it promises, all of them have.
 DIRECTIONS = list({row.direction: row for row in reversed(OPTIMIZERS)}.values())
 every_direction = pytest.mark.parametrize("optimizer", [row.param for row in DIRECTIONS])
-every_format = pytest.mark.parametrize("format", ["ratio", "dynamic", "bfloat16", "float32"])
+every_format = pytest.mark.parametrize(
+    "format", ["ratio", "ratio6", "dynamic", "bfloat16", "float32"]
+)
 
 # Moments in float32 and in 8 bits, partial blocks, a scalar, no elements; all dtypes.
 SHAPES = {"b": (7,), "e": (0, 3), "g": (300,), "h": (5000,), "s": (), "v": (70, 70), "w": (64, 80)}

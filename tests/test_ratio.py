@@ -1,4 +1,4 @@
-"""The `ratio` code: C++ and NumPy against what the code promises, and against each other.
+"""The `ratio` code, and steps of `ratio6`: C++ and NumPy against the promises and each other.
 
 What a code stands for is computed here in exact integer or rational arithmetic; that rounding is
 without bias is shown by running through all random bits that matter, not by sampling.
@@ -228,18 +228,22 @@ STREAMS = {
 }
 
 
-def check_stored(arena, num_blocks, state):
+def check_stored(arena, num_blocks, state, codec):
     """Codes and words of an arena, against those of the reference's `RatioState`."""
-    for actual, expected in zip(split_arena(arena, num_blocks), state, strict=True):
+    for actual, expected in zip(split_arena(arena, num_blocks, codec), state, strict=True):
         np.testing.assert_array_equal(actual.view(np.uint8), expected.view(np.uint8))
 
 
+every_codec = pytest.mark.parametrize("codec", ["ratio", "ratio6"])
+
+
+@every_codec
 @pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS)
-def test_step_is_that_of_the_reference(stream):
+def test_step_is_that_of_the_reference(stream, codec):
     """Updates, codes and words, bit for bit."""
     num_blocks = -(-stream.size // BLOCK)
-    arena = np.full(arena_bytes(num_blocks, 0), 0xCC, np.uint8)
-    state = reference.init_leaf(stream.size, True, "ratio")
+    arena = np.full(arena_bytes(num_blocks, 0, codec=codec), 0xCC, np.uint8)
+    state = reference.init_leaf(stream.size, True, codec)
     hyperparams = reference.Hyperparams(*stream.hyperparams)
     for step, grad in enumerate(stream.grads(50)):
         count = stream.count + step
@@ -249,9 +253,9 @@ def test_step_is_that_of_the_reference(stream):
         update = grad.copy()
         options = {"nesterov": stream.nesterov, "fresh": step == 0, "leaf_key": stream.key}
         blocks = [(0, num_blocks)]
-        step_blocks(update, arena, "ratio", blocks, stream.hyperparams, count, **options)
+        step_blocks(update, arena, codec, blocks, stream.hyperparams, count, **options)
         np.testing.assert_array_equal(update, expected)
-        check_stored(arena, num_blocks, state)
+        check_stored(arena, num_blocks, state, codec)
 
 
 SPECIAL = floats(
@@ -262,8 +266,9 @@ SPECIAL = floats(
 
 
 @pytest.mark.fast
+@every_codec
 @pytest.mark.parametrize("seed", range(40))
-def test_any_gradients_and_hyperparameters(seed):
+def test_any_gradients_and_hyperparameters(seed, codec):
     """Bits of the reference, block by block; what is stored is finite and not negative."""
     rng = np.random.default_rng(seed)
     size = int(rng.choice([1, 255, 256, 257, 600]))
@@ -276,8 +281,8 @@ def test_any_gradients_and_hyperparameters(seed):
     )
     nesterov, key = bool(rng.integers(2)), int(rng.integers(-(2**63), 2**63))
     scale = np.exp(rng.normal(0, 1, size) * rng.choice([0, 2, 30])) * 10 ** rng.uniform(-20, 20)
-    arena = np.full(arena_bytes(num_blocks, 0), 0xCC, np.uint8)
-    state = reference.init_leaf(size, True, "ratio")
+    arena = np.full(arena_bytes(num_blocks, 0, codec=codec), 0xCC, np.uint8)
+    state = reference.init_leaf(size, True, codec)
     for step in range(20):
         with np.errstate(over="ignore"):
             grad = (rng.normal(size=size) * scale).astype(f32)
@@ -295,11 +300,11 @@ def test_any_gradients_and_hyperparameters(seed):
         update = grad.copy()
         options = {"nesterov": nesterov, "fresh": step == 0, "leaf_key": key}
         blocks = [(block, block + 1) for block in rng.permutation(num_blocks).tolist()]
-        step_blocks(update, arena, "ratio", blocks, hyperparams, step, **options)
+        step_blocks(update, arena, codec, blocks, hyperparams, step, **options)
         is_nan = np.isnan(expected)
         np.testing.assert_array_equal(np.isnan(update), is_nan)
         np.testing.assert_array_equal(update.view(u32)[~is_nan], expected.view(u32)[~is_nan])
-        check_stored(arena, num_blocks, state)
+        check_stored(arena, num_blocks, state, codec)
         mu, nu = reference.dequantize_ratio(state)
         assert np.isfinite(mu).all() and np.isfinite(nu).all() and (nu >= 0).all()
 

@@ -403,9 +403,8 @@ def test_fresh_moments_are_not_read(format):
     (grad,) = next(make_gradients([LeafSpec((1000,))], 1, seed=8))
     results = []
     for fill in (0, 255):
-        arena = np.full(
-            4 * {"float32": 2048, "bfloat16": 1024}.get(format, 520) + 512, fill, np.uint8
-        )
+        nbytes = {"float32": 2048, "bfloat16": 1024, "ratio6": 392}.get(format, 520)  # of a block
+        arena = np.full(4 * nbytes + 512, fill, np.uint8)
         update = step_blocks(grad.copy(), arena, format, [(0, 4)], DEFAULTS, 0, fresh=True)
         assert np.all(arena[-512:] == fill)
         results.append((update.tobytes(), arena[:-512].tobytes()))
@@ -555,6 +554,7 @@ def test_arena_bytes(num_dynamic, num_float32):
 def test_bytes_per_parameter():
     for size in (10**7, 10**9, 7 * 10**10):
         assert 2.031 < arena_bytes(-(-size // BLOCK), 0) / size < 2.032
+        assert 1.531 < arena_bytes(-(-size // BLOCK), 0, codec="ratio6") / size < 1.533
 
 
 MAP_NORESERVE = 0x4000  # of Linux; Python names it from 3.13 on

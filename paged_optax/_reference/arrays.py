@@ -3,6 +3,7 @@
 import numpy as np
 
 from .formats import (
+    RATIO_BITS,
     Halves,
     Quantized,
     Squares,
@@ -35,8 +36,8 @@ def store_array(values: np.ndarray, format: str, leaf_key: int, count: int) -> t
     flat = storable(flat)
     random = ratio_random(leaf_key, count, flat.size)
     stored: Squares | Halves | Quantized
-    if format == "ratio":
-        stored = quantize_array(flat, random)
+    if format in RATIO_BITS:
+        stored = quantize_array(flat, random, RATIO_BITS[format])
     elif format == "bfloat16":
         stored = quantize_halves(flat, random)
     else:

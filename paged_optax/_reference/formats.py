@@ -2,7 +2,7 @@
 
 ``dynamic`` is the code of bitsandbytes; each state is stored alone. ``ratio`` stores first moments
 as multiples of the square roots of their second moments, so it stores both together; where a rule
-has but one kind of moment, it stores that alone.
+has but one kind of moment, it stores that alone. ``ratio6`` does the same with codes of 6 bits.
 
 References:
   Dettmers et al., `8-bit Optimizers via Block-wise Quantization
@@ -90,43 +90,64 @@ def dequantize(quantized: Quantized, signed: bool) -> np.ndarray:
 class RatioState(NamedTuple):
     """Moments of a leaf in the ``ratio`` code; blocks of 256 codes, two words a block.
 
-    Code 0 is zero for both moments, so a fresh state is all zero bytes.
+    Code 0 is zero for both moments, so a fresh state is all zero bytes. In ``ratio6`` a byte has a
+    code of 6 bits.
     """
 
+    bits = 8  # of a code
     mu_codes: np.ndarray  # uint8 (num_blocks * 256,), two's complement: -127 .. 127
     nu_codes: np.ndarray  # uint8 (num_blocks * 256,)
     mu_scales: np.ndarray  # float32 (num_blocks,)
     nu_words: np.ndarray  # float32 (num_blocks,); their bits are the words
 
 
-_COARSEST_STEP = 128  # in units of 2^14
-_TOP_CODE = 253
+class RatioState6(RatioState):
+    """The same in the ``ratio6`` code."""
+
+    bits = 6
+
+
+class _Codes(NamedTuple):
+    """What depends on the number of bits of a code."""
+
+    number: int  # of codes
+    top: int  # that of the largest second moment, before rounding
+    ends: tuple[int, ...]  # so many parts of a block's range are left free at its ends
+    coarsest: int  # step, in units of 2^14
+    has_zeros: int  # bit of a word; the step takes the bits below
+    squares: np.float32  # that of the largest first moment, and a little less: no ratio reaches it
+
+
+_CODES = {
+    8: _Codes(256, 253, (64, 256), 1 << 7, 1 << 8, np.float32(16128.99)),  # 127^2
+    6: _Codes(64, 62, (16,), 1 << 9, 1 << 15, np.float32(960.9994)),  # 31^2
+}
 _IDLE_RANGE = 15 << 23
-_HAS_ZEROS = 256
 _IS_WINDOW = 1 << 31  # in the word of a block of an array
 _INFINITY = 0x7F800000
-_SQUARES = np.float32(16128.99)  # 127^2, and a little less so that no ratio reaches it
 
 
-def quantize_ratio(mu: np.ndarray, nu: np.ndarray, random: np.ndarray) -> RatioState:
+def quantize_ratio(mu: np.ndarray, nu: np.ndarray, random: np.ndarray, bits: int = 8) -> RatioState:
     """Quantizes flat float32 moments block by block, rounding at random without bias.
 
     Args:
       mu: first moments (size,).
       nu: second moments (size,), finite and not negative.
       random: uint32 (size,). The upper bits round ``nu``, the lower 16 round ``mu``.
+      bits: of a code; 8 for ``ratio`` and 6 for ``ratio6``.
     """
     mu, nu = _to_blocks(mu), _to_blocks(nu)
     random = np.pad(random, (0, mu.size - random.size)).reshape(mu.shape)
-    codes, (scales,), nu_codes, words = _quantize_ratios([mu], nu, random, mu)
-    return RatioState(codes[0], nu_codes, scales, words)
+    codes, (scales,), nu_codes, words = _quantize_ratios([mu], nu, random, mu, bits)
+    return _kind(RatioState, bits)(codes[0], nu_codes, scales, words)
 
 
-def _quantize_ratios(firsts, nu, random, active):
+def _quantize_ratios(firsts, nu, random, active, num_bits):
     """Codes and scales of each first moment, and codes and words of the second moments.
 
     All are blocks; `active` is 0 where an element is idle.
     """
+    row = _CODES[num_bits]
     nu = np.minimum(nu, np.float32(2.0**127))
     # The window reaches from the largest second moment to the smallest, both as the integers of
     # their bits, which have the order of the floats.
@@ -136,15 +157,16 @@ def _quantize_ratios(firsts, nu, random, active):
     low = np.where(active == 0, np.maximum(bits, idle_limit), bits)
     bottom = np.where(bits > 0, low, _INFINITY).min(axis=1, initial=_INFINITY)
     span = np.maximum(top - bottom, 0)
-    span += span // 64 + span // 256  # leaves some codes at both ends
-    steps = np.array([quarters << e for e in range(5) for quarters in range(4, 8)])
-    fits = span[:, None] < 256 * steps << 14
-    steps = np.where(fits.any(axis=1), steps[fits.argmax(axis=1)], _COARSEST_STEP)
+    span += sum(span // part for part in row.ends)  # leaves some codes at both ends
+    steps = np.array([quarters << e for e in range(7) for quarters in range(4, 8)])
+    steps = steps[steps < row.coarsest]
+    fits = span[:, None] < row.number * steps << 14
+    steps = np.where(fits.any(axis=1), steps[fits.argmax(axis=1)], row.coarsest)
     # Division by the step is multiplication by a reciprocal that is slightly too large.
     shift = 12 + np.frexp(steps)[1].astype(np.int64)
     reciprocal = -(-(1 << (32 + shift)) // (steps << 14))
-    offset = np.maximum((top * reciprocal >> 32 + shift) - _TOP_CODE, 0)
-    has_zeros = np.where((bits == 0).any(axis=1), _HAS_ZEROS, 0)
+    offset = np.maximum((top * reciprocal >> 32 + shift) - row.top, 0)
+    has_zeros = np.where((bits == 0).any(axis=1), row.has_zeros, 0)
     words = (offset << 16 | has_zeros | steps).astype(np.uint32)
 
     # Second moments: values below the lowest code take that one. Random bits are added before the
@@ -155,34 +177,40 @@ def _quantize_ratios(firsts, nu, random, active):
     nu_codes = np.where(bits == 0, 0, divided >> shift).astype(np.uint8)
 
     # First moments in units of the stored second moments' square roots.
-    _, reciprocal = ratio_unit(_decode_ratio_nu(nu_codes, words))
+    _, reciprocal = ratio_unit(_decode_ratio_nu(nu_codes, words, num_bits))
     codes, scales = [], []
     for place, mu in enumerate(firsts):
         with np.errstate(over="ignore"):
             ratio = np.where(nu_codes == 0, np.float32(0), mu * reciprocal)
-        stored = _quantize_squares(ratio, random_of(place, random), least=2.0**-64, largest=2.0**32)
+        stored = _quantize_squares(
+            ratio, random_of(place, random), num_bits, least=2.0**-64, largest=2.0**32
+        )
         codes.append(stored[0].ravel())
         scales.append(stored[1])
     return codes, scales, nu_codes.ravel(), words.view(np.float32)
 
 
-def _quantize_squares(x, random, least: float, largest: float):
+def _quantize_squares(x, random, num_bits: int, least: float, largest: float):
     """Rounds blocks to squares of integers of either sign, times the scale of the block."""
+    squares = _CODES[num_bits].squares
     magnitude = np.minimum(np.abs(x), np.float32(largest))
     scales = magnitude.max(axis=1, initial=np.float32(0))
     usable = scales >= np.float32(least)
-    inverse = np.where(usable, _SQUARES * (1 / np.where(usable, scales, np.float32(1))), 0)
+    inverse = np.where(usable, squares * (1 / np.where(usable, scales, np.float32(1))), 0)
     scaled = magnitude * inverse[:, None].astype(np.float32)
     # Up from k^2 if x - k^2 > f (2 k + 1), that is if sqrt(x - 1/4 + h^2) - h > k + 1/2.
     h = (random & np.uint32(0xFFFF)).astype(np.float32) / np.float32(65536) - np.float32(0.5)
     y = (scaled - np.float32(0.25)) + h * h
     level = np.rint(np.sqrt(np.maximum(y, np.float32(2.0**-60))) - h)
-    return np.where(np.signbit(x), -level, level).astype(np.int8).view(np.uint8), scales
+    codes = np.where(np.signbit(x), -level, level).astype(np.int8).view(np.uint8)
+    return codes & np.uint8(_CODES[num_bits].number - 1), scales
 
 
-def _dequantize_squares(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    k = codes.view(np.int8).astype(np.float32).reshape(-1, BLOCK_SIZE)
-    return k * np.abs(k) * (scales * (np.float32(1) / _SQUARES))[:, None]
+def _dequantize_squares(codes: np.ndarray, scales: np.ndarray, num_bits: int) -> np.ndarray:
+    row = _CODES[num_bits]
+    sign = row.number // 2  # of two's complement
+    k = ((codes.astype(np.int32) ^ sign) - sign).astype(np.float32).reshape(-1, BLOCK_SIZE)
+    return k * np.abs(k) * (scales * (np.float32(1) / row.squares))[:, None]
 
 
 class Squares(NamedTuple):
@@ -191,24 +219,32 @@ class Squares(NamedTuple):
     Of the rule ``array``, which knows nothing of its states, see `quantize_array`.
     """
 
+    bits = 8
     codes: np.ndarray  # uint8 (num_blocks * 256,), two's complement: -127 .. 127
     scales: np.ndarray  # float32 (num_blocks,)
 
 
-def quantize_squares(values: np.ndarray, random: np.ndarray) -> Squares:
+class Squares6(Squares):
+    """The same in ``ratio6``."""
+
+    bits = 6
+
+
+def quantize_squares(values: np.ndarray, random: np.ndarray, bits: int = 8) -> Squares:
     """Quantizes a flat float32 array block by block, rounding at random without bias.
 
     Args:
       values: float32 (size,).
       random: uint32 (size,), of which the lower 16 bits count.
+      bits: of a code.
     """
     blocks = _to_blocks(values)
     random = np.pad(random, (0, blocks.size - random.size)).reshape(blocks.shape)
-    codes, scales = _quantize_squares(blocks, random, least=2.0**-112, largest=2.0**100)
-    return Squares(codes.ravel(), scales)
+    codes, scales = _quantize_squares(blocks, random, bits, least=2.0**-112, largest=2.0**100)
+    return _kind(Squares, bits)(codes.ravel(), scales)
 
 
-def quantize_array(values: np.ndarray, random: np.ndarray) -> Squares:
+def quantize_array(values: np.ndarray, random: np.ndarray, bits: int = 8) -> Squares:
     """Quantizes a flat float32 array of which nothing is known, block by block.
 
     A block without a negative value is stored as second moments are, and no element of it is idle.
@@ -218,38 +254,47 @@ def quantize_array(values: np.ndarray, random: np.ndarray) -> Squares:
       values: finite float32 (size,).
       random: uint32 (size,). The upper bits round blocks without a negative value, the lower 16 the
         others.
+      bits: of a code.
     """
-    signed = quantize_squares(values, random)
+    signed = quantize_squares(values, random, bits)
     blocks = _to_blocks(values)
     random = np.pad(random, (0, blocks.size - random.size)).reshape(blocks.shape)
     is_window = (blocks >= 0).all(axis=1)
     magnitudes = np.abs(blocks)  # -0 is 0
-    _, _, codes, words = _quantize_ratios([], magnitudes, random, magnitudes)
+    _, _, codes, words = _quantize_ratios([], magnitudes, random, magnitudes, bits)
     words = (words.view(np.uint32) | np.uint32(_IS_WINDOW)).view(np.float32)
     chosen = np.where(is_window.repeat(BLOCK_SIZE), codes, signed.codes)
-    return Squares(chosen, np.where(is_window, words, signed.scales))
+    return _kind(Squares, bits)(chosen, np.where(is_window, words, signed.scales))
 
 
-def _dequantize_array(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def _dequantize_array(codes: np.ndarray, scales: np.ndarray, num_bits: int) -> np.ndarray:
     """Blocks of squares, or of the words of a window where a bit says so."""
     words = scales.view(np.uint32)
     is_window = (words & np.uint32(_IS_WINDOW)) != 0
-    squares = _dequantize_squares(codes, np.where(is_window, np.float32(0), scales))
+    squares = _dequantize_squares(codes, np.where(is_window, np.float32(0), scales), num_bits)
     words = np.where(is_window, words & ~np.uint32(_IS_WINDOW), np.uint32(0))
-    windows = _decode_ratio_nu(codes.reshape(-1, BLOCK_SIZE), words)
+    windows = _decode_ratio_nu(codes.reshape(-1, BLOCK_SIZE), words, num_bits)
     return np.where(is_window[:, None], windows, squares)
 
 
 class Window(NamedTuple):
     """A state that is never negative in the ``ratio`` format, of a rule without signed states."""
 
+    bits = 8
     codes: np.ndarray  # uint8 (num_blocks * 256,)
     words: np.ndarray  # float32 (num_blocks,); their bits are the words
+
+
+class Window6(Window):
+    """The same in ``ratio6``."""
+
+    bits = 6
 
 
 class TwoRatios(NamedTuple):
     """Two signed states and one that is never negative in the ``ratio`` format."""
 
+    bits = 8
     m1_codes: np.ndarray
     m2_codes: np.ndarray
     nu_codes: np.ndarray
@@ -258,26 +303,44 @@ class TwoRatios(NamedTuple):
     nu_words: np.ndarray
 
 
-def quantize_window(values: np.ndarray, random: np.ndarray, directions: np.ndarray) -> Window:
+class TwoRatios6(TwoRatios):
+    """The same in ``ratio6``."""
+
+    bits = 6
+
+
+_SIX_BITS = {RatioState: RatioState6, Squares: Squares6, Window: Window6, TwoRatios: TwoRatios6}
+
+
+def _kind(kind: Any, bits: int) -> Any:
+    """The class for states of a kind whose codes have so many bits."""
+    return _SIX_BITS[kind] if bits == 6 else kind
+
+
+def quantize_window(
+    values: np.ndarray, random: np.ndarray, directions: np.ndarray, bits: int = 8
+) -> Window:
     """Quantizes a flat float32 array block by block, rounding at random without bias.
 
     Args:
       values: float32 (size,), finite and not negative.
       random: uint32 (size,), of which the upper bits count.
       directions: float32 (size,); an element with the direction 0 is idle.
+      bits: of a code.
     """
     blocks = _to_blocks(values)
     random = np.pad(random, (0, blocks.size - random.size)).reshape(blocks.shape)
-    _, _, codes, words = _quantize_ratios([], blocks, random, _to_blocks(directions))
-    return Window(codes, words)
+    _, _, codes, words = _quantize_ratios([], blocks, random, _to_blocks(directions), bits)
+    return _kind(Window, bits)(codes, words)
 
 
-def quantize_two_ratios(m1, m2, nu, random: np.ndarray) -> TwoRatios:
+def quantize_two_ratios(m1, m2, nu, random: np.ndarray, bits: int = 8) -> TwoRatios:
     """As `quantize_ratio`, with a second signed state whose random bits are `random_of` it."""
     firsts, nu = [_to_blocks(m1), _to_blocks(m2)], _to_blocks(nu)
     random = np.pad(random, (0, nu.size - random.size)).reshape(nu.shape)
-    codes, scales, nu_codes, words = _quantize_ratios(firsts, nu, random, firsts[0])
-    return TwoRatios(codes[0], codes[1], nu_codes, scales[0], scales[1], words)
+    codes, scales, nu_codes, words = _quantize_ratios(firsts, nu, random, firsts[0], bits)
+    kind = _kind(TwoRatios, bits)
+    return kind(codes[0], codes[1], nu_codes, scales[0], scales[1], words)
 
 
 def random_of(place: int, random: np.ndarray) -> np.ndarray:
@@ -311,14 +374,16 @@ def dequantize_halves(state: Halves) -> np.ndarray:
 
 def dequantize_ratio(state: RatioState) -> tuple[np.ndarray, np.ndarray]:
     """The float32 moments ``(mu, nu)`` that codes and words stand for, padding included."""
-    mu, nu = _dequantize_ratios([(state.mu_codes, state.mu_scales)], state.nu_codes, state.nu_words)
+    first = state.mu_codes, state.mu_scales
+    mu, nu = _dequantize_ratios([first], state.nu_codes, state.nu_words, state.bits)
     return mu, nu
 
 
-def _dequantize_ratios(firsts, nu_codes, nu_words) -> list[np.ndarray]:
-    nu = _decode_ratio_nu(nu_codes.reshape(-1, BLOCK_SIZE), nu_words.view(np.uint32))
+def _dequantize_ratios(firsts, nu_codes, nu_words, num_bits) -> list[np.ndarray]:
+    nu = _decode_ratio_nu(nu_codes.reshape(-1, BLOCK_SIZE), nu_words.view(np.uint32), num_bits)
     unit = ratio_unit(nu)[0]
-    return [*((_dequantize_squares(*mu) * unit).ravel() for mu in firsts), nu.ravel()]
+    squares = [_dequantize_squares(codes, scales, num_bits) for codes, scales in firsts]
+    return [*((x * unit).ravel() for x in squares), nu.ravel()]
 
 
 def ratio_random(leaf_key: int, count: int, size: int) -> np.ndarray:
@@ -332,10 +397,10 @@ def ratio_random(leaf_key: int, count: int, size: int) -> np.ndarray:
     return np.arange(size, dtype=np.uint32) * np.uint32(0xC13FA9A9) + np.uint32(start % 2**32)
 
 
-def _decode_ratio_nu(codes: np.ndarray, words: np.ndarray) -> np.ndarray:
-    words = words.astype(np.int64)[:, None]
-    is_zero = (codes == 0) & ((words & _HAS_ZEROS) != 0)
-    bits = np.where(is_zero, 0, ((words >> 16) + codes) * (words & 255) << 14)
+def _decode_ratio_nu(codes: np.ndarray, words: np.ndarray, num_bits: int) -> np.ndarray:
+    row, words = _CODES[num_bits], words.astype(np.int64)[:, None]
+    is_zero = (codes == 0) & ((words & row.has_zeros) != 0)
+    bits = np.where(is_zero, 0, ((words >> 16) + codes) * (words & row.has_zeros - 1) << 14)
     return bits.astype(np.uint32).view(np.float32)
 
 
@@ -365,10 +430,10 @@ def encode(
     """
     if isinstance(like, RatioState):
         mu, nu = states
-        return quantize_ratio(mu, nu, random())
+        return quantize_ratio(mu, nu, random(), like.bits)
     if isinstance(like, TwoRatios):
         m1, m2, nu = states
-        return quantize_two_ratios(m1, m2, nu, random())
+        return quantize_two_ratios(m1, m2, nu, random(), like.bits)
     return type(like)(*_encode_each(states, like, signed, random, directions))
 
 
@@ -377,9 +442,9 @@ def _encode_each(states, like, signed, random, directions) -> list[Any]:
     encoded = []
     for place, (x, old, sign) in enumerate(zip(states, like, signed, strict=True)):
         if isinstance(old, Squares):
-            encoded.append(quantize_squares(x, random()))
+            encoded.append(quantize_squares(x, random(), old.bits))
         elif isinstance(old, Window):
-            encoded.append(quantize_window(x, random(), directions))
+            encoded.append(quantize_window(x, random(), directions, old.bits))
         elif isinstance(old, Halves):
             bits = random_of(place, random()) if sign else random() >> np.uint32(16)
             encoded.append(quantize_halves(x, bits))
@@ -401,14 +466,14 @@ def decode(stored: Any, signed: Sequence[bool], size: int) -> list[np.ndarray]:
         return [x[:size] for x in dequantize_ratio(stored)]
     if isinstance(stored, TwoRatios):
         firsts = [(stored.m1_codes, stored.m1_scales), (stored.m2_codes, stored.m2_scales)]
-        decoded = _dequantize_ratios(firsts, stored.nu_codes, stored.nu_words)
+        decoded = _dequantize_ratios(firsts, stored.nu_codes, stored.nu_words, stored.bits)
         return [x[:size] for x in decoded]
     decoded = []
     for x, sign in zip(stored, signed, strict=True):
         if isinstance(x, Squares):
-            x = _dequantize_array(*x).ravel()
+            x = _dequantize_array(*x, x.bits).ravel()
         elif isinstance(x, Window):
-            (x,) = _dequantize_ratios([], *x)
+            x = _dequantize_ratios([], x.codes, x.words, x.bits)[0]
         elif isinstance(x, Halves):
             x = dequantize_halves(x)
         elif isinstance(x, Quantized):
@@ -430,9 +495,9 @@ def from_arrays(format: str, arrays: Sequence[np.ndarray], signed: Sequence[bool
     if format == "bfloat16":
         return tuple(map(Halves, arrays))
     kind: Any = Quantized
-    if format == "ratio":
-        kind = ratio_kind(signed)
-        if kind in (RatioState, TwoRatios):
+    if format in RATIO_BITS:
+        kind = ratio_kind(signed, RATIO_BITS[format])
+        if issubclass(kind, RatioState | TwoRatios):
             return kind(*arrays)
     pairs = zip(arrays[: len(signed)], arrays[len(signed) :], strict=True)
     return tuple(kind(codes, words) for codes, words in pairs)
@@ -463,12 +528,14 @@ def reset(stored: Any, signed: Sequence[bool], mask: np.ndarray) -> Any:
     zero_codes, zero_words = to_arrays(_zero_block(stored, signed))
     blocks = mask.reshape(-1, BLOCK_SIZE)
     format = _format_of(stored)
-    if format == "ratio" and not signed[-1]:  # its words tell whether the code 0 stands for zero
-        flags = np.where(blocks.any(axis=1), np.uint32(_HAS_ZEROS), np.uint32(0))
+    if format in RATIO_BITS and not signed[-1]:  # its words tell whether the code 0 stands for zero
+        has_zeros = np.uint32(_CODES[RATIO_BITS[format]].has_zeros)
+        flags = np.where(blocks.any(axis=1), has_zeros, np.uint32(0))
         words[-1] = (words[-1].view(np.uint32) | flags).view(np.float32)
     elif isinstance(stored, tuple) and isinstance(stored[0], Squares):
         bits = words[0].view(np.uint32)
-        flags = np.where(blocks.any(axis=1) & (bits >= _IS_WINDOW), np.uint32(_HAS_ZEROS), 0)
+        has_zeros = _CODES[stored[0].bits].has_zeros
+        flags = np.where(blocks.any(axis=1) & (bits >= _IS_WINDOW), has_zeros, 0)
         words[0] = (bits | flags.astype(np.uint32)).view(np.float32)
     codes = [np.where(mask, new[0], old) for old, new in zip(codes, zero_codes, strict=True)]
     is_whole = blocks.all(axis=1)
@@ -486,14 +553,15 @@ def _zero_block(like: Any, signed: Sequence[bool]) -> Any:
 
 def _format_of(stored: Any) -> str:
     """The format of what `from_arrays` returned."""
-    if isinstance(stored, RatioState | TwoRatios):
-        return "ratio"
-    if isinstance(stored[0], np.ndarray):
+    first = stored if isinstance(stored, RatioState | TwoRatios) else stored[0]
+    if isinstance(first, np.ndarray):
         return "float32"
-    names = {Halves: "bfloat16", Quantized: "dynamic", Squares: "ratio", Window: "ratio"}
-    return names[type(stored[0])]
+    if isinstance(first, Halves | Quantized):
+        return "bfloat16" if isinstance(first, Halves) else "dynamic"
+    return next(name for name, bits in RATIO_BITS.items() if bits == first.bits)
 
 
+RATIO_BITS = {"ratio": 8, "ratio6": 6}  # of a code in these formats
 _RATIO_KINDS = {
     (True,): Squares,
     (False,): Window,
@@ -502,11 +570,11 @@ _RATIO_KINDS = {
 }
 
 
-def ratio_kind(signed: Sequence[bool]) -> Any:
+def ratio_kind(signed: Sequence[bool], bits: int = 8) -> Any:
     """The class of states in the ``ratio`` format, of one state or of all that a rule has."""
     if tuple(signed) not in _RATIO_KINDS:
         raise NotImplementedError(f"no ratio format for states with signed={tuple(signed)}")
-    return _RATIO_KINDS[tuple(signed)]
+    return _kind(_RATIO_KINDS[tuple(signed)], bits)
 
 
 def _to_blocks(values: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ import numpy as np
 
 from .formats import (
     BLOCK_SIZE,
+    RATIO_BITS,
     Halves,
     RatioState,
     Squares,
@@ -15,7 +16,6 @@ from .formats import (
     decode,
     encode,
     quantize,
-    quantize_squares,
     ratio_kind,
     ratio_random,
     takes_signed_map,
@@ -29,22 +29,20 @@ def init_leaf(size: int, quantized: bool, codec: str = "dynamic", rule: str = "a
     row = RULES[rule]
     if not quantized or codec == "float32":
         return row.state(*[zeros] * len(row.signed))
-    if codec == "ratio":
-        return _init_ratio(size, row)
+    if codec in RATIO_BITS:
+        return _init_ratio(size, row, RATIO_BITS[codec])
     if codec == "bfloat16":
         codes = np.zeros(-(-size // BLOCK_SIZE) * BLOCK_SIZE, np.uint16)
         return row.state(*[Halves(codes)] * len(row.signed))
     return row.state(*(quantize(zeros, takes_signed_map(sign, row.signed)) for sign in row.signed))
 
 
-def _init_ratio(size: int, row: Any) -> Any:
+def _init_ratio(size: int, row: Any, bits: int) -> Any:
     words = np.zeros(-(-size // BLOCK_SIZE), np.float32)
     codes = np.zeros(words.size * BLOCK_SIZE, np.uint8)
-    kind = ratio_kind(row.signed)
-    if kind is Squares:
-        return row.state(quantize_squares(np.zeros(size, np.float32), np.zeros(size, np.uint32)))
-    if kind is Window:
-        return row.state(Window(codes, words))
+    kind = ratio_kind(row.signed, bits)
+    if issubclass(kind, Squares | Window):
+        return row.state(kind(codes, words))
     return kind(*[codes] * len(row.signed), *[words] * len(row.signed))
 
 

@@ -139,12 +139,16 @@ void StepOne(const StepOf<Rule>& step, const Leaf& leaf, const Region& region, i
     params[k] =
         Read(leaf.param_dtype, static_cast<const uint8_t*>(leaf.params) + at(leaf.param_dtype));
   }
-  constexpr size_t kStateBytes = sizeof(lane.codes[0]);
   for (int s = 0; s < kNumStates<Rule>; ++s) {
     if (is_fresh) {
       for (int k = 0; k < K; ++k) lane.codes[s][k] = Format::template Zero<Rule>(s);
     } else {
-      std::memcpy(lane.codes[s], slot + place.codes + s * place.state_stride, kStateBytes);
+      const uint8_t* source = slot + place.codes + s * place.state_stride;
+      if constexpr (Format::kCodeBits == 6) {
+        UnpackBlock(source, lane.codes[s]);
+      } else {
+        std::memcpy(lane.codes[s], source, sizeof(lane.codes[s]));
+      }
     }
   }
   constexpr size_t kWordBytes = kNumWords<Rule, Format> * 4;
@@ -155,7 +159,12 @@ void StepOne(const StepOf<Rule>& step, const Leaf& leaf, const Region& region, i
   StepBlock(IeeeMath(), step, tables, leaf.key, start, is_fresh ? count : 0, values, lane,
             WholeBlock());
   for (int s = 0; s < kNumStates<Rule>; ++s) {
-    std::memcpy(slot + place.codes + s * place.state_stride, lane.codes[s], kStateBytes);
+    uint8_t* target = slot + place.codes + s * place.state_stride;
+    if constexpr (Format::kCodeBits == 6) {
+      PackBlock(lane.codes[s], target);
+    } else {
+      std::memcpy(target, lane.codes[s], sizeof(lane.codes[s]));
+    }
   }
   std::memcpy(slot + place.words, lane.words, kWordBytes);
   if (output == Output::kUpdate) {
@@ -181,8 +190,8 @@ void Compare(const char* name, const char* what, int step, const Bytes& a, const
 template <class Rule, class Format>
 constexpr BlockShape ShapeOf(Output output) {
   using Arithmetic = typename Rule::Arithmetic;
-  return {kNumStates<Arithmetic>, static_cast<int32_t>(sizeof(typename Format::Code) * kBlockSize),
-          kNumWords<Arithmetic, Format>, TakesParams(output) ? int32_t{kResidualBytes} : 0};
+  return {kNumStates<Arithmetic>, kStateBytes<Format>, kNumWords<Arithmetic, Format>,
+          TakesParams(output) ? int32_t{kResidualBytes} : 0};
 }
 
 // Three steps. The region's blocks lie in two chunks, of which one is called the host's.
@@ -246,6 +255,9 @@ void CheckAll() {
   Check<AdEMAMix, Ratio, 2>("ademamix, parameters", params, means);
   Check<StdDev, Ratio, kAnyOutput>("stddev, parameters", params, variance);
   Check<StdDev, Ratio, kAnyOutput>("stddev, direction", direction, variance);
+  Check<Adam, Ratio6, kAnyOutput>("adam in 6 bits, parameters", params, adam);
+  Check<Adam, Ratio6, kAnyOutput>("adam in 6 bits, direction", direction, adam);
+  Check<AdEMAMix, Ratio6, kAnyOutput>("ademamix in 6 bits, parameters", params, means);
   Check<Adam, Dynamic, kAnyOutput>("adam in dynamic, parameters", params, adam);
 }
 

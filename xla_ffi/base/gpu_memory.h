@@ -22,7 +22,7 @@ __device__ inline void StoreVector(uint4 v, void* target) {
                : "memory");
 }
 
-// `kBytes` (8 or 16) from global memory; aligned to them. The thread goes on at once.
+// `kBytes` (4, 8 or 16) from global memory; aligned to them. The thread goes on at once.
 template <int kBytes>
 __device__ inline void CopyAhead(const void* source, void* shared) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(

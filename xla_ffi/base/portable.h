@@ -106,13 +106,14 @@ PAGED_HD uint32_t ByteOf(const uint8_t* bytes, int k) {
 #endif
 }
 
-// 2^23 + 128 + that byte, which has a sign.
+// 2^23 + kSign + that byte, of which kSign is the bit with the sign, and those above are 0.
+template <uint32_t kSign>
 PAGED_HD float BytePlus2To23(const uint8_t* bytes, int k) {
 #if defined(__CUDA_ARCH__)
-  const uint32_t flipped = reinterpret_cast<const uint32_t*>(bytes)[k / 4] ^ 0x80808080u;
+  const uint32_t flipped = reinterpret_cast<const uint32_t*>(bytes)[k / 4] ^ (kSign * 0x01010101u);
   return FloatOf(__byte_perm(flipped, kBitsOf2To23, 0x7650 + k % 4));
 #else
-  return FloatOf(0x4b000000u | (bytes[k] ^ 0x80u));
+  return FloatOf(0x4b000000u | (bytes[k] ^ kSign));
 #endif
 }
 

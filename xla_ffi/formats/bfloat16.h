@@ -13,6 +13,7 @@ namespace paged_optax {
 struct BFloat16 : PlainFormat {
   static constexpr char kName[] = "bfloat16";
   using Code = uint16_t;
+  static constexpr int kCodeBits = 16;
   static constexpr bool kIsRandom = true;
 
   template <class Arithmetic>

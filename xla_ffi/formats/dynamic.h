@@ -181,6 +181,7 @@ PAGED_HD void EncodeValues(const DynamicMap<Level>& map, float inverse_scale,
 struct Dynamic {
   static constexpr char kName[] = "dynamic";
   using Code = uint8_t;
+  static constexpr int kCodeBits = 8;
   static constexpr int kWordsPerState = 1;  // the scale
   static constexpr bool kIsRandom = false;
   static constexpr bool kStoresRatios = false;

@@ -8,6 +8,7 @@ namespace paged_optax {
 struct Float32 : PlainFormat {
   static constexpr char kName[] = "float32";
   using Code = float;
+  static constexpr int kCodeBits = 32;
   static constexpr bool kIsRandom = false;
 
   template <class Arithmetic>

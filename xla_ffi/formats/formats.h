@@ -12,19 +12,20 @@
 
 namespace paged_optax {
 
-using Formats = List<Ratio, Dynamic, BFloat16, Float32>;
+using Formats = List<Ratio6, Ratio, Dynamic, BFloat16, Float32>;
 
 // What the rest of the library knows of a format.
 struct FormatInfo {
   const char* name;
-  int32_t code_bytes;  // of an element of a state
+  int32_t code_bytes;   // of an element of a state, everywhere but in an arena
+  int32_t state_bytes;  // of a state of a block, in an arena
   int32_t words_per_state;
   bool is_random;  // whether it draws random bits, and so needs the leaves' keys
 };
 
 template <class... Format>
 constexpr std::array<FormatInfo, sizeof...(Format)> DescribeFormats(List<Format...>) {
-  return {{{Format::kName, static_cast<int32_t>(sizeof(typename Format::Code)),
+  return {{{Format::kName, static_cast<int32_t>(sizeof(typename Format::Code)), kStateBytes<Format>,
             Format::kWordsPerState, Format::kIsRandom}...}};
 }
 

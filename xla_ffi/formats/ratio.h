@@ -1,6 +1,7 @@
-// The `ratio` 8-bit format. It stores second moments as floats with few bits of fraction and first
-// moments as multiples of about sqrt(second moment). Both are rounded at random without bias.
-// Specified in NumPy by paged_optax/_reference; docs/numerics.md says what it was chosen over.
+// The `ratio` formats, with codes of 8 and of 6 bits. They store second moments as floats with few
+// bits of fraction and first moments as multiples of about sqrt(second moment). Both are rounded at
+// random without bias. Specified in NumPy by paged_optax/_reference; docs/numerics.md says what
+// they were chosen over.
 //
 // Here "second moment" means a state that is never negative and "first moment" a signed one.
 // Without a second moment the unit of a first moment is 1.
@@ -8,17 +9,18 @@
 // Second moments. A code stands for the float whose bits are (code + offset) * step, or for 0. The
 // step is the least, of 2^16 .. 2^21 and these and a quarter, a half or three quarters, with which
 // the codes reach from the block's largest value to its smallest but 0: 7 .. 2 bits of fraction,
-// over 2 .. 63 octaves. There is no scale to multiply with, so the values that codes stand for stay
+// over 2 .. 63 octaves. With 6 bits steps go to 2^23: 7 .. 0 bits of fraction, over 0.5 .. 60
+// octaves. There is no scale to multiply with, so the values that codes stand for stay
 // where they are when the block's largest value moves: until the step changes, what has not changed
 // is stored without error again. Adding random bits before the division rounds without bias,
 // because the floats of an octave are evenly spaced. The block's word holds the offset, the step,
 // and whether code 0 stands for 0.
 //
-// First moments. A code k of -127 .. 127 stands for k |k| / 127^2 times the block's scale times the
-// element's unit, a power of two or 1.5 times one near the square root of its stored second
-// moment. So it is the update that is stored with a certain precision, however different the
-// gradients in a block are. The unit is made of the bits of the second moment; the scale is the
-// largest ratio of a first moment to its unit.
+// First moments. A code k of -127 .. 127 (of -31 .. 31 with 6 bits) stands for k |k| / 127^2
+// (31^2) times the block's scale times the element's unit, a power of two or 1.5 times one near the
+// square root of its stored second moment. So it is the update that is stored with a certain
+// precision, however different the gradients in a block are. The unit is made of the bits of the
+// second moment; the scale is the largest ratio of a first moment to its unit.
 //
 // A state of which nothing is known (Role::kAny) is stored as second moments are in blocks without
 // a negative value, and as first moments are in the others. A bit of the word says which.
@@ -32,17 +34,38 @@
 
 namespace paged_optax {
 
-// A step, in units of 2^14. Four units are the finest.
-inline constexpr uint32_t kStepShift = 14, kCoarsestStep = 128;
-// Of the 256 codes one is for 0, one for rounding up at the top, and one each for the ends of the
-// range, which are cut off; a 64th and a 256th of the range make that 251.
-inline constexpr uint32_t kTopCode = 253;  // of the largest value, before rounding
+inline constexpr uint32_t kStepShift = 14;  // a step is so many times 2^14: four are the finest
+
+// What depends on the number of bits of a code. Of the codes one is for 0, one for rounding up at
+// the top, and one each for the ends of a block's range, which are cut off.
+template <int kBits>
+struct RatioCodes;
+
+template <>
+struct RatioCodes<8> {
+  static constexpr uint32_t kTop = 253;  // of the largest value, before rounding
+  static constexpr uint32_t kCoarsestStep = 128;
+  static constexpr uint32_t kHasZeros = 1u << 8;  // in a block's word, next to the step
+  // 127^2, and a little less so that a block's largest ratio stays below it when it is scaled.
+  static constexpr float kSquares = 16128.99f;
+  // 256 codes reach over this if 251 reach over the range.
+  PAGED_HD static uint32_t WithEnds(uint32_t range) { return range + range / 64 + range / 256; }
+};
+
+template <>
+struct RatioCodes<6> {
+  static constexpr uint32_t kTop = 62;
+  static constexpr uint32_t kCoarsestStep = 512;
+  static constexpr uint32_t kHasZeros = 1u << 15;
+  static constexpr float kSquares = 960.9994f;                                      // of 31^2
+  PAGED_HD static uint32_t WithEnds(uint32_t range) { return range + range / 16; }  // 60 of 64
+};
+
 // The second moment of an element without gradients decays forever. Such elements widen a block's
 // range no further than this.
 inline constexpr uint32_t kIdleRange = 15u << 23;
 // Greater second moments are stored as this one, 2^127, which rounding up leaves finite.
 inline constexpr uint32_t kLargestNu = 0x7f000000;
-inline constexpr uint32_t kHasZeros = 256;  // in a block's word, next to the step
 // In the word of a state of which nothing is known: the word is a window. Offsets leave this bit
 // free, and scales have no sign.
 inline constexpr uint32_t kIsWindow = 0x80000000u;
@@ -56,8 +79,10 @@ struct RatioGrid {
   bool has_zeros;
 };
 
+template <int kBits>
 PAGED_HD RatioGrid GridOf(uint32_t word) {
-  const uint32_t step = (word & 255) << kStepShift;
+  constexpr uint32_t kHasZeros = RatioCodes<kBits>::kHasZeros;
+  const uint32_t step = (word & (kHasZeros - 1)) << kStepShift;
   return {step, (word >> 16) * step, (word & kHasZeros) != 0};
 }
 
@@ -88,24 +113,27 @@ PAGED_HD uint32_t ReciprocalOf(uint32_t quarters) {
 }
 
 // For a block whose largest second moment has the bits `top`, and whose codes have to span `range`.
+template <int kBits>
 PAGED_HD RatioWindow FitWindow(uint32_t top, uint32_t range, bool has_zeros) {
-  const uint32_t with_ends = range + range / 64 + range / 256;
-  const uint32_t span = with_ends > 0xffffff ? with_ends : 0xffffff;  // for the finest step
-  // The step is 5, 6, 7 or 8 times a power of two, and 256 of it are more than the span. As a float
-  // the span has these quarters as the first bits of its fraction: one more of them, which may
-  // carry into the exponent, is the step.
+  using Codes = RatioCodes<kBits>;
+  constexpr uint32_t kFinest = (1u << (16 + kBits)) - 1;  // the span for the finest step
+  const uint32_t with_ends = Codes::WithEnds(range);
+  const uint32_t span = with_ends > kFinest ? with_ends : kFinest;
+  // The step is 5, 6, 7 or 8 times a power of two, and all codes of it are more than the span. As a
+  // float the span has these quarters as the first bits of its fraction: one more of them, which
+  // may carry into the exponent, is the step.
   constexpr uint32_t kCoarsest = (127 + 29) << 2;
   const uint32_t above = (BitsBelow(span) >> 21) + 1;
   const uint32_t fitting = above < kCoarsest ? above : kCoarsest;
   const uint32_t exponent = (fitting >> 2) - 127, quarters = fitting & 3;
-  const uint32_t units = (4 + quarters) << (exponent - 24);
+  const uint32_t units = (4 + quarters) << (exponent - (16 + kBits));
   RatioWindow window;
   window.reciprocal = ReciprocalOf(quarters);
-  window.shift = exponent - 9;
+  window.shift = exponent - (1 + kBits);
   const uint32_t top_code = MultiplyHighAdd(top, window.reciprocal, 0) >> window.shift;
-  const int32_t below = static_cast<int32_t>(top_code) - static_cast<int32_t>(kTopCode);
+  const int32_t below = static_cast<int32_t>(top_code) - static_cast<int32_t>(Codes::kTop);
   const uint32_t offset = static_cast<uint32_t>(below > 0 ? below : 0);
-  window.word = offset << 16 | (has_zeros ? kHasZeros : 0) | units;
+  window.word = offset << 16 | (has_zeros ? Codes::kHasZeros : 0) | units;
   window.grid = {units << kStepShift, offset * (units << kStepShift), has_zeros};
   return window;
 }
@@ -158,9 +186,6 @@ PAGED_HD float UnitReciprocalOf(float nu) {
   return FloatOf(MultiplyAdd(e & 1, 0x155555u, of_odd_e));
 }
 
-// 127^2, and a little less so that a block's largest ratio stays below it when it is scaled.
-inline constexpr float kSquares = 16128.99f;
-
 // The scales of a block of first moments. A larger magnitude is stored as if it were the largest. A
 // block whose scale is below the least counts as zero.
 template <bool kHasUnit>
@@ -178,16 +203,22 @@ struct Limits<false> {
 };
 
 // Factors from the block's scale: for decoding, and for encoding.
-PAGED_HD float MuStep(float scale) { return scale * (1.0f / kSquares); }
-template <class Math>
+template <int kBits>
+PAGED_HD float MuStep(float scale) {
+  return scale * (1.0f / RatioCodes<kBits>::kSquares);
+}
+template <int kBits, class Math>
 PAGED_HD float InverseMuStep(Math math, float scale, float least) {
   const bool is_usable = scale >= least;
+  constexpr float kSquares = RatioCodes<kBits>::kSquares;
   return Select(is_usable, kSquares * math.Reciprocal(Select(is_usable, scale, 1.0f)), 0.0f);
 }
 
 // Of element `i`, in units.
+template <int kBits>
 PAGED_HD float DecodeRatioMu(const uint8_t* codes, int i, float mu_step) {
-  const float k = BytePlus2To23(codes, i) - 8388736.0f;
+  constexpr uint32_t kSign = 1u << (kBits - 1);
+  const float k = BytePlus2To23<kSign>(codes, i) - static_cast<float>(8388608u + kSign);
   return k * Abs(k) * mu_step;
 }
 
@@ -196,22 +227,22 @@ PAGED_HD float DecodeRatioMu(const uint8_t* codes, int i, float mu_step) {
 // Let f be uniform in [0, 1). Rounding x >= 0 up from k^2 to (k + 1)^2 if x - k^2 > f (2 k + 1) has
 // no bias. The condition means sqrt(x - f (1 - f)) > k + f, so one square root gives both
 // neighbours and the choice between them.
-template <class Math>
+template <int kBits, class Math>
 PAGED_HD uint8_t EncodeRatioMu(Math math, float ratio, float inverse_mu_step, uint32_t random) {
   const float x = Abs(ratio) * inverse_mu_step;
   const float h = Plus128(random) - 128.5f;  // f - 1/2
   const float y = (x - 0.25f) + h * h;
   const float level = math.Sqrt(Max(y, 8.67361738e-19f)) - h;  // 2^-60
   const float signed_level = FloatOf(BitsOf(level) | (BitsOf(ratio) & 0x80000000u));
-  // Rounds to the nearest integer; the low byte is its two's complement.
-  return static_cast<uint8_t>(BitsOf(signed_level + 12582912.0f));
+  // Rounds to the nearest integer; the low bits are its two's complement.
+  return static_cast<uint8_t>(BitsOf(signed_level + 12582912.0f) & ((1u << kBits) - 1));
 }
 
 // --------------------------------------------------------------------------------- whole blocks
 
 // The window of a block. `top` is the bits of the block's largest non-negative value, `least` those
 // of the lane's smallest. `active` is 0 where an element is idle.
-template <int K, class Block>
+template <int kBits, int K, class Block>
 PAGED_HD RatioWindow FitBlock(const float (&nu)[K], const float (&active)[K], uint32_t top,
                               uint32_t least, Block block) {
   uint32_t bottom = block.Min(least);
@@ -226,12 +257,14 @@ PAGED_HD RatioWindow FitBlock(const float (&nu)[K], const float (&active)[K], ui
     const uint32_t active_range = top > bottom ? top - bottom : 0;
     range = active_range > kIdleRange ? active_range : kIdleRange;
   }
-  return FitWindow(top, range, has_zeros);
+  return FitWindow<kBits>(top, range, has_zeros);
 }
 
-struct Ratio : NoTables {
-  static constexpr char kName[] = "ratio";
+template <int kBits>
+struct RatioOf : NoTables {
+  static constexpr const char* kName = kBits == 8 ? "ratio" : "ratio6";
   using Code = uint8_t;
+  static constexpr int kCodeBits = kBits;
   static constexpr int kWordsPerState = 1;  // of a signed state its scale, of the other the window
   static constexpr bool kIsRandom = true;
   static constexpr bool kStoresRatios = true;
@@ -248,39 +281,43 @@ struct Ratio : NoTables {
     if (!is_window && RoleOf<Arithmetic>(state) == Role::kSigned) {
       return word <= BitsOf(Limits<(kNonNegativeState<Arithmetic> >= 0)>::kLargest);
     }
-    const uint64_t units = word & 255, last = (word >> 16) + 255;  // the largest code's multiple
-    if (units == 0) return word == 0;                              // all codes stand for 0
-    const bool is_known = units <= kCoarsestStep && (word & 0xfe00) == 0;
+    using Codes = RatioCodes<kBits>;
+    constexpr uint32_t kHasZeros = Codes::kHasZeros, kUnused = 0x10000u - 2 * kHasZeros;
+    const uint64_t units = word & (kHasZeros - 1);
+    const uint64_t last = (word >> 16) + (1u << kBits) - 1;  // the largest code's multiple
+    if (units == 0) return word == 0;                        // all codes stand for 0
+    const bool is_known = units <= Codes::kCoarsestStep && (word & kUnused) == 0;
     return is_known && (last * units) << kStepShift < kInfinity &&
            (!is_padded || (word & kHasZeros) != 0);
   }
 
   template <class Arithmetic>
-  static bool MayStoreCode(int, Code&) {
-    return true;
+  static bool MayStoreCode(int, Code& code) {
+    return code >> kBits == 0;
   }
 
   template <class Arithmetic, int K>
-  PAGED_HD static void Decode(NoTables, const Lane<Arithmetic, Ratio, K>& lane,
+  PAGED_HD static void Decode(NoTables, const Lane<Arithmetic, RatioOf, K>& lane,
                               float (&states)[kNumStates<Arithmetic>][K]) {
     if constexpr (kIsAny<Arithmetic>) {
       if ((lane.words[0] & kIsWindow) != 0) {
-        DecodeRatioNus(lane.codes[0], GridOf(lane.words[0] & ~kIsWindow), states[0]);
+        DecodeRatioNus(lane.codes[0], GridOf<kBits>(lane.words[0] & ~kIsWindow), states[0]);
         return;
       }
     }
     constexpr int kNu = kNonNegativeState<Arithmetic>;
-    if constexpr (kNu >= 0) DecodeRatioNus(lane.codes[kNu], GridOf(lane.words[kNu]), states[kNu]);
+    if constexpr (kNu >= 0)
+      DecodeRatioNus(lane.codes[kNu], GridOf<kBits>(lane.words[kNu]), states[kNu]);
     PAGED_UNROLL
     for (int s = 0; s < kNumStates<Arithmetic>; ++s) {
       if (s == kNu) continue;
-      const float step = MuStep(FloatOf(lane.words[s]));
+      const float step = MuStep<kBits>(FloatOf(lane.words[s]));
       PAGED_UNROLL
       for (int k = 0; k < K; ++k) {
         if constexpr (kNu >= 0) {
-          states[s][k] = DecodeRatioMu(lane.codes[s], k, step) * UnitOf(states[kNu][k]);
+          states[s][k] = DecodeRatioMu<kBits>(lane.codes[s], k, step) * UnitOf(states[kNu][k]);
         } else {
-          states[s][k] = DecodeRatioMu(lane.codes[s], k, step);
+          states[s][k] = DecodeRatioMu<kBits>(lane.codes[s], k, step);
         }
       }
     }
@@ -290,7 +327,7 @@ struct Ratio : NoTables {
   PAGED_HD static void Encode(Math math, NoTables, BitRange range, Random word,
                               const float (&directions)[K],
                               float (&states)[kNumStates<Arithmetic>][K],
-                              Lane<Arithmetic, Ratio, K>& lane, Block block) {
+                              Lane<Arithmetic, RatioOf, K>& lane, Block block) {
     constexpr int kNu = kNonNegativeState<Arithmetic>;
     uint32_t random[K];
     PAGED_UNROLL
@@ -322,12 +359,12 @@ struct Ratio : NoTables {
   PAGED_HD static void EncodeNus(BitRange range, const uint32_t (&random)[K],
                                  const float (&directions)[K],
                                  float (&states)[kNumStates<Arithmetic>][K],
-                                 Lane<Arithmetic, Ratio, K>& lane, Block block) {
+                                 Lane<Arithmetic, RatioOf, K>& lane, Block block) {
     constexpr int kNu = kNonNegativeState<Arithmetic>;
     float (&nu)[K] = states[kNu];
     const uint32_t top = LimitNus(block.Max(range.largest), nu);
     const float (&active)[K] = ActiveOf<Arithmetic>(states, directions);
-    const RatioWindow window = FitBlock(nu, active, top, range.least, block);
+    const RatioWindow window = FitBlock<kBits>(nu, active, top, range.least, block);
     uint32_t not_zero[K];
     EncodeRatioNus(window, random, nu, lane.codes[kNu], not_zero);
     lane.words[kNu] = window.word;
@@ -367,7 +404,7 @@ struct Ratio : NoTables {
     for (int k = 0; k < K; ++k) values[k] = Abs(values[k]);  // -0 is 0
     const BitRange range = RangeOf(values);
     const uint32_t top = LimitNus(block.Max(range.largest), values);
-    const RatioWindow window = FitBlock(values, values, top, range.least, block);
+    const RatioWindow window = FitBlock<kBits>(values, values, top, range.least, block);
     uint32_t not_zero[K];
     EncodeRatioNus(window, random, values, codes, not_zero);
     return window.word;
@@ -396,11 +433,16 @@ struct Ratio : NoTables {
       }
       scale = L::kLargest;
     }
-    const float inverse_step = InverseMuStep(math, scale, L::kLeast);
+    const float inverse_step = InverseMuStep<kBits>(math, scale, L::kLeast);
     PAGED_UNROLL
-    for (int k = 0; k < K; ++k) codes[k] = EncodeRatioMu(math, mu[k], inverse_step, random[k]);
+    for (int k = 0; k < K; ++k) {
+      codes[k] = EncodeRatioMu<kBits>(math, mu[k], inverse_step, random[k]);
+    }
     return BitsOf(scale);
   }
 };
+
+using Ratio = RatioOf<8>;
+using Ratio6 = RatioOf<6>;
 
 }  // namespace paged_optax

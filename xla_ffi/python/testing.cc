@@ -48,7 +48,7 @@ py::array_t<uint8_t> Encode(const py::array_t<float, py::array::c_style>& values
 
 // The `ratio` code alone. The word of a block:
 uint32_t WindowWord(uint32_t top, uint32_t range, bool has_zeros) {
-  return FitWindow(top, range, has_zeros).word;
+  return FitWindow<8>(top, range, has_zeros).word;
 }
 
 // codes of second moments in such a block;
@@ -56,7 +56,7 @@ py::array_t<uint8_t> EncodeNus(const py::array_t<float, py::array::c_style>& val
                                uint32_t range, bool has_zeros,
                                const py::array_t<uint32_t, py::array::c_style>& random) {
   py::array_t<uint8_t> codes(values.size());
-  const RatioWindow window = FitWindow(top, range, has_zeros);
+  const RatioWindow window = FitWindow<8>(top, range, has_zeros);
   for (py::ssize_t i = 0; i < values.size(); ++i) {
     float nu[1] = {values.data()[i]};
     const uint32_t words[1] = {random.data()[i]};
@@ -73,9 +73,9 @@ py::array_t<uint8_t> EncodeMus(const py::array_t<float, py::array::c_style>& rat
                                const py::array_t<uint32_t, py::array::c_style>& random) {
   py::array_t<uint8_t> codes(ratios.size());
   for (py::ssize_t i = 0; i < ratios.size(); ++i) {
-    codes.mutable_data()[i] =
-        EncodeRatioMu(IeeeMath(), ratios.data()[i],
-                      InverseMuStep(IeeeMath(), scale, Limits<true>::kLeast), random.data()[i]);
+    codes.mutable_data()[i] = EncodeRatioMu<8>(
+        IeeeMath(), ratios.data()[i], InverseMuStep<8>(IeeeMath(), scale, Limits<true>::kLeast),
+        random.data()[i]);
   }
   return codes;
 }
@@ -94,10 +94,9 @@ py::array_t<uint32_t> RandomBitsOf(int64_t leaf_key, int32_t count, int64_t star
 Region RegionOf(int rule, int format, int64_t num_blocks, bool has_residuals, int64_t start = 0) {
   const auto num_states = static_cast<int32_t>(AllRules().at(rule).states.size());
   const FormatInfo& info = kFormats.at(format);
-  return MakeRegion(
-      {num_states, info.code_bytes * static_cast<int32_t>(kBlockSize),
-       info.words_per_state * num_states, has_residuals ? static_cast<int32_t>(kResidualBytes) : 0},
-      num_blocks, start);
+  return MakeRegion({num_states, info.state_bytes, info.words_per_state * num_states,
+                     has_residuals ? static_cast<int32_t>(kResidualBytes) : 0},
+                    num_blocks, start);
 }
 
 // The step alone: blocks [begin, end) of a single leaf, states in `arena`.

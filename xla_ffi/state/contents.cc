@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "base/status.h"
+#include "layout/six_bits.h"
 
 namespace paged_optax {
 namespace {
@@ -50,32 +51,32 @@ LeafParts ReadLeaf(const Region& region, const Signature::LeafInfo& leaf, ChunkR
   for (int32_t w = 0; w < shape.num_words; ++w) {
     parts.push_back(MakePart(sizeof(float), blocks));
   }
-  ForEachRun(
-      region, leaf.first_block, blocks, [&](const BlockPlace& place, int64_t done, int64_t run) {
-        for (int32_t s = 0; s < shape.num_states; ++s) {
-          std::memcpy(parts[s].data.get() + done * shape.state_bytes,
-                      reader.At(place.codes + s * place.state_stride), run * shape.state_bytes);
-        }
-        if (shape.num_words == 0) return;
-        const uint8_t* words = reader.At(place.words);  // those of a block are neighbours
-        for (int64_t i = 0; i < run * shape.num_words; ++i) {
-          uint8_t* target = parts[shape.num_states + i % shape.num_words].data.get();
-          std::memcpy(target + (done + i / shape.num_words) * 4, words + i * 4, 4);
-        }
-      });
+  ForEachRun(region, leaf.first_block, blocks,
+             [&](const BlockPlace& place, int64_t done, int64_t run) {
+               for (int32_t s = 0; s < shape.num_states; ++s) {
+                 UnpackCodes(shape, reader.At(place.codes + s * place.state_stride), run,
+                             parts[s].data.get() + done * PlainBytes(shape));
+               }
+               if (shape.num_words == 0) return;
+               const uint8_t* words = reader.At(place.words);  // those of a block are neighbours
+               for (int64_t i = 0; i < run * shape.num_words; ++i) {
+                 uint8_t* target = parts[shape.num_states + i % shape.num_words].data.get();
+                 std::memcpy(target + (done + i / shape.num_words) * 4, words + i * 4, 4);
+               }
+             });
   return parts;
 }
 
 void CheckFits(const LeafRewrite& rewrite, const Region& region, const Signature::LeafInfo& leaf) {
   using Arrays = std::vector<LeafRewrite::Bytes>;
-  const auto fits = [&](const Arrays& arrays, int32_t count, int32_t block_bytes) {
+  const auto fits = [&](const Arrays& arrays, int32_t count, int64_t block_bytes) {
     return arrays.size() == static_cast<size_t>(count) &&
            std::all_of(arrays.begin(), arrays.end(), [&](const LeafRewrite::Bytes& array) {
              return array.size == NumBlocks(leaf.size) * block_bytes;
            });
   };
   const BlockShape& shape = region.shape;
-  if (!fits(rewrite.codes, shape.num_states, shape.state_bytes) ||
+  if (!fits(rewrite.codes, shape.num_states, PlainBytes(shape)) ||
       !fits(rewrite.words, shape.num_words, sizeof(float))) {
     throw StatusError(StatusCode::kInvalidArgument, "codes or words of another leaf or format");
   }
@@ -84,12 +85,13 @@ void CheckFits(const LeafRewrite& rewrite, const Region& region, const Signature
 void WriteLeaf(const LeafRewrite& rewrite, const Region& region, const Signature::LeafInfo& leaf,
                int32_t slot, Memory& memory) {
   const BlockShape& shape = region.shape;
-  std::vector<uint8_t> words;
+  std::vector<uint8_t> packed, words;
   ForEachRun(region, leaf.first_block, NumBlocks(leaf.size),
              [&](const BlockPlace& place, int64_t done, int64_t run) {
                for (int32_t s = 0; s < shape.num_states; ++s) {
                  memory.Write(slot, place.codes + s * place.state_stride, run * shape.state_bytes,
-                              rewrite.codes[s].data + done * shape.state_bytes);
+                              PackCodes(shape, rewrite.codes[s].data + done * PlainBytes(shape),
+                                        run, packed));
                }
                if (shape.num_words == 0) return;
                words.resize(run * shape.num_words * 4);  // those of a block are neighbours

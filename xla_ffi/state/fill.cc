@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "layout/six_bits.h"
 #include "state/leaf_work.h"
 #include "state/load.h"
 #include "state/reblock.h"
@@ -92,26 +93,32 @@ class Copying {
       bytes -= odd;
     }
     if (!work_.transcoder.may_store_codes(state, bytes, size)) work_.RefuseValues();
-    WriteBlocks(
-        first, size, kBlockSize * item, work_.transcoder.zero(state), bytes,
-        [state](const BlockPlace& place) { return place.codes + state * place.state_stride; });
+    std::vector<uint8_t> packed;
+    WriteBlocks(first, size, kBlockSize * item, work_.transcoder.zero(state), bytes,
+                [&](const BlockPlace& place, int64_t run, const uint8_t* from) {
+                  const BlockShape& shape = work_.region.shape;
+                  work_.memory.Write(/*slot=*/0, place.codes + state * place.state_stride,
+                                     run * shape.state_bytes, PackCodes(shape, from, run, packed));
+                });
   }
 
   void WriteResiduals(int64_t first, int64_t size, const uint8_t* bytes) const {
     WriteBlocks(first, size, kBlockSize, kZeroResidual, bytes,
-                [](const BlockPlace& place) { return place.residuals; });
+                [&](const BlockPlace& place, int64_t run, const uint8_t* from) {
+                  work_.memory.Write(/*slot=*/0, place.residuals, run * kBlockSize, from);
+                });
   }
 
-  // Bytes of `size` elements, and `padding` in the rest of the last block.
+  // Bytes of `size` elements, and `padding` in the rest of the last block. Calls write_run(place,
+  // number of blocks, their bytes).
   template <class F>
   void WriteBlocks(int64_t first, int64_t size, int64_t block_bytes, uint8_t padding,
-                   const uint8_t* bytes, const F& place_of) const {
+                   const uint8_t* bytes, const F& write_run) const {
     const int64_t whole = size / kBlockSize, left = size % kBlockSize;
     const auto write = [&](int64_t begin, int64_t count, const uint8_t* from) {
       ForEachRun(work_.region, work_.info.first_block + begin, count,
                  [&](const BlockPlace& place, int64_t done, int64_t run) {
-                   work_.memory.Write(/*slot=*/0, place_of(place), run * block_bytes,
-                                      from + done * block_bytes);
+                   write_run(place, run, from + done * block_bytes);
                  });
     };
     write(first, whole, bytes);

@@ -93,6 +93,7 @@ class Decoder {
       std::memcpy(row, from.codes[s].bytes() + block * kBlockSize * code_bytes_, nbytes);
       std::memset(row + nbytes, transcoder_.zero(static_cast<int32_t>(s)),
                   kBlockSize * code_bytes_ - nbytes);
+      if (!transcoder_.may_store_codes(static_cast<int32_t>(s), row, count)) work_.RefuseValues();
       rows_[s] = row;
     }
     for (size_t s = 0; s < from.words.size(); ++s) {

@@ -71,7 +71,7 @@ Extent Signature::MakeExtent() const {
   int64_t end = 0;
   for (size_t i = 0; i < kFormats.size(); ++i) {
     const int32_t num_states = static_cast<int32_t>(AllRules()[rule_].states.size());
-    const BlockShape shape{num_states, kFormats[i].code_bytes * static_cast<int32_t>(kBlockSize),
+    const BlockShape shape{num_states, kFormats[i].state_bytes,
                            kFormats[i].words_per_state * num_states,
                            has_residuals_ ? static_cast<int32_t>(kResidualBytes) : 0};
     extent.regions[i] = MakeRegion(shape, num_blocks_[i], end);

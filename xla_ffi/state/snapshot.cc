@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "base/status.h"
+#include "layout/six_bits.h"
 
 namespace paged_optax {
 
@@ -57,6 +58,7 @@ void Snapshot::ReadBytes(size_t leaf, Kind kind, int32_t state, int64_t begin, i
   const BlockShape& shape = region.shape;
   const Memory& memory = *arena().memory;
   const int64_t first = begin / block, last = (end + block - 1) / block;
+  std::vector<uint8_t> packed, codes;
   std::vector<uint8_t> words, column;  // those of a block are neighbours
   ForEachRun(region, info.first_block + first, last - first,
              [&](const BlockPlace& place, int64_t done, int64_t run) {
@@ -64,7 +66,15 @@ void Snapshot::ReadBytes(size_t leaf, Kind kind, int32_t state, int64_t begin, i
                const int64_t from = std::max(begin - start, int64_t{0});
                const int64_t nbytes = std::min(end - start, run * block) - from;
                uint8_t* const target = destination + (start + from - begin);
-               if (kind == Kind::kCodes) {
+               if (kind == Kind::kCodes && IsPacked(shape)) {
+                 const int64_t blocks = (from + nbytes + block - 1) / block;
+                 packed.resize(blocks * shape.state_bytes);
+                 memory.Read(slot_, place.codes + state * place.state_stride,
+                             static_cast<int64_t>(packed.size()), packed.data());
+                 codes.resize(blocks * block);
+                 UnpackCodes(shape, packed.data(), blocks, codes.data());
+                 std::memcpy(target, codes.data() + from, nbytes);
+               } else if (kind == Kind::kCodes) {
                  memory.Read(slot_, place.codes + state * place.state_stride + from, nbytes,
                              target);
                } else if (kind == Kind::kResiduals) {

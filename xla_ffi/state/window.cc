@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "layout/six_bits.h"
 #include "step/params.h"
 
 namespace paged_optax {
@@ -23,17 +24,18 @@ void Window::Reset(int64_t num_blocks, int64_t size, const Transcoder& transcode
 void WriteWindow(const Window& window, const Region& region, int64_t first, Memory& memory,
                  int32_t slot) {
   const BlockShape& shape = region.shape;
-  ForEachRun(region, first, window.num_blocks(),
-             [&](const BlockPlace& place, int64_t done, int64_t run) {
-               for (int32_t s = 0; s < shape.num_states; ++s) {
-                 memory.Write(slot, place.codes + s * place.state_stride, run * shape.state_bytes,
-                              window.codes(s) + done * shape.state_bytes);
-               }
-               memory.Write(slot, place.residuals, run * shape.residual_bytes,
-                            window.residuals() + done * shape.residual_bytes);
-               memory.Write(slot, place.words, run * shape.num_words * 4,
-                            window.words() + done * shape.num_words);
-             });
+  std::vector<uint8_t> packed;
+  ForEachRun(
+      region, first, window.num_blocks(), [&](const BlockPlace& place, int64_t done, int64_t run) {
+        for (int32_t s = 0; s < shape.num_states; ++s) {
+          memory.Write(slot, place.codes + s * place.state_stride, run * shape.state_bytes,
+                       PackCodes(shape, window.codes(s) + done * PlainBytes(shape), run, packed));
+        }
+        memory.Write(slot, place.residuals, run * shape.residual_bytes,
+                     window.residuals() + done * shape.residual_bytes);
+        memory.Write(slot, place.words, run * shape.num_words * 4,
+                     window.words() + done * shape.num_words);
+      });
 }
 
 }  // namespace paged_optax

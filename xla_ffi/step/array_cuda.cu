@@ -80,7 +80,7 @@ __device__ const ArrayPlace* FindPlace(const CudaArrayCall& call, Header* header
 template <class Format>
 __device__ void LoadCodesOf(const uint8_t* codes, const uint8_t* words, int thread,
                             Lane<Values, Format, kLane>& lane) {
-  LoadCodes(codes + thread * kLane * sizeof(typename Format::Code), lane.codes[0]);
+  LoadLaneCodes<Format>(codes + thread * kLaneBytes<Format>, thread, lane.codes[0]);
   if constexpr (kNumWords<Values, Format> > 0) {
     lane.words[0] = *reinterpret_cast<const uint32_t*>(words);
   }
@@ -116,7 +116,7 @@ __device__ void StoreBlock(const ArrayShared<Format>& shared, const CudaArray& a
   const int64_t at = place.first_block + block;
   const BlockPlace bytes = place.region.Locate(at);
   uint8_t* base = shared.target[place.region.Chunk(at) >> shared.log2_chunks];
-  StoreCodes(lane.codes[0], base + bytes.codes + thread * kLane * sizeof(typename Format::Code));
+  StoreLaneCodes<Format>(lane.codes[0], thread, base + bytes.codes + thread * kLaneBytes<Format>);
   if constexpr (kNumWords<Values, Format> > 0) {
     if (thread == 0) *reinterpret_cast<uint32_t*>(base + bytes.words) = lane.words[0];
   }

@@ -11,8 +11,8 @@
 
 namespace paged_optax {
 
-// What a warp fetches of a block: gradients, parameters, and the codes of each state, of a byte. A
-// thread's halves of 16 bytes lie apart, so that a warp reads each half without bank conflicts.
+// What a warp fetches of a block: gradients, parameters, and the codes of each state (lane_cuda.h).
+// A thread's halves of 16 bytes lie apart, so that a warp reads each half without bank conflicts.
 struct FetchedArray {
   alignas(16) uint8_t halves[kLane / 4][kWarpSize][16];
 };

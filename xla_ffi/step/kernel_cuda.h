@@ -78,7 +78,7 @@ __device__ inline void StepParams(const ParamStep& step, const Leaf& leaf, int64
 // Kernels that fetch ahead. Those of other formats are rarely used, and would need too much shared
 // memory.
 template <class Format>
-inline constexpr bool kFetchesAhead = std::is_same_v<Format, Ratio>;
+inline constexpr bool kFetchesAhead = Format::kStoresRatios;
 
 // What the threads of a block have in common.
 template <class Rule, class Format, int kOutput>
@@ -125,7 +125,7 @@ __device__ __forceinline__ Group OpenGroup(const Shared<Rule, Format, kOutput>& 
                                            int64_t first, int begin, int end, int thread) {
   constexpr int kWords = kNumWords<Rule, Format>;
   const BlockPlace place = region.Locate(first);
-  const int lane = thread * kLane * static_cast<int>(sizeof(typename Format::Code));
+  const int lane = thread * kLaneBytes<Format>;
   Group group;
   group.stride = static_cast<int>(place.state_stride);
   group.to_residuals = static_cast<int>(place.residuals - place.codes) + thread * kLane - lane;
@@ -144,9 +144,8 @@ __device__ __forceinline__ Group OpenGroup(const Shared<Rule, Format, kOutput>& 
 }
 
 template <class Rule, class Format>
-__device__ __forceinline__ void LoadCodesOf(const Group& group, int i,
+__device__ __forceinline__ void LoadCodesOf(const Group& group, int i, int thread,
                                             Lane<Rule, Format, kLane>& lane) {
-  constexpr int kStateBytes = sizeof(typename Format::Code) * kBlockSize;
 #pragma unroll
   for (int s = 0; s < kNumStates<Rule>; ++s) {
     if (group.source == nullptr) {
@@ -155,7 +154,8 @@ __device__ __forceinline__ void LoadCodesOf(const Group& group, int i,
         lane.codes[s][k] = Format::template Zero<Rule>(s);
       }
     } else {
-      LoadCodes(group.source + i * kStateBytes + s * group.stride, lane.codes[s]);
+      LoadLaneCodes<Format>(group.source + i * kStateBytes<Format> + s * group.stride, thread,
+                            lane.codes[s]);
     }
   }
 }
@@ -173,11 +173,11 @@ __device__ __forceinline__ void TakeWords(const Group& group, int i,
 template <class Rule, class Format>
 __device__ __forceinline__ void StoreLane(const Lane<Rule, Format, kLane>& lane, int i, int thread,
                                           Group& group) {
-  constexpr int kStateBytes = sizeof(typename Format::Code) * kBlockSize;
   constexpr int kWords = kNumWords<Rule, Format>;
 #pragma unroll
   for (int s = 0; s < kNumStates<Rule>; ++s) {
-    StoreCodes(lane.codes[s], group.target + i * kStateBytes + s * group.stride);
+    StoreLaneCodes<Format>(lane.codes[s], thread,
+                           group.target + i * kStateBytes<Format> + s * group.stride);
   }
 #pragma unroll
   for (int w = 0; w < kWords; ++w) {
@@ -249,10 +249,10 @@ __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared, c
                            stage.params.halves[1][thread]);
         }
       }
-      const uint8_t* codes = group.source + next * static_cast<int>(kBlockSize);
+      const uint8_t* codes = group.source + next * kStateBytes<Format>;
 #pragma unroll
       for (int s = 0; s < kNumStates<Rule>; ++s) {
-        CopyAhead<kLane>(codes + s * group.stride, stage.codes[s][thread]);
+        CopyCodesAhead<Format>(codes + s * group.stride, thread, stage.codes[s][thread]);
       }
     }
   };
@@ -278,13 +278,15 @@ __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared, c
       if (is_fetched) {
         Take(stage.grads, bytes.grads, leaf.dtype, thread, values);
 #pragma unroll
-        for (int s = 0; s < kNumStates<Rule>; ++s) LoadCodes(stage.codes[s][thread], lane.codes[s]);
+        for (int s = 0; s < kNumStates<Rule>; ++s) {
+          TakeCodes<Format>(stage.codes[s][thread], thread, lane.codes[s]);
+        }
       }
     }
     const int count = is_fetched ? kLane : NumElements(leaf, start);
     if (!is_fetched) {
       Load(leaf.grads, leaf.dtype, start, count, values);
-      LoadCodesOf(group, i, lane);
+      LoadCodesOf(group, i, thread, lane);
     }
     TakeWords(group, i, lane);
     const int num_fresh = group.source == nullptr ? count : 0;
@@ -355,8 +357,7 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<Rule, Format, kOutput>))
   const bool has_residuals = args.region.shape.residual_bytes != 0;
   Region region = args.region;
   // Constants, so that the compiler can fold them.
-  region.shape = {kNumStates<Rule>, sizeof(typename Format::Code) * kBlockSize,
-                  kNumWords<Rule, Format>,
+  region.shape = {kNumStates<Rule>, kStateBytes<Format>, kNumWords<Rule, Format>,
                   TakesParams(output) ? args.region.shape.residual_bytes : 0};
   const int64_t end = region.num_blocks;
   const int64_t resident_end = accepted ? min(resolved.resident_blocks[args.format], end) : end;

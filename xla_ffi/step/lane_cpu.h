@@ -6,6 +6,7 @@
 
 #include "base/dtype.h"
 #include "layout/layout.h"
+#include "layout/six_bits.h"
 
 namespace paged_optax {
 
@@ -44,14 +45,32 @@ PAGED_HD void StoreBlock(void* target, DType dtype, int64_t start, int count,
   }
 }
 
+// The codes of a state of a block, out of an arena and into it.
+template <class Format>
+PAGED_HD void LoadCodes(const uint8_t* source, typename Format::Code (&codes)[kCpuLane]) {
+  if constexpr (Format::kCodeBits == 6) {
+    UnpackBlock(source, codes);
+  } else {
+    std::memcpy(codes, source, sizeof(codes));
+  }
+}
+
+template <class Format>
+PAGED_HD void StoreCodes(const typename Format::Code (&codes)[kCpuLane], uint8_t* target) {
+  if constexpr (Format::kCodeBits == 6) {
+    PackBlock(codes, target);
+  } else {
+    std::memcpy(target, codes, sizeof(codes));
+  }
+}
+
 template <class Rule, class Format>
 PAGED_HD void LoadLane(const uint8_t* source, const BlockPlace& place,
                        Lane<Rule, Format, kCpuLane>& lane) {
   using Code = typename Format::Code;
   for (int s = 0; s < kNumStates<Rule>; ++s) {
     if (source != nullptr) {
-      std::memcpy(lane.codes[s], source + place.codes + s * place.state_stride,
-                  sizeof(lane.codes[s]));
+      LoadCodes<Format>(source + place.codes + s * place.state_stride, lane.codes[s]);
       continue;
     }
     const Code zero = Format::template Zero<Rule>(s);
@@ -67,8 +86,7 @@ template <class Rule, class Format>
 PAGED_HD void StoreLane(const Lane<Rule, Format, kCpuLane>& lane, const BlockPlace& place,
                         uint8_t* target) {
   for (int s = 0; s < kNumStates<Rule>; ++s) {
-    std::memcpy(target + place.codes + s * place.state_stride, lane.codes[s],
-                sizeof(lane.codes[s]));
+    StoreCodes<Format>(lane.codes[s], target + place.codes + s * place.state_stride);
   }
   std::memcpy(target + place.words, lane.words, kNumWords<Rule, Format> * sizeof(uint32_t));
 }

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "base/gpu_memory.h"
+#include "layout/six_bits.h"
 #include "step/block.h"
 
 namespace paged_optax {
@@ -136,6 +137,22 @@ __device__ inline void Store(const Leaf& leaf, int64_t start, int count,
   Store(leaf.results, leaf.result_dtype, start, count, values);
 }
 
+// The distance, in an arena, from the codes of one thread to those of the next. Of codes of 6 bits,
+// that of their lower bits.
+template <class Format>
+inline constexpr int kLaneBytes =
+    Format::kCodeBits == 6 ? kLane / 2 : kLane * static_cast<int>(sizeof(typename Format::Code));
+
+__device__ inline void PutCodes(uint32_t lower, uint32_t upper, uint8_t (&codes)[kLane]) {
+  const EightCodes eight = UnpackEight(lower, upper);
+  *reinterpret_cast<uint2*>(&codes[0]) = {eight.first, eight.last};
+}
+
+// Where the upper bits of a thread's codes of 6 bits are, if their lower bits are at `codes`.
+__device__ inline const uint8_t* UpperBitsOf(const uint8_t* codes, int thread) {
+  return codes + (kUpperBits - 2 * thread);
+}
+
 // The codes of a state, of 1, 2 or 4 bytes each; aligned.
 __device__ inline void LoadCodes(const uint8_t* source, uint8_t (&codes)[kLane]) {
   *reinterpret_cast<uint2*>(&codes[0]) = *reinterpret_cast<const uint2*>(source);
@@ -159,6 +176,55 @@ __device__ inline void StoreCodes(const uint8_t (&codes)[kLane], uint8_t* target
 
 __device__ inline void StoreCodes(const float (&codes)[kLane], uint8_t* target) {
   StoreFloats(codes, reinterpret_cast<float*>(target));
+}
+
+// The codes of a thread, at `source` in an arena, and what copies ahead have of them in shared
+// memory: codes of 6 bits are the four bytes with their lower bits, and four with the upper bits of
+// this thread and its neighbour.
+template <class Format>
+__device__ inline void LoadLaneCodes(const uint8_t* source, int thread,
+                                     typename Format::Code (&codes)[kLane]) {
+  if constexpr (Format::kCodeBits == 6) {
+    PutCodes(*reinterpret_cast<const uint32_t*>(source),
+             *reinterpret_cast<const uint16_t*>(UpperBitsOf(source, thread)), codes);
+  } else {
+    LoadCodes(source, codes);
+  }
+}
+
+template <class Format>
+__device__ inline void StoreLaneCodes(const typename Format::Code (&codes)[kLane], int thread,
+                                      uint8_t* target) {
+  if constexpr (Format::kCodeBits == 6) {
+    const uint2 bytes = *reinterpret_cast<const uint2*>(&codes[0]);
+    const EightCodes eight{bytes.x, bytes.y};
+    *reinterpret_cast<uint32_t*>(target) = LowerBits(eight);
+    *reinterpret_cast<uint16_t*>(target + (kUpperBits - 2 * thread)) =
+        static_cast<uint16_t>(UpperBits(eight));
+  } else {
+    StoreCodes(codes, target);
+  }
+}
+
+template <class Format>
+__device__ inline void CopyCodesAhead(const uint8_t* source, int thread, uint8_t (&copy)[kLane]) {
+  if constexpr (Format::kCodeBits == 6) {
+    CopyAhead<4>(source, &copy[0]);
+    CopyAhead<4>(UpperBitsOf(source, thread) - 2 * (thread & 1), &copy[4]);
+  } else {
+    CopyAhead<kLane>(source, copy);
+  }
+}
+
+template <class Format>
+__device__ inline void TakeCodes(const uint8_t (&copy)[kLane], int thread,
+                                 typename Format::Code (&codes)[kLane]) {
+  if constexpr (Format::kCodeBits == 6) {
+    const uint2 bytes = *reinterpret_cast<const uint2*>(&copy[0]);
+    PutCodes(bytes.x, bytes.y >> 16 * (thread & 1) & 0xffffu, codes);
+  } else {
+    LoadCodes(copy, codes);
+  }
 }
 
 // The tables of a format, for each thread block to copy into shared memory.

@@ -30,7 +30,7 @@ PAGED_HD void PrefetchBlock(const void* data, DType dtype, int64_t start, int64_
 // The codes of the block after the one at `place`, if they follow it.
 template <class Rule, class Format>
 PAGED_HD void PrefetchCodes(const CpuWork& work, const BlockPlace& place) {
-  constexpr int64_t kBytes = sizeof(typename Format::Code) * kBlockSize;
+  constexpr int64_t kBytes = kStateBytes<Format>;
   if (work.source == nullptr) return;
   for (int s = 0; s < kNumStates<Rule>; ++s) {
     Prefetch(work.source + place.codes + s * place.state_stride + kBytes, kBytes);
