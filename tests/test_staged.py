@@ -50,6 +50,7 @@ from paged_optax import (
     save_moments,
     skip_non_finite,
 )
+from paged_optax._state import read_token
 
 f32 = np.float32
 
@@ -57,9 +58,14 @@ f32 = np.float32
 SHAPES = {"a": (4099,), "b": (7,), "c": (1500, 1001), "d": (0, 5000), "e": (64, 80), "s": ()}
 
 
+def token_of(state):
+    """Handle and version of a state, once its step is done on every device."""
+    return read_token(find_state(state))
+
+
 def read_state(state, tx=None):
     """The moments of a state on any devices, as the extension takes them."""
-    handle, version = np.asarray(find_state(state).token).tolist()
+    handle, version = token_of(state)
     spec: dict = {"leaves": []}
     for report in ext.describe(handle, version):
         with ext.snapshot(report["platform"], report["ordinal"], handle, version) as snapshot:
@@ -113,7 +119,7 @@ def assert_same_moments(state, other):
     """Two states on one device each store the same bits, padding included."""
     bits = []
     for each in (state, other):
-        handle, version = np.asarray(find_state(each).token).tolist()
+        handle, version = token_of(each)
         (report,) = ext.describe(handle, version)
         where = report["platform"], report["ordinal"], handle, version
         leaves = [list(map(np.asarray, leaf)) for leaf in read_leaves(*where)]
@@ -222,14 +228,14 @@ def train_adam(num_steps=2, shapes=SHAPES, tx=None, **options):
 
 
 def open_state(state):
-    handle, version = np.asarray(find_state(state).token).tolist()
+    handle, version = token_of(state)
     (report,) = ext.describe(handle, version)
     return ext.snapshot(report["platform"], report["ordinal"], handle, version)
 
 
 def test_a_snapshot_describes_itself(device):
     _, _, state = train_adam()
-    handle, version = np.asarray(find_state(state).token).tolist()
+    handle, version = token_of(state)
     with open_state(state) as snapshot:
         assert (snapshot.handle, snapshot.version, snapshot.rule) == (handle, version, "adam")
         assert (snapshot.num_slots, snapshot.num_devices, snapshot.part) == (1, 1, 0)
@@ -285,7 +291,7 @@ def test_read_leaf_parts(device):
 def test_a_snapshot_of_another_version_is_refused(device):
     tx, params, state = train_adam()
     _, newer = run(tx, params, state, [9])
-    handle, version = np.asarray(find_state(newer).token).tolist()
+    handle, version = token_of(newer)
     where = "cpu" if device.platform == "cpu" else "cuda", 0
     for token in [(handle, version - 1), (handle, 0)]:
         with pytest.raises(RuntimeError, match="not the newest"):
@@ -559,7 +565,7 @@ def cut_rows(spec, leaf, row):
 def test_another_model_is_refused_and_the_right_one_goes_on(other, shapes, match):
     tx, params, state = train_adam(shapes=SMALL)
     restored = restore(state, read_state(state))
-    token = np.asarray(find_state(restored).token).tolist()
+    token = token_of(restored)
     others = to_jax(make_tree(0, shapes))
     count = num_arenas()
     wrong = with_token(other.init(others), token)
@@ -596,7 +602,7 @@ def test_residuals_only_where_there_were_some():
 def test_staged_describes_what_waits():
     tx, params, state = train_adam(shapes=SMALL)
     restored = restore(state, read_state(state))
-    handle, version = np.asarray(find_state(restored).token).tolist()
+    handle, version = token_of(restored)
     assert version == 1
     assert ext.staged(handle) == {
         "rule": "adam",
@@ -617,7 +623,7 @@ def test_staged_describes_what_waits():
 def test_fresh_handles():
     tx = paged_adam8bit(1e-3)
     state = tx.init(to_jax(make_tree(0, SMALL)))
-    handle = int(find_state(state).token[0])
+    handle = token_of(state)[0]
     assert ext.version_of(handle) == 0 and ext.is_alive(handle) and ext.staged(handle) is None
     assert ext.forget(handle, now=True)
     assert ext.version_of(handle) is None and not ext.is_alive(handle) and num_unused() == 0
@@ -630,12 +636,12 @@ def test_a_forgotten_handle_works_for_a_while():
     restored = restore(state, spec)
     fresh = tx.init(params)
     for each in (restored, fresh):
-        assert ext.forget(int(find_state(each).token[0]))
+        assert ext.forget(token_of(each)[0])
     expected = run(tx, params, state, [3], shapes=SMALL)[0]
     assert_trees_equal(run(tx, params, restored, [3], shapes=SMALL)[0], expected)
     jax.block_until_ready(run(tx, params, fresh, [3], shapes=SMALL))
     assert num_unused() == 0
-    assert not ext.forget(int(find_state(fresh).token[0]))  # it was used
+    assert not ext.forget(token_of(fresh)[0])  # it was used
 
 
 def test_many_forgotten_handles_end():
@@ -647,7 +653,7 @@ def test_many_forgotten_handles_end():
     assert num_unused() == 32 and not ext.is_alive(handles[7]) and ext.is_alive(handles[8])
     kept = [tx.init(params) for _ in range(300)]  # dropped ones end at once
     for fresh in kept:
-        ext.forget(int(find_state(fresh).token[0]))
+        ext.forget(token_of(fresh)[0])
     assert num_unused() == 256
 
 
@@ -673,7 +679,7 @@ def test_release_drops_what_was_staged():
         elif end == "all":
             release_all()
         else:
-            end(int(find_state(restored).token[0]))
+            end(token_of(restored)[0])
     assert Array.alive == 2
     piece["codes"] = []
     assert Array.alive == 0
@@ -741,7 +747,7 @@ def test_eight_devices_go_on(name):
     actual, other = run(tx, params, restored, range(4, 7), shapes=MESH_SHAPES, put=put)
     assert_trees_equal(actual, expected)
     assert_trees_equal(moments(other), moments(last))
-    assert ext.staged(int(find_state(restored).token[0])) is None
+    assert ext.staged(token_of(restored)[0]) is None
 
 
 def test_eight_devices_in_another_order():
@@ -761,7 +767,7 @@ def test_eight_devices_refuse_as_one():
     spec = read_state(state)
     restored = restore(state, spec)
     _, put = make_put(8)
-    token = np.asarray(find_state(restored).token).tolist()
+    token = token_of(restored)
     wrong = with_token(other.init(params), token)
     stepped = jax.block_until_ready(make_step(other)(params, wrong, put(make_tree(4, MESH_SHAPES))))
     assert_trees_equal(jax.device_get(stepped[0]), jax.device_get(params))

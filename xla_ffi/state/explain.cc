@@ -25,6 +25,16 @@ std::string FailedInTheMiddle() {
          "after paged_optax.release(opt_state), which frees these moments.";
 }
 
+// Its step is still to run on this device, although others may have run it, or will not run at all.
+std::string NotYetMade(const Refusal& refusal) {
+  return "the moments of this optimizer state are not the newest ones: they are at version " +
+         std::to_string(refusal.version) + ", and the state is of version " +
+         std::to_string(refusal.token.version) +
+         ". The step that makes them has not run on this device yet, or was refused, or the token "
+         "was changed by hand. Wait for the step with jax.block_until_ready(opt_state). " +
+         kWaysOut + kLeftAsTheyWere;
+}
+
 bool CanRestart(const Refusal& refusal) {
   return refusal.request == nullptr || refusal.request->rule() != kArrayRule;
 }
@@ -32,6 +42,7 @@ bool CanRestart(const Refusal& refusal) {
 std::string NotTheNewest(const Refusal& refusal) {
   if (refusal.token.version < 0) return LostStep();
   if (refusal.token.version == refusal.version) return FailedInTheMiddle();
+  if (refusal.token.version > refusal.version) return NotYetMade(refusal);
   std::string text = "this optimizer state is not the newest one: its moments were at version " +
                      std::to_string(refusal.token.version) +
                      ", and later steps have since moved them to version " +
