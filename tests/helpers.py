@@ -267,10 +267,15 @@ def let_cpu_build_compile_for_gpus():
 # --- What is stored -----------------------------------------------------------------------------
 
 
+def token_of(state):
+    """Handle and version of a state, once its step is done on every device."""
+    (state,) = _state.find_states(state)
+    return _state.read_token(state)
+
+
 def _read(state, read):
     """`read(platform, ordinal, handle, version)` of a state on one device."""
-    (state,) = _state.find_states(state)
-    handle, version = jax.device_get(state.token).tolist()
+    handle, version = token_of(state)
     (report,) = _ext.describe(handle, version)
     return read(report["platform"], report["ordinal"], handle, version)
 

@@ -36,6 +36,7 @@ from helpers import (
     reference,
     release_all,
     to_jax,
+    token_of,
 )
 from paged_optax import (
     Paging,
@@ -50,17 +51,11 @@ from paged_optax import (
     save_moments,
     skip_non_finite,
 )
-from paged_optax._state import read_token
 
 f32 = np.float32
 
 # Blocks that are not full, more than one chunk of blocks, nothing, and small leaves in float32.
 SHAPES = {"a": (4099,), "b": (7,), "c": (1500, 1001), "d": (0, 5000), "e": (64, 80), "s": ()}
-
-
-def token_of(state):
-    """Handle and version of a state, once its step is done on every device."""
-    return read_token(find_state(state))
 
 
 def read_state(state, tx=None):
