@@ -39,7 +39,7 @@ def _moments_of(token: Token) -> Moments | None:
     try:
         with opened(value) as contents:
             return to_arrays([contents])
-    except RuntimeError:  # not the newest, or released meanwhile
+    except _ext.StateRefused:  # not the newest, or released meanwhile
         return None
 
 

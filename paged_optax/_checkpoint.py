@@ -15,6 +15,7 @@ from ._contents import Contents, FilePart, merge
 from ._log import log, named, told
 from ._metadata import entries_of
 from ._part_file import replacing
+from ._refused import tell_refusals
 from ._replace import replace_moments
 from ._state import find_states, read_count, read_token
 from ._transfer import opened
@@ -201,6 +202,7 @@ def _opened(opt_state: Any) -> Iterator[list[Contents | None]]:
     states = find_states(opt_state)
     for state in states:  # before any is opened: a step that one waits for may update another
         read_token(state)
+    tell_refusals()
     counts = [read_count(state.count) for state in states]
     with contextlib.ExitStack() as stack:
         pairs = zip(states, counts, strict=True)

@@ -5,6 +5,7 @@ from typing import Any
 from . import _ext
 from ._bytes import check_bytes
 from ._log import named, told
+from ._refused import tell_refusals
 from ._state import find_states, read_anyway, read_token
 from ._states import StateInfo
 from ._watch import await_steps
@@ -107,6 +108,7 @@ def release(opt_state: Any) -> int:
     else:
         handles = {read_anyway(state)[0] for state in find_states(opt_state)}
     with named("release"):
+        await_steps()  # a step that came after its moments are gone would be refused
         freed = sum(_ext.release(handle) for handle in handles)
         return told("release freed %s of moments, of %d state(s)", freed, len(handles))
 
@@ -130,10 +132,11 @@ def release_all() -> int:
       True
     """
     with named("release_all"):
-        await_steps()  # a step that came after its moments are gone would be refused
+        await_steps()  # as above
         return told("release_all freed %s of moments", _ext.release_all())
 
 
 def _limit(opt_state: Any, device_bytes: int) -> int:
     tokens = dict(read_token(state) for state in find_states(opt_state))
+    tell_refusals()
     return sum(_ext.limit(*token, device_bytes) for token in tokens.items())

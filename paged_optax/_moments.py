@@ -15,6 +15,7 @@ from . import _ext, _names
 from . import _reference as reference
 from ._contents import BLOCK, Contents, Field
 from ._log import named
+from ._refused import tell_refusals
 from ._shards import Shards
 from ._state import PagedState, find_states, read_token
 from ._tables import RULES, rule_number
@@ -120,6 +121,7 @@ def _merge(one: Any, other: Any) -> Any:
 def _read_state(state: PagedState, gather: bool) -> Values:
     """The moments of one state: a tree for each that its rule has."""
     handle, version = read_token(state)
+    tell_refusals()
     staged = find_staged(handle, version)
     if staged is not None:
         return _to_trees(staged.tree, _decode(staged))

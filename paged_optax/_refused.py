@@ -48,7 +48,24 @@ def stop_if_refused(value: Any) -> None:
     if value.is_deleted():
         _ext.raise_refused()  # whose it was nobody knows, and the call fails anyway
     elif value.shape == TOKEN_SHAPE:
+        _await(value)
         _ext.raise_refused(local_handle(value))
+
+
+def _await(token: jax.Array) -> None:
+    """Waits for every device: each refuses the step, and all of them are told of at once."""
+    with contextlib.suppress(RuntimeError):  # the program failed, which whoever gets it will see
+        token.block_until_ready()
+
+
+def tell_refusals() -> None:
+    """Raises if a step of any state was refused, and nobody has been told.
+
+    Raises:
+      StateRefused: says why.
+    """
+    if _ext.any_refused():
+        _ext.raise_refused()
 
 
 def is_entry() -> bool:

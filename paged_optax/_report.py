@@ -11,6 +11,7 @@ from . import _ext, _names
 from ._bytes import format_bytes
 from ._log import named
 from ._pool import advise, xla_pool
+from ._refused import tell_refusals
 from ._state import find_states, read_token
 from ._transfer import find_staged
 
@@ -239,6 +240,7 @@ def memory_report(opt_state: Any) -> MemoryReport:
 def _describe_states(paged_states: list[Any]) -> tuple[list[dict[str, Any]], int]:
     """What C++ says of each state on each device, and the bytes on devices of other processes."""
     states = {read_token(state): state for state in paged_states}
+    tell_refusals()
     newest = {handle: (version, state) for (handle, version), state in states.items()}
     reports, elsewhere = [], 0
     for handle, (version, state) in newest.items():  # several versions of one state count once

@@ -13,6 +13,7 @@ from . import _reference as reference
 from ._any import PagedArraysState
 from ._contents import BLOCK, Contents, Leaf, Shape, with_arrays
 from ._names import is_by_place, names_of
+from ._refused import tell_refusals
 from ._replace import put_in
 from ._state import as_state, is_state, no_states, read_handle
 from ._tables import RULES, rule_number
@@ -89,6 +90,7 @@ def reset(opt_state: Any, where: Any = True) -> Any:
         state = as_state(nodes[i])
         assert state is not None
         handle, version = read_handle(state.token)
+        tell_refusals()
         plans.append((i, handle, version, _plan(handle, version, masks, used)))
     if missing := [path for path, mask in masks if mask.any() and path not in used]:
         if any(plan is not None for *_, plan in plans):

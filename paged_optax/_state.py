@@ -6,6 +6,7 @@ executed update makes a new version. A token that is not the newest is recognise
 the moments stay as they were. `xla_ffi/README.md` gives the full contract.
 """
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -235,6 +236,8 @@ def read_anyway(state: PagedState) -> tuple[int, int]:
     token = jax.tree.leaves(state.token)[0]
     if not isinstance(token, jax.Array) or isinstance(token, Tracer):
         return read_token(state)
+    with contextlib.suppress(RuntimeError):  # they may not agree
+        token.block_until_ready()
     found = local_token(token)
     if found is None:
         return read_token(state)  # which says what to do

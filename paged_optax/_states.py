@@ -4,14 +4,10 @@ import contextlib
 import dataclasses
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from . import _ext
 from ._bytes import format_bytes
-from ._ffi import TOKEN_SHAPE
 from ._local import local_handle
-from ._watch import await_steps
+from ._watch import await_steps, live_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +104,9 @@ def _of_reports(handle: int, reports: list[dict[str, Any]], is_held: bool) -> St
 def _held_handles() -> set[int]:
     """The handles in all arrays that may be tokens."""
     handles = set()
-    for platform in {device.platform for device in jax.local_devices()} | {"cpu"}:
-        for array in jax.live_arrays(platform):
-            if array.dtype != jnp.int32 or array.shape != TOKEN_SHAPE or array.is_deleted():
-                continue
-            with contextlib.suppress(RuntimeError):  # of a program that failed
-                handles.add(local_handle(array))
+    for array in live_tokens():
+        with contextlib.suppress(RuntimeError):  # of a program that failed, or donated meanwhile
+            handles.add(local_handle(array))
     return handles - {None}
 
 

@@ -10,6 +10,7 @@ from ._bitsandbytes import NESTED, check_known, find_keys
 from ._bitsandbytes_entry import OPTIMIZERS, SIGNED, tensors_of
 from ._contents import BLOCK, Contents
 from ._moments import decode_leaf
+from ._refused import tell_refusals
 from ._state import find_states, read_count
 from ._transfer import opened
 
@@ -66,6 +67,7 @@ def to_bitsandbytes(
     if len(states) != 1:
         raise ValueError(f"found {len(states)} paged states; pass one of them")
     count = read_count(states[0].count)
+    tell_refusals()
     with opened(states[0].token) as contents:
         if contents is None:
             raise ValueError("this optimizer state was never updated: there are no moments yet")

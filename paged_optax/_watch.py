@@ -6,15 +6,19 @@ token is watched from when it is made until the first update.
 """
 
 import collections
+import contextlib
 import dataclasses
+import itertools
 import threading
 import weakref
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
 
 from . import _ext
+from ._ffi import TOKEN_SHAPE
 from ._local import local_handle
 
 # Tokens that programs under way will make, oldest first: also those whose owners are gone already.
@@ -47,8 +51,7 @@ def watch(value: Any) -> None:
         return
     with _lock:
         _under_way.append(value)
-        while _under_way and (_under_way[0].is_deleted() or _is_ready(_under_way[0])):
-            _under_way.popleft()
+        _drop_ready()
         if not _ext.num_unused():
             return
         if not _is_of(_by_array.get(id(value)), value):
@@ -57,14 +60,35 @@ def watch(value: Any) -> None:
 
 
 def await_steps() -> None:
-    """Waits for the programs that make tokens, and lets go of these."""
-    while _under_way:
-        try:
-            array = _under_way.popleft()
-            if not array.is_deleted():
-                array.block_until_ready()
-        except (IndexError, RuntimeError, ValueError):  # the program failed, or the token is gone
-            pass
+    """Waits for the programs under way that make tokens, and lets go of these.
+
+    Programs that other threads start meanwhile are left to them.
+    """
+    with _lock:
+        arrays = list(_under_way)
+    for array in itertools.chain(arrays, live_tokens()):
+        with contextlib.suppress(RuntimeError, ValueError):  # the program failed, or it was donated
+            array.block_until_ready()
+    del arrays
+    with _lock:
+        _drop_ready()
+    look()
+
+
+def live_tokens() -> list[jax.Array]:
+    """All arrays of this process that may be tokens: also those that an nnx.Variable has."""
+    platforms = {device.platform for device in jax.local_devices()} | {"cpu"}
+    return [
+        array
+        for platform in platforms
+        for array in jax.live_arrays(platform)
+        if array.dtype == jnp.int32 and array.shape == TOKEN_SHAPE and not array.is_deleted()
+    ]
+
+
+def _drop_ready() -> None:
+    while _under_way and (_under_way[0].is_deleted() or _is_ready(_under_way[0])):
+        _under_way.popleft()
 
 
 def _is_ready(array: Any) -> bool:
