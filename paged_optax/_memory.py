@@ -84,6 +84,8 @@ def prefetch(opt_state: Any) -> int:
 def release(opt_state: Any) -> int:
     """Frees the moments of an optimizer state. The state cannot be updated any more.
 
+    Waits for the steps under way.
+
     Args:
       opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it, of any
         version; or an entry of `states`, or a list of such entries.

@@ -245,7 +245,7 @@ def run_python(code, folder, *arguments, options=(), check=True, **environment):
         env={k: v for k, v in {**os.environ, **environment}.items() if v is not None},
         capture_output=True,
         text=True,
-        timeout=900,  # ends a process that hangs, and none that is slow
+        timeout=3600,  # ends a process that hangs, and none that is slow
     )
     assert not check or process.returncode == 0, process.stdout + process.stderr
     return process

@@ -1,6 +1,8 @@
 """Programs that run as several processes of one job (`jax.distributed`), on CPU devices or GPUs."""
 
+import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -30,10 +32,12 @@ JOIN = """
 
 
 def free_port():
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on, and that no outgoing connection gets by itself."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
 
 
 def run(program, folder, platform, count, *arguments, name=""):

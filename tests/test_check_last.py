@@ -129,13 +129,13 @@ def test_checks_of_two_threads():
 
     def wait(updates, state, params=None):
         begun.set()
-        assert go_on.wait(60)
+        assert go_on.wait(600)
         return updates, state
 
     pause = optax.GradientTransformation(lambda params: optax.EmptyState(), wait)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         check = pool.submit(check_last, optax.chain(pause, make()), PARAMS)
-        assert begun.wait(60)
+        assert begun.wait(600)
         check_last(make(), PARAMS)
         with pytest.raises(ValueError, match="after the paged optimizer"):
             check_last(optax.chain(make(), optax.scale(0.5)), PARAMS)

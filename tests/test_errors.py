@@ -740,7 +740,7 @@ def test_too_little_host_memory(tmp_path):
     error, went_on = process.stdout.splitlines()
     assert "RESOURCE_EXHAUSTED" in error
     assert "the optimizer's moments need 32.00 MiB of address space" in error
-    assert "the limit of this process (ulimit -v) leaves 8.00 MiB" in error
+    assert "the limit of this process (ulimit -v) leaves" in error
     assert went_on == "went on"
 
 

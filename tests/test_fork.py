@@ -20,7 +20,7 @@ def in_child(action):
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
-        signal.alarm(20)
+        signal.alarm(600)
         try:
             text = str(action())
         except Exception as error:

@@ -35,7 +35,7 @@ DEFINES = ["-DPAGED_OPTAX_CUDA=1", "-DPAGED_OPTAX_TESTING=1", f"-I{HERE}", f"-I{
 
 
 def run(*command, cwd):
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=3600)
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result.stdout
 

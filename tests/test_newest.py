@@ -217,7 +217,7 @@ def test_restart_of_a_trained_life_says_so_once(device):
         jax.block_until_ready(step(params, fresh))  # a GPU reports with the next call
         step(params, newest(fresh))
         hooks.deliver_notices()
-    assert len(warned) == 1
+    assert len([w for w in warned if "ended the training" in str(w.message)]) == 1
 
 
 def test_nnx_optimizer():
@@ -262,6 +262,7 @@ def interrupted(num_interrupts, donate):
 
     before = signal.signal(signal.SIGALRM, interrupt)
     state = step(params, tx.init(params))
+    gc.disable()  # jax has a callback there, which swallows an interrupt
     try:
         for _ in range(num_interrupts):
             try:
@@ -277,6 +278,7 @@ def interrupted(num_interrupts, donate):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        gc.enable()
     return tx, params, state
 
 
@@ -433,7 +435,7 @@ def test_a_shortage_names_what_nobody_holds(device, monkeypatch):
     with pytest.warns(RuntimeWarning, match="host memory") as warned:
         hooks.post_notice(0, 1 << 20, "moments are in host memory.")
         hooks.deliver_notices()
-    assert "no array" not in str(warned[0].message)
+    assert not any("no array" in str(w.message) for w in warned)
     del lost
     gc.collect()
     forget_notices(monkeypatch)

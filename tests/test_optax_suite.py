@@ -357,6 +357,7 @@ def check(case: Case) -> None:
     if row and row.error:
         with pytest.raises(row.error, match=row.match):
             case.test.debug()
+            paged_optax.states()  # waits for the steps under way
             raise_if_refused()  # by a program whose results nobody passed on
         return
     tolerances = {"rtol": row.rtol, "atol": row.atol} if row else {"rtol": 0.0, "atol": 0.0}

@@ -99,7 +99,8 @@ def test_what_was_touched_is_no_longer_promised():
     assert hooks.promised() == 0
     replay = paged_optax.scale_by_paged_adam8bit(replay=True)
     _, state = step(replay, params, replay.init(params))
-    assert 8 * MIB < hooks.promised() < 9 * MIB  # the second copy
+    # The second copy, of which a page of 2 MiB that it begins on may be there already.
+    assert 6 * MIB < hooks.promised() < 9 * MIB
     _, state = step(replay, params, state)
     assert hooks.promised() < MIB
 
@@ -142,14 +143,14 @@ def test_first_step_that_fails_on_one_device(after, is_restored):
 
 
 def test_first_step_does_not_stop_other_states(tmp_path):
-    """Its file takes 5 s. Other states step meanwhile, and release waits for it."""
+    """Its file takes its time. Other states step meanwhile, and release waits for it."""
     slow = paged_optax.scale_by_paged_adam8bit(paging=Paging(directory=tmp_path))
     other = paged_optax.scale_by_paged_adam8bit()
     params = params_of(1)
     update = jax.jit(other.update)
     _, state = jax.block_until_ready(update(params, other.init(params)))
     fresh = slow.init(params)
-    hooks.fail_call("posix_fallocate", -5000)
+    hooks.fail_call("posix_fallocate", -600_000)
 
     def first_step():
         with jax.default_device(jax.devices("cpu")[0]):
@@ -162,6 +163,7 @@ def test_first_step_does_not_stop_other_states(tmp_path):
     for _ in range(3):
         _, state = jax.block_until_ready(update(params, state))
     assert num_arenas() == 1  # the other one is not there yet
+    threading.Timer(0.2, hooks.withdraw_failure).start()
     assert release(fresh) > 0  # 0 if it had not waited
     thread.join()
     assert num_arenas() == 1

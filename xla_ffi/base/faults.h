@@ -6,9 +6,9 @@
 
 #include <cerrno>
 #include <chrono>
+#include <condition_variable>
 #include <mutex>
 #include <string>
-#include <thread>
 
 namespace paged_optax {
 
@@ -21,7 +21,7 @@ class Faults {
   }
 
   // Lets `after` calls of this name pass, or of any name if it is empty, and fails the next one. An
-  // error below 0 is a time in ms: the call only takes so much longer.
+  // error below 0 is a time in ms: the call only takes so much longer, or until Withdraw.
   void Ask(const std::string& name, int after, int error) {
     const std::lock_guard<std::mutex> lock(mutex_);
     name_ = name;
@@ -53,13 +53,15 @@ class Faults {
     const std::lock_guard<std::mutex> lock(mutex_);
     const bool was_asked = is_asked_;
     is_asked_ = false;
+    ++num_withdrawn_;
+    withdrawn_.notify_all();
     return was_asked;
   }
 
   // Whether the call at hand has to fail. If so, errno is set. `call` starts with the name.
   bool Take(const std::string& call) {
     const int error = Next(call.substr(0, call.find('(')));
-    if (error < 0) std::this_thread::sleep_for(std::chrono::milliseconds(-error));
+    if (error < 0) Pause(std::chrono::milliseconds(-error));
     if (error > 0) errno = error;
     return error > 0;
   }
@@ -74,7 +76,15 @@ class Faults {
     return error_;
   }
 
+  void Pause(std::chrono::milliseconds time) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    withdrawn_.wait_for(lock, time,
+                        [this, before = num_withdrawn_] { return num_withdrawn_ != before; });
+  }
+
   std::mutex mutex_;
+  std::condition_variable withdrawn_;
+  int num_withdrawn_ = 0;
   std::string name_;
   std::string last_;
   int after_ = 0;
