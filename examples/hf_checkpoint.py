@@ -261,7 +261,9 @@ def load(
             one = jax.eval_shape(functools.partial(quantize, double=kind == "nf4-double"), one)
 
         def zeros():
-            return {name: jax.tree.map(lambda x: jnp.zeros((config.layers, *x.shape), x.dtype), one)}
+            return {
+                name: jax.tree.map(lambda x: jnp.zeros((config.layers, *x.shape), x.dtype), one)
+            }
 
         stacked = sharding.make(zeros)[name]
         axis = sharding.axis_for(stacked, rows=1)

@@ -84,7 +84,7 @@ def train_step(base, state, ids, weights, *, tx, config, scale, dtype):
     before the optimizer runs, once.
     """
     loss_and_grads = jax.value_and_grad(
-        lambda lora, *rows: sum_of_losses(base, lora, *rows, config, scale, dtype)
+        lambda lora, ids, counts: sum_of_losses(base, lora, ids, counts, config, scale, dtype)
     )
 
     def add(total, rows):

@@ -70,7 +70,8 @@ def specs_of(arrays: Any) -> Any:
     """
 
     def cut(path, part):
-        axis = axis_for(part, rows=int(path[0].key not in ("embed", "norm", "head")))
+        single = {"embed", "norm", "head"} & {getattr(step, "key", None) for step in path}
+        axis = axis_for(part, rows=0 if single else 1)
         return jax.tree.map(lambda x: spec_of(axis, x.ndim), part)
 
     return jax.tree_util.tree_map_with_path(cut, arrays, is_leaf=lambda x: isinstance(x, NF4))
