@@ -4,8 +4,8 @@ A checkpoint is a folder with `config.json`, one `model.safetensors` or several 
 `tokenizer.json`. Names, shapes and types of all tensors are checked before any is read. Tensors are
 then read one by one from the mapped file, put on the device, quantized there, and written into
 their stack, so neither the host nor the device ever holds more than one 16-bit tensor besides what
-stays. With a mesh (`sharding.py`) each device gets its part of a tensor and quantizes that, and each
-process reads the parts of its devices only.
+stays. With a mesh (`sharding.py`) each device quantizes its part of a tensor, and each process reads
+the parts of its devices only.
 """
 
 import functools
@@ -260,12 +260,10 @@ def load(
         if kind_here != "plain":
             one = jax.eval_shape(functools.partial(quantize, double=kind == "nf4-double"), one)
 
-        def zeros():
-            return {
-                name: jax.tree.map(lambda x: jnp.zeros((config.layers, *x.shape), x.dtype), one)
-            }
+        def zeros(x):
+            return jnp.zeros((config.layers, *x.shape), x.dtype)
 
-        stacked = sharding.make(zeros)[name]
+        stacked = sharding.make(lambda: {name: jax.tree.map(zeros, one)})[name]
         axis = sharding.axis_for(stacked, rows=1)
         if axis is not None:  # the file has matrices as (outputs, inputs)
             axis = len(shape) - 1 if axis == 1 else 0
