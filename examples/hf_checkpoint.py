@@ -4,8 +4,8 @@ A checkpoint is a folder with `config.json`, one `model.safetensors` or several 
 `tokenizer.json`. Names, shapes and types of all tensors are checked before any is read. Tensors are
 then read one by one from the mapped file, put on the device, quantized there, and written into
 their stack, so neither the host nor the device ever holds more than one 16-bit tensor besides what
-stays. With a mesh (`sharding.py`) each device quantizes its part of a tensor, and each process reads
-the parts of its devices only.
+stays. With a mesh (`sharding.py`) each device quantizes its part of a tensor, and each process
+reads the parts of its devices only.
 """
 
 import functools

@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import functools
 import inspect
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -241,11 +242,11 @@ def make_mesh(args: argparse.Namespace) -> jax.sharding.Mesh | None:
     elif asked and asked > jax.config.jax_num_cpu_devices:
         jax.config.update("jax_num_cpu_devices", asked)  # before JAX looks for devices
     found = jax.device_count()
-    sizes = [found] if jax.process_count() > 1 else [n for n in range(found, 0, -1)]
-    fit = [n for n in sizes if (batch or n) % n == 0]
-    devices = asked or next(iter(fit), found)
-    if devices not in sizes:
-        raise SystemExit(f"--devices {devices}: there are {found}; ask for fewer")
+    power = 2 ** (found.bit_length() - 1)  # divides the widths of every model
+    several = jax.process_count() > 1  # then all devices take part
+    devices = asked or (found if several else math.gcd(power, batch or power))
+    if devices > found or (several and devices < found):
+        raise SystemExit(f"--devices {devices}: there are {found}; leave the option out")
     args.devices, args.batch = devices, batch or devices
     if args.batch % devices:
         raise SystemExit(
@@ -273,9 +274,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--targets", nargs="+", choices=llama.PROJECTIONS, default=llama.PROJECTIONS)
     add("--optimizer", choices=sorted(OPTIMIZERS), default="paged_adamw8bit")
     add("--steps", type=int, default=100, help="updates")
-    hidden = {"type": int, "default": argparse.SUPPRESS}
-    add("--batch", **hidden, help="rows in a micro-batch, on all devices (default: one on each)")
-    add("--devices", **hidden, help="to use (default: as many as can share the batch equally)")
+    count = {"type": int, "default": argparse.SUPPRESS}
+    add("--batch", **count, help="rows in a micro-batch, on all devices (default: one on each)")
+    add("--devices", **count, help="share the model (default: as many as the batch allows)")
     add(
         "--distributed",
         nargs="*",
