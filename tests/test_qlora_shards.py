@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -233,7 +234,7 @@ def test_a_killed_run_goes_on_on_other_devices(optimizer, folder, monkeypatch):
             train(devices, *options)
     kill_after(None)
     losses = train(1, *options)
-    np.testing.assert_array_equal(losses[:3], whole[:3])
+    np.testing.assert_array_equal(losses[1:3], whole[1:3])
     np.testing.assert_allclose(losses, whole, rtol=0, atol=ADAMW[-1])
 
 
@@ -273,7 +274,8 @@ JOB = """
     qlora.load_tokenizer = lambda folder: Tokenizer()
     result = qlora.main([*options, f"--adapter=by-{count}"])
     losses = [result.before, *[row[1] for row in result.history], result.after]
-    print("found", json.dumps([sum(read), [float(loss) for loss in losses]]))
+    found = {"read": sum(read), "losses": [float(loss) for loss in losses]}
+    print("found", json.dumps(found))
 """
 
 
@@ -292,16 +294,17 @@ def test_two_processes(folder):
     """Each reads its half of the checkpoint only; the first alone speaks; one process goes on."""
     paths = (folder / "model").glob("*.safetensors")
     size = sum(x.nbytes for path in paths for x in load_file(path).values())
-    kept = "--checkpoint-dir", folder / "run", "--steps", "4"
-    found, texts = run_job(folder, 2, *kept)
-    assert [read for read, _ in found] == [size // 2, size // 2]
-    assert found[0][1] == found[1][1]
+    kept = "--checkpoint-dir", folder / "run"
+    (first, second), texts = run_job(folder, 2, *kept)
+    assert first["read"] == second["read"] == size // 2
+    assert first["losses"] == second["losses"]
     assert "held-out loss" in texts[0] and "elsewhere" in texts[0]
     assert "held-out" not in texts[1] and "fine-tune" not in texts[1]
-    (one,), _ = run_job(folder, 1)
-    assert one[0] == size
-    (resumed,), _ = run_job(folder, 1, *kept[:2])
-    assert resumed[1][:5] == found[0][1][:5]
-    np.testing.assert_allclose(resumed[1], one[1], rtol=0, atol=ADAMW[-1])
-    two, one = (load_file(folder / f"by-{count}" / ADAPTER) for count in (2, 1))
-    assert two.keys() == one.keys()
+    shutil.rmtree(folder / "run" / "6")  # so that the newest is that of step 4
+    (one,), _ = run_job(folder, 1, *kept)
+    assert one["read"] == size
+    assert one["losses"][1:5] == first["losses"][1:5]
+    np.testing.assert_allclose(one["losses"], first["losses"], rtol=0, atol=ADAMW[-1])
+    adapters = [load_file(folder / f"by-{count}" / ADAPTER) for count in (1, 2)]
+    for name, array in adapters[0].items():
+        np.testing.assert_allclose(adapters[1][name], array, rtol=0, atol=5 * ADAMW[-1])
