@@ -283,7 +283,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=100, help="updates")
     count = {"type": int, "default": argparse.SUPPRESS}
     add("--batch", **count, help="rows in a micro-batch, on all devices (default: one on each)")
-    add("--devices", **count, help="share the model (default: as many as the batch allows)")
+    add("--devices", **count, help="GPUs that share the model (default: as many as --batch allows)")
     add(
         "--distributed",
         nargs="*",
