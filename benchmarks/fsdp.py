@@ -17,46 +17,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import llama  # noqa: E402  # pyright: ignore[reportMissingImports]
+import sharding  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 from paged_optax import apply_gradients  # noqa: E402
 
-AXIS = "fsdp"
 RANK = 64  # of the adapters of QLoRA
 SHAPES = llama.SHAPES | {
     "tiny": llama.Config(512, 256, 2, 4, 2, 512, 64),
     "100m": llama.Config(512, 768, 12, 12, 4, 2048, 64),
 }
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
-
-
-def make_mesh(count: int) -> jax.sharding.Mesh:
-    """A line of the first devices, whose shardings are part of array types (Explicit)."""
-    kinds = (AxisType.Explicit,)
-    return jax.make_mesh((count,), (AXIS,), axis_types=kinds, devices=jax.devices()[:count])
-
-
-def specs_of(arrays: Any) -> Any:
-    """Cuts arrays along their first dimension, and those that are stacked by layer at the second.
-
-    Each device gets whole rows, so that blocks of moments are the same on any number of devices.
-    """
-
-    def spec(path, array):
-        stacked = array.ndim > 1 and path[0].key not in ("embed", "head")
-        return P(None, AXIS) if stacked else P(AXIS)
-
-    return jax.tree_util.tree_map_with_path(spec, arrays)
-
-
-def gather(shards: Any) -> Any:
-    """Whole arrays."""
-    return jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS, axis=0, tiled=True), shards)
+make_mesh = sharding.make_mesh
 
 
 def make_weights(config: llama.Config, method: str) -> tuple[Any, Any]:
@@ -95,20 +70,17 @@ def begin(
     config: llama.Config, method: str, tx: optax.GradientTransformation, ids: jax.Array, paged: bool
 ) -> Training:
     """Makes random weights on the mesh that is set, and compiles the programs for `ids`."""
-    make = functools.partial(make_weights, config, method)
-    specs = tuple(specs_of(tree) for tree in jax.eval_shape(make))
-    mesh = jax.sharding.get_mesh()
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-    frozen, trained = jax.jit(make, out_shardings=shardings)()
+    frozen, trained = sharding.make(functools.partial(make_weights, config, method))
     state = jax.jit(tx.init)(trained)
 
-    def local_loss(frozen, trained, ids):
-        base, lora = (frozen, trained) if method == "qlora" else (trained, {})
+    def loss_sum(base, lora, ids, whole):
         ones = jnp.ones((ids.shape[0], ids.shape[1] - 1))
-        total = llama.loss_sum(base, lora, ids, ones, config, whole=gather)
-        return jax.lax.pmean(total / ones.size, AXIS)
+        return llama.loss_sum(base, lora, ids, ones, config, whole=whole)
 
-    loss = jax.shard_map(local_loss, in_specs=(*specs, P(AXIS)), out_specs=P())
+    def loss(frozen, trained, ids):
+        base, lora = (frozen, trained) if method == "qlora" else (trained, {})
+        return sharding.run(loss_sum, base, lora, ids, add=True) / ids[:, 1:].size
+
     grad = jax.jit(jax.value_and_grad(loss, argnums=1)).lower(frozen, trained, ids).compile()
 
     # A paged optimizer writes the new parameters itself. The updates of optax.adamw are never in
@@ -131,8 +103,7 @@ def batches(batch: int, length: int) -> Iterator[jax.Array]:
     """Yields ids (batch, length + 1) of Python's documentation, the same on every mesh."""
     text = np.frombuffer("".join(topics.values()).encode(), np.uint8).astype(np.int32)
     rng = np.random.default_rng(0)
-    sharding = NamedSharding(jax.sharding.get_mesh(), P(AXIS))
     while True:
         starts = rng.integers(len(text) - length - 1, size=batch)
         ids = text[starts[:, None] + np.arange(length + 1)]
-        yield jax.make_array_from_callback(ids.shape, sharding, ids.__getitem__)
+        yield sharding.share(ids, axis=0)

@@ -27,15 +27,16 @@ import finetuning
 import jax
 import numpy as np
 import optax
+import sharding
 from finetuning import Result, bytes_by_device, optimizer_with
 from flax import nnx
-from jax.sharding import AxisType, reshard
 from jax.sharding import PartitionSpec as P
+from jax.sharding import reshard
+from sharding import AXIS, axis_of, gather
 from tiny_llama import Llama
 
 from paged_optax import paged_adamw8bit
 
-AXIS = "fsdp"
 DEVICES = 1, 2, 4, 8  # these divide every width of the model and the batches of the evaluation
 BYTES = {"paged_adamw8bit": 2 + 8 / 256, "adamw": 8}  # of moments for a parameter
 
@@ -48,12 +49,6 @@ def shard(x: jax.Array) -> jax.Array:
     if any(sizes):
         spec[np.argmax(sizes)] = AXIS
     return reshard(x, P(*spec))
-
-
-def gather(shard: jax.Array, spec: P) -> jax.Array:
-    """Returns the whole array that `shard` cut along `spec`. Its gradient is scattered likewise."""
-    axes = [axis for axis, name in enumerate(spec) if name == AXIS]
-    return jax.lax.all_gather(shard, AXIS, axis=axes[0], tiled=True) if axes else shard
 
 
 class Sharded(nnx.Module):
@@ -71,7 +66,8 @@ class Sharded(nnx.Module):
         # The layer's own code sees whole weights and one device's part of the batch.
         @jax.shard_map(in_specs=(specs, P(AXIS)), out_specs=P(AXIS))
         def run(shards, x):
-            return nnx.merge(graphdef, jax.tree.map(gather, shards, specs))(x)
+            arrays = jax.tree.map(lambda x, spec: gather(x, axis_of(spec)), shards, specs)
+            return nnx.merge(graphdef, arrays)(x)
 
         return run(shards, x)
 
@@ -108,22 +104,11 @@ def shares(model: Llama, result: Result, args: argparse.Namespace) -> str:
     return f"{line}: 1/{devices} of them"
 
 
-def join(job: list[str]) -> None:
-    """Makes this process one of a job. Without arguments JAX asks Slurm, Open MPI or Kubernetes."""
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if not job:
-        jax.distributed.initialize()
-        return
-    address, processes, process = job
-    jax.config.update("jax_num_cpu_devices", max(DEVICES) // int(processes))
-    jax.distributed.initialize(address, int(processes), int(process))
-
-
 def make_mesh(args: argparse.Namespace) -> jax.sharding.Mesh:
-    """Returns a line of `--devices` devices, whose shardings are part of array types (Explicit)."""
+    """Returns a line of `--devices` devices."""
     jax.config.update("jax_num_cpu_devices", max(DEVICES))  # before JAX looks for devices
     if args.distributed is not None:
-        join(args.distributed)
+        sharding.join(args.distributed, max(DEVICES))
     found = jax.devices()
     devices = vars(args).get("devices", max(n for n in DEVICES if n <= len(found)))
     if devices > len(found):
@@ -132,9 +117,7 @@ def make_mesh(args: argparse.Namespace) -> jax.sharding.Mesh:
         raise SystemExit(
             f"--batch {args.batch}: {devices} devices cannot share it equally; give a multiple"
         )
-    return jax.make_mesh(
-        (devices,), (AXIS,), axis_types=(AxisType.Explicit,), devices=found[:devices]
-    )
+    return sharding.make_mesh(devices)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -4,7 +4,8 @@ A checkpoint is a folder with `config.json`, one `model.safetensors` or several 
 `tokenizer.json`. Names, shapes and types of all tensors are checked before any is read. Tensors are
 then read one by one from the mapped file, put on the device, quantized there, and written into
 their stack, so neither the host nor the device ever holds more than one 16-bit tensor besides what
-stays.
+stays. With a mesh (`sharding.py`) each device quantizes its part of a tensor, and each process
+reads the parts of its devices only.
 """
 
 import functools
@@ -14,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import sharding
 from llama import PROJECTIONS, Arrays, Config
 from nf4 import quantize
 from safetensors import SafetensorError, safe_open
@@ -210,11 +211,15 @@ def find_tensors(folder: Path, config: Config) -> dict[str, Path]:
 @functools.partial(jax.jit, static_argnames="kind", donate_argnames="stack")
 def _place(stack, tensor, layer, kind: str):
     """Writes a tensor into its stack, as NF4 if `kind` is "nf4" or "nf4-double"."""
-    x = tensor.T if tensor.ndim == 2 else tensor
-    if kind.startswith("nf4"):
-        x = quantize(x, double=kind == "nf4-double")
-    put = jax.lax.dynamic_update_index_in_dim
-    return jax.tree.map(lambda old, new: put(old, new.astype(old.dtype), layer, 0), stack, x)
+
+    def place(stack, tensor, layer):
+        x = tensor.T if tensor.ndim == 2 else tensor
+        if kind.startswith("nf4"):
+            x = quantize(x, double=kind == "nf4-double")
+        put = jax.lax.dynamic_update_index_in_dim
+        return jax.tree.map(lambda old, new: put(old, new.astype(old.dtype), layer, 0), stack, x)
+
+    return sharding.on_parts(place, stack, tensor, layer)
 
 
 def load(
@@ -235,10 +240,18 @@ def load(
     config = read_config(folder)
     where = find_tensors(folder, config)
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str, axis: int | None) -> Any:
+        """Reads a tensor; where there is a mesh, its devices share this axis."""
         # A file is opened for each tensor, so that no page of it stays mapped.
         with safe_open(where[name], framework="numpy") as file:
-            return file.get_tensor(name)
+            if jax.sharding.get_mesh().empty:
+                return file.get_tensor(name)
+            part = file.get_slice(name)
+            return sharding.put(part.__getitem__, tuple(part.get_shape()), axis)
+
+    def single(name: str) -> jax.Array:
+        axis = sharding.axis_for(jax.ShapeDtypeStruct(expected[name], dtype), rows=0)
+        return jnp.asarray(read(name, axis), dtype)
 
     def stack(name: str):
         kind_here = kind if name in PROJECTIONS else "plain"
@@ -246,20 +259,29 @@ def load(
         one = jax.ShapeDtypeStruct(shape, dtype)
         if kind_here != "plain":
             one = jax.eval_shape(functools.partial(quantize, double=kind == "nf4-double"), one)
-        stacked = jax.tree.map(lambda x: jnp.zeros((config.layers, *x.shape), x.dtype), one)
+
+        def zeros(x):
+            return jnp.zeros((config.layers, *x.shape), x.dtype)
+
+        stacked = sharding.make(lambda: {name: jax.tree.map(zeros, one)})[name]
+        axis = sharding.axis_for(stacked, rows=1)
+        if axis is not None:  # the file has matrices as (outputs, inputs)
+            axis = len(shape) - 1 if axis == 1 else 0
         for layer in range(config.layers):
-            stacked = _place(stacked, read(tensor_name(name, layer)), layer, kind_here)
+            stacked = _place(stacked, read(tensor_name(name, layer), axis), layer, kind_here)
             # Without this the host would read ahead of the device, and keep what it has read.
             jax.block_until_ready(stacked)
         return stacked
 
+    expected = expected_shapes(config)
     names = [*config.vectors(), *PROJECTIONS]
-    bar = tqdm(names, desc="load", unit="stack", disable=not show_progress)
+    silent = not show_progress or jax.process_index() > 0
+    bar = tqdm(names, desc="load", unit="stack", disable=silent)
     base = {
-        "embed": jnp.asarray(read("model.embed_tokens.weight"), dtype),
-        "norm": jnp.asarray(read("model.norm.weight"), dtype),
+        "embed": single("model.embed_tokens.weight"),
+        "norm": single("model.norm.weight"),
         "layers": {name: stack(name) for name in bar},
     }
     if not config.tied:
-        base["head"] = jnp.asarray(read("lm_head.weight"), dtype).T  # the host makes no copy
+        base["head"] = single("lm_head.weight").T  # the host makes no copy
     return config, base

@@ -208,6 +208,12 @@ def hidden(
     return rms_norm(x, whole(base["norm"]), config), cache
 
 
+def words_of(base: Arrays) -> Arrays:
+    """Returns the part of the model that `head` needs."""
+    name = "head" if "head" in base else "embed"
+    return {name: base[name]}
+
+
 def head(base: Arrays, x: jax.Array) -> jax.Array:
     """Returns float32 logits."""
     weight = base["head"] if "head" in base else base["embed"].T
@@ -232,8 +238,7 @@ def loss_sum(
     than the layers. For `whole` see `hidden`.
     """
     x, _ = hidden(base, lora, ids[:, :-1], config, scale, dtype, whole=whole)
-    name = "embed" if config.tied else "head"
-    words = whole({name: base[name]})
+    words = whole(words_of(base))
     batch, time = weights.shape
     chunks = -(-time * batch // LOSS_CHUNK)
     pad = -time % chunks
@@ -302,18 +307,26 @@ def random_base(key, config: Config, quantized: bool, dtype="bfloat16") -> Array
 # ------------------------------------------------------------------------------------- sampling
 
 
-@functools.partial(jax.jit, static_argnames=("config", "scale", "dtype", "length", "temperature"))
-def sample(base, lora, prompt, key, stop, *, config, scale, dtype, length, temperature=0.0):
+STATIC = ("config", "scale", "dtype", "length", "temperature", "whole")
+
+
+@functools.partial(jax.jit, static_argnames=STATIC)
+def sample(
+    base, lora, prompt, key, stop, *, config, scale, dtype, length, temperature=0.0, whole=identity
+):
     """Continues `prompt` (1, time) by at most `length` tokens; returns them, `stop` at the end.
 
     After one of the token ids `stop`, all tokens are `stop[0]`. Temperature 0 takes the likeliest.
+    For `whole` see `hidden`.
     """
     size = prompt.shape[1] + length
     shape = (config.layers, 1, size, config.kv_heads, config.head_dim)
     empty = Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
 
+    words = whole(words_of(base))
+
     def choose(x, key):
-        scores = head(base, x[:, -1])
+        scores = head(words, x[:, -1])
         if temperature == 0:
             return jnp.argmax(scores, axis=-1)
         return jax.random.categorical(key, scores / temperature, axis=-1)
@@ -321,11 +334,11 @@ def sample(base, lora, prompt, key, stop, *, config, scale, dtype, length, tempe
     def step(state, key):
         token, ended, cache = state
         ended |= jnp.isin(token, stop)
-        x, cache = hidden(base, lora, token[:, None], config, scale, dtype, cache)
+        x, cache = hidden(base, lora, token[:, None], config, scale, dtype, cache, whole)
         return (jnp.where(ended, stop[0], choose(x, key)), ended, cache), token
 
     keys = jax.random.split(key, length - 1)
-    x, cache = hidden(base, lora, prompt, config, scale, dtype, empty)
+    x, cache = hidden(base, lora, prompt, config, scale, dtype, empty, whole)
     start = (choose(x, key), jnp.zeros(1, bool), cache)
     last, tokens = jax.lax.scan(step, start, keys)
     return jnp.append(tokens, last[0])

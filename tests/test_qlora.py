@@ -138,7 +138,7 @@ def example(tmp_path, monkeypatch):
     monkeypatch.setattr(qlora, "load_tokenizer", lambda folder: Tokenizer())
     arguments = "model --text chats.jsonl --steps 6 --warmup 1 --seq-len 16 --batch 2"
     arguments += " --rank 4 --lr 0.02 --log-every 1 --answer-tokens 3 --prompt why"
-    arguments += " --dtype float32 --save-every 2"
+    arguments += " --dtype float32 --save-every 2 --devices 1"
     with jax.numpy_dtype_promotion("standard"):  # optax's schedules need it
         yield types.SimpleNamespace(qlora=qlora, arguments=arguments.split(), folder=tmp_path)
 
