@@ -84,7 +84,7 @@ def prefetch(opt_state: Any) -> int:
 def release(opt_state: Any) -> int:
     """Frees the moments of an optimizer state. The state cannot be updated any more.
 
-    Waits for the steps under way.
+    Waits for the steps under way, of all states and on every device.
 
     Args:
       opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it, of any

@@ -23,7 +23,7 @@ from . import _calls, _ext
 from ._ffi import TOKEN_SHAPE
 from ._local import local_token
 from ._refused import is_entry, stop_if_refused
-from ._watch import note_use, watch
+from ._watch import check_ends, note_use, watch
 
 T = TypeVar("T")
 
@@ -236,7 +236,8 @@ def read_anyway(state: PagedState) -> tuple[int, int]:
     token = jax.tree.leaves(state.token)[0]
     if not isinstance(token, jax.Array) or isinstance(token, Tracer):
         return read_token(state)
-    with contextlib.suppress(RuntimeError):  # they may not agree
+    check_ends(token)
+    with contextlib.suppress(RuntimeError):  # the program failed
         token.block_until_ready()
     found = local_token(token)
     if found is None:
@@ -257,6 +258,7 @@ def read_handle(token: Any) -> tuple[int, int]:
             "the optimizer state is being traced (inside jax.jit or another transformation); call"
             " this outside of it"
         )
+    check_ends(token)
     token.block_until_ready()  # for the update that made it, on every device and not just the first
     if not token.is_fully_replicated:  # cut by a rule for all leaves of a state
         if not token.is_fully_addressable:

@@ -11,7 +11,7 @@ from ._bitsandbytes_entry import OPTIMIZERS, SIGNED, tensors_of
 from ._contents import BLOCK, Contents
 from ._moments import decode_leaf
 from ._refused import tell_refusals
-from ._state import find_states, read_count
+from ._state import find_states, read_count, read_token
 from ._transfer import opened
 
 _MIN_8BIT_SIZE = 4096  # of bitsandbytes: smaller parameters have float32 moments
@@ -66,8 +66,9 @@ def to_bitsandbytes(
     states = find_states(opt_state)
     if len(states) != 1:
         raise ValueError(f"found {len(states)} paged states; pass one of them")
-    count = read_count(states[0].count)
+    read_token(states[0])
     tell_refusals()
+    count = read_count(states[0].count)
     with opened(states[0].token) as contents:
         if contents is None:
             raise ValueError("this optimizer state was never updated: there are no moments yet")

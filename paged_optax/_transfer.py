@@ -195,7 +195,9 @@ def _remember(handle: int, contents: Contents, arrays: Mapping[tuple[int, int, s
         place = places[key]
         array = place if isinstance(place, FilePart) else place()
         if array is None:
-            raise RuntimeError("this optimizer state was updated meanwhile; pass the newest one")
+            raise _ext.StateRefused(
+                "this optimizer state was updated meanwhile; pass the newest one"
+            )
         return array
 
     _staged[handle] = dataclasses.replace(contents, data=data)

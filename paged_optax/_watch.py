@@ -8,7 +8,6 @@ token is watched from when it is made until the first update.
 import collections
 import contextlib
 import dataclasses
-import itertools
 import threading
 import weakref
 from typing import Any
@@ -24,6 +23,8 @@ from ._local import local_handle
 # Tokens that programs under way will make, oldest first: also those whose owners are gone already.
 _under_way: collections.deque[jax.Array] = collections.deque()
 
+_was_used = _is_child = False
+_of_parent: list[jax.Array] = []  # in a forked process: what was under way at the fork
 _lock = threading.RLock()  # the handler of a signal may come here while its thread has it
 # Objects may end in any thread at any moment, also while the lock is held: what ends is only noted.
 _ended: collections.deque[int] = collections.deque()  # ids of weak references
@@ -47,7 +48,11 @@ _gone: list[tuple[_Watched, list[_Watched]]] = []
 
 def watch(value: Any) -> None:
     """A token with this array was made."""
-    if isinstance(value, Tracer) or not isinstance(value, jax.Array):
+    global _was_used
+    if isinstance(value, Tracer):
+        return
+    _was_used = True
+    if not isinstance(value, jax.Array):
         return
     with _lock:
         _under_way.append(value)
@@ -66,29 +71,53 @@ def await_steps() -> None:
     """
     with _lock:
         arrays = list(_under_way)
-    for array in itertools.chain(arrays, live_tokens()):
+    arrays += live_tokens()
+    while arrays:  # none is kept: `look` is to see that it ended
         with contextlib.suppress(RuntimeError, ValueError):  # the program failed, or it was donated
-            array.block_until_ready()
-    del arrays
+            arrays.pop().block_until_ready()
     with _lock:
         _drop_ready()
     look()
 
 
 def live_tokens() -> list[jax.Array]:
-    """All arrays of this process that may be tokens: also those that an nnx.Variable has."""
-    platforms = {device.platform for device in jax.local_devices()} | {"cpu"}
-    return [
-        array
-        for platform in platforms
-        for array in jax.live_arrays(platform)
-        if array.dtype == jnp.int32 and array.shape == TOKEN_SHAPE and not array.is_deleted()
-    ]
+    """All arrays of this process that may be tokens: also those that an nnx.Variable has.
+
+    In a forked process, only those that are there: the programs of its parent never end in it.
+    """
+    if not _was_used:
+        return []  # without asking JAX, which would look for devices
+    found = []
+    for platform in {device.platform for device in jax.local_devices()} | {"cpu"}:
+        with contextlib.suppress(RuntimeError):  # JAX was told to leave it out
+            found += [array for array in jax.live_arrays(platform) if _may_be_token(array)]
+    return found
+
+
+def check_ends(array: Any) -> None:
+    """Refuses to wait for a program of the process that this one was forked from.
+
+    Raises:
+      StateRefused: if a token is one that such a program was to make.
+    """
+    if any(array is other for other in _of_parent) and not _is_ready(array):
+        raise _ext.StateRefused(
+            "paged_optax: the moments of this optimizer state are in the process that this one was"
+            " forked from, where its step was under way at that time. Make a new state here with"
+            " init(params)."
+        )
+
+
+def _may_be_token(array: jax.Array) -> bool:
+    if array.shape != TOKEN_SHAPE or array.dtype != jnp.int32 or array.is_deleted():
+        return False
+    return not _is_child or _is_ready(array)
 
 
 def _drop_ready() -> None:
-    while _under_way and (_under_way[0].is_deleted() or _is_ready(_under_way[0])):
-        _under_way.popleft()
+    with contextlib.suppress(IndexError):  # a signal's handler, which the lock lets in, came first
+        while _under_way[0].is_deleted() or _is_ready(_under_way[0]):
+            _under_way.popleft()
 
 
 def _is_ready(array: Any) -> bool:
@@ -100,8 +129,10 @@ def _is_ready(array: Any) -> bool:
 
 def forget_parent() -> None:
     """In a forked process: the thread that had the lock may not be here."""
-    global _lock
+    global _lock, _is_child
     _lock = threading.RLock()
+    _is_child = True
+    _of_parent.extend(array for array in _under_way if not array.is_deleted())
     for container in (_under_way, _ended, _by_array, _by_ref, _gone):
         container.clear()
 

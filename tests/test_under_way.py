@@ -4,6 +4,7 @@ A gradient of one device comes from another state's step, which waits for a snap
 closes it. So that device has not run the step, however long the others have.
 """
 
+import concurrent.futures
 import contextlib
 import pickle
 import threading
@@ -18,7 +19,7 @@ from flax import nnx, serialization
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from helpers import ext, finish, raise_if_refused, token_of
+from helpers import ext, finish, raise_if_refused, run_python, token_of
 from paged_optax import (
     StateRefused,
     memory_report,
@@ -89,14 +90,13 @@ def trained(gradients, num_steps=2):
 
 def waits(function, gradients):
     """What a function returns that has to wait for the step under way."""
-    results = []
-    thread = threading.Thread(target=lambda: results.append(function()))
-    thread.start()
-    thread.join(0.2)
-    assert thread.is_alive()
-    gradients.let_go()
-    thread.join()
-    return results[0]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        result = pool.submit(function)
+        try:
+            assert not concurrent.futures.wait([result], timeout=0.2).done
+        finally:
+            gradients.let_go()
+        return result.result()
 
 
 @pytest.mark.fast
@@ -216,3 +216,67 @@ def test_others_may_step_for_ever_while_states_are_listed():
         stop.set()
         thread.join()
     raise_if_refused()
+
+
+@pytest.mark.parametrize(
+    "ask", ["release_all()", "release(old)", "states()", "release(state)", "moments(state)"]
+)
+def test_a_child_does_not_wait_for_its_parent(ask, tmp_path):
+    """A step of the parent that is under way at a fork never ends in the child."""
+    code = f"""
+    import os, signal, jax, jax.numpy as jnp, paged_optax
+    from helpers import ext, token_of
+    from paged_optax import *
+    tx = scale_by_paged_adam8bit()
+    params = {{"w": jnp.ones((64, 128))}}
+    _, old = jax.block_until_ready(tx.update(params, tx.init(params)))
+    def step(state, big):
+        return tx.update(params, state)[1], big @ big  # not run by the main thread
+    step = jax.jit(step).lower(old, jnp.ones((512, 512))).compile()
+    big = jax.block_until_ready(jnp.ones((512, 512)))
+    snapshot = ext.snapshot("cpu", 0, *token_of(old))
+    state, _ = step(old, big)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(600)
+        try:
+            {ask}
+        except StateRefused as error:
+            assert "this one was forked from" in str(error) and "(state)" in "{ask}"
+        else:
+            assert "(state)" not in "{ask}"
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    print(status, jax.tree.leaves(state)[0].is_ready())
+    snapshot.close()
+    jax.block_until_ready(state)
+    """
+    process = run_python(code, tmp_path, options=("-W", "ignore"))
+    assert process.stdout == "0 False\n"
+
+
+def test_nothing_is_asked_of_jax_before_there_is_a_state(tmp_path):
+    """Devices are looked for once, and `jax.distributed` has to come before that."""
+    code = """
+    import jax, paged_optax
+    def fail(*_):
+        raise AssertionError
+    jax.local_devices = jax.live_arrays = fail
+    print(paged_optax.release_all(), paged_optax.states())
+    """
+    assert run_python(code, tmp_path).stdout == "0 []\n"
+
+
+def test_a_process_without_the_cpu(monkeypatch):
+    """As with JAX_PLATFORMS=cuda."""
+    live_arrays = jax.live_arrays
+
+    def without_the_cpu(platform):
+        if platform == "cpu":
+            raise RuntimeError("Unknown backend cpu")
+        return live_arrays(platform)
+
+    monkeypatch.setattr(jax, "live_arrays", without_the_cpu)
+    state = TX.init({"w": jnp.ones((64, 128))})
+    assert release(state) == 0
+    assert release_all() == 0

@@ -4,12 +4,10 @@
 // The lower 4 bits of all codes come first and then the upper 2 bits. So a thread of a GPU finds
 // the 8 codes that it works on in 4 bytes and in 2 bytes, each aligned:
 //
-//   bytes 4 g .. 4 g + 3          lower bits of codes 8 g + 0 .. 3 in the lower halves of the
-//   bytes,
-//                                 those of codes 8 g + 4 .. 7 in the upper halves
-//   bytes 128 + 2 g, 129 + 2 g    upper bits of code 8 g + k: bits 4, 12, 6, 14, 2, 10, 0, 8 and
-//   the
-//                                 next of the 16, for k from 0 on
+//   bytes 4 g .. 4 g + 3         lower bits: of codes 8 g + 0 .. 3 in the lower half of each byte,
+//                                of codes 8 g + 4 .. 7 in the upper half
+//   bytes 128 + 2 g, 129 + 2 g   upper bits of codes 8 g + k, for k from 0 on: from bits 4, 12, 6,
+//                                14, 2, 10, 0, 8 of the 16 on
 #pragma once
 
 #include <cstring>
