@@ -5,8 +5,6 @@ What a refused step does is in test_refused.py.
 Managed allocations stay far below what the card has free; pressure is made with budgets.
 """
 
-import time
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,19 +153,16 @@ def test_step_returns_before_the_device_is_free(options):
         params, state = step(params, state, y * jnp.float32(1))
     wait((params, state))
 
-    start = time.perf_counter()
-    y = busy(x)
-    queued = time.perf_counter()
-    params, state = step(params, state, y * jnp.float32(jnp.nan if "non_finite" in options else 1))
-    returned = time.perf_counter()
-    assert not y.is_ready()
-    wait((params, state))
-    done = time.perf_counter()
-    print(f"busy {done - start:.3f} s, step returned after {1e3 * (returned - queued):.2f} ms")
-    assert done - start > 0.5
-    assert returned - queued < 0.010
+    scale = jnp.float32(jnp.nan if "non_finite" in options else 1)
+    was_busy = []
+    while not any(was_busy) and len(was_busy) < 3:  # this thread may stand still for that long
+        y = busy(x)
+        params, state = step(params, state, y * scale)
+        was_busy.append(not y.is_ready())
+        wait((params, state))
+    assert was_busy[-1]
     if "non_finite" in options:
-        assert state.skipped == 1 and state.inner_state[0].count == 3
+        assert state.skipped == len(was_busy) and state.inner_state[0].count == 3
     release(state)
 
 

@@ -293,7 +293,7 @@ def test_pinned_memory_is_taken_at_once():
 
 @pytest.mark.parametrize("call", ["cudaMallocManaged", "cudaHostAlloc"])
 def test_first_step_does_not_stop_other_states(call):
-    """Its memory takes 3 s. Other states of the GPU step meanwhile."""
+    """Its memory takes its time. Other states of the GPU step meanwhile, and release waits."""
     memory = Paging(memory="pinned") if call == "cudaHostAlloc" else Paging()
     slow = paged_optax.scale_by_paged_adam8bit(paging=memory)
     other = paged_optax.scale_by_paged_adam8bit()
@@ -302,18 +302,15 @@ def test_first_step_does_not_stop_other_states(call):
     _, warm = jax.block_until_ready(slow_update(grads(0), slow.init(grads(0))))
     release(warm)
     fresh = slow.init(grads(0))
-    hooks.fail_call(call, -3000)
+    hooks.fail_call(call, -600_000)
     thread = threading.Thread(target=lambda: jax.block_until_ready(slow_update(grads(0), fresh)))
     thread.start()
-    deadline = time.monotonic() + 20
-    while hooks.is_asked() and time.monotonic() < deadline:
+    while hooks.is_asked() and thread.is_alive():
         time.sleep(0.01)
-    start = time.monotonic()
     for _ in range(3):
         _, state = jax.block_until_ready(update(grads(0), state))
-    assert time.monotonic() - start < 2
-    assert release(fresh) > 0  # waits for it
-    assert time.monotonic() - start > 1
+    threading.Timer(0.2, hooks.withdraw_failure).start()
+    assert release(fresh) > 0  # 0 if it had not waited
     thread.join()
     release(state)
 
