@@ -145,7 +145,7 @@ def train(steps=4, seed=0, **options):
         grads = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), params)
         updates, state = step(grads, state, params)
         params = optax.apply_updates(params, updates)
-    return jax.block_until_ready((params, state))
+    return finish((params, state))
 
 
 @pytest.mark.fast
