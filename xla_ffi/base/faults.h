@@ -60,26 +60,23 @@ class Faults {
 
   // Whether the call at hand has to fail. If so, errno is set. `call` starts with the name.
   bool Take(const std::string& call) {
+    std::unique_lock<std::mutex> lock(mutex_);
     const int error = Next(call.substr(0, call.find('(')));
-    if (error < 0) Pause(std::chrono::milliseconds(-error));
+    if (error < 0) {
+      withdrawn_.wait_for(lock, std::chrono::milliseconds(-error),
+                          [this, before = num_withdrawn_] { return num_withdrawn_ != before; });
+    }
     if (error > 0) errno = error;
     return error > 0;
   }
 
  private:
-  // 0 for none.
+  // 0 for none. Needs the lock.
   int Next(const std::string& name) {
-    const std::lock_guard<std::mutex> lock(mutex_);
     if (!is_asked_ || (!name_.empty() && name_ != name) || after_-- > 0) return 0;
     is_asked_ = false;
     last_ = name;
     return error_;
-  }
-
-  void Pause(std::chrono::milliseconds time) {
-    std::unique_lock<std::mutex> lock(mutex_);
-    withdrawn_.wait_for(lock, time,
-                        [this, before = num_withdrawn_] { return num_withdrawn_ != before; });
   }
 
   std::mutex mutex_;
