@@ -147,7 +147,7 @@ def fields_of(rule: str, format: str, has_residuals: bool) -> list[Field]:
     code = {1: u8, 2: np.dtype(np.uint16), 4: f32}[row["code_bytes"]]
     fields = [Field(name, code, False) for name, _ in states]
     for name, role in states if row["words_per_state"] else ():
-        if format in ("ratio", "ratio6") and role == "nonnegative":
+        if row["stores_ratios"] and role == "nonnegative":
             fields.append(Field(f"{name}_window", u32, True))
         else:
             fields.append(Field(f"{name}_scale", f32, True))

@@ -20,13 +20,14 @@ struct FormatInfo {
   int32_t code_bytes;   // of an element of a state, everywhere but in an arena
   int32_t state_bytes;  // of a state of a block, in an arena
   int32_t words_per_state;
-  bool is_random;  // whether it draws random bits, and so needs the leaves' keys
+  bool stores_ratios;  // so that the word of a second moment is a window, and no scale
+  bool is_random;      // whether it draws random bits, and so needs the leaves' keys
 };
 
 template <class... Format>
 constexpr std::array<FormatInfo, sizeof...(Format)> DescribeFormats(List<Format...>) {
   return {{{Format::kName, static_cast<int32_t>(sizeof(typename Format::Code)), kStateBytes<Format>,
-            Format::kWordsPerState, Format::kIsRandom}...}};
+            Format::kWordsPerState, Format::kStoresRatios, Format::kIsRandom}...}};
 }
 
 inline constexpr auto kFormats = DescribeFormats(Formats());

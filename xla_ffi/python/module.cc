@@ -106,6 +106,7 @@ py::list DescribeAllFormats() {
     py::dict format;
     format["name"] = info.name;
     format["code_bytes"] = info.code_bytes;
+    format["stores_ratios"] = info.stores_ratios;
     format["words_per_state"] = info.words_per_state;
     format["is_random"] = info.is_random;
     formats.append(format);
