@@ -37,7 +37,10 @@ import qlora  # noqa: E402  # pyright: ignore[reportMissingImports]
 GIB = 2**30
 SHARD = 2 * GIB  # bytes of a file
 POOL = 2**22 - 3  # random numbers that tensors repeat; a prime, so that rows differ
-OPTIONS = "--steps 15 --warmup 2 --seq-len 1024 --accumulate 2 --rank 64 --lr 1e-3 --log-every 5"
+OPTIONS = (
+    "--devices 1 --steps 15 --warmup 2 --seq-len 1024 --accumulate 2 --rank 64 --lr 1e-3"
+    " --log-every 5"
+)
 
 
 # ------------------------------------------------------------------------------- the checkpoint
