@@ -9,6 +9,7 @@
 #include "base/math.h"
 #include "emulation.h"
 #include "step/kernel_cuda.h"
+#include "step/lane_cpu.h"
 
 namespace paged_optax {
 namespace {
@@ -131,7 +132,6 @@ void StepOne(const StepOf<Rule>& step, const Leaf& leaf, const Region& region, i
   uint8_t residuals[K];
   Lane<Rule, Format, K> lane;
   std::memset(residuals, kZeroResidual, K);
-  std::memset(static_cast<void*>(&lane), 0, sizeof(lane));
   for (int k = 0; k < count; ++k) {
     const auto at = [&](DType dtype) { return (start + k) * SizeOf(dtype); };
     values[k] = Read(leaf.dtype, static_cast<const uint8_t*>(leaf.grads) + at(leaf.dtype));
@@ -139,34 +139,13 @@ void StepOne(const StepOf<Rule>& step, const Leaf& leaf, const Region& region, i
     params[k] =
         Read(leaf.param_dtype, static_cast<const uint8_t*>(leaf.params) + at(leaf.param_dtype));
   }
-  for (int s = 0; s < kNumStates<Rule>; ++s) {
-    if (is_fresh) {
-      for (int k = 0; k < K; ++k) lane.codes[s][k] = Format::template Zero<Rule>(s);
-    } else {
-      const uint8_t* source = slot + place.codes + s * place.state_stride;
-      if constexpr (Format::kCodeBits == 6) {
-        UnpackBlock(source, lane.codes[s]);
-      } else {
-        std::memcpy(lane.codes[s], source, sizeof(lane.codes[s]));
-      }
-    }
-  }
-  constexpr size_t kWordBytes = kNumWords<Rule, Format> * 4;
-  if (!is_fresh) {
-    std::memcpy(lane.words, slot + place.words, kWordBytes);
-    if (region.shape.residual_bytes != 0) std::memcpy(residuals, slot + place.residuals, K);
+  LoadLane(is_fresh ? nullptr : slot, place, lane);
+  if (!is_fresh && region.shape.residual_bytes != 0) {
+    std::memcpy(residuals, slot + place.residuals, K);
   }
   StepBlock(IeeeMath(), step, tables, leaf.key, start, is_fresh ? count : 0, values, lane,
             WholeBlock());
-  for (int s = 0; s < kNumStates<Rule>; ++s) {
-    uint8_t* target = slot + place.codes + s * place.state_stride;
-    if constexpr (Format::kCodeBits == 6) {
-      PackBlock(lane.codes[s], target);
-    } else {
-      std::memcpy(target, lane.codes[s], sizeof(lane.codes[s]));
-    }
-  }
-  std::memcpy(slot + place.words, lane.words, kWordBytes);
+  StoreLane(lane, place, slot);
   if (output == Output::kUpdate) {
     UpdateParams<Output::kUpdate>(step.params, leaf, start, params, residuals, values);
   } else if (output == Output::kParams) {

@@ -149,7 +149,8 @@ __device__ inline void PutCodes(uint32_t lower, uint32_t upper, uint8_t (&codes)
 }
 
 // Where the upper bits of a thread's codes of 6 bits are, if their lower bits are at `codes`.
-__device__ inline const uint8_t* UpperBitsOf(const uint8_t* codes, int thread) {
+template <class Byte>
+__device__ inline Byte* UpperBitsOf(Byte* codes, int thread) {
   return codes + (kUpperBits - 2 * thread);
 }
 
@@ -199,7 +200,7 @@ __device__ inline void StoreLaneCodes(const typename Format::Code (&codes)[kLane
     const uint2 bytes = *reinterpret_cast<const uint2*>(&codes[0]);
     const EightCodes eight{bytes.x, bytes.y};
     *reinterpret_cast<uint32_t*>(target) = LowerBits(eight);
-    *reinterpret_cast<uint16_t*>(target + (kUpperBits - 2 * thread)) =
+    *reinterpret_cast<uint16_t*>(UpperBitsOf(target, thread)) =
         static_cast<uint16_t>(UpperBits(eight));
   } else {
     StoreCodes(codes, target);
