@@ -508,6 +508,9 @@ void RunFiles() {
     const int count = FailEachCall(name, [] { SaveAndLoad(/*many=*/false); });
     std::printf("%s: %d calls\n", name, count);
   }
+  Expect(fake_cuda::NumPinned() == 0, "memory stays pinned");
+  const int num_kept = FailEachCall("cudaHostUnregister", [] { SaveAndLoad(/*many=*/false); });
+  Expect(num_kept > 0 && fake_cuda::NumPinned() == num_kept, "pinned memory was freed");
 }
 
 void RunHandles() {
