@@ -73,7 +73,7 @@ struct RatioCodes<4> {
   static constexpr float kSquares = 48.99997f;        // of 7^2
   static constexpr uint32_t kLargestNu = 0x7d800000;  // 2^124
   // 16 codes if 12.2 reach over the range. 12.8 would do, but then steps change more often, and
-  // updates are a fifth further from float32's.
+  // updates are a fifth further from float32's (docs/decisions.md).
   PAGED_HD static uint32_t WithEnds(uint32_t range) { return range + range / 4 + range / 16; }
 };
 
