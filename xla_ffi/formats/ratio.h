@@ -217,8 +217,7 @@ PAGED_HD float InverseMuStep(Math math, float scale, float least) {
 // Of element `i`, in units.
 template <int kBits>
 PAGED_HD float DecodeRatioMu(const uint8_t* codes, int i, float mu_step) {
-  constexpr uint32_t kSign = 1u << (kBits - 1);
-  const float k = BytePlus2To23<kSign>(codes, i) - static_cast<float>(8388608u + kSign);
+  const float k = SignedOf<kBits>(codes, i);
   return k * Abs(k) * mu_step;
 }
 
