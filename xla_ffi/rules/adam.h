@@ -61,7 +61,7 @@ struct Adam {
       c.mu_scale = static_cast<float>(1.0 / c1);
       c.grad_scale = 0.0f;
     }
-    c.root = {static_cast<float>(1.0 / c2), hyperparams[3], hyperparams[2]};
+    c.root = MakeRoot(static_cast<float>(1.0 / c2), hyperparams[3], hyperparams[2]);
     c.bad_mu_hat = BadDirection(is_valid, bad);
     c.safe_nu = SafeNu(c.one_minus_b2);
     c.bounds_ratios = is_valid && c.b1 * c.b1 > c.b2;

@@ -112,7 +112,7 @@ struct AdEMAMix {
             rest2,
             1.0f - b3,
             static_cast<float>(1.0 / (1.0 - Power(b1, t))),
-            {static_cast<float>(1.0 / (1.0 - Power(b2, t))), hyperparams[5], hyperparams[4]},
+            MakeRoot(static_cast<float>(1.0 / (1.0 - Power(b2, t))), hyperparams[5], hyperparams[4]),
             BadDirection(is_valid, bad),
             SafeNu(rest2),
             is_valid && b1 * b1 > b2,

@@ -22,10 +22,10 @@ struct Centered {
   struct Coefficients {
     float decay, rest;  // rest = 1 - decay
     float initial;
-    float unbias;         // of m' and v'
-    float eps_root, eps;  // of the root of s
-    float bad_grad;       // takes the place of an unusable gradient: NaN, or 0 to skip the element
-    uint32_t safe_nu;     // bits: if no new second moment is above it, every gradient was usable
+    float unbias;      // of m' and v'
+    RootScale root;    // of s
+    float bad_grad;    // takes the place of an unusable gradient: NaN, or 0 to skip the element
+    uint32_t safe_nu;  // bits: if no new second moment is above it, every gradient was usable
   };
 
   template <int K, class Math>
@@ -39,7 +39,9 @@ struct Centered {
       const float mu_hat = mu[k] * c.unbias;
       variance[k] = Max(nu[k] * c.unbias - mu_hat * mu_hat, 0.0f);
     }
-    DivideByRoot(math, {1.0f, c.eps_root, c.eps}, RangeOf(variance), variance, values);
+    RootScale root = c.root;
+    root.nu_scale = 1.0f;  // which a compiler can see here
+    DivideByRoot(math, root, RangeOf(variance), variance, values);
     return range;
   }
 
@@ -96,8 +98,7 @@ struct StdDev {
             rest,
             IsInitial(initial) ? initial : 0.0f,
             root.nu_scale,
-            root.eps_root,
-            root.eps,
+            MakeRoot(1.0f, root.eps_root, root.eps),
             BadDirection(is_valid, bad),
             SafeNu(rest)};
   }
