@@ -59,9 +59,18 @@ __device__ inline void UnpackHalves(uint4 v, DType dtype, float (&values)[kLane]
   }
 }
 
-__device__ inline uint32_t PackHalves(DType dtype, float low, float high) {
-  if (dtype == DType::kBFloat16) return ToBFloat16Pair(low, high);
-  return static_cast<uint32_t>(ToFloat16(high)) << 16 | ToFloat16(low);
+__device__ inline uint4 PackHalves(DType dtype, const float (&values)[kLane]) {
+  uint32_t pairs[kLane / 2];
+  if (dtype == DType::kBFloat16) {
+#pragma unroll
+    for (int k = 0; k < kLane; k += 2) pairs[k / 2] = ToBFloat16Pair(values[k], values[k + 1]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kLane; k += 2) {
+      pairs[k / 2] = static_cast<uint32_t>(ToFloat16(values[k + 1])) << 16 | ToFloat16(values[k]);
+    }
+  }
+  return {pairs[0], pairs[1], pairs[2], pairs[3]};
 }
 
 // All of a thread's floats; aligned.
@@ -116,16 +125,13 @@ __device__ inline void Store(void* results, DType dtype, int64_t start, int coun
     }
     return;
   }
-  uint32_t pairs[kLane / 2];
-#pragma unroll
-  for (int k = 0; k < kLane; k += 2) {
-    pairs[k / 2] = PackHalves(dtype, values[k], values[k + 1]);
-  }
+  const uint4 packed = PackHalves(dtype, values);
   uint16_t* target = static_cast<uint16_t*>(results) + start;
   if (count == kLane && IsAligned(target)) {
-    StoreVector({pairs[0], pairs[1], pairs[2], pairs[3]}, target);
+    StoreVector(packed, target);
     return;
   }
+  const uint32_t pairs[] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
   for (int k = 0; k < kLane; ++k) {
     if (k < count) target[k] = static_cast<uint16_t>(pairs[k / 2] >> (k % 2 * 16));
