@@ -105,8 +105,8 @@ PAGED_HD uint32_t ByteOf(const uint8_t* bytes, int k) {
 #endif
 }
 
-// The number of kBits bits, in two's complement, that such a byte is. On a GPU one instruction, of 8
-// bits.
+// The number of kBits bits, in two's complement, that such a byte is. On a GPU one instruction, of
+// 8 bits.
 template <int kBits>
 PAGED_HD float SignedOf(const uint8_t* bytes, int k) {
 #if defined(__CUDA_ARCH__)

@@ -56,12 +56,12 @@ __device__ inline void Fetch(const uint8_t* first, uint32_t block_bytes, int i, 
 
 __device__ inline void Take(const FetchedArray& array, uint32_t block_bytes, DType dtype,
                             int thread, float (&values)[kLane]) {
-  const uint4 first = *reinterpret_cast<const uint4*>(array.halves[0][thread]);
+  const auto half = [&](int i) { return *reinterpret_cast<const uint4*>(array.halves[i][thread]); };
   if (IsFloat32(block_bytes)) {
-    UnpackFloats(first, 0, values);
-    UnpackFloats(*reinterpret_cast<const uint4*>(array.halves[1][thread]), 4, values);
+    UnpackFloats(half(0), 0, values);
+    UnpackFloats(half(1), 4, values);
   } else {
-    UnpackHalves(first, dtype, values);
+    UnpackHalves(half(0), dtype, values);
   }
 }
 

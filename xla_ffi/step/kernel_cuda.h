@@ -61,20 +61,6 @@ __device__ Share MyShare(int64_t resident_end, int64_t end) {
   return share;
 }
 
-// Directions on entry, updates or new parameters on return. `source` and `target`: the residuals of
-// the lane. Null where there are none; `source` also for a fresh state.
-template <Output kOutput>
-__device__ inline void StepParams(const ParamStep& step, const Leaf& leaf, int64_t start,
-                                  const float (&params)[kLane], const uint8_t* source,
-                                  uint8_t* target, float (&values)[kLane]) {
-  constexpr uint32_t kZeros = kZeroResidual * 0x01010101u;
-  uint2 residuals{kZeros, kZeros};
-  if (source != nullptr) residuals = *reinterpret_cast<const uint2*>(source);
-  UpdateParams<kOutput>(step, leaf, start, params, reinterpret_cast<uint8_t (&)[kLane]>(residuals),
-                        values);
-  if (target != nullptr) *reinterpret_cast<uint2*>(target) = residuals;
-}
-
 // Kernels that fetch ahead. Those of other formats are rarely used, and would need too much shared
 // memory.
 template <class Format>
@@ -240,19 +226,22 @@ __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared, c
   const auto fetch = [&](int next) {
     if constexpr (kAhead) {
       auto& stage = fetched[static_cast<unsigned>(next) % 2];
-      Fetch(grads, bytes.grads, next, thread, stage.grads);
+      const BlockBytes of_block = bytes;  // read before the first copy
+      Fetch(grads, of_block.grads, next, thread, stage.grads);
       if constexpr (kHasParams) {
-        if (TakesParams(output)) Fetch(params, bytes.params, next, thread, stage.params);
-        // Residuals, where parameters of 16 bits leave room.
-        if (TakesParams(output) && has_residuals && !IsFloat32(bytes.params)) {
-          CopyAhead<kLane>(group.source + group.to_residuals + next * int{kResidualBytes},
-                           stage.params.halves[1][thread]);
-        }
+        if (TakesParams(output)) Fetch(params, of_block.params, next, thread, stage.params);
       }
       const uint8_t* codes = group.source + next * kStateBytes<Format>;
 #pragma unroll
       for (int s = 0; s < kNumStates<Rule>; ++s) {
         CopyCodesAhead<Format>(codes + s * group.stride, thread, stage.codes[s][thread]);
+      }
+      if constexpr (kHasParams) {
+        // Residuals, where parameters of 16 bits leave room.
+        if (TakesParams(output) && has_residuals && !IsFloat32(of_block.params)) {
+          CopyAhead<kLane>(group.source + group.to_residuals + next * int{kResidualBytes},
+                           stage.params.halves[1][thread]);
+        }
       }
     }
   };
@@ -295,30 +284,39 @@ __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared, c
     StoreLane(lane, i, thread, group);
     if constexpr (kHasParams) {
       if (TakesParams(output)) {
-        const uint8_t* residuals = nullptr;
-        uint8_t* new_residuals = nullptr;
-        if (has_residuals) {
-          const int offset = group.to_residuals + i * static_cast<int>(kResidualBytes);
-          if (group.source != nullptr) residuals = group.source + offset;
-          new_residuals = group.target + offset;
-          if constexpr (kAhead) {
-            if (is_fetched && !IsFloat32(bytes.params)) residuals = stage.params.halves[1][thread];
-          }
-        }
         float old[kLane];
         if constexpr (kAhead) {
           if (is_fetched) Take(stage.params, bytes.params, leaf.param_dtype, thread, old);
         }
         if (!is_fetched) Load(leaf.params, leaf.param_dtype, start, count, old);
+        constexpr uint32_t kZeros = kZeroResidual * 0x01010101u;
+        uint2 residuals{kZeros, kZeros};
+        const int to_residuals = group.to_residuals + i * static_cast<int>(kResidualBytes);
+        if (has_residuals && group.source != nullptr) {
+          const uint8_t* source = group.source + to_residuals;
+          if constexpr (kAhead) {
+            if (is_fetched && !IsFloat32(bytes.params)) source = stage.params.halves[1][thread];
+          }
+          residuals = *reinterpret_cast<const uint2*>(source);
+        }
+        auto& new_residuals = reinterpret_cast<uint8_t (&)[kLane]>(residuals);
         const ParamStep& step = shared.step.params;
         if (output == Output::kUpdate) {
-          StepParams<Output::kUpdate>(step, leaf, start, old, residuals, new_residuals, values);
+          UpdateParams<Output::kUpdate>(step, leaf, start, old, new_residuals, values);
         } else {
-          StepParams<Output::kParams>(step, leaf, start, old, residuals, new_residuals, values);
+          UpdateParams<Output::kParams>(step, leaf, start, old, new_residuals, values);
+        }
+        if (has_residuals) {
+          *reinterpret_cast<uint2*>(group.target + to_residuals) = residuals;
         }
       }
     }
-    Store(leaf, start, count, values);
+    if (is_fetched) {
+      StoreAll(values, leaf.result_dtype,
+               static_cast<uint8_t*>(leaf.results) + start * SizeOf(leaf.result_dtype));
+    } else {
+      Store(leaf, start, count, values);
+    }
   }
 }
 

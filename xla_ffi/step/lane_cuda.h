@@ -111,30 +111,33 @@ __device__ inline void Load(const void* data, DType dtype, int64_t start, int co
   UnpackHalves({pairs[0], pairs[1], pairs[2], pairs[3]}, dtype, values);
 }
 
+// All of a thread's elements; aligned.
+__device__ inline void StoreAll(const float (&values)[kLane], DType dtype, void* target) {
+  if (dtype == DType::kFloat32) {
+    StoreFloats(values, static_cast<float*>(target));
+  } else {
+    StoreVector(PackHalves(dtype, values), target);
+  }
+}
+
 __device__ inline void Store(void* results, DType dtype, int64_t start, int count,
                              const float (&values)[kLane]) {
+  void* target = static_cast<uint8_t*>(results) + start * SizeOf(dtype);
+  if (count == kLane && IsAligned(target)) return StoreAll(values, dtype, target);
   if (dtype == DType::kFloat32) {
-    float* target = static_cast<float*>(results) + start;
-    if (count == kLane && IsAligned(target)) {
-      StoreFloats(values, target);
-      return;
-    }
 #pragma unroll
     for (int k = 0; k < kLane; ++k) {
-      if (k < count) target[k] = values[k];
+      if (k < count) static_cast<float*>(target)[k] = values[k];
     }
     return;
   }
   const uint4 packed = PackHalves(dtype, values);
-  uint16_t* target = static_cast<uint16_t*>(results) + start;
-  if (count == kLane && IsAligned(target)) {
-    StoreVector(packed, target);
-    return;
-  }
   const uint32_t pairs[] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
   for (int k = 0; k < kLane; ++k) {
-    if (k < count) target[k] = static_cast<uint16_t>(pairs[k / 2] >> (k % 2 * 16));
+    if (k < count) {
+      static_cast<uint16_t*>(target)[k] = static_cast<uint16_t>(pairs[k / 2] >> (k % 2 * 16));
+    }
   }
 }
 
