@@ -54,10 +54,10 @@ __device__ inline void Fetch(const uint8_t* first, uint32_t block_bytes, int i, 
   if (IsFloat32(block_bytes)) CopyAhead<16>(elements + 16, array.halves[1][thread]);
 }
 
-__device__ inline void Take(const FetchedArray& array, uint32_t block_bytes, DType dtype,
-                            int thread, float (&values)[kLane]) {
+__device__ inline void Take(const FetchedArray& array, DType dtype, int thread,
+                            float (&values)[kLane]) {
   const auto half = [&](int i) { return *reinterpret_cast<const uint4*>(array.halves[i][thread]); };
-  if (IsFloat32(block_bytes)) {
+  if (dtype == DType::kFloat32) {
     UnpackFloats(half(0), 0, values);
     UnpackFloats(half(1), 4, values);
   } else {

@@ -265,7 +265,7 @@ __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared, c
       EndBatch();
       WaitForBatches();
       if (is_fetched) {
-        Take(stage.grads, bytes.grads, leaf.dtype, thread, values);
+        Take(stage.grads, leaf.dtype, thread, values);
 #pragma unroll
         for (int s = 0; s < kNumStates<Rule>; ++s) {
           TakeCodes<Format>(stage.codes[s][thread], thread, lane.codes[s]);
@@ -286,18 +286,20 @@ __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared, c
       if (TakesParams(output)) {
         float old[kLane];
         if constexpr (kAhead) {
-          if (is_fetched) Take(stage.params, bytes.params, leaf.param_dtype, thread, old);
+          if (is_fetched) Take(stage.params, leaf.param_dtype, thread, old);
         }
         if (!is_fetched) Load(leaf.params, leaf.param_dtype, start, count, old);
-        constexpr uint32_t kZeros = kZeroResidual * 0x01010101u;
-        uint2 residuals{kZeros, kZeros};
+        uint2 residuals{};  // where there are none, nobody looks at them
         const int to_residuals = group.to_residuals + i * static_cast<int>(kResidualBytes);
-        if (has_residuals && group.source != nullptr) {
+        if (has_residuals) {
+          constexpr uint32_t kZeros = kZeroResidual * 0x01010101u;
           const uint8_t* source = group.source + to_residuals;
           if constexpr (kAhead) {
-            if (is_fetched && !IsFloat32(bytes.params)) source = stage.params.halves[1][thread];
+            const bool is_here = is_fetched && leaf.param_dtype != DType::kFloat32;
+            if (is_here) source = stage.params.halves[1][thread];
           }
-          residuals = *reinterpret_cast<const uint2*>(source);
+          residuals = group.source == nullptr ? uint2{kZeros, kZeros}
+                                              : *reinterpret_cast<const uint2*>(source);
         }
         auto& new_residuals = reinterpret_cast<uint8_t (&)[kLane]>(residuals);
         const ParamStep& step = shared.step.params;
