@@ -192,6 +192,14 @@ PAGED_HD BitRange RangeOf(const float (&values)[K]) {
   return range;
 }
 
+// That of a block, of which the values are a lane. `block` turns extremes of a lane into those of
+// its block.
+template <int K, class Block>
+PAGED_HD BitRange RangeOf(const float (&values)[K], Block block) {
+  const BitRange range = RangeOf(values);
+  return {block.Min(range.least), block.Max(range.largest)};
+}
+
 // The least bit pattern of those values whose `others` are not 0.
 template <int K>
 PAGED_HD uint32_t LeastWhereNonZero(const float (&values)[K], const float (&others)[K]) {

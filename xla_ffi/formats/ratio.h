@@ -239,12 +239,11 @@ PAGED_HD uint8_t EncodeRatioMu(Math math, float ratio, float inverse_mu_step, ui
 
 // --------------------------------------------------------------------------------- whole blocks
 
-// The window of a block. `top` is the bits of the block's largest non-negative value, `least` those
-// of the lane's smallest. `active` is 0 where an element is idle.
+// The window of a block. `top` and `bottom` are the bits of the block's largest and smallest
+// non-negative value. `active` is 0 where an element is idle.
 template <int kBits, int K, class Block>
 PAGED_HD RatioWindow FitBlock(const float (&nu)[K], const float (&active)[K], uint32_t top,
-                              uint32_t least, Block block) {
-  uint32_t bottom = block.Min(least);
+                              uint32_t bottom, Block block) {
   const bool has_zeros = bottom == 0;
   if (has_zeros) bottom = block.Min(LeastWhereNonZero(nu, nu));
   uint32_t range = top > bottom ? top - bottom : 0;
@@ -361,7 +360,7 @@ struct RatioOf : NoTables {
                                  Lane<Arithmetic, RatioOf, K>& lane, Block block) {
     constexpr int kNu = kNonNegativeState<Arithmetic>;
     float (&nu)[K] = states[kNu];
-    const uint32_t top = LimitNus(block.Max(range.largest), nu);
+    const uint32_t top = LimitNus(range.largest, nu);
     const float (&active)[K] = ActiveOf<Arithmetic>(states, directions);
     const RatioWindow window = FitBlock<kBits>(nu, active, top, range.least, block);
     uint32_t not_zero[K];
@@ -401,8 +400,8 @@ struct RatioOf : NoTables {
                                               uint8_t (&codes)[K], Block block) {
     PAGED_UNROLL
     for (int k = 0; k < K; ++k) values[k] = Abs(values[k]);  // -0 is 0
-    const BitRange range = RangeOf(values);
-    const uint32_t top = LimitNus(block.Max(range.largest), values);
+    const BitRange range = RangeOf(values, block);
+    const uint32_t top = LimitNus(range.largest, values);
     const RatioWindow window = FitBlock<kBits>(values, values, top, range.least, block);
     uint32_t not_zero[K];
     EncodeRatioNus(window, random, values, codes, not_zero);

@@ -28,11 +28,11 @@ struct Centered {
     uint32_t safe_nu;  // bits: if no new second moment is above it, every gradient was usable
   };
 
-  template <int K, class Math>
+  template <int K, class Math, class Block>
   PAGED_HD static BitRange Advance(Math math, const Coefficients& c, float (&values)[K],
-                                   float (&states)[2][K]) {
+                                   float (&states)[2][K], Block block) {
     const float (&mu)[K] = states[0], (&nu)[K] = states[1];
-    const BitRange range = AdvanceStates(c, values, states);
+    const BitRange range = AdvanceStates(c, values, states, block);
     float variance[K];
     PAGED_UNROLL
     for (int k = 0; k < K; ++k) {
@@ -50,14 +50,14 @@ struct Centered {
   PAGED_HD static void BoundRatios(const Coefficients&, float (&)[2][K]) {}
 
  private:
-  // Whether a gradient is unusable is asked once for a lane, as in adam.h.
-  template <int K>
+  // Whether a gradient is unusable is asked once for a block, as in adam.h.
+  template <int K, class Block>
   PAGED_HD static BitRange AdvanceStates(const Coefficients& c, float (&grads)[K],
-                                         float (&states)[2][K]) {
+                                         float (&states)[2][K], Block block) {
     float (&mu)[K] = states[0], (&nu)[K] = states[1], next_nu[K];
     PAGED_UNROLL
     for (int k = 0; k < K; ++k) next_nu[k] = c.decay * nu[k] + c.rest * grads[k] * grads[k];
-    const BitRange range = RangeOf(next_nu);
+    const BitRange range = RangeOf(next_nu, block);
     if (range.largest > c.safe_nu) {
       PAGED_UNROLL
       for (int k = 0; k < K; ++k) {
@@ -66,7 +66,7 @@ struct Centered {
         nu[k] = Select(is_used, next_nu[k], nu[k]);
         grads[k] = Select(is_used, grads[k], c.bad_grad);
       }
-      return RangeOf(nu);
+      return RangeOf(nu, block);
     }
     PAGED_UNROLL
     for (int k = 0; k < K; ++k) {

@@ -76,7 +76,7 @@ PAGED_HD void StepBlock(Math math, const StepOf<Rule>& step, const Tables& table
       }
     }
   }
-  const BitRange range = Rule::Advance(math, step.rule, values, states);
+  const BitRange range = Rule::Advance(math, step.rule, values, states, block);
   if constexpr (Format::kStoresRatios && kNonNegativeState<Rule> >= 0 && kFirstSigned<Rule> >= 0) {
     Rule::BoundRatios(step.rule, states);
   }
