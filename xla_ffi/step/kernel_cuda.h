@@ -314,8 +314,7 @@ __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared, c
       }
     }
     if (is_fetched) {
-      StoreAll(values, leaf.result_dtype,
-               static_cast<uint8_t*>(leaf.results) + start * SizeOf(leaf.result_dtype));
+      StoreAll(values, leaf.results, leaf.result_dtype, start);
     } else {
       Store(leaf, start, count, values);
     }

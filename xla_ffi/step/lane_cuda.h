@@ -111,19 +111,20 @@ __device__ inline void Load(const void* data, DType dtype, int64_t start, int co
   UnpackHalves({pairs[0], pairs[1], pairs[2], pairs[3]}, dtype, values);
 }
 
-// All of a thread's elements; aligned.
-__device__ inline void StoreAll(const float (&values)[kLane], DType dtype, void* target) {
+// All of a thread's elements, from `start` on; aligned.
+__device__ inline void StoreAll(const float (&values)[kLane], void* results, DType dtype,
+                                int64_t start) {
   if (dtype == DType::kFloat32) {
-    StoreFloats(values, static_cast<float*>(target));
+    StoreFloats(values, static_cast<float*>(results) + start);
   } else {
-    StoreVector(PackHalves(dtype, values), target);
+    StoreVector(PackHalves(dtype, values), static_cast<uint16_t*>(results) + start);
   }
 }
 
 __device__ inline void Store(void* results, DType dtype, int64_t start, int count,
                              const float (&values)[kLane]) {
   void* target = static_cast<uint8_t*>(results) + start * SizeOf(dtype);
-  if (count == kLane && IsAligned(target)) return StoreAll(values, dtype, target);
+  if (count == kLane && IsAligned(target)) return StoreAll(values, results, dtype, start);
   if (dtype == DType::kFloat32) {
 #pragma unroll
     for (int k = 0; k < kLane; ++k) {
