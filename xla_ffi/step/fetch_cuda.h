@@ -23,7 +23,7 @@ struct FetchedBlock {
   static constexpr int kNumStates = kStates;
   FetchedArray grads;
   std::conditional_t<kWithParams, FetchedArray, NoTables> params;
-  alignas(16) uint8_t codes[kStates][kWarpSize][kLane];
+  alignas(16) uint8_t codes[kWarpSize][kStates][kLane];
 };
 
 // Bytes of a block in the arrays of a leaf. In shared memory: registers are short.

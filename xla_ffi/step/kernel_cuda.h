@@ -234,7 +234,7 @@ __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared, c
       const uint8_t* codes = group.source + next * kStateBytes<Format>;
 #pragma unroll
       for (int s = 0; s < kNumStates<Rule>; ++s) {
-        CopyCodesAhead<Format>(codes + s * group.stride, thread, stage.codes[s][thread]);
+        CopyCodesAhead<Format>(codes + s * group.stride, thread, stage.codes[thread][s]);
       }
       if constexpr (kHasParams) {
         // Residuals, where parameters of 16 bits leave room.
@@ -268,7 +268,7 @@ __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared, c
         Take(stage.grads, leaf.dtype, thread, values);
 #pragma unroll
         for (int s = 0; s < kNumStates<Rule>; ++s) {
-          TakeCodes<Format>(stage.codes[s][thread], thread, lane.codes[s]);
+          TakeCodes<Format>(stage.codes[thread][s], thread, lane.codes[s]);
         }
       }
     }
