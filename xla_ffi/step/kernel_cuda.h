@@ -66,17 +66,23 @@ __device__ Share MyShare(int64_t resident_end, int64_t end) {
 template <class Format>
 inline constexpr bool kFetchesAhead = Format::kStoresRatios;
 
+// What the threads of a warp have in common: registers are short.
+template <class Rule, class Format, int kOutput>
+struct SharedByWarp {
+  using Fetched = FetchedBlock<kOutput != static_cast<int>(Output::kDirection), kNumStates<Rule>>;
+  std::conditional_t<kFetchesAhead<Format>, Fetched, NoTables> fetched[2];
+  Leaf leaf;  // that it works on
+  BlockBytes block_bytes;
+};
+
 // What the threads of a block have in common.
 template <class Rule, class Format, int kOutput>
 struct Shared {
-  using Fetched = FetchedBlock<kOutput != static_cast<int>(Output::kDirection), kNumStates<Rule>>;
-  std::conditional_t<kFetchesAhead<Format>, Fetched, NoTables> fetched[kWarps][2];
+  SharedByWarp<Rule, Format, kOutput> warps[kWarps];
   typename Format::template Tables<uint8_t> tables;
   StepOf<Rule> step;
   const uint8_t* sources[kMaxSegments];  // bases of the segments
   uint8_t* targets[kMaxSegments];
-  Leaf leaves[kWarps];  // of each warp, the one it works on: registers are short
-  BlockBytes block_bytes[kWarps];
 };
 
 template <class Rule, class Format, int kOutput>
@@ -206,9 +212,11 @@ __device__ inline int NumElements(const Leaf& leaf, int64_t start) {
 
 // Blocks [i, end) of a group, all of `leaf`, of which the thread has the elements from `start` on.
 template <class Rule, class Format, int kOutput>
-__device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared, const Leaf& leaf,
-                                        Output output, bool has_residuals, int64_t start, int end,
-                                        int thread, int& i, Group& group) {
+__device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared,
+                                        SharedByWarp<Rule, Format, kOutput>& by_warp, Output output,
+                                        bool has_residuals, int64_t start, int end, int thread,
+                                        int& i, Group& group) {
+  const Leaf& leaf = by_warp.leaf;
   constexpr bool kAhead = kFetchesAhead<Format>;
   constexpr bool kHasParams = kOutput != static_cast<int>(Output::kDirection);
   if (group.target == nullptr) {
@@ -218,8 +226,8 @@ __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared, c
     }
     return;
   }
-  auto& fetched = shared.fetched[threadIdx.x / kWarpSize];
-  const BlockBytes& bytes = shared.block_bytes[threadIdx.x / kWarpSize];
+  auto& fetched = by_warp.fetched;
+  const BlockBytes& bytes = by_warp.block_bytes;
   int fetched_end = i;
   const uint8_t *grads = nullptr, *params = nullptr;
   // Of block `next`, into what the block before the last was read from: that has been used.
@@ -361,7 +369,8 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<Rule, Format, kOutput>))
   const int64_t end = region.num_blocks;
   const int64_t resident_end = accepted ? min(resolved.resident_blocks[args.format], end) : end;
   const int thread = static_cast<int>(threadIdx.x) % kWarpSize;
-  Leaf& leaf = shared.leaves[threadIdx.x / kWarpSize];
+  auto& by_warp = shared.warps[threadIdx.x / kWarpSize];
+  const Leaf& leaf = by_warp.leaf;
   const Share share = MyShare<kGroup<Rule, Format>>(resident_end, end);
   for (int64_t first = share.first * share.group; first < share.end;
        first += share.stride * share.group) {
@@ -376,12 +385,12 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<Rule, Format, kOutput>))
       while (leaf_index + 1 < args.num_leaves && args.leaves[leaf_index + 1].first_block <= block) {
         ++leaf_index;
       }
-      CopyLeaf(args.leaves[leaf_index], thread, leaf, shared.block_bytes[threadIdx.x / kWarpSize]);
+      CopyLeaf(args.leaves[leaf_index], thread, by_warp.leaf, by_warp.block_bytes);
       const int64_t in_leaf = block - leaf.first_block;
       const int64_t left_in_leaf = NumBlocks(leaf.size) - in_leaf;
       const int run_end = left_in_leaf < num - i ? i + static_cast<int>(left_in_leaf) : num;
-      StepRun(shared, leaf, output, has_residuals, in_leaf * kBlockSize + thread * kLane, run_end,
-              thread, i, group);
+      StepRun(shared, by_warp, output, has_residuals, in_leaf * kBlockSize + thread * kLane,
+              run_end, thread, i, group);
     }
     if (group.has_word) *reinterpret_cast<uint32_t*>(group.target + group.to_words) = group.word;
   }
