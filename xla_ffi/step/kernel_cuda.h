@@ -210,6 +210,22 @@ __device__ inline int NumElements(const Leaf& leaf, int64_t start) {
   return left < 0 ? 0 : (left < kLane ? static_cast<int>(left) : kLane);
 }
 
+// The types of a leaf's arrays. All threads of a warp have the same ones anyway. From a reduction
+// the compiler knows it: branches on them take no instructions that bring the threads together
+// again.
+struct DTypes {
+  DType grads, params, results;
+};
+
+__device__ inline DTypes DTypesOf(const Leaf& leaf) {
+  const uint32_t all =
+      __reduce_max_sync(0xffffffffu, static_cast<uint32_t>(leaf.dtype) |
+                                         static_cast<uint32_t>(leaf.param_dtype) << 8 |
+                                         static_cast<uint32_t>(leaf.result_dtype) << 16);
+  return {static_cast<DType>(all & 0xff), static_cast<DType>(all >> 8 & 0xff),
+          static_cast<DType>(all >> 16)};
+}
+
 // Blocks [i, end) of a group, all of `leaf`, of which the thread has the elements from `start` on.
 template <class Rule, class Format, int kOutput>
 __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared,
@@ -227,6 +243,7 @@ __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared,
     return;
   }
   auto& fetched = by_warp.fetched;
+  const DTypes dtypes = DTypesOf(leaf);
   const BlockBytes& bytes = by_warp.block_bytes;
   int fetched_end = i;
   const uint8_t *grads = nullptr, *params = nullptr;
@@ -273,7 +290,7 @@ __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared,
       EndBatch();
       WaitForBatches();
       if (is_fetched) {
-        Take(stage.grads, leaf.dtype, thread, values);
+        Take(stage.grads, dtypes.grads, thread, values);
 #pragma unroll
         for (int s = 0; s < kNumStates<Rule>; ++s) {
           TakeCodes<Format>(stage.codes[thread][s], thread, lane.codes[s]);
@@ -294,7 +311,7 @@ __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared,
       if (TakesParams(output)) {
         float old[kLane];
         if constexpr (kAhead) {
-          if (is_fetched) Take(stage.params, leaf.param_dtype, thread, old);
+          if (is_fetched) Take(stage.params, dtypes.params, thread, old);
         }
         if (!is_fetched) Load(leaf.params, leaf.param_dtype, start, count, old);
         uint2 residuals{};  // where there are none, nobody looks at them
@@ -322,7 +339,7 @@ __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared,
       }
     }
     if (is_fetched) {
-      StoreAll(values, leaf.results, leaf.result_dtype, start);
+      StoreAll(values, leaf.results, dtypes.results, start);
     } else {
       Store(leaf, start, count, values);
     }
