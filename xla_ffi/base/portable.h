@@ -109,14 +109,17 @@ PAGED_HD uint32_t ByteOf(const uint8_t* bytes, int k) {
 // 8 bits.
 template <int kBits>
 PAGED_HD float SignedOf(const uint8_t* bytes, int k) {
+  constexpr int32_t kSign = 1 << (kBits - 1);
 #if defined(__CUDA_ARCH__)
+  // Four numbers at once take the bits above from their sign.
+  const uint32_t four = reinterpret_cast<const uint32_t*>(bytes)[k / 4];
+  const uint32_t extended = four + (four & kSign * 0x01010101u) * ((256 - 2 * kSign) / kSign);
   float number;
-  asm("{.reg .s32 n; bfe.s32 n, %1, %2, %3; cvt.rn.f32.s32 %0, n;}"
+  asm("{.reg .s32 n; bfe.s32 n, %1, %2, 8; cvt.rn.f32.s32 %0, n;}"
       : "=f"(number)
-      : "r"(reinterpret_cast<const uint32_t*>(bytes)[k / 4]), "r"(8 * (k % 4)), "n"(kBits));
+      : "r"(extended), "r"(8 * (k % 4)));
   return number;
 #else
-  constexpr int32_t kSign = 1 << (kBits - 1);
   return static_cast<float>((bytes[k] ^ kSign) - kSign);
 #endif
 }

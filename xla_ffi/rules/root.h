@@ -58,8 +58,8 @@ PAGED_HD void DivideBy(Math math, const RootScale& c, const float (&nu)[K], Root
   for (int k = 0; k < K; ++k) values[k] *= math.Reciprocal(root(nu[k] * c.nu_scale) + c.eps);
 }
 
-// Divides `values`. `range` is that of the second moments of the lane, or of its block. What need not
-// be added is not: an eps_root of 0, and what keeps the root of 0 finite.
+// Divides `values`. `range` is that of the second moments of the lane, or of its block. What need
+// not be added is not: an eps_root of 0, and what keeps the root of 0 finite.
 template <int K, class Math>
 PAGED_HD void DivideByRoot(Math math, const RootScale& c, BitRange range, const float (&nu)[K],
                            float (&values)[K]) {
