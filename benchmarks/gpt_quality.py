@@ -49,6 +49,9 @@ RUNS = {
     "adamw": Run(optax.adamw, "float32", "optax.adamw"),
     "paged": Run(_paged(), "float32", "paged_adamw8bit"),
     "dynamic": Run(_paged(quantization=_DYNAMIC), "float32", "paged_adamw8bit, codec dynamic"),
+    "ratio6": Run(
+        _paged(quantization=Quantization("ratio6")), "float32", "paged_adamw8bit, ratio6"
+    ),
     "compensated": Run(
         _paged(param_rounding="compensated"), "bfloat16", "paged_adamw8bit, compensated"
     ),

@@ -358,7 +358,7 @@ FORMATS = [
     WINNER,
 ]
 
-# Fewer than 8 bits a moment: `benchmarks/below8.py` trains with the first four. The second one is
+# Fewer than 8 bits a moment: `benchmarks/below8.py` trains with the first five. The second one is
 # the package's `ratio6`, whose steps end at 2^23. The fourth one is that of torchao's AdamW4bit
 # (torchao/optim/subclass_4bit.py), which took its maps from lpmm: B. Li, J. Chen, J. Zhu, "Memory
 # Efficient Optimizers with 4-bit States", 2023 (arXiv:2309.01507). Its second moments have 16
@@ -366,9 +366,9 @@ FORMATS = [
 _SMALL = {"coarsest": 25, "spare": 3}
 
 
-def _six(name, **steps):
-    v = window(64, spare=3, **steps)
-    return Format(name, 1.5 + 8 / 256, squares(largest=31), v, 256, 256, True, golden, golden)
+def _packed(bits, name, **steps):
+    m, v = squares(largest=2 ** (bits - 1) - 1), window(2**bits, spare=3, **steps)
+    return Format(name, bits / 4 + 8 / 256, m, v, 256, 256, True, golden, golden)
 
 
 SMALL_FORMATS = [
@@ -376,7 +376,7 @@ SMALL_FORMATS = [
         "ratio, 6 + 6 bits",
         *(1.5 + 8 / 256, powers(31, 1.5), window(64, **_SMALL), 256, 256, True, golden, golden),
     ),
-    _six("ratio, 6 + 6 bits, squares", coarsest=25),
+    _packed(6, "ratio, 6 + 6 bits, squares", coarsest=25),
     Format(
         "ratio, 4 + 4 bits /64",
         *(1 + 8 / 64, powers(7, 1.5), window(16, **_SMALL), 64, 64, True, golden, golden),
@@ -385,6 +385,7 @@ SMALL_FORMATS = [
         "torchao, 4 + 4 bits /128",
         *(1 + 8 / 128, table(four_bit_levels()), table(np.arange(1, 17) / 16), 128, 128, False),
     ),
-    _six("ratio, 6 + 6 bits, steps of 2^18 on", finest=18, coarsest=23),
-    _six("ratio, 6 + 6 bits, steps of powers of 2", coarsest=25, parts=1),
+    _packed(4, "ratio, 4 + 4 bits, squares", coarsest=25),
+    _packed(6, "ratio, 6 + 6 bits, steps of 2^18 on", finest=18, coarsest=23),
+    _packed(6, "ratio, 6 + 6 bits, steps of powers of 2", coarsest=25, parts=1),
 ]

@@ -5,6 +5,7 @@ alone. Importing it starts no JAX backend.
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import subprocess
@@ -81,6 +82,12 @@ RAISES = (RuntimeError, ValueError)
 
 
 # --- Comparisons --------------------------------------------------------------------------------
+
+
+def without_free(report):
+    """A memory report without what is free on the devices: other programs may take of that."""
+    devices = tuple(dataclasses.replace(device, free=None) for device in report.devices)
+    return dataclasses.replace(report, devices=devices)
 
 
 def assert_trees_equal(actual, desired):

@@ -77,6 +77,11 @@ def test_room_that_comes_late(program):
     assert "arenas left 0" in start(program, "room")
 
 
+def test_unknown_tokens(program):
+    """Tokens that name no state are refused at once; a GPU once waited for that of handle 0."""
+    assert "arenas left 0" in start(program, "unknown")
+
+
 def test_handles(program):
     """Devices that are 5,000 inits apart agree; so do two jobs that follow each other."""
     start(program, "handles")

@@ -27,6 +27,7 @@ from helpers import (
 from paged_optax import (
     MultiSteps,
     StateRefused,
+    memory_report,
     moments,
     newest,
     paged_adam8bit,
@@ -199,6 +200,7 @@ def test_a_state_that_started_over():
     assert (entry.version, entry.count, entry.is_held) == (59, 102, True)
     with pytest.warns(RuntimeWarning, match="ended the training .* after 2 steps"):
         again = jax.block_until_ready(step(params, restored))
+        memory_report(again)  # a GPU reports with the next call
         hooks.deliver_notices()
     assert_trees_equal(newest(restored), again)
     with pytest.raises(StateRefused, match="earlier training.*version 58, .* began with 60"):

@@ -237,6 +237,16 @@ def test_every_cause(misuse, match):
         jax.block_until_ready(jax.jit(tx.update)(make_params(), state))
 
 
+def test_a_token_of_zeros_has_no_moments():
+    """Nobody waits for them either."""
+    states = trained(scale_by_paged_adam8bit(), make_params())
+    zeros = jax.tree.map(jnp.zeros_like, states[-1])
+    with pytest.raises(StateRefused, match="is zero"):
+        newest(zeros)
+    assert memory_report(zeros).total == evict(zeros) == prefetch(zeros) == release(zeros) == 0
+    assert memory_report(states[-1]).total > 0
+
+
 # --- What hinders a first step is a refusal too -------------------------------------------------
 
 

@@ -72,6 +72,7 @@ inline thread_local int device = 0;
 inline std::mutex mutex;
 inline std::multimap<size_t, void*> unused;
 inline std::map<void*, size_t> used;
+inline std::map<void*, size_t> pinned;  // memory of others
 
 inline cudaError_t Allocate(void** data, size_t nbytes, std::atomic<int64_t>& count) {
   const std::lock_guard<std::mutex> lock(mutex);
@@ -92,6 +93,17 @@ inline cudaError_t Free(void* data, std::atomic<int64_t>& count) {
   unused.emplace(found->second, data);
   used.erase(found);
   return cudaSuccess;
+}
+
+// How many ranges are pinned. It reads them, because nobody may have freed them.
+inline int NumPinned() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (const auto& [data, nbytes] : pinned) {
+    for (size_t at = 0; at < nbytes; at += 4096) {
+      (void)*(static_cast<const volatile char*>(data) + at);
+    }
+  }
+  return static_cast<int>(pinned.size());
 }
 
 // Of much memory only the samples that fake_step.h looks at: the rest would take a sanitizer long.
@@ -139,8 +151,14 @@ inline cudaError_t cudaHostAlloc(void** data, size_t nbytes, unsigned) {
   return fake_cuda::Allocate(data, nbytes, fake_cuda::host_bytes);
 }
 inline cudaError_t cudaFreeHost(void* data) { return fake_cuda::Free(data, fake_cuda::host_bytes); }
-inline cudaError_t cudaHostRegister(void*, size_t, unsigned) { return cudaSuccess; }
-inline cudaError_t cudaHostUnregister(void*) { return cudaSuccess; }
+inline cudaError_t cudaHostRegister(void* data, size_t nbytes, unsigned) {
+  const std::lock_guard<std::mutex> lock(fake_cuda::mutex);
+  return fake_cuda::pinned[data] = nbytes, cudaSuccess;
+}
+inline cudaError_t cudaHostUnregister(void* data) {
+  const std::lock_guard<std::mutex> lock(fake_cuda::mutex);
+  return fake_cuda::pinned.erase(data), cudaSuccess;
+}
 inline cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned) {
   return *device = host, cudaSuccess;
 }

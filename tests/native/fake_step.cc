@@ -4,6 +4,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <vector>
 
 #include "base/cuda_check.h"
 #include "state/fill.h"
@@ -101,11 +103,12 @@ void LaunchWriteSegments(const SegmentTable& segments, SegmentTable* destination
 void CheckFits(const Source&, const Request&) {}
 
 void Fill(const Source&, const Request&, Arena& arena) {
-  std::vector<uint8_t> sample(kSample, Pattern(arena.header.handle, 1));
-  const auto pinned = arena.memory->Pin(sample.data(), kSample);
+  const auto sample =
+      std::make_shared<std::vector<uint8_t>>(kSample, Pattern(arena.header.handle, 1));
+  const auto pinned = arena.memory->Pin({sample, sample->data()}, kSample);
   const int64_t nbytes = arena.memory->geometry().slot_bytes;
   for (int64_t at = 0; at + kSample <= nbytes; at += kStride) {
-    arena.memory->Write(0, at, kSample, sample.data());
+    arena.memory->Write(0, at, kSample, sample->data());
   }
   arena.header.version = arena.header.versions[0] = arena.header.started = 1;
 }

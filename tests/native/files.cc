@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "base/status.h"
-#include "layout/layout.h"
+#include "layout/geometry.h"
 #include "memory/memory.h"
 #include "state/background_save.h"
 #include "state/load.h"
@@ -67,7 +67,7 @@ void Load(const Sizes& sizes, const std::vector<uint32_t>& sums) {
       begin += nbytes;
     } while (begin < sizes[a]);
   }
-  const auto target = MakeHostMemory(kChunkBytes, 1, "");
+  const auto target = MakeManagedMemory(MakeGeometry(kChunkBytes, 1), 0, 1, nullptr);
   LoadItems(items, *target);
 }
 

@@ -4,6 +4,7 @@
 //   program faults            a run in which each call of the system or of CUDA fails once, in turn
 //   program files             the same for arrays that are saved and loaded
 //   program room              moments that come back while others take the device's memory
+//   program unknown           tokens that name no state
 // Ends with an error if moments are lost or memory is kept. What is refused is no error.
 #include <atomic>
 #include <chrono>
@@ -466,6 +467,34 @@ void RunRoomThatComesLate() {
   registry.Release(state.token.handle);
 }
 
+// Nothing waits for a state that nobody has, as a token of zeros does not name one either.
+void RunUnknownTokens() {
+  State state = MakeState({{Platform::kCuda, 0}}, Policy(true), 1, false);
+  Step(state);
+  Registry& registry = Registry::Get();
+  const DeviceId gpu = state.devices[0];
+  const auto is_refused = [](const auto& question) {
+    try {
+      question();
+    } catch (const StatusError& error) {
+      return error.code() == StatusCode::kFailedPrecondition;
+    }
+    return false;
+  };
+  for (const int32_t handle : {0, 1, -1, 123456789}) {
+    const Token token{handle, 1};
+    for (const bool refuses : {is_refused([&] { registry.Describe(token); }),
+                               is_refused([&] { registry.Read(gpu, token); }),
+                               is_refused([&] { registry.Hold(gpu, token); }),
+                               is_refused([&] { registry.Rewrite(gpu, token, {}); }),
+                               is_refused([&] { registry.Limit(token, 0); })}) {
+      Expect(refuses, "a token that nobody has is not refused");
+    }
+    Expect(registry.Release(handle) == 0, "something was freed");
+  }
+  registry.Release(state.token.handle);
+}
+
 void RunFaults() {
   const int num_faults = FailEachCall("", Scenario);
   for (const char* name : {"launch", "thread"}) FailEachCall(name, Scenario);
@@ -479,6 +508,9 @@ void RunFiles() {
     const int count = FailEachCall(name, [] { SaveAndLoad(/*many=*/false); });
     std::printf("%s: %d calls\n", name, count);
   }
+  Expect(fake_cuda::NumPinned() == 0, "memory stays pinned");
+  const int num_kept = FailEachCall("cudaHostUnregister", [] { SaveAndLoad(/*many=*/false); });
+  Expect(num_kept > 0 && fake_cuda::NumPinned() == num_kept, "pinned memory was freed");
 }
 
 void RunHandles() {
@@ -535,6 +567,8 @@ int Main(int argc, char** argv) {
     RunFiles();
   } else if (argc == 2 && std::strcmp(argv[1], "room") == 0) {
     RunRoomThatComesLate();
+  } else if (argc == 2 && std::strcmp(argv[1], "unknown") == 0) {
+    RunUnknownTokens();
   } else {
     return 2;
   }

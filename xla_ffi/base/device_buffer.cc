@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstring>
+#include <utility>
 
 #include "base/cuda_check.h"
 
@@ -34,16 +35,21 @@ MappedBuffer::MappedBuffer(int64_t nbytes) {
 
 MappedBuffer::~MappedBuffer() { (void)PAGED_CUDA(cudaFreeHost(host_)); }
 
-PinnedBytes::PinnedBytes(void* bytes, int64_t nbytes, int device) : bytes_(bytes) {
+PinnedBytes::PinnedBytes(std::shared_ptr<void> bytes, int64_t nbytes, int device) {
   const ScopedDevice scope(device);
-  if (PAGED_CUDA(cudaHostRegister(bytes, nbytes, cudaHostRegisterPortable)) == cudaSuccess) return;
-  bytes_ = nullptr;
-  (void)cudaGetLastError();  // the next call must not report it
+  if (PAGED_CUDA(cudaHostRegister(bytes.get(), nbytes, cudaHostRegisterPortable)) == cudaSuccess) {
+    bytes_ = std::move(bytes);
+  } else {
+    (void)cudaGetLastError();  // the next call must not report it
+  }
 }
 
 PinnedBytes::~PinnedBytes() {
-  if (bytes_ == nullptr || PAGED_CUDA(cudaHostUnregister(bytes_)) == cudaSuccess) return;
+  if (bytes_ == nullptr || PAGED_CUDA(cudaHostUnregister(bytes_.get())) == cudaSuccess) return;
   (void)cudaGetLastError();
+  // Kept for good: for the driver this memory stays pinned, and it refuses to copy other memory
+  // that has a part of it.
+  (void)new std::shared_ptr<void>(std::move(bytes_));
 }
 
 }  // namespace paged_optax

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
 namespace paged_optax {
 
@@ -32,16 +33,16 @@ class MappedBuffer {
   void* device_ = nullptr;
 };
 
-// Memory of somebody else, which stays where it is for as long as this lives. A GPU then copies it
-// without the driver's copying it first. If the driver refuses, nothing is different.
+// Memory of somebody else, which this keeps. A GPU copies it without the driver's copying it first.
+// If the driver refuses, nothing is different.
 class PinnedBytes {
  public:
-  PinnedBytes(void* bytes, int64_t nbytes, int device);
+  PinnedBytes(std::shared_ptr<void> bytes, int64_t nbytes, int device);
   PinnedBytes(const PinnedBytes&) = delete;
   ~PinnedBytes();
 
  private:
-  void* bytes_;  // null: refused
+  std::shared_ptr<void> bytes_;  // null: refused
 };
 
 }  // namespace paged_optax

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <memory>
 #include <thread>
+#include <utility>
 
 #include "base/cuda_check.h"
 #include "base/device_buffer.h"
@@ -66,8 +67,8 @@ class ManagedMemory final : public Memory {
   std::shared_ptr<std::atomic<bool>> is_taken() const override { return is_taken_; }
 
   MemoryKind kind() const override { return MemoryKind::kManaged; }
-  std::shared_ptr<const void> Pin(void* bytes, int64_t nbytes) const override {
-    return std::make_shared<const PinnedBytes>(bytes, nbytes, device_);
+  std::shared_ptr<const void> Pin(std::shared_ptr<void> bytes, int64_t nbytes) const override {
+    return std::make_shared<const PinnedBytes>(std::move(bytes), nbytes, device_);
   }
 
   uint8_t* Address(int32_t slot, int32_t segment) const override {

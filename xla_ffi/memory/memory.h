@@ -55,7 +55,8 @@ class Memory {
   virtual void Abandon(const Move&, Stream) noexcept {}
 
   // Makes Read and Write of these bytes of the host faster until the result goes, if that can be.
-  virtual std::shared_ptr<const void> Pin(void* /*bytes*/, int64_t /*nbytes*/) const {
+  virtual std::shared_ptr<const void> Pin(std::shared_ptr<void> /*bytes*/,
+                                          int64_t /*nbytes*/) const {
     return nullptr;
   }
 

@@ -2,6 +2,7 @@
 // plain device memory for its resident segments. See memory.h.
 #include <cuda_runtime_api.h>
 
+#include <utility>
 #include <vector>
 
 #include "base/cuda_check.h"
@@ -76,8 +77,8 @@ class PinnedMemory final : public Memory {
   }
 
   MemoryKind kind() const override { return MemoryKind::kPinned; }
-  std::shared_ptr<const void> Pin(void* bytes, int64_t nbytes) const override {
-    return std::make_shared<const PinnedBytes>(bytes, nbytes, device_);
+  std::shared_ptr<const void> Pin(std::shared_ptr<void> bytes, int64_t nbytes) const override {
+    return std::make_shared<const PinnedBytes>(std::move(bytes), nbytes, device_);
   }
   bool ChangesAddresses() const override { return true; }
 

@@ -41,7 +41,7 @@ class CudaDevice::Binding {
   Binding(const Binding&) = delete;
   ~Binding() {
     device_.pager_.EndPlacement(lock_);
-    device_.binding_ = 0;
+    device_.binding_.reset();
     device_.bound_.notify_all();
   }
 
@@ -55,7 +55,7 @@ std::shared_ptr<Arena> CudaDevice::BindOnFirstUse(ContentsLock& lock, Handles& h
                                                   Stream stream) {
   if (request.source == nullptr && !MayStart(handles, request, token)) return nullptr;
   for (;;) {
-    lock.Await(bound_, [&] { return binding_ == 0; });
+    lock.Await(bound_, [&] { return !binding_; });
     const int64_t index = IndexOf(lock, token.handle);
     if (index < 0) break;
     if (!handles.WasUndone(token.handle, arenas_[index]->run)) return nullptr;
@@ -151,7 +151,7 @@ std::vector<std::shared_ptr<Arena>> CudaDevice::Arenas() {
 std::vector<int32_t> CudaDevice::States() {
   const ContentsLock lock(mutex_);
   std::vector<int32_t> handles;
-  if (binding_ != 0) handles.push_back(binding_);
+  if (binding_) handles.push_back(*binding_);
   for (const auto& arena : arenas_) handles.push_back(arena->header.handle);
   return handles;
 }

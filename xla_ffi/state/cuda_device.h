@@ -107,8 +107,7 @@ class CudaDevice final : public Device {
   Header* headers_ = nullptr;
   int64_t capacity_ = 0;
   std::unique_ptr<MappedBuffer> mailbox_;  // Reports
-  // Handle of the state whose arena is being made, one at a time; 0 for none.
-  int32_t binding_ = 0;
+  std::optional<int32_t> binding_;  // handle of the state whose arena is being made, one at a time
   std::condition_variable bound_;
   Pager pager_;
 };

@@ -143,8 +143,8 @@ class Loader {
 
 void LoadItems(const std::vector<LoadItem>& items, const Memory& target) {
   struct Buffer {
-    DiskBuffer pages;
-    std::shared_ptr<const void> pinned;  // goes first
+    std::shared_ptr<DiskBuffer> pages = std::make_shared<DiskBuffer>();
+    std::shared_ptr<const void> pinned;
   };
   Loader loader(items);
   const int64_t nbytes = loader.buffer_bytes();
@@ -152,11 +152,11 @@ void LoadItems(const std::vector<LoadItem>& items, const Memory& target) {
       loader.num_batches(), NumDiskThreads(),
       [&] {
         auto buffer = std::make_unique<Buffer>();
-        buffer->pinned = target.Pin(buffer->pages.Reserve(nbytes), nbytes);
+        buffer->pinned = target.Pin({buffer->pages, buffer->pages->Reserve(nbytes)}, nbytes);
         return buffer;
       },
       [&](int64_t i, const std::unique_ptr<Buffer>& buffer) {
-        loader.Load(i, buffer->pages.Reserve(nbytes));
+        loader.Load(i, buffer->pages->Reserve(nbytes));
       });
   loader.Check();
 }
