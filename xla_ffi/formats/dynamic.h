@@ -239,7 +239,7 @@ struct Dynamic {
     constexpr int kNu = kNonNegativeState<Arithmetic>;
     PAGED_UNROLL
     for (int s = 0; s < kNumStates<Arithmetic>; ++s) {
-      lane.words[s] = block.Max(s == kNu ? range.largest : BitsOf(LargestMagnitude(states[s])));
+      lane.words[s] = s == kNu ? range.largest : block.Max(BitsOf(LargestMagnitude(states[s])));
       const float inverse = InverseScale(FloatOf(lane.words[s]));
       if (IsSigned<Arithmetic>(s)) {
         EncodeValues<true>(maps.of_signed, inverse, states[s], lane.codes[s]);
