@@ -136,12 +136,15 @@ template <class T, class Place, int K>
 PAGED_HD void LookUp(const T* table, const Place (&places)[K], T (&found)[K]) {
 #if !defined(__CUDA_ARCH__)
   if constexpr (sizeof(T) == 4 && K % 8 == 0) {
-    typedef T Pair __attribute__((vector_size(8)));
+    // Whatever they are: one instruction loads a float and puts it next to another.
+    using Entry __attribute__((may_alias)) = float;
+    using Pair = float __attribute__((vector_size(8)));
+    const auto* entries = reinterpret_cast<const Entry*>(table);
     for (int k = 0; k < K; k += 8) {
       for (int i = k; i < k + 8; i += 2) {
         uint64_t two = 0;
         std::memcpy(&two, &places[i], 2 * sizeof(Place));
-        const Pair pair = {table[static_cast<Place>(two)], table[two >> 8 * sizeof(Place)]};
+        const Pair pair = {entries[static_cast<Place>(two)], entries[two >> 8 * sizeof(Place)]};
         std::memcpy(&found[i], &pair, sizeof(pair));
       }
     }
