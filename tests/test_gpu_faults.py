@@ -228,7 +228,7 @@ def test_launch_that_fails(after, replay):
 
 
 def test_a_full_pool_of_xla_has_no_scratch_memory(tmp_path):
-    """The step takes CUDA's, with the same bits, and goes on to do so: the process does, for good."""
+    """The step takes CUDA's, with the same bits; so do all steps of the process from then on."""
     code = """
         import warnings
         warnings.simplefilter("ignore")
