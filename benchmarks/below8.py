@@ -26,7 +26,7 @@ from gpt_quality import TinyGpt
 from moment_formats import FLOAT32, SMALL_FORMATS, WINNER, Format
 
 # What a time limit should leave comes first.
-FORMATS = [FLOAT32, *SMALL_FORMATS[:3], WINNER, SMALL_FORMATS[3]]
+FORMATS = [FLOAT32, *SMALL_FORMATS[:3], WINNER, *SMALL_FORMATS[3:5]]
 WAIT = 50  # steps that are queued at most
 
 

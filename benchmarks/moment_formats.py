@@ -358,7 +358,7 @@ FORMATS = [
     WINNER,
 ]
 
-# Fewer than 8 bits a moment: `benchmarks/below8.py` trains with the first four. The second one is
+# Fewer than 8 bits a moment: `benchmarks/below8.py` trains with the first five. The second one is
 # the package's `ratio6`, whose steps end at 2^23. The fourth one is that of torchao's AdamW4bit
 # (torchao/optim/subclass_4bit.py), which took its maps from lpmm: B. Li, J. Chen, J. Zhu, "Memory
 # Efficient Optimizers with 4-bit States", 2023 (arXiv:2309.01507). Its second moments have 16

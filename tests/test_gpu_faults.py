@@ -227,15 +227,24 @@ def test_launch_that_fails(after, replay):
     assert actual is None or assert_trees_equal(actual, second_step(fails=False)) is None
 
 
-def test_a_full_pool_of_xla_has_no_scratch_memory():
-    """The step takes CUDA's, with the same bits, and goes on to do so."""
-    tx = paged_optax.scale_by_paged_adam8bit()
-    update = jax.jit(tx.update)
-    expected = run(tx, update)
-    hooks.fail_call("XLA's pool", NO_MEMORY)
-    actual = run(tx, update)
-    assert not hooks.withdraw_failure()  # it was asked, and had none
-    assert_trees_equal(actual, expected)
+def test_a_full_pool_of_xla_has_no_scratch_memory(tmp_path):
+    """The step takes CUDA's, with the same bits; so do all steps of the process from then on."""
+    code = """
+        import warnings
+        warnings.simplefilter("ignore")
+        import jax, paged_optax
+        from helpers import hooks
+        from test_gpu_faults import NO_MEMORY, run
+        tx = paged_optax.scale_by_paged_adam8bit()
+        update = jax.jit(tx.update)
+        expected = run(tx, update)
+        hooks.fail_call("XLA's pool", NO_MEMORY)
+        actual = run(tx, update)
+        assert not hooks.withdraw_failure()  # it was asked, and had none
+        assert actual == expected
+        print("done")
+        """
+    assert "done" in run_python(code, tmp_path, JAX_PLATFORMS="cuda").stdout
 
 
 def test_no_thread_for_moves(tmp_path):

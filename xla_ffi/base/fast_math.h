@@ -7,24 +7,18 @@
 // correct to the last bit for all arguments in range, which tests/test_gpu.py checks one by one.
 #pragma once
 
-#include "base/portable.h"
+#include "base/math.h"
 
 namespace paged_optax {
 
-struct FastMath {
+struct FastMath : FastRange {
   static constexpr bool kIsTotal = false;
-
-  // In range: finite numbers from 2^-100 on, below which the residual could underflow.
-  static constexpr uint32_t kLeastRadicand = 0x0d800000;
 
   __device__ __forceinline__ float Sqrt(float x) const { return Sqrt(x, x); }
   // Also exact for 0: the tiny addend vanishes in every other case and keeps rsqrt finite here.
   __device__ __forceinline__ float SqrtOrZero(float x) const {
     return Sqrt(x, x + FloatOf(0x00800000));
   }
-
-  // In range: normal numbers below 2^125; neither x nor the result is subnormal.
-  static constexpr uint32_t kLeastDivisor = 0x00800000, kDivisorEnd = 0x7e000000;
 
   __device__ __forceinline__ float Reciprocal(float x) const {
     float r;

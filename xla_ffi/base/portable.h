@@ -84,7 +84,6 @@ PAGED_HD uint32_t MultiplyHighAdd(uint32_t a, uint32_t b, uint32_t c) {
 // that it knew, the compiler would make that constant, and copy the other from register to
 // register each time.
 [[maybe_unused]] static __constant__ uint32_t kBitsOf128 = 0x43000000;
-[[maybe_unused]] static __constant__ uint32_t kBitsOf2To23 = 0x4b000000;
 #endif
 
 // 128 + x 2^-16, of the lower 16 bits of x.
@@ -106,14 +105,22 @@ PAGED_HD uint32_t ByteOf(const uint8_t* bytes, int k) {
 #endif
 }
 
-// 2^23 + kSign + that byte, of which kSign is the bit with the sign, and those above are 0.
-template <uint32_t kSign>
-PAGED_HD float BytePlus2To23(const uint8_t* bytes, int k) {
+// The number of kBits bits, in two's complement, that such a byte is. On a GPU one instruction, of
+// 8 bits.
+template <int kBits>
+PAGED_HD float SignedOf(const uint8_t* bytes, int k) {
+  constexpr int32_t kSign = 1 << (kBits - 1);
 #if defined(__CUDA_ARCH__)
-  const uint32_t flipped = reinterpret_cast<const uint32_t*>(bytes)[k / 4] ^ (kSign * 0x01010101u);
-  return FloatOf(__byte_perm(flipped, kBitsOf2To23, 0x7650 + k % 4));
+  // Four numbers at once take the bits above from their sign.
+  const uint32_t four = reinterpret_cast<const uint32_t*>(bytes)[k / 4];
+  const uint32_t extended = four + (four & kSign * 0x01010101u) * ((256 - 2 * kSign) / kSign);
+  float number;
+  asm("{.reg .s32 n; bfe.s32 n, %1, %2, 8; cvt.rn.f32.s32 %0, n;}"
+      : "=f"(number)
+      : "r"(extended), "r"(8 * (k % 4)));
+  return number;
 #else
-  return FloatOf(0x4b000000u | (bytes[k] ^ kSign));
+  return static_cast<float>((bytes[k] ^ kSign) - kSign);
 #endif
 }
 
@@ -129,20 +136,24 @@ PAGED_HD uint32_t BitsBelow(uint32_t x) {
 }
 
 // found[k] = table[places[k]], of entries of 4 bytes. A compiler that vectorizes this takes vectors
-// of places apart and puts what it finds together again. One after the other is faster, and faster
-// still if two entries are stored at once: the host stores one number in a cycle.
+// of places apart and puts what it finds together again. To look up two at a time is faster: they
+// share a load of their places and a store, and the host loads and stores only so often in a cycle.
+// Counting pair by pair would be a third of the instructions, so there are four in a round.
 template <class T, class Place, int K>
 PAGED_HD void LookUp(const T* table, const Place (&places)[K], T (&found)[K]) {
 #if !defined(__CUDA_ARCH__)
-  if constexpr (sizeof(T) == 4 && K % 2 == 0) {
-    for (int k = 0; k < K; k += 2) {
-      uint64_t first = places[k], second = places[k + 1];
-      asm("" : "+r"(first), "+r"(second));  // keeps the loop from being vectorized
-      uint32_t low, high;
-      std::memcpy(&low, table + first, sizeof(low));
-      std::memcpy(&high, table + second, sizeof(high));
-      const uint64_t both = static_cast<uint64_t>(high) << 32 | low;
-      std::memcpy(&found[k], &both, sizeof(both));
+  if constexpr (sizeof(T) == 4 && K % 8 == 0) {
+    // Whatever they are: one instruction loads a float and puts it next to another.
+    using Entry __attribute__((may_alias)) = float;
+    using Pair = float __attribute__((vector_size(8)));
+    const auto* entries = reinterpret_cast<const Entry*>(table);
+    for (int k = 0; k < K; k += 8) {
+      for (int i = k; i < k + 8; i += 2) {
+        uint64_t two = 0;
+        std::memcpy(&two, &places[i], 2 * sizeof(Place));
+        const Pair pair = {entries[static_cast<Place>(two)], entries[two >> 8 * sizeof(Place)]};
+        std::memcpy(&found[i], &pair, sizeof(pair));
+      }
     }
     return;
   }
@@ -186,6 +197,14 @@ PAGED_HD BitRange RangeOf(const float (&values)[K]) {
     range.largest = bits > range.largest ? bits : range.largest;
   }
   return range;
+}
+
+// That of a block, of which the values are a lane. `block` turns extremes of a lane into those of
+// its block.
+template <int K, class Block>
+PAGED_HD BitRange RangeOf(const float (&values)[K], Block block) {
+  const BitRange range = RangeOf(values);
+  return {block.Min(range.least), block.Max(range.largest)};
 }
 
 // The least bit pattern of those values whose `others` are not 0.

@@ -37,7 +37,6 @@ struct DynamicMap {
 // Whether the entries of a table are those of PackLevel.
 template <class Level>
 inline constexpr bool kIsPacked = sizeof(Level) == 4;
-inline constexpr int kNextBits = 17;  // from 0, for all of a prefix, to 2^16, for none
 
 template <class Level>
 struct DynamicMaps {
@@ -76,15 +75,15 @@ constexpr float WithPrefix(uint32_t prefix) {
   return power * (1.0f + static_cast<float>(prefix & 127) / 128.0f);
 }
 
-// The entry for a prefix: its lowest level, and from which lower 16 bits on a magnitude is above
-// `upper`, which is that of the level.
+// The entry for a prefix. When the lower 16 bits of a magnitude are added, the bits above them are
+// `level`, or the next one if the magnitude is above `upper`, which is that of the level.
 constexpr int32_t PackLevel(int level, float upper, uint32_t prefix) {
   double unit = 1.0 / (1 << 23);  // of a magnitude's last place
   for (uint32_t e = prefix >> 7; e < 127; ++e) unit *= 0.5;
   const double below =
       (static_cast<double>(upper) - static_cast<double>(WithPrefix(prefix))) / unit;
   const int next = below < 0.0 ? 0 : below >= 65536.0 ? 65536 : static_cast<int>(below) + 1;
-  return level << kNextBits | next;
+  return (level << 16) + 65536 - next;
 }
 
 // `first_bins` is N_0: 1 for the signed map, 2 for the unsigned one.
@@ -138,8 +137,7 @@ PAGED_HD uint32_t PlaceOf(float magnitude) {
 template <class Level>
 PAGED_HD int NearestLevel(const DynamicMap<Level>& map, int entry, float magnitude) {
   if constexpr (kIsPacked<Level>) {
-    const int lower = static_cast<int>(BitsOf(magnitude) & 0xffffu);
-    return (entry >> kNextBits) + (lower >= (entry & ((1 << kNextBits) - 1)) ? 1 : 0);
+    return (entry + static_cast<int>(BitsOf(magnitude) & 0xffffu)) >> 16;
   }
   return entry + (magnitude > map.upper[entry] ? 1 : 0);
 }
@@ -239,7 +237,7 @@ struct Dynamic {
     constexpr int kNu = kNonNegativeState<Arithmetic>;
     PAGED_UNROLL
     for (int s = 0; s < kNumStates<Arithmetic>; ++s) {
-      lane.words[s] = block.Max(s == kNu ? range.largest : BitsOf(LargestMagnitude(states[s])));
+      lane.words[s] = s == kNu ? range.largest : block.Max(BitsOf(LargestMagnitude(states[s])));
       const float inverse = InverseScale(FloatOf(lane.words[s]));
       if (IsSigned<Arithmetic>(s)) {
         EncodeValues<true>(maps.of_signed, inverse, states[s], lane.codes[s]);

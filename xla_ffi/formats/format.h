@@ -22,7 +22,7 @@
 //   static void Encode<Arithmetic>(math, tables, range, random, directions, states, lane, block)
 //
 // A format knows the arithmetic of a rule (rules/rule.h) by its roles alone. Decode fills `states`,
-// in float32. Encode stores them, and may change them. `range` is that of the lane's non-negative
+// in float32. Encode stores them, and may change them. `range` is that of the block's non-negative
 // state. random(k) is the word of the lane's element k (base/random.h). Where no state is signed,
 // `directions` tell which elements are idle: those that have the direction 0.
 // `block` turns the extremes of a lane into those of its block; it compares bit patterns, which

@@ -100,8 +100,12 @@ PAGED_HD RatioGrid GridOf(uint32_t word) {
   return {step, (word >> 16) * step, (word & kHasZeros) != 0};
 }
 
-// A grid, and how to divide by its step: take the upper half of a product with the reciprocal,
-// 2^(32 + shift) / step rounded up, and shift it.
+// A step in units of 2^kStepShift, and how to divide by it: take the upper half of a product with
+// the reciprocal, 2^(32 + shift) / step rounded up, and shift it.
+struct alignas(16) RatioStep {
+  uint32_t units, shift, reciprocal, step;
+};
+
 struct RatioWindow {
   RatioGrid grid;
   uint32_t word;
@@ -109,20 +113,38 @@ struct RatioWindow {
   uint32_t shift;
 };
 
-// By a number of quarters: 2^33 over 4 and so many, rounded up.
-struct Reciprocals {
-  uint32_t of[4];
+// Steps of 4, 5, 6 and 7 times a power of two, from the finest on. They end with the coarsest, all
+// codes of which span 2^29.
+template <int kBits>
+struct RatioSteps {
+  static constexpr uint32_t kFirst = (127 + 16 + kBits) << 2, kLast = (127 + 29) << 2;
+  RatioStep of[kLast - kFirst + 1];
 };
-inline constexpr Reciprocals kReciprocals = {{0x80000000u, 0x66666667u, 0x55555556u, 0x4924924au}};
+
+template <int kBits>
+constexpr RatioSteps<kBits> MakeRatioSteps() {
+  RatioSteps<kBits> steps{};
+  for (uint32_t i = 0; i < sizeof(steps.of) / sizeof(RatioStep); ++i) {
+    const uint32_t quarters = 4 + i % 4, units = quarters << (i / 4);
+    const uint64_t reciprocal = ((uint64_t{1} << 33) + quarters - 1) / quarters;
+    steps.of[i] = {units, 15 + i / 4, static_cast<uint32_t>(reciprocal), units << kStepShift};
+  }
+  return steps;
+}
+
+template <int kBits>
+inline constexpr RatioSteps<kBits> kRatioSteps = MakeRatioSteps<kBits>();
 #if defined(__CUDACC__)
-[[maybe_unused]] static __constant__ Reciprocals kReciprocalsOnGpu = kReciprocals;
+template <int kBits>
+static __constant__ RatioSteps<kBits> kRatioStepsOnGpu = MakeRatioSteps<kBits>();
 #endif
 
-PAGED_HD uint32_t ReciprocalOf(uint32_t quarters) {
+template <int kBits>
+PAGED_HD RatioStep RatioStepOf(uint32_t i) {
 #if defined(__CUDA_ARCH__)
-  return kReciprocalsOnGpu.of[quarters];
+  return kRatioStepsOnGpu<kBits>.of[i];
 #else
-  return kReciprocals.of[quarters];
+  return kRatioSteps<kBits>.of[i];
 #endif
 }
 
@@ -130,26 +152,21 @@ PAGED_HD uint32_t ReciprocalOf(uint32_t quarters) {
 template <int kBits>
 PAGED_HD RatioWindow FitWindow(uint32_t top, uint32_t range, bool has_zeros) {
   using Codes = RatioCodes<kBits>;
+  using Steps = RatioSteps<kBits>;
   constexpr uint32_t kFinest = (1u << (16 + kBits)) - 1;  // the span for the finest step
   const uint32_t with_ends = Codes::WithEnds(range);
   const uint32_t span = with_ends > kFinest ? with_ends : kFinest;
   // The step is 5, 6, 7 or 8 times a power of two, and all codes of it are more than the span. As a
   // float the span has these quarters as the first bits of its fraction: one more of them, which
-  // may carry into the exponent, is the step. All codes of the coarsest step span 2^29.
-  constexpr uint32_t kCoarsest = (127 + 29) << 2;
+  // may carry into the exponent, is the step.
   const uint32_t above = (BitsBelow(span) >> 21) + 1;
-  const uint32_t fitting = above < kCoarsest ? above : kCoarsest;
-  const uint32_t exponent = (fitting >> 2) - 127, quarters = fitting & 3;
-  const uint32_t units = (4 + quarters) << (exponent - (16 + kBits));
-  RatioWindow window;
-  window.reciprocal = ReciprocalOf(quarters);
-  window.shift = exponent - (1 + kBits);
-  const uint32_t top_code = MultiplyHighAdd(top, window.reciprocal, 0) >> window.shift;
+  const uint32_t fitting = above < Steps::kLast ? above : Steps::kLast;
+  const RatioStep step = RatioStepOf<kBits>(fitting - Steps::kFirst);
+  const uint32_t top_code = MultiplyHighAdd(top, step.reciprocal, 0) >> step.shift;
   const int32_t below = static_cast<int32_t>(top_code) - static_cast<int32_t>(Codes::kTop);
   const uint32_t offset = static_cast<uint32_t>(below > 0 ? below : 0);
-  window.word = offset << 16 | (has_zeros ? Codes::kHasZeros : 0) | units;
-  window.grid = {units << kStepShift, offset * (units << kStepShift), has_zeros};
-  return window;
+  const uint32_t word = offset << 16 | (has_zeros ? Codes::kHasZeros : 0) | step.units;
+  return {{step.step, offset * step.step, has_zeros}, word, step.reciprocal, step.shift};
 }
 
 template <int K>
@@ -232,8 +249,7 @@ PAGED_HD float InverseMuStep(Math math, float scale, float least) {
 // Of element `i`, in units.
 template <int kBits>
 PAGED_HD float DecodeRatioMu(const uint8_t* codes, int i, float mu_step) {
-  constexpr uint32_t kSign = 1u << (kBits - 1);
-  const float k = BytePlus2To23<kSign>(codes, i) - static_cast<float>(8388608u + kSign);
+  const float k = SignedOf<kBits>(codes, i);
   return k * Abs(k) * mu_step;
 }
 
@@ -255,12 +271,11 @@ PAGED_HD uint8_t EncodeRatioMu(Math math, float ratio, float inverse_mu_step, ui
 
 // --------------------------------------------------------------------------------- whole blocks
 
-// The window of a block. `top` is the bits of the block's largest non-negative value, `least` those
-// of the lane's smallest. `active` is 0 where an element is idle.
+// The window of a block. `top` and `bottom` are the bits of the block's largest and smallest
+// non-negative value. `active` is 0 where an element is idle.
 template <int kBits, int K, class Block>
 PAGED_HD RatioWindow FitBlock(const float (&nu)[K], const float (&active)[K], uint32_t top,
-                              uint32_t least, Block block) {
-  uint32_t bottom = block.Min(least);
+                              uint32_t bottom, Block block) {
   const bool has_zeros = bottom == 0;
   if (has_zeros) bottom = block.Min(LeastWhereNonZero(nu, nu));
   uint32_t range = top > bottom ? top - bottom : 0;
@@ -377,7 +392,7 @@ struct RatioOf : NoTables {
                                  Lane<Arithmetic, RatioOf, K>& lane, Block block) {
     constexpr int kNu = kNonNegativeState<Arithmetic>;
     float (&nu)[K] = states[kNu];
-    const uint32_t top = LimitNus(block.Max(range.largest), nu);
+    const uint32_t top = LimitNus(range.largest, nu);
     const float (&active)[K] = ActiveOf<Arithmetic>(states, directions);
     const RatioWindow window = FitBlock<kBits>(nu, active, top, range.least, block);
     uint32_t not_zero[K];
@@ -418,8 +433,8 @@ struct RatioOf : NoTables {
                                               uint8_t (&codes)[K], Block block) {
     PAGED_UNROLL
     for (int k = 0; k < K; ++k) values[k] = Abs(values[k]);  // -0 is 0
-    const BitRange range = RangeOf(values);
-    const uint32_t top = LimitNus(block.Max(range.largest), values);
+    const BitRange range = RangeOf(values, block);
+    const uint32_t top = LimitNus(range.largest, values);
     const RatioWindow window = FitBlock<kBits>(values, values, top, range.least, block);
     uint32_t not_zero[K];
     EncodeRatioNus(window, random, values, codes, not_zero);

@@ -61,17 +61,17 @@ struct Adam {
       c.mu_scale = static_cast<float>(1.0 / c1);
       c.grad_scale = 0.0f;
     }
-    c.root = {static_cast<float>(1.0 / c2), hyperparams[3], hyperparams[2]};
+    c.root = MakeRoot(static_cast<float>(1.0 / c2), hyperparams[3], hyperparams[2]);
     c.bad_mu_hat = BadDirection(is_valid, bad);
     c.safe_nu = SafeNu(c.one_minus_b2);
     c.bounds_ratios = is_valid && c.b1 * c.b1 > c.b2;
     return c;
   }
 
-  template <int K, class Math>
+  template <int K, class Math, class Block>
   PAGED_HD static BitRange Advance(Math math, const Coefficients& c, float (&values)[K],
-                                   float (&states)[2][K]) {
-    const BitRange range = AdvanceMoments(c, values, states[0], states[1]);
+                                   float (&states)[2][K], Block block) {
+    const BitRange range = AdvanceMoments(c, values, states[0], states[1], block);
     DivideByRoot(math, c.root, range, states[1], values);
     return range;
   }
@@ -107,14 +107,14 @@ struct Adam {
   }
 
   // `values` become the bias-corrected first moments. Whether a gradient is unusable is asked once
-  // for a lane, of the largest new second moment, and then answered apart from the common path.
-  template <int K>
+  // for a block, of the largest new second moment, and then answered apart from the common path.
+  template <int K, class Block>
   PAGED_HD static BitRange AdvanceMoments(const Coefficients& c, float (&values)[K], float (&mu)[K],
-                                          float (&nu)[K]) {
+                                          float (&nu)[K], Block block) {
     float next_nu[K];
     PAGED_UNROLL
     for (int k = 0; k < K; ++k) next_nu[k] = NextNu(c, values[k], nu[k]);
-    const BitRange range = RangeOf(next_nu);
+    const BitRange range = RangeOf(next_nu, block);
     if (range.largest > c.safe_nu) {
       PAGED_UNROLL
       for (int k = 0; k < K; ++k) {
@@ -125,7 +125,7 @@ struct Adam {
         nu[k] = Select(is_used, next_nu[k], nu[k]);
         values[k] = Select(is_used, mu_hat, c.bad_mu_hat);
       }
-      return RangeOf(nu);
+      return RangeOf(nu, block);
     }
     PAGED_UNROLL
     for (int k = 0; k < K; ++k) {

@@ -27,10 +27,10 @@ struct TwoMeans {
     bool bounds_fast, bounds_slow;  // b1^2 > b2, b3^2 > b2
   };
 
-  template <int K, class Math>
+  template <int K, class Math, class Block>
   PAGED_HD static BitRange Advance(Math math, const Coefficients& c, float (&values)[K],
-                                   float (&states)[3][K]) {
-    const BitRange range = AdvanceStates(c, values, states);
+                                   float (&states)[3][K], Block block) {
+    const BitRange range = AdvanceStates(c, values, states, block);
     DivideByRoot(math, c.root, range, states[2], values);
     return range;
   }
@@ -50,13 +50,13 @@ struct TwoMeans {
   }
 
   // `values` become the means over which the root divides.
-  template <int K>
+  template <int K, class Block>
   PAGED_HD static BitRange AdvanceStates(const Coefficients& c, float (&values)[K],
-                                         float (&states)[3][K]) {
+                                         float (&states)[3][K], Block block) {
     float (&fast)[K] = states[0], (&slow)[K] = states[1], (&nu)[K] = states[2], next_nu[K];
     PAGED_UNROLL
     for (int k = 0; k < K; ++k) next_nu[k] = c.b2 * nu[k] + c.rest2 * values[k] * values[k];
-    const BitRange range = RangeOf(next_nu);
+    const BitRange range = RangeOf(next_nu, block);
     if (range.largest > c.safe_nu) {
       PAGED_UNROLL
       for (int k = 0; k < K; ++k) {
@@ -68,7 +68,7 @@ struct TwoMeans {
         nu[k] = Select(is_used, next_nu[k], nu[k]);
         values[k] = Select(is_used, Mix(c, fast[k], slow[k]), c.bad_direction);
       }
-      return RangeOf(nu);
+      return RangeOf(nu, block);
     }
     PAGED_UNROLL
     for (int k = 0; k < K; ++k) {
@@ -104,19 +104,20 @@ struct AdEMAMix {
     const bool is_valid = IsDecay(b1) && IsDecay(b2) && IsDecay(b3);
     const int64_t t = static_cast<int64_t>(count) + 1;
     const float rest2 = is_valid ? 1.0f - b2 : FloatOf(kNanBits);
-    return {b1,
-            b2,
-            b3,
-            hyperparams[3],
-            1.0f - b1,
-            rest2,
-            1.0f - b3,
-            static_cast<float>(1.0 / (1.0 - Power(b1, t))),
-            {static_cast<float>(1.0 / (1.0 - Power(b2, t))), hyperparams[5], hyperparams[4]},
-            BadDirection(is_valid, bad),
-            SafeNu(rest2),
-            is_valid && b1 * b1 > b2,
-            is_valid && b3 * b3 > b2};
+    return {
+        b1,
+        b2,
+        b3,
+        hyperparams[3],
+        1.0f - b1,
+        rest2,
+        1.0f - b3,
+        static_cast<float>(1.0 / (1.0 - Power(b1, t))),
+        MakeRoot(static_cast<float>(1.0 / (1.0 - Power(b2, t))), hyperparams[5], hyperparams[4]),
+        BadDirection(is_valid, bad),
+        SafeNu(rest2),
+        is_valid && b1 * b1 > b2,
+        is_valid && b3 * b3 > b2};
   }
 };
 

@@ -24,9 +24,9 @@ struct Momentum {
     return {p, q, a, c, takes_sign, is_valid ? kUnusableGrad : 0, BadDirection(is_valid, bad)};
   }
 
-  template <int K, class Math>
+  template <int K, class Math, class Block>
   PAGED_HD static BitRange Advance(Math, const Coefficients& c, float (&values)[K],
-                                   float (&states)[1][K]) {
+                                   float (&states)[1][K], Block) {
     if (c.takes_sign) {
       AdvanceAs<true>(c, values, states[0]);
     } else {

@@ -44,7 +44,7 @@ struct Rss {
 
   PAGED_HD static Squares::Coefficients Prepare(const float* hyperparams, int32_t, uint32_t,
                                                 BadElement bad) {
-    const RootScale root = {1.0f, hyperparams[1], 0.0f};
+    const RootScale root = MakeRoot(1.0f, hyperparams[1], 0.0f);
     return Squares::Make(1.0f, 1.0f, hyperparams[0], root, /*is_zero_at_zero=*/true,
                          /*has_valid_decay=*/true, bad);
   }

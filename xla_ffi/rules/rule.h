@@ -19,11 +19,13 @@
 //   kRoles         of its states, in order (base/roles.h)
 //   kHasInitial    whether its state that is never negative starts at something else than 0
 //   Coefficients   what all elements of a step share
-//   static BitRange Advance<K>(math, coefficients, values, states)
+//   static BitRange Advance<K>(math, coefficients, values, states, block)
 //
 // Advance takes a lane of K elements: `values` are gradients on entry and directions on return
-// (before the learning rate), `states` become the next ones. It returns the range of the state that
-// is never negative, if there is one. An element whose gradient is unusable keeps its states.
+// (before the learning rate), `states` become the next ones. It returns the range, in the block, of
+// the state that is never negative, if there is one. An element whose gradient is unusable keeps
+// its states. What is rare is best asked of a block's extremes: on a GPU all threads of a warp then
+// go the same way, and need not be brought together again.
 //
 // With kHasInitial the coefficients have a member `initial`: at the first step, that state of every
 // element has this value.

@@ -33,11 +33,11 @@ struct Squares {
             is_zero_at_zero && is_valid};
   }
 
-  template <int K, class Math>
+  template <int K, class Math, class Block>
   PAGED_HD static BitRange Advance(Math math, const Coefficients& c, float (&values)[K],
-                                   float (&states)[1][K]) {
+                                   float (&states)[1][K], Block block) {
     float (&nu)[K] = states[0];
-    const BitRange range = AdvanceSquares(c, values, nu);
+    const BitRange range = AdvanceSquares(c, values, nu, block);
     DivideByRoot(math, c.root, range, nu, values);
     if (c.is_zero_at_zero) {
       PAGED_UNROLL
@@ -47,14 +47,14 @@ struct Squares {
   }
 
  private:
-  // Whether a gradient is unusable is asked once for a lane, as in adam.h.
-  template <int K>
-  PAGED_HD static BitRange AdvanceSquares(const Coefficients& c, float (&grads)[K],
-                                          float (&nu)[K]) {
+  // Whether a gradient is unusable is asked once for a block, as in adam.h.
+  template <int K, class Block>
+  PAGED_HD static BitRange AdvanceSquares(const Coefficients& c, float (&grads)[K], float (&nu)[K],
+                                          Block block) {
     float next[K];
     PAGED_UNROLL
     for (int k = 0; k < K; ++k) next[k] = c.a * nu[k] + c.c * grads[k] * grads[k];
-    const BitRange range = RangeOf(next);
+    const BitRange range = RangeOf(next, block);
     if (range.largest > c.safe_nu) {
       PAGED_UNROLL
       for (int k = 0; k < K; ++k) {
@@ -62,7 +62,7 @@ struct Squares {
         nu[k] = Select(is_used, next[k], nu[k]);
         grads[k] = Select(is_used, grads[k], c.bad_grad);
       }
-      return RangeOf(nu);
+      return RangeOf(nu, block);
     }
     PAGED_UNROLL
     for (int k = 0; k < K; ++k) nu[k] = next[k];

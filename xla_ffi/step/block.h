@@ -68,13 +68,15 @@ PAGED_HD void StepBlock(Math math, const StepOf<Rule>& step, const Tables& table
   float states[kNumStates<Rule>][K];
   Format::template Decode<Rule>(tables, lane, states);
   if constexpr (Rule::kHasInitial) {
-    PAGED_UNROLL
-    for (int k = 0; k < K; ++k) {
-      float& state = states[kNonNegativeState<Rule>][k];
-      state = k < num_fresh ? step.rule.initial : state;
+    if (num_fresh != 0) {
+      PAGED_UNROLL
+      for (int k = 0; k < K; ++k) {
+        float& state = states[kNonNegativeState<Rule>][k];
+        state = k < num_fresh ? step.rule.initial : state;
+      }
     }
   }
-  const BitRange range = Rule::Advance(math, step.rule, values, states);
+  const BitRange range = Rule::Advance(math, step.rule, values, states, block);
   if constexpr (Format::kStoresRatios && kNonNegativeState<Rule> >= 0 && kFirstSigned<Rule> >= 0) {
     Rule::BoundRatios(step.rule, states);
   }

@@ -23,7 +23,7 @@ struct FetchedBlock {
   static constexpr int kNumStates = kStates;
   FetchedArray grads;
   std::conditional_t<kWithParams, FetchedArray, NoTables> params;
-  alignas(16) uint8_t codes[kStates][kWarpSize][kLane];
+  alignas(16) uint8_t codes[kWarpSize][kStates][kLane];
 };
 
 // Bytes of a block in the arrays of a leaf. In shared memory: registers are short.
@@ -54,14 +54,14 @@ __device__ inline void Fetch(const uint8_t* first, uint32_t block_bytes, int i, 
   if (IsFloat32(block_bytes)) CopyAhead<16>(elements + 16, array.halves[1][thread]);
 }
 
-__device__ inline void Take(const FetchedArray& array, uint32_t block_bytes, DType dtype,
-                            int thread, float (&values)[kLane]) {
-  const uint4 first = *reinterpret_cast<const uint4*>(array.halves[0][thread]);
-  if (IsFloat32(block_bytes)) {
-    UnpackFloats(first, 0, values);
-    UnpackFloats(*reinterpret_cast<const uint4*>(array.halves[1][thread]), 4, values);
+__device__ inline void Take(const FetchedArray& array, DType dtype, int thread,
+                            float (&values)[kLane]) {
+  const auto half = [&](int i) { return *reinterpret_cast<const uint4*>(array.halves[i][thread]); };
+  if (dtype == DType::kFloat32) {
+    UnpackFloats(half(0), 0, values);
+    UnpackFloats(half(1), 4, values);
   } else {
-    UnpackHalves(first, dtype, values);
+    UnpackHalves(half(0), dtype, values);
   }
 }
 

@@ -61,36 +61,28 @@ __device__ Share MyShare(int64_t resident_end, int64_t end) {
   return share;
 }
 
-// Directions on entry, updates or new parameters on return. `source` and `target`: the residuals of
-// the lane. Null where there are none; `source` also for a fresh state.
-template <Output kOutput>
-__device__ inline void StepParams(const ParamStep& step, const Leaf& leaf, int64_t start,
-                                  const float (&params)[kLane], const uint8_t* source,
-                                  uint8_t* target, float (&values)[kLane]) {
-  constexpr uint32_t kZeros = kZeroResidual * 0x01010101u;
-  uint2 residuals{kZeros, kZeros};
-  if (source != nullptr) residuals = *reinterpret_cast<const uint2*>(source);
-  UpdateParams<kOutput>(step, leaf, start, params, reinterpret_cast<uint8_t (&)[kLane]>(residuals),
-                        values);
-  if (target != nullptr) *reinterpret_cast<uint2*>(target) = residuals;
-}
-
 // Kernels that fetch ahead. Those of other formats are rarely used, and would need too much shared
 // memory.
 template <class Format>
 inline constexpr bool kFetchesAhead = Format::kStoresRatios;
 
+// What the threads of a warp have in common: registers are short.
+template <class Rule, class Format, int kOutput>
+struct SharedByWarp {
+  using Fetched = FetchedBlock<kOutput != static_cast<int>(Output::kDirection), kNumStates<Rule>>;
+  std::conditional_t<kFetchesAhead<Format>, Fetched, NoTables> fetched[2];
+  Leaf leaf;  // that it works on
+  BlockBytes block_bytes;
+};
+
 // What the threads of a block have in common.
 template <class Rule, class Format, int kOutput>
 struct Shared {
-  using Fetched = FetchedBlock<kOutput != static_cast<int>(Output::kDirection), kNumStates<Rule>>;
-  std::conditional_t<kFetchesAhead<Format>, Fetched, NoTables> fetched[kWarps][2];
+  SharedByWarp<Rule, Format, kOutput> warps[kWarps];
   typename Format::template Tables<uint8_t> tables;
   StepOf<Rule> step;
   const uint8_t* sources[kMaxSegments];  // bases of the segments
   uint8_t* targets[kMaxSegments];
-  Leaf leaves[kWarps];  // of each warp, the one it works on: registers are short
-  BlockBytes block_bytes[kWarps];
 };
 
 template <class Rule, class Format, int kOutput>
@@ -218,11 +210,29 @@ __device__ inline int NumElements(const Leaf& leaf, int64_t start) {
   return left < 0 ? 0 : (left < kLane ? static_cast<int>(left) : kLane);
 }
 
+// The types of a leaf's arrays. All threads of a warp have the same ones anyway. From a reduction
+// the compiler knows it: branches on them take no instructions that bring the threads together
+// again.
+struct DTypes {
+  DType grads, params, results;
+};
+
+__device__ inline DTypes DTypesOf(const Leaf& leaf) {
+  const uint32_t all =
+      __reduce_max_sync(0xffffffffu, static_cast<uint32_t>(leaf.dtype) |
+                                         static_cast<uint32_t>(leaf.param_dtype) << 8 |
+                                         static_cast<uint32_t>(leaf.result_dtype) << 16);
+  return {static_cast<DType>(all & 0xff), static_cast<DType>(all >> 8 & 0xff),
+          static_cast<DType>(all >> 16)};
+}
+
 // Blocks [i, end) of a group, all of `leaf`, of which the thread has the elements from `start` on.
 template <class Rule, class Format, int kOutput>
-__device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared, const Leaf& leaf,
-                                        Output output, bool has_residuals, int64_t start, int end,
-                                        int thread, int& i, Group& group) {
+__device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared,
+                                        SharedByWarp<Rule, Format, kOutput>& by_warp, Output output,
+                                        bool has_residuals, int64_t start, int end, int thread,
+                                        int& i, Group& group) {
+  const Leaf& leaf = by_warp.leaf;
   constexpr bool kAhead = kFetchesAhead<Format>;
   constexpr bool kHasParams = kOutput != static_cast<int>(Output::kDirection);
   if (group.target == nullptr) {
@@ -232,27 +242,31 @@ __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared, c
     }
     return;
   }
-  auto& fetched = shared.fetched[threadIdx.x / kWarpSize];
-  const BlockBytes& bytes = shared.block_bytes[threadIdx.x / kWarpSize];
+  auto& fetched = by_warp.fetched;
+  const DTypes dtypes = DTypesOf(leaf);
+  const BlockBytes& bytes = by_warp.block_bytes;
   int fetched_end = i;
   const uint8_t *grads = nullptr, *params = nullptr;
   // Of block `next`, into what the block before the last was read from: that has been used.
   const auto fetch = [&](int next) {
     if constexpr (kAhead) {
       auto& stage = fetched[static_cast<unsigned>(next) % 2];
-      Fetch(grads, bytes.grads, next, thread, stage.grads);
+      const BlockBytes of_block = bytes;  // read before the first copy
+      Fetch(grads, of_block.grads, next, thread, stage.grads);
       if constexpr (kHasParams) {
-        if (TakesParams(output)) Fetch(params, bytes.params, next, thread, stage.params);
-        // Residuals, where parameters of 16 bits leave room.
-        if (TakesParams(output) && has_residuals && !IsFloat32(bytes.params)) {
-          CopyAhead<kLane>(group.source + group.to_residuals + next * int{kResidualBytes},
-                           stage.params.halves[1][thread]);
-        }
+        if (TakesParams(output)) Fetch(params, of_block.params, next, thread, stage.params);
       }
       const uint8_t* codes = group.source + next * kStateBytes<Format>;
 #pragma unroll
       for (int s = 0; s < kNumStates<Rule>; ++s) {
-        CopyCodesAhead<Format>(codes + s * group.stride, thread, stage.codes[s][thread]);
+        CopyCodesAhead<Format>(codes + s * group.stride, thread, stage.codes[thread][s]);
+      }
+      if constexpr (kHasParams) {
+        // Residuals, where parameters of 16 bits leave room.
+        if (TakesParams(output) && has_residuals && !IsFloat32(of_block.params)) {
+          CopyAhead<kLane>(group.source + group.to_residuals + next * int{kResidualBytes},
+                           stage.params.halves[1][thread]);
+        }
       }
     }
   };
@@ -276,10 +290,10 @@ __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared, c
       EndBatch();
       WaitForBatches();
       if (is_fetched) {
-        Take(stage.grads, bytes.grads, leaf.dtype, thread, values);
+        Take(stage.grads, dtypes.grads, thread, values);
 #pragma unroll
         for (int s = 0; s < kNumStates<Rule>; ++s) {
-          TakeCodes<Format>(stage.codes[s][thread], thread, lane.codes[s]);
+          TakeCodes<Format>(stage.codes[thread][s], thread, lane.codes[s]);
         }
       }
     }
@@ -295,30 +309,40 @@ __device__ __forceinline__ void StepRun(Shared<Rule, Format, kOutput>& shared, c
     StoreLane(lane, i, thread, group);
     if constexpr (kHasParams) {
       if (TakesParams(output)) {
-        const uint8_t* residuals = nullptr;
-        uint8_t* new_residuals = nullptr;
-        if (has_residuals) {
-          const int offset = group.to_residuals + i * static_cast<int>(kResidualBytes);
-          if (group.source != nullptr) residuals = group.source + offset;
-          new_residuals = group.target + offset;
-          if constexpr (kAhead) {
-            if (is_fetched && !IsFloat32(bytes.params)) residuals = stage.params.halves[1][thread];
-          }
-        }
         float old[kLane];
         if constexpr (kAhead) {
-          if (is_fetched) Take(stage.params, bytes.params, leaf.param_dtype, thread, old);
+          if (is_fetched) Take(stage.params, dtypes.params, thread, old);
         }
         if (!is_fetched) Load(leaf.params, leaf.param_dtype, start, count, old);
+        uint2 residuals{};  // where there are none, nobody looks at them
+        const int to_residuals = group.to_residuals + i * static_cast<int>(kResidualBytes);
+        if (has_residuals) {
+          constexpr uint32_t kZeros = kZeroResidual * 0x01010101u;
+          const uint8_t* source = group.source + to_residuals;
+          if constexpr (kAhead) {
+            const bool is_here = is_fetched && leaf.param_dtype != DType::kFloat32;
+            if (is_here) source = stage.params.halves[1][thread];
+          }
+          residuals = group.source == nullptr ? uint2{kZeros, kZeros}
+                                              : *reinterpret_cast<const uint2*>(source);
+        }
+        auto& new_residuals = reinterpret_cast<uint8_t (&)[kLane]>(residuals);
         const ParamStep& step = shared.step.params;
         if (output == Output::kUpdate) {
-          StepParams<Output::kUpdate>(step, leaf, start, old, residuals, new_residuals, values);
+          UpdateParams<Output::kUpdate>(step, leaf, start, old, new_residuals, values);
         } else {
-          StepParams<Output::kParams>(step, leaf, start, old, residuals, new_residuals, values);
+          UpdateParams<Output::kParams>(step, leaf, start, old, new_residuals, values);
+        }
+        if (has_residuals) {
+          *reinterpret_cast<uint2*>(group.target + to_residuals) = residuals;
         }
       }
     }
-    Store(leaf, start, count, values);
+    if (is_fetched) {
+      StoreAll(values, leaf.results, dtypes.results, start);
+    } else {
+      Store(leaf, start, count, values);
+    }
   }
 }
 
@@ -362,7 +386,8 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<Rule, Format, kOutput>))
   const int64_t end = region.num_blocks;
   const int64_t resident_end = accepted ? min(resolved.resident_blocks[args.format], end) : end;
   const int thread = static_cast<int>(threadIdx.x) % kWarpSize;
-  Leaf& leaf = shared.leaves[threadIdx.x / kWarpSize];
+  auto& by_warp = shared.warps[threadIdx.x / kWarpSize];
+  const Leaf& leaf = by_warp.leaf;
   const Share share = MyShare<kGroup<Rule, Format>>(resident_end, end);
   for (int64_t first = share.first * share.group; first < share.end;
        first += share.stride * share.group) {
@@ -377,12 +402,12 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<Rule, Format, kOutput>))
       while (leaf_index + 1 < args.num_leaves && args.leaves[leaf_index + 1].first_block <= block) {
         ++leaf_index;
       }
-      CopyLeaf(args.leaves[leaf_index], thread, leaf, shared.block_bytes[threadIdx.x / kWarpSize]);
+      CopyLeaf(args.leaves[leaf_index], thread, by_warp.leaf, by_warp.block_bytes);
       const int64_t in_leaf = block - leaf.first_block;
       const int64_t left_in_leaf = NumBlocks(leaf.size) - in_leaf;
       const int run_end = left_in_leaf < num - i ? i + static_cast<int>(left_in_leaf) : num;
-      StepRun(shared, leaf, output, has_residuals, in_leaf * kBlockSize + thread * kLane, run_end,
-              thread, i, group);
+      StepRun(shared, by_warp, output, has_residuals, in_leaf * kBlockSize + thread * kLane,
+              run_end, thread, i, group);
     }
     if (group.has_word) *reinterpret_cast<uint32_t*>(group.target + group.to_words) = group.word;
   }

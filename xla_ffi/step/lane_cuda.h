@@ -59,9 +59,18 @@ __device__ inline void UnpackHalves(uint4 v, DType dtype, float (&values)[kLane]
   }
 }
 
-__device__ inline uint32_t PackHalves(DType dtype, float low, float high) {
-  if (dtype == DType::kBFloat16) return ToBFloat16Pair(low, high);
-  return static_cast<uint32_t>(ToFloat16(high)) << 16 | ToFloat16(low);
+__device__ inline uint4 PackHalves(DType dtype, const float (&values)[kLane]) {
+  uint32_t pairs[kLane / 2];
+  if (dtype == DType::kBFloat16) {
+#pragma unroll
+    for (int k = 0; k < kLane; k += 2) pairs[k / 2] = ToBFloat16Pair(values[k], values[k + 1]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kLane; k += 2) {
+      pairs[k / 2] = static_cast<uint32_t>(ToFloat16(values[k + 1])) << 16 | ToFloat16(values[k]);
+    }
+  }
+  return {pairs[0], pairs[1], pairs[2], pairs[3]};
 }
 
 // All of a thread's floats; aligned.
@@ -102,33 +111,34 @@ __device__ inline void Load(const void* data, DType dtype, int64_t start, int co
   UnpackHalves({pairs[0], pairs[1], pairs[2], pairs[3]}, dtype, values);
 }
 
+// All of a thread's elements, from `start` on; aligned.
+__device__ inline void StoreAll(const float (&values)[kLane], void* results, DType dtype,
+                                int64_t start) {
+  if (dtype == DType::kFloat32) {
+    StoreFloats(values, static_cast<float*>(results) + start);
+  } else {
+    StoreVector(PackHalves(dtype, values), static_cast<uint16_t*>(results) + start);
+  }
+}
+
 __device__ inline void Store(void* results, DType dtype, int64_t start, int count,
                              const float (&values)[kLane]) {
+  void* target = static_cast<uint8_t*>(results) + start * SizeOf(dtype);
+  if (count == kLane && IsAligned(target)) return StoreAll(values, results, dtype, start);
   if (dtype == DType::kFloat32) {
-    float* target = static_cast<float*>(results) + start;
-    if (count == kLane && IsAligned(target)) {
-      StoreFloats(values, target);
-      return;
-    }
 #pragma unroll
     for (int k = 0; k < kLane; ++k) {
-      if (k < count) target[k] = values[k];
+      if (k < count) static_cast<float*>(target)[k] = values[k];
     }
     return;
   }
-  uint32_t pairs[kLane / 2];
-#pragma unroll
-  for (int k = 0; k < kLane; k += 2) {
-    pairs[k / 2] = PackHalves(dtype, values[k], values[k + 1]);
-  }
-  uint16_t* target = static_cast<uint16_t*>(results) + start;
-  if (count == kLane && IsAligned(target)) {
-    StoreVector({pairs[0], pairs[1], pairs[2], pairs[3]}, target);
-    return;
-  }
+  const uint4 packed = PackHalves(dtype, values);
+  const uint32_t pairs[] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
   for (int k = 0; k < kLane; ++k) {
-    if (k < count) target[k] = static_cast<uint16_t>(pairs[k / 2] >> (k % 2 * 16));
+    if (k < count) {
+      static_cast<uint16_t*>(target)[k] = static_cast<uint16_t>(pairs[k / 2] >> (k % 2 * 16));
+    }
   }
 }
 

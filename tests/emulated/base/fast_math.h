@@ -4,14 +4,12 @@
 
 #include <cmath>
 
-#include "base/portable.h"
+#include "base/math.h"
 
 namespace paged_optax {
 
-struct FastMath {
+struct FastMath : FastRange {
   static constexpr bool kIsTotal = false;
-  static constexpr uint32_t kLeastRadicand = 0x0d800000;
-  static constexpr uint32_t kLeastDivisor = 0x00800000, kDivisorEnd = 0x7e000000;
 
   float Sqrt(float x) const {
     return BitsOf(x) >= kLeastRadicand && BitsOf(x) < 0x7f800000u ? std::sqrt(x) : kWrong;
