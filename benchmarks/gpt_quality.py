@@ -52,6 +52,9 @@ RUNS = {
     "ratio6": Run(
         _paged(quantization=Quantization("ratio6")), "float32", "paged_adamw8bit, ratio6"
     ),
+    "ratio4": Run(
+        _paged(quantization=Quantization("ratio4")), "float32", "paged_adamw8bit, ratio4"
+    ),
     "compensated": Run(
         _paged(param_rounding="compensated"), "bfloat16", "paged_adamw8bit, compensated"
     ),

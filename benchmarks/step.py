@@ -183,7 +183,8 @@ def plot(path: str, picture: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=None)
-    parser.add_argument("--codec", choices=["dynamic", "ratio", "ratio6"], default="ratio")
+    codecs = ["dynamic", "ratio", "ratio6", "ratio4"]
+    parser.add_argument("--codec", choices=codecs, default="ratio")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--steps", type=int, default=LOOP, help="of a program that loops")
     parser.add_argument("--peers", nargs="+", default=[""], help="patterns of their names")

@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> None:
         default="paged_adamw8bit",
         help="of this library, or optax.NAME; default: %(default)s",
     )
-    parser.add_argument("--codec", help="as in Quantization: ratio, ratio6, dynamic, ...")
+    parser.add_argument("--codec", help="as in Quantization: ratio, ratio6, ratio4, dynamic, ...")
     parser.add_argument("--min-size", type=int, help="as in Quantization, in elements")
     parser.add_argument("--replay", action="store_true", help="keep moments twice")
     parser.add_argument("--param-rounding", help="nearest, stochastic or compensated")

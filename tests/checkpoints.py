@@ -21,6 +21,7 @@ SHAPES = {"a": (64, 80), "b": (7,), "c": (33, 40), "d": (4096, 2)}
 RUNS = {
     "ratio": (lambda: paged_optax.paged_adamw8bit(1e-2, quantization=SMALL), jnp.float32),
     "ratio6": (lambda: paged_optax.paged_adamw8bit(1e-2, quantization=SIX_BITS), jnp.float32),
+    "ratio4": (lambda: paged_optax.paged_adamw8bit(1e-2, quantization=FOUR_BITS), jnp.float32),
     "dynamic": (lambda: paged_optax.paged_adamw8bit(1e-2, quantization=DYNAMIC), jnp.float32),
     "float32": (lambda: paged_optax.paged_adamw8bit(1e-2, quantization=FLOAT32), jnp.float32),
     "replay": (lambda: paged_optax.paged_adam8bit(1e-2, replay=True), jnp.float32),
@@ -50,6 +51,7 @@ RUNS = {
 }
 SMALL = Quantization(min_size=0)
 SIX_BITS = Quantization("ratio6", min_size=0)
+FOUR_BITS = Quantization("ratio4", min_size=0)
 DYNAMIC = Quantization("dynamic")
 FLOAT32 = Quantization(min_size=2**62)
 
@@ -123,11 +125,14 @@ def _bounds(codec, mu, nu, new_mu, new_nu):
     last, step, coarsest = 126.5 / 16129, 1.275 / 512, 2**-3
     if codec == "ratio6":
         last, step, coarsest = 30.5 / 961, 1.25 * 17 / 16 / 128, 2**-1
+    if codec == "ratio4":
+        last, step, coarsest = 6.5 / 49, 1.25 * 21 / 16 / 32, 2
     if nu is None:
         return last * largest[0], None
     not_zero = np.where(nu > 0, nu, np.inf).min(1, keepdims=True)
     octaves = (_bits(largest[1]) - _bits(np.where(np.isinf(not_zero), 0, not_zero))) / 2**23
-    relative = np.clip(step * octaves, 2**-8, coarsest)
+    relative = np.clip(step * octaves, 2**-8, coarsest)  # in octaves, of which the second doubles
+    relative = np.where(relative > 1, 2 * relative - 1, relative)
     is_idle = (mu == 0) & (nu > 0)
     nu_bound = relative * nu + np.where(is_idle, 2**-15 * largest[1], 0)
     unit = ((_bits(new_nu) >> 23 << 22) + (127 << 22)).astype(np.uint32).view(np.float32)

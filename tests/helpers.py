@@ -378,22 +378,25 @@ def make_arena(*states):
 
 def split_arena(arena, num_blocks, codec="ratio"):
     """Codes and float32 words, of first and second moments, of an arena of one chunk."""
-    nbytes = 2 * num_blocks * (192 if codec == "ratio6" else BLOCK)
+    packed = {"ratio6": 192, "ratio4": 128}.get(codec)
+    nbytes = 2 * num_blocks * (packed or BLOCK)
     codes = arena[:nbytes].reshape(2, -1)
-    if codec == "ratio6":
-        codes = unpack_six_bits(codes.reshape(-1, 192)).reshape(2, -1)
+    if packed:
+        codes = unpack_codes(codes.reshape(-1, packed)).reshape(2, -1)
     words = arena[nbytes:][: 8 * num_blocks].view(f32).reshape(num_blocks, 2).T
     return *codes, *np.ascontiguousarray(words)
 
 
-def unpack_six_bits(packed):
-    """Codes (blocks, 256) from bytes (blocks, 192), code by code as layout/six_bits.h says."""
+def unpack_codes(packed):
+    """Codes (blocks, 256) from bytes (blocks, 128 or 192), as layout/small_codes.h says."""
     k = np.arange(BLOCK)
     group, place = k // 8, k % 8
     lower = packed[:, 4 * group + place % 4] >> (4 * (place // 4)).astype(np.uint8)
-    pairs = packed[:, 128:].copy().view("<u2").astype(np.int64)
-    first_bit = np.array([4, 12, 6, 14, 2, 10, 0, 8])[place]
-    upper = pairs[:, group] >> first_bit & 3
+    upper = np.zeros_like(lower)
+    if packed.shape[1] > 128:
+        pairs = packed[:, 128:].copy().view("<u2").astype(np.int64)
+        first_bit = np.array([4, 12, 6, 14, 2, 10, 0, 8])[place]
+        upper = pairs[:, group] >> first_bit & 3
     return (lower & 15 | upper << 4).astype(np.uint8)
 
 

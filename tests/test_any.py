@@ -95,7 +95,7 @@ def unusual_grads(step):
 
 
 @on_every_device
-@pytest.mark.parametrize("format", ["ratio", "ratio6", "dynamic", "bfloat16", "float32"])
+@pytest.mark.parametrize("format", ["ratio", "ratio6", "ratio4", "dynamic", "bfloat16", "float32"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bits_of_the_reference(format, dtype):
     """What is loaded is what the reference makes of what was stored."""

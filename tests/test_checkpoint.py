@@ -81,7 +81,7 @@ def test_resume_in_a_new_process(name, wrong_in_a_new_process):
     assert f"'{name} " not in wrong_in_a_new_process
 
 
-@pytest.mark.parametrize("name", ["ratio", "ratio6", "compensated"])
+@pytest.mark.parametrize("name", ["ratio", "ratio6", "ratio4", "compensated"])
 def test_resume_on_a_mesh(name, tmp_path):
     assert_resumes(tmp_path, name, mesh="4x2")
 
@@ -430,7 +430,7 @@ def make_on(num_devices):
     return {k: jax.device_put(v, NamedSharding(mesh, SPECS[k])) for k, v in params.items()}
 
 
-@pytest.mark.parametrize("codec", ["ratio", "ratio6", "dynamic"])
+@pytest.mark.parametrize("codec", ["ratio", "ratio6", "ratio4", "dynamic"])
 def test_other_numbers_of_devices(codec, tmp_path):
     """8 -> 4 -> 1 -> 2: blocks that coincide keep their bits, others are rounded once each time."""
     quantization = Quantization(codec, min_size=0)

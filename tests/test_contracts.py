@@ -44,7 +44,7 @@ every_optimizer = pytest.mark.parametrize("optimizer", [row.param for row in DES
 DIRECTIONS = list({row.direction: row for row in reversed(OPTIMIZERS)}.values())
 every_direction = pytest.mark.parametrize("optimizer", [row.param for row in DIRECTIONS])
 every_format = pytest.mark.parametrize(
-    "format", ["ratio", "ratio6", "dynamic", "bfloat16", "float32"]
+    "format", ["ratio", "ratio6", "ratio4", "dynamic", "bfloat16", "float32"]
 )
 
 # Moments in float32 and in 8 bits, partial blocks, a scalar, no elements; all dtypes.

@@ -31,4 +31,4 @@ def test_kernels_take_the_steps_of_the_cpu(tmp_path):
     subprocess.run(command, cwd=tmp_path, check=True, timeout=3600)
     result = subprocess.run("./kernel", cwd=tmp_path, capture_output=True, text=True, timeout=3600)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("equal") == 11
+    assert result.stdout.count("equal") == 13

@@ -138,7 +138,7 @@ def test_bits_of_the_reference(optimizer, rounding, way):
 
 
 @on_every_device
-@pytest.mark.parametrize("format", ["ratio", "ratio6", "dynamic", "float32"])
+@pytest.mark.parametrize("format", ["ratio", "ratio6", "ratio4", "dynamic", "float32"])
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
 def test_gradients_of_other_dtypes(format, rounding):
     """Also bad ones, a mask for weight decay, and schedules, in every format."""

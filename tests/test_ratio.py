@@ -1,4 +1,4 @@
-"""The `ratio` code, and steps of `ratio6`: C++ and NumPy against the promises and each other.
+"""The `ratio` code, and steps of `ratio6` and `ratio4`: C++ and NumPy against what is promised.
 
 What a code stands for is computed here in exact integer or rational arithmetic; that rounding is
 without bias is shown by running through all random bits that matter, not by sampling.
@@ -234,7 +234,7 @@ def check_stored(arena, num_blocks, state, codec):
         np.testing.assert_array_equal(actual.view(np.uint8), expected.view(np.uint8))
 
 
-every_codec = pytest.mark.parametrize("codec", ["ratio", "ratio6"])
+every_codec = pytest.mark.parametrize("codec", ["ratio", "ratio6", "ratio4"])
 
 
 @every_codec

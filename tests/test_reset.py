@@ -31,7 +31,7 @@ from paged_optax import (
 )
 
 SHAPES = {"b": (7,), "scalar": (), "w": (64, 81)}
-FORMATS = ["ratio", "ratio6", "dynamic", "bfloat16", "float32"]
+FORMATS = ["ratio", "ratio6", "ratio4", "dynamic", "bfloat16", "float32"]
 RULES = {  # with the signs of their states
     "adam": (paged_adamw8bit, [True, False]),
     "lion": (paged_lion8bit, [True]),

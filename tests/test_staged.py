@@ -127,6 +127,7 @@ def assert_same_moments(state, other):
 OPTIMIZERS = {
     "ratio": lambda **kw: paged_adamw8bit(1e-3, **kw),
     "ratio6": lambda **kw: paged_adamw8bit(1e-3, quantization=Quantization("ratio6"), **kw),
+    "ratio4": lambda **kw: paged_adamw8bit(1e-3, quantization=Quantization("ratio4"), **kw),
     "dynamic": lambda **kw: paged_adamw8bit(1e-3, quantization=Quantization("dynamic"), **kw),
     "float32": lambda **kw: paged_adamw8bit(1e-3, quantization=FLOAT32_MOMENTS, **kw),
     "lion": lambda **kw: paged_lion8bit(1e-3, **kw),
@@ -483,6 +484,15 @@ BAD_WORDS = {
         (1, 4),  # zeros of the padding would not be zero
     ],
     "codes of 6 bits": [(0, 64), (1, 64), (0, 0xFF << 24), (1, 128 << 16)],
+    "ratio4": [
+        (0, NAN),
+        (0, f32(2.0**32).view(np.uint32) + 1),
+        (1, 1 << 16),  # no step
+        (1, 0x8000 | 2049),  # too coarse a step
+        (1, 49 << 16 | 0x8000 | 2048),  # the last code is not finite
+        (1, 4),  # zeros of the padding would not be zero
+    ],
+    "codes of 4 bits": [(0, 16), (1, 16), (0, 0xFF << 24), (1, 128 << 16)],
     "lion": [(0, NAN), (0, NEGATIVE), (0, f32(2.0**100).view(np.uint32) + 1)],
     "float32": [(0, NAN), (0, INF), (1, NAN), (1, INF), (1, NEGATIVE)],
 }
@@ -491,10 +501,10 @@ BAD_WORDS = {
 @pytest.mark.parametrize("via", ["copy", "blocks"])
 @pytest.mark.parametrize("name, bad", [(n, bad) for n, all in BAD_WORDS.items() for bad in all])
 def test_values_that_no_step_stores(name, bad, via):
-    optimizer = "ratio6" if name == "codes of 6 bits" else name
+    optimizer = {"codes of 6 bits": "ratio6", "codes of 4 bits": "ratio4"}.get(name, name)
     tx, params, state = train_adam(shapes=SMALL, tx=OPTIMIZERS[optimizer]())
     spec = read_state(state)
-    kind = "codes" if name in ("float32", "codes of 6 bits") else "words"
+    kind = "codes" if name == "float32" or name.startswith("codes") else "words"
     index, bits = bad
     piece = spec["leaves"][0]["pieces"][0]
     arrays = [np.array(x) for x in piece[kind]]
@@ -830,7 +840,7 @@ def encode(format, mu, nu):
         codes, words = [p.codes for p in parts], [p.scales for p in parts]
     else:
         random = np.full(len(pad(mu)), 0x80008000, np.uint32)
-        bits = 6 if format == "ratio6" else 8
+        bits = {"ratio6": 6, "ratio4": 4}.get(format, 8)
         state = reference.quantize_ratio(pad(mu), pad(nu), random, bits)
         codes, words = [state.mu_codes, state.nu_codes], [state.mu_scales, state.nu_words]
     return {"codes": [c[:size] for c in codes], "words": words, "residuals": None}
@@ -915,8 +925,8 @@ SPLITS = [  # shapes, and where their dimensions are cut
 ]
 
 
-@pytest.mark.parametrize("source", ["ratio", "ratio6", "dynamic", "float32"])
-@pytest.mark.parametrize("target", ["ratio", "ratio6", "dynamic", "float32"])
+@pytest.mark.parametrize("source", ["ratio", "ratio6", "ratio4", "dynamic", "float32"])
+@pytest.mark.parametrize("target", ["ratio", "ratio6", "ratio4", "dynamic", "float32"])
 @pytest.mark.parametrize("shape, splits", SPLITS)
 def test_other_boxes_and_formats(source, target, shape, splits):
     """Blocks as they were where they coincide; else the specification's, of what was stored."""

@@ -403,7 +403,8 @@ def test_fresh_moments_are_not_read(format):
     (grad,) = next(make_gradients([LeafSpec((1000,))], 1, seed=8))
     results = []
     for fill in (0, 255):
-        nbytes = {"float32": 2048, "bfloat16": 1024, "ratio6": 392}.get(format, 520)  # of a block
+        few = {"ratio6": 392, "ratio4": 264}
+        nbytes = {"float32": 2048, "bfloat16": 1024, **few}.get(format, 520)  # of a block
         arena = np.full(4 * nbytes + 512, fill, np.uint8)
         update = step_blocks(grad.copy(), arena, format, [(0, 4)], DEFAULTS, 0, fresh=True)
         assert np.all(arena[-512:] == fill)
@@ -555,6 +556,7 @@ def test_bytes_per_parameter():
     for size in (10**7, 10**9, 7 * 10**10):
         assert 2.031 < arena_bytes(-(-size // BLOCK), 0) / size < 2.032
         assert 1.531 < arena_bytes(-(-size // BLOCK), 0, codec="ratio6") / size < 1.533
+        assert 1.031 < arena_bytes(-(-size // BLOCK), 0, codec="ratio4") / size < 1.033
 
 
 MAP_NORESERVE = 0x4000  # of Linux; Python names it from 3.13 on

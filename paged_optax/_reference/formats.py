@@ -2,7 +2,8 @@
 
 ``dynamic`` is the code of bitsandbytes; each state is stored alone. ``ratio`` stores first moments
 as multiples of the square roots of their second moments, so it stores both together; where a rule
-has but one kind of moment, it stores that alone. ``ratio6`` does the same with codes of 6 bits.
+has but one kind of moment, it stores that alone. ``ratio6`` and ``ratio4`` do the same with
+codes of 6 and of 4 bits.
 
 References:
   Dettmers et al., `8-bit Optimizers via Block-wise Quantization
@@ -90,8 +91,8 @@ def dequantize(quantized: Quantized, signed: bool) -> np.ndarray:
 class RatioState(NamedTuple):
     """Moments of a leaf in the ``ratio`` code; blocks of 256 codes, two words a block.
 
-    Code 0 is zero for both moments, so a fresh state is all zero bytes. In ``ratio6`` a byte has a
-    code of 6 bits.
+    Code 0 is zero for both moments, so a fresh state is all zero bytes. In ``ratio6`` and
+    ``ratio4`` a byte has a code of 6 or 4 bits.
     """
 
     bits = 8  # of a code
@@ -107,6 +108,12 @@ class RatioState6(RatioState):
     bits = 6
 
 
+class RatioState4(RatioState):
+    """The same in the ``ratio4`` code."""
+
+    bits = 4
+
+
 class _Codes(NamedTuple):
     """What depends on the number of bits of a code."""
 
@@ -115,12 +122,14 @@ class _Codes(NamedTuple):
     ends: tuple[int, ...]  # so many parts of a block's range are left free at its ends
     coarsest: int  # step, in units of 2^14
     has_zeros: int  # bit of a word; the step takes the bits below
+    largest: int  # second moment, as an exponent of 2; greater ones are stored as this one
     squares: np.float32  # that of the largest first moment, and a little less: no ratio reaches it
 
 
 _CODES = {
-    8: _Codes(256, 253, (64, 256), 1 << 7, 1 << 8, np.float32(16128.99)),  # 127^2
-    6: _Codes(64, 62, (16,), 1 << 9, 1 << 15, np.float32(960.9994)),  # 31^2
+    8: _Codes(256, 253, (64, 256), 1 << 7, 1 << 8, 127, np.float32(16128.99)),  # 127^2
+    6: _Codes(64, 62, (16,), 1 << 9, 1 << 15, 127, np.float32(960.9994)),  # 31^2
+    4: _Codes(16, 14, (4, 16), 1 << 11, 1 << 15, 124, np.float32(48.99997)),  # 7^2
 }
 _IDLE_RANGE = 15 << 23
 _IS_WINDOW = 1 << 31  # in the word of a block of an array
@@ -134,7 +143,7 @@ def quantize_ratio(mu: np.ndarray, nu: np.ndarray, random: np.ndarray, bits: int
       mu: first moments (size,).
       nu: second moments (size,), finite and not negative.
       random: uint32 (size,). The upper bits round ``nu``, the lower 16 round ``mu``.
-      bits: of a code; 8 for ``ratio`` and 6 for ``ratio6``.
+      bits: of a code; 8 for ``ratio``, 6 for ``ratio6`` and 4 for ``ratio4``.
     """
     mu, nu = _to_blocks(mu), _to_blocks(nu)
     random = np.pad(random, (0, mu.size - random.size)).reshape(mu.shape)
@@ -148,7 +157,7 @@ def _quantize_ratios(firsts, nu, random, active, num_bits):
     All are blocks; `active` is 0 where an element is idle.
     """
     row = _CODES[num_bits]
-    nu = np.minimum(nu, np.float32(2.0**127))
+    nu = np.minimum(nu, np.float32(2.0**row.largest))
     # The window reaches from the largest second moment to the smallest, both as the integers of
     # their bits, which have the order of the floats.
     bits = nu.view(np.int32).astype(np.int64)
@@ -158,7 +167,7 @@ def _quantize_ratios(firsts, nu, random, active, num_bits):
     bottom = np.where(bits > 0, low, _INFINITY).min(axis=1, initial=_INFINITY)
     span = np.maximum(top - bottom, 0)
     span += sum(span // part for part in row.ends)  # leaves some codes at both ends
-    steps = np.array([quarters << e for e in range(7) for quarters in range(4, 8)])
+    steps = np.array([quarters << e for e in range(9) for quarters in range(4, 8)])
     steps = steps[steps < row.coarsest]
     fits = span[:, None] < row.number * steps << 14
     steps = np.where(fits.any(axis=1), steps[fits.argmax(axis=1)], row.coarsest)
@@ -230,6 +239,12 @@ class Squares6(Squares):
     bits = 6
 
 
+class Squares4(Squares):
+    """The same in ``ratio4``."""
+
+    bits = 4
+
+
 def quantize_squares(values: np.ndarray, random: np.ndarray, bits: int = 8) -> Squares:
     """Quantizes a flat float32 array block by block, rounding at random without bias.
 
@@ -291,6 +306,12 @@ class Window6(Window):
     bits = 6
 
 
+class Window4(Window):
+    """The same in ``ratio4``."""
+
+    bits = 4
+
+
 class TwoRatios(NamedTuple):
     """Two signed states and one that is never negative in the ``ratio`` format."""
 
@@ -309,12 +330,21 @@ class TwoRatios6(TwoRatios):
     bits = 6
 
 
-_SIX_BITS = {RatioState: RatioState6, Squares: Squares6, Window: Window6, TwoRatios: TwoRatios6}
+class TwoRatios4(TwoRatios):
+    """The same in ``ratio4``."""
+
+    bits = 4
+
+
+_SMALL_KINDS = {
+    6: {RatioState: RatioState6, Squares: Squares6, Window: Window6, TwoRatios: TwoRatios6},
+    4: {RatioState: RatioState4, Squares: Squares4, Window: Window4, TwoRatios: TwoRatios4},
+}
 
 
 def _kind(kind: Any, bits: int) -> Any:
     """The class for states of a kind whose codes have so many bits."""
-    return _SIX_BITS[kind] if bits == 6 else kind
+    return _SMALL_KINDS[bits][kind] if bits in _SMALL_KINDS else kind
 
 
 def quantize_window(
@@ -561,7 +591,7 @@ def _format_of(stored: Any) -> str:
     return next(name for name, bits in RATIO_BITS.items() if bits == first.bits)
 
 
-RATIO_BITS = {"ratio": 8, "ratio6": 6}  # of a code in these formats
+RATIO_BITS = {"ratio": 8, "ratio6": 6, "ratio4": 4}  # of a code in these formats
 _RATIO_KINDS = {
     (True,): Squares,
     (False,): Window,

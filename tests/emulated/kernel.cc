@@ -237,6 +237,8 @@ void CheckAll() {
   Check<Adam, Ratio6, kAnyOutput>("adam in 6 bits, parameters", params, adam);
   Check<Adam, Ratio6, kAnyOutput>("adam in 6 bits, direction", direction, adam);
   Check<AdEMAMix, Ratio6, kAnyOutput>("ademamix in 6 bits, parameters", params, means);
+  Check<Adam, Ratio4, kAnyOutput>("adam in 4 bits, parameters", params, adam);
+  Check<AdEMAMix, Ratio4, kAnyOutput>("ademamix in 4 bits, parameters", params, means);
   Check<Adam, Dynamic, kAnyOutput>("adam in dynamic, parameters", params, adam);
 }
 

@@ -6,7 +6,7 @@
 //
 //   kName            what it is called
 //   Code             what it stores for an element of a state
-//   kCodeBits        how many bits of it count; 6, 8, 16 or 32
+//   kCodeBits        how many bits of it count; 4, 6, 8, 16 or 32
 //   kWordsPerState   32-bit words that it stores for a block of a state: scales and the like
 //   kIsRandom        whether it draws random bits
 //   kStoresRatios    whether it stores signed states relative to the root of the other one
@@ -38,7 +38,7 @@ namespace paged_optax {
 // Elements of a block, whose states share their words.
 inline constexpr int64_t kBlockSize = 256;
 
-// Bytes that the codes of a state of a block take in an arena (layout/six_bits.h).
+// Bytes that the codes of a state of a block take in an arena (layout/small_codes.h).
 template <class Format>
 inline constexpr int32_t kStateBytes = static_cast<int32_t>(kBlockSize) * Format::kCodeBits / 8;
 

@@ -12,7 +12,7 @@
 
 namespace paged_optax {
 
-using Formats = List<Ratio6, Ratio, Dynamic, BFloat16, Float32>;
+using Formats = List<Ratio4, Ratio6, Ratio, Dynamic, BFloat16, Float32>;
 
 // What the rest of the library knows of a format.
 struct FormatInfo {

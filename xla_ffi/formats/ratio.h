@@ -1,4 +1,4 @@
-// The `ratio` formats, with codes of 8 and of 6 bits. They store second moments as floats with few
+// The `ratio` formats, with codes of 8, 6 and 4 bits. They store second moments as floats with few
 // bits of fraction and first moments as multiples of about sqrt(second moment). Both are rounded at
 // random without bias. Specified in NumPy by paged_optax/_reference; docs/numerics.md says what
 // they were chosen over.
@@ -10,17 +10,18 @@
 // step is the least, of 2^16 .. 2^21 and these and a quarter, a half or three quarters, with which
 // the codes reach from the block's largest value to its smallest but 0: 7 .. 2 bits of fraction,
 // over 2 .. 63 octaves. With 6 bits steps go to 2^23: 7 .. 0 bits of fraction, over 0.5 .. 60
-// octaves. There is no scale to multiply with, so the values that codes stand for stay
-// where they are when the block's largest value moves: until the step changes, what has not changed
-// is stored without error again. Adding random bits before the division rounds without bias,
-// because the floats of an octave are evenly spaced. The block's word holds the offset, the step,
-// and whether code 0 stands for 0.
+// octaves. With 4 bits they go to 2^25, four octaves, over 0.1 .. 48. There is no scale to multiply
+// with, so the values that codes stand for stay where they are when the block's largest value
+// moves: until the step changes, what has not changed is stored without error again. Adding random
+// bits before the division rounds without bias, because the floats of an octave are evenly spaced;
+// with a step of more than an octave it does not. The block's word holds the offset, the step, and
+// whether code 0 stands for 0.
 //
-// First moments. A code k of -127 .. 127 (of -31 .. 31 with 6 bits) stands for k |k| / 127^2
-// (31^2) times the block's scale times the element's unit, a power of two or 1.5 times one near the
-// square root of its stored second moment. So it is the update that is stored with a certain
-// precision, however different the gradients in a block are. The unit is made of the bits of the
-// second moment; the scale is the largest ratio of a first moment to its unit.
+// First moments. A code k of -127 .. 127 (-31 .. 31 with 6 bits, -7 .. 7 with 4) stands for
+// k |k| / 127^2 (31^2, 7^2) times the block's scale times the element's unit, a power of two or 1.5
+// times one near the square root of its stored second moment. So it is the update that is stored
+// with a certain precision, however different the gradients in a block are. The unit is made of the
+// bits of the second moment; the scale is the largest ratio of a first moment to its unit.
 //
 // A state of which nothing is known (Role::kAny) is stored as second moments are in blocks without
 // a negative value, and as first moments are in the others. A bit of the word says which.
@@ -48,6 +49,8 @@ struct RatioCodes<8> {
   static constexpr uint32_t kHasZeros = 1u << 8;  // in a block's word, next to the step
   // 127^2, and a little less so that a block's largest ratio stays below it when it is scaled.
   static constexpr float kSquares = 16128.99f;
+  // Greater second moments are stored as this one, which rounding up leaves finite.
+  static constexpr uint32_t kLargestNu = 0x7f000000;  // 2^127
   // 256 codes reach over this if 251 reach over the range.
   PAGED_HD static uint32_t WithEnds(uint32_t range) { return range + range / 64 + range / 256; }
 };
@@ -57,15 +60,26 @@ struct RatioCodes<6> {
   static constexpr uint32_t kTop = 62;
   static constexpr uint32_t kCoarsestStep = 512;
   static constexpr uint32_t kHasZeros = 1u << 15;
-  static constexpr float kSquares = 960.9994f;                                      // of 31^2
+  static constexpr float kSquares = 960.9994f;  // of 31^2
+  static constexpr uint32_t kLargestNu = 0x7f000000;
   PAGED_HD static uint32_t WithEnds(uint32_t range) { return range + range / 16; }  // 60 of 64
+};
+
+template <>
+struct RatioCodes<4> {
+  static constexpr uint32_t kTop = 14;
+  static constexpr uint32_t kCoarsestStep = 2048;
+  static constexpr uint32_t kHasZeros = 1u << 15;
+  static constexpr float kSquares = 48.99997f;        // of 7^2
+  static constexpr uint32_t kLargestNu = 0x7d800000;  // 2^124
+  // 16 codes if 12.2 reach over the range. 12.8 would do, but then steps change more often, and
+  // updates are a fifth further from float32's (docs/decisions.md).
+  PAGED_HD static uint32_t WithEnds(uint32_t range) { return range + range / 4 + range / 16; }
 };
 
 // The second moment of an element without gradients decays forever. Such elements widen a block's
 // range no further than this.
 inline constexpr uint32_t kIdleRange = 15u << 23;
-// Greater second moments are stored as this one, 2^127, which rounding up leaves finite.
-inline constexpr uint32_t kLargestNu = 0x7f000000;
 // In the word of a state of which nothing is known: the word is a window. Offsets leave this bit
 // free, and scales have no sign.
 inline constexpr uint32_t kIsWindow = 0x80000000u;
@@ -99,7 +113,8 @@ struct RatioWindow {
   uint32_t shift;
 };
 
-// Steps of 4, 5, 6 and 7 times a power of two, from the finest on. They end with the coarsest.
+// Steps of 4, 5, 6 and 7 times a power of two, from the finest on. They end with the coarsest, all
+// codes of which span 2^29.
 template <int kBits>
 struct RatioSteps {
   static constexpr uint32_t kFirst = (127 + 16 + kBits) << 2, kLast = (127 + 29) << 2;
@@ -164,8 +179,9 @@ PAGED_HD void DecodeRatioNus(const uint8_t (&codes)[K], const RatioGrid& grid, f
   }
 }
 
-// Rounds second moments between 0 and 2^127. The upper bits of `random` decide. On return, nu holds
-// what the codes stand for, and `not_zero` no bits where a second moment was 0, else all bits.
+// Rounds second moments between 0 and the largest. The upper bits of `random` decide. On return, nu
+// holds what the codes stand for, and `not_zero` no bits where a second moment was 0, else all
+// bits.
 template <int K>
 PAGED_HD void EncodeRatioNus(const RatioWindow& window, const uint32_t (&random)[K], float (&nu)[K],
                              uint8_t (&codes)[K], uint32_t (&not_zero)[K]) {
@@ -276,7 +292,7 @@ PAGED_HD RatioWindow FitBlock(const float (&nu)[K], const float (&active)[K], ui
 
 template <int kBits>
 struct RatioOf : NoTables {
-  static constexpr const char* kName = kBits == 8 ? "ratio" : "ratio6";
+  static constexpr const char* kName = kBits == 8 ? "ratio" : kBits == 6 ? "ratio6" : "ratio4";
   using Code = uint8_t;
   static constexpr int kCodeBits = kBits;
   static constexpr int kWordsPerState = 1;  // of a signed state its scale, of the other the window
@@ -394,6 +410,7 @@ struct RatioOf : NoTables {
   // Takes values above the largest as that one. Returns the bits of the largest, which were `top`.
   template <int K>
   PAGED_HD static uint32_t LimitNus(uint32_t top, float (&nu)[K]) {
+    constexpr uint32_t kLargestNu = RatioCodes<kBits>::kLargestNu;
     if (top <= kLargestNu) return top;
     PAGED_UNROLL
     for (int k = 0; k < K; ++k) {
@@ -458,5 +475,6 @@ struct RatioOf : NoTables {
 
 using Ratio = RatioOf<8>;
 using Ratio6 = RatioOf<6>;
+using Ratio4 = RatioOf<4>;
 
 }  // namespace paged_optax

@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "layout/six_bits.h"
+#include "layout/small_codes.h"
 #include "state/leaf_work.h"
 #include "state/load.h"
 #include "state/reblock.h"

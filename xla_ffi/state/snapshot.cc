@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "base/status.h"
-#include "layout/six_bits.h"
+#include "layout/small_codes.h"
 
 namespace paged_optax {
 

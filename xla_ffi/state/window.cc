@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "layout/six_bits.h"
+#include "layout/small_codes.h"
 #include "step/params.h"
 
 namespace paged_optax {

@@ -6,7 +6,7 @@
 
 #include "base/dtype.h"
 #include "layout/layout.h"
-#include "layout/six_bits.h"
+#include "layout/small_codes.h"
 
 namespace paged_optax {
 
@@ -48,8 +48,8 @@ PAGED_HD void StoreBlock(void* target, DType dtype, int64_t start, int count,
 // The codes of a state of a block, out of an arena and into it.
 template <class Format>
 PAGED_HD void LoadCodes(const uint8_t* source, typename Format::Code (&codes)[kCpuLane]) {
-  if constexpr (Format::kCodeBits == 6) {
-    UnpackBlock(source, codes);
+  if constexpr (kHasSmallCodes<Format>) {
+    UnpackBlock<kHasUpperBits<Format>>(source, codes);
   } else {
     std::memcpy(codes, source, sizeof(codes));
   }
@@ -57,8 +57,8 @@ PAGED_HD void LoadCodes(const uint8_t* source, typename Format::Code (&codes)[kC
 
 template <class Format>
 PAGED_HD void StoreCodes(const typename Format::Code (&codes)[kCpuLane], uint8_t* target) {
-  if constexpr (Format::kCodeBits == 6) {
-    PackBlock(codes, target);
+  if constexpr (kHasSmallCodes<Format>) {
+    PackBlock<kHasUpperBits<Format>>(codes, target);
   } else {
     std::memcpy(target, codes, sizeof(codes));
   }

@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "base/gpu_memory.h"
-#include "layout/six_bits.h"
+#include "layout/small_codes.h"
 #include "step/block.h"
 
 namespace paged_optax {
@@ -147,11 +147,11 @@ __device__ inline void Store(const Leaf& leaf, int64_t start, int count,
   Store(leaf.results, leaf.result_dtype, start, count, values);
 }
 
-// The distance, in an arena, from the codes of one thread to those of the next. Of codes of 6 bits,
-// that of their lower bits.
+// The distance, in an arena, from the codes of one thread to those of the next. Of codes of 4 or
+// 6 bits, that of their lower bits.
 template <class Format>
 inline constexpr int kLaneBytes =
-    Format::kCodeBits == 6 ? kLane / 2 : kLane * static_cast<int>(sizeof(typename Format::Code));
+    kHasSmallCodes<Format> ? kLane / 2 : kLane * static_cast<int>(sizeof(typename Format::Code));
 
 __device__ inline void PutCodes(uint32_t lower, uint32_t upper, uint8_t (&codes)[kLane]) {
   const EightCodes eight = UnpackEight(lower, upper);
@@ -190,14 +190,17 @@ __device__ inline void StoreCodes(const float (&codes)[kLane], uint8_t* target) 
 }
 
 // The codes of a thread, at `source` in an arena, and what copies ahead have of them in shared
-// memory: codes of 6 bits are the four bytes with their lower bits, and four with the upper bits of
-// this thread and its neighbour.
+// memory: codes of 4 or 6 bits are the four bytes with their lower bits, and four with the upper
+// bits of this thread and its neighbour if there are any.
 template <class Format>
 __device__ inline void LoadLaneCodes(const uint8_t* source, int thread,
                                      typename Format::Code (&codes)[kLane]) {
-  if constexpr (Format::kCodeBits == 6) {
-    PutCodes(*reinterpret_cast<const uint32_t*>(source),
-             *reinterpret_cast<const uint16_t*>(UpperBitsOf(source, thread)), codes);
+  if constexpr (kHasSmallCodes<Format>) {
+    uint32_t upper = 0;
+    if constexpr (kHasUpperBits<Format>) {
+      upper = *reinterpret_cast<const uint16_t*>(UpperBitsOf(source, thread));
+    }
+    PutCodes(*reinterpret_cast<const uint32_t*>(source), upper, codes);
   } else {
     LoadCodes(source, codes);
   }
@@ -206,12 +209,14 @@ __device__ inline void LoadLaneCodes(const uint8_t* source, int thread,
 template <class Format>
 __device__ inline void StoreLaneCodes(const typename Format::Code (&codes)[kLane], int thread,
                                       uint8_t* target) {
-  if constexpr (Format::kCodeBits == 6) {
+  if constexpr (kHasSmallCodes<Format>) {
     const uint2 bytes = *reinterpret_cast<const uint2*>(&codes[0]);
     const EightCodes eight{bytes.x, bytes.y};
     *reinterpret_cast<uint32_t*>(target) = LowerBits(eight);
-    *reinterpret_cast<uint16_t*>(UpperBitsOf(target, thread)) =
-        static_cast<uint16_t>(UpperBits(eight));
+    if constexpr (kHasUpperBits<Format>) {
+      *reinterpret_cast<uint16_t*>(UpperBitsOf(target, thread)) =
+          static_cast<uint16_t>(UpperBits(eight));
+    }
   } else {
     StoreCodes(codes, target);
   }
@@ -219,9 +224,11 @@ __device__ inline void StoreLaneCodes(const typename Format::Code (&codes)[kLane
 
 template <class Format>
 __device__ inline void CopyCodesAhead(const uint8_t* source, int thread, uint8_t (&copy)[kLane]) {
-  if constexpr (Format::kCodeBits == 6) {
+  if constexpr (kHasSmallCodes<Format>) {
     CopyAhead<4>(source, &copy[0]);
-    CopyAhead<4>(UpperBitsOf(source, thread) - 2 * (thread & 1), &copy[4]);
+    if constexpr (kHasUpperBits<Format>) {
+      CopyAhead<4>(UpperBitsOf(source, thread) - 2 * (thread & 1), &copy[4]);
+    }
   } else {
     CopyAhead<kLane>(source, copy);
   }
@@ -230,9 +237,11 @@ __device__ inline void CopyCodesAhead(const uint8_t* source, int thread, uint8_t
 template <class Format>
 __device__ inline void TakeCodes(const uint8_t (&copy)[kLane], int thread,
                                  typename Format::Code (&codes)[kLane]) {
-  if constexpr (Format::kCodeBits == 6) {
+  if constexpr (kHasUpperBits<Format>) {
     const uint2 bytes = *reinterpret_cast<const uint2*>(&copy[0]);
     PutCodes(bytes.x, bytes.y >> 16 * (thread & 1) & 0xffffu, codes);
+  } else if constexpr (kHasSmallCodes<Format>) {
+    PutCodes(*reinterpret_cast<const uint32_t*>(&copy[0]), 0, codes);
   } else {
     LoadCodes(copy, codes);
   }
