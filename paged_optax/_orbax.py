@@ -38,6 +38,7 @@ from ._after_import import after_import
 from ._checkpoint import merge_files
 from ._contents import Contents, FilePart, copy, nbytes_of
 from ._ffi import TOKEN_SHAPE
+from ._local import local_token
 from ._log import warn
 from ._part_file import PartFile, replacing
 from ._state import new_token
@@ -110,13 +111,18 @@ def _copy(contents: Contents, token: tuple[int, int], info: Any) -> "Contents | 
 
 def _token_of(value: Any) -> tuple[int, int] | None:
     """Handle and version, if a leaf is a token of this process."""
+    pair = _pair_of(value)
+    return pair if pair is not None and _ext.is_issued(pair[0]) else None
+
+
+def _pair_of(value: Any) -> tuple[int, int] | None:
+    """The two numbers of a leaf that looks like a token; None if this process has not both."""
     if not isinstance(value, jax.Array | np.ndarray):
         return None
     if value.dtype != jnp.int32 or value.shape != TOKEN_SHAPE:
         return None
-    local = value.addressable_shards[0].data if isinstance(value, jax.Array) else value
-    handle, version = np.asarray(local).tolist()
-    return (handle, version) if _ext.is_issued(handle) else None
+    found = local_token(value) if isinstance(value, jax.Array) else value
+    return None if found is None else tuple(found.tolist())
 
 
 class _Early:
@@ -235,12 +241,10 @@ def _restore(values: list[Any], infos: Sequence[Any]) -> None:
     """Puts new tokens in the places of those that the checkpoint has moments of."""
     tokens: dict[tuple[str, str], np.ndarray] = {}  # the same token may be there twice
     for i, (value, info) in enumerate(zip(values, infos, strict=True)):
-        if not isinstance(value, jax.Array | np.ndarray):
+        pair = _pair_of(value)
+        if pair is None:
             continue
-        if value.dtype != jnp.int32 or value.shape != TOKEN_SHAPE:
-            continue
-        local = value.addressable_shards[0].data if isinstance(value, jax.Array) else value
-        folder, name = info.parent_dir / FOLDER, _name(tuple(np.asarray(local).tolist()))
+        folder, name = info.parent_dir / FOLDER, _name(pair)
         key = os.fspath(folder), name
         if key not in tokens:
             paths = sorted(folder.glob(f"{name}.*.safetensors")) if folder.exists() else []

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
 
 from . import _ext
@@ -42,14 +43,25 @@ def stop_if_refused(value: Any) -> None:
         if not is_entry():
             return
     else:  # nnx changes its variables in place, so nothing can get lost
-        (value,) = jax.tree.leaves(value) or (None,)
-        if not isinstance(value, jax.Array) or isinstance(value, Tracer):
+        leaves = jax.tree.leaves(value)
+        if (
+            len(leaves) != 1
+            or not isinstance(leaves[0], jax.Array)
+            or isinstance(leaves[0], Tracer)
+        ):
             return
+        (value,) = leaves
     if value.is_deleted():
         _ext.raise_refused()  # whose it was nobody knows, and the call fails anyway
-    elif value.shape == TOKEN_SHAPE:
+    elif value.shape == TOKEN_SHAPE and value.dtype == jnp.int32:
         _await(value)
-        _ext.raise_refused(local_handle(value))
+        _raise_refused(value)
+
+
+def _raise_refused(token: jax.Array) -> None:
+    handle = local_handle(token)
+    if handle is not None:  # which would ask for any state
+        _ext.raise_refused(handle)
 
 
 def _await(token: jax.Array) -> None:
@@ -119,7 +131,7 @@ def _stop(token: Any) -> None:
     if isinstance(token, jax.Array) and not isinstance(token, Tracer):
         token.block_until_ready()
         if _ext.any_refused():
-            _ext.raise_refused(local_handle(token))
+            _raise_refused(token)
 
 
 def warn_of_refusal(text: str) -> None:

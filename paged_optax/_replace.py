@@ -93,9 +93,12 @@ def put(value: np.ndarray, like: Any) -> jax.Array:
 
 def _is_fresh(token: Any) -> bool:
     """Whether a token is of a state that init returned in this process."""
-    if not isinstance(token, jax.Array) or isinstance(token, Tracer):
+    if not isinstance(token, jax.Array) or isinstance(token, Tracer) or token.is_deleted():
         return False
-    found = local_token(token)
+    try:
+        found = local_token(token)
+    except RuntimeError:  # of a program that failed
+        return False
     return found is not None and found[1] == 0 and _ext.is_alive(int(found[0]))
 
 

@@ -23,7 +23,7 @@ from ._local import local_handle
 # Tokens that programs under way will make, oldest first: also those whose owners are gone already.
 _under_way: collections.deque[jax.Array] = collections.deque()
 
-_was_used = _is_child = False
+_was_used = _is_child = _is_looking = False
 _of_parent: list[jax.Array] = []  # in a forked process: what was under way at the fork
 _lock = threading.RLock()  # the handler of a signal may come here while its thread has it
 # Objects may end in any thread at any moment, also while the lock is held: what ends is only noted.
@@ -129,9 +129,9 @@ def _is_ready(array: Any) -> bool:
 
 def forget_parent() -> None:
     """In a forked process: the thread that had the lock may not be here."""
-    global _lock, _is_child
+    global _lock, _is_child, _is_looking
     _lock = threading.RLock()
-    _is_child = True
+    _is_child, _is_looking = True, False
     _of_parent.extend(array for array in _under_way if not array.is_deleted())
     for container in (_under_way, _ended, _by_array, _by_ref, _gone):
         container.clear()
@@ -154,13 +154,18 @@ def _is_of(watched: _Watched | None, array: jax.Array) -> bool:
 
 def look() -> None:
     """Forgets the states whose tokens are all gone. Never waits."""
+    global _is_looking
     if not _lock.acquire(blocking=False):
         return
+    if _is_looking:  # a signal's handler or a notice came in the middle, which the lock lets in
+        _lock.release()
+        return
+    _is_looking = True
     try:
         for key, watched in list(_by_array.items()):
             if watched.array is not None:
                 _resolve(key, watched)
-        unknown = [watched for watched in _by_array.values() if watched.array is not None]
+        unknown = [watched for watched in list(_by_array.values()) if watched.array is not None]
         while _ended:
             key, watched = _by_ref.pop(_ended.popleft())
             if _by_array.get(key) is watched:
@@ -168,6 +173,7 @@ def look() -> None:
             _gone.append((watched, unknown))
         _gone[:] = [(watched, others) for watched, others in _gone if not _settle(watched, others)]
     finally:
+        _is_looking = False
         _lock.release()
 
 
@@ -175,7 +181,7 @@ def _settle(gone: _Watched, others: list[_Watched]) -> bool:
     """Whether it is clear what the end of an array means; if so, acts on it."""
     if any(other.array is not None for other in others):
         return False  # one of them may be a copy
-    copies = [watched for watched in _by_array.values() if watched.handle == gone.handle]
+    copies = [watched for watched in list(_by_array.values()) if watched.handle == gone.handle]
     for copy in copies:
         copy.was_handed_on |= gone.was_handed_on
     if not copies:
@@ -196,10 +202,11 @@ def _resolve(key: int, watched: _Watched) -> None:
         return
     try:
         handle = local_handle(array) or 0
+        is_unused = handle != 0 and _ext.is_unused(handle)
     except Exception:  # of a program that failed, or not a token at all
-        handle = 0
+        is_unused = False
     watched.array = None
-    if handle == 0 or not _ext.is_unused(handle):
+    if not is_unused:
         _by_array.pop(key, None)
         return
     watched.handle = handle

@@ -385,6 +385,17 @@ def test_other_rule_is_refused(trained, params, tmp_path):
         finish(tx.update(params, state, params))
 
 
+def test_a_donated_state_shows_where_moments_go(tx, trained, tmp_path):
+    """Only its structure counts, and that is there after a step that failed."""
+    params, state = trained
+    save_moments(state, tmp_path / "m.safetensors")
+    lost = tx.init(params)
+    jax.block_until_ready(jax.jit(tx.update, donate_argnums=1)(params, lost, params))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(lost))
+    found = load_moments(lost, tmp_path / "m.safetensors")
+    assert_trees_equal(moments(found), moments(state))
+
+
 def test_convert_between_formats(trained, tmp_path):
     params, state = trained
     save_moments(state, tmp_path / "m.safetensors")

@@ -442,6 +442,16 @@ def test_token_of_zeros_is_no_fresh_state(tx):
         jax.block_until_ready(tx.update(make_grads(), state))
 
 
+@pytest.mark.parametrize("version", [-1, -5])
+def test_nothing_starts_over_from_a_negative_version(version, foreign_states):
+    """No state has one."""
+    tx, state = scale_by_paged_adam8bit(missing="restart"), foreign_states[2]
+    handle = state.token.value.tolist()[0]
+    state = state._replace(token=type(state.token)(jnp.array([handle, version], jnp.int32)))
+    with pytest.raises(RAISES):
+        finish(tx.update(make_grads(), state))
+
+
 @pytest.mark.parametrize("make", [scale_by_paged_adam8bit, paged_optax.scale_by_paged_lion8bit])
 def test_missing_moments_start_over(make, foreign_states):
     """At zero, with bias correction from there; the count goes on."""

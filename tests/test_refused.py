@@ -237,6 +237,32 @@ def test_every_cause(misuse, match):
         jax.block_until_ready(jax.jit(tx.update)(make_params(), state))
 
 
+@pytest.mark.parametrize("change", ["pairs", "floats"])
+def test_a_refusal_concerns_no_other_tree(change):
+    """What a user makes of another state is none of it, even if it is no state any more."""
+    tx, params = scale_by_paged_adam8bit(), make_params()
+    old, other = trained(tx, params, 2), tx.init(params)
+    jax.block_until_ready(jax.jit(tx.update)(params, old[1]))
+    changes = {"pairs": lambda x: (x, x), "floats": lambda x: jnp.full(x.shape, jnp.nan)}
+    changed = jax.tree.map(changes[change], other)
+    jax.tree.map(lambda x: x, changed)
+    jax.block_until_ready(jax.jit(lambda tree: tree)(changed))
+    with pytest.raises(StateRefused, match="not the newest"):
+        memory_report(old[-1])
+
+
+def test_a_token_of_other_numbers_ends_without_a_word():
+    """While states that were never used are watched, whose tokens are read."""
+    tx, params = scale_by_paged_adam8bit(), make_params()
+    unused = tx.init(params)
+    numbers = [jnp.full((2,), x, dtype) for x, dtype in ((3e9, "float32"), (2**32 - 1, "uint32"))]
+    for token in jax.block_until_ready(numbers):
+        state = unused._replace(token=type(unused.token)(token))
+        tx.init(params)
+        del state
+    assert memory_report(jax.block_until_ready(tx.update(params, unused))[1]).total > 0
+
+
 def test_a_token_of_zeros_has_no_moments():
     """Nobody waits for them either."""
     states = trained(scale_by_paged_adam8bit(), make_params())

@@ -362,6 +362,33 @@ def test_the_file_that_a_link_points_to_is_replaced(trained, tmp_path):
     assert [path.name for path in file.parent.iterdir()] == ["moments"]
 
 
+# --- Arrays in the form of a token ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_token", [True, False], ids=["a token", "the user's own"])
+def test_orbax_with_two_integers_cut_over_devices(is_token, tmp_path):
+    """As a sharding rule may cut a token: each device has one of the two."""
+    import orbax.checkpoint as ocp
+
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices("cpu")[:2])
+    cut = jax.NamedSharding(mesh, jax.P("x"))
+    tx = paged_optax.scale_by_paged_adam8bit()
+    params = jax.device_put({"w": jnp.ones((64, 64))}, cut)
+    _, state = tx.update(params, tx.init(params))
+    token = jax.device_put(state.token.value if is_token else jnp.arange(2, dtype=jnp.int32), cut)
+    saved = {"mine": token}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", saved)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "c", saved)["mine"]
+    assert restored.sharding == cut
+    if not is_token:
+        assert restored.tolist() == [0, 1]
+        return
+    again = state._replace(token=type(state.token)(jnp.asarray(np.asarray(restored))))
+    assert_trees_equal(paged_optax.moments(again), paged_optax.moments(state))
+
+
 # --- Other file systems --------------------------------------------------------------------------
 
 

@@ -51,13 +51,15 @@ constexpr const char* RoomAndFile(const char* path) {
     }                                                                                              \
   } while (0)
 
-// kernel<<<...>>>(...), checked.
+// kernel<<<...>>>(...), checked. An error that an earlier call left, and that nobody asked about,
+// is not one of the launch.
 #define CUDA_LAUNCH(...)                                                             \
   do {                                                                               \
     if (PAGED_FAILS("launch")) {                                                     \
       ::paged_optax::ThrowCudaError(cudaErrorLaunchOutOfResources, "a launch",       \
                                     ::paged_optax::RoomAndFile(__FILE__), __LINE__); \
     }                                                                                \
+    (void)cudaGetLastError();                                                        \
     __VA_ARGS__;                                                                     \
     const cudaError_t cuda_launch_error = cudaGetLastError();                        \
     if (cuda_launch_error != cudaSuccess) {                                          \

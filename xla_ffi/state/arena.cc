@@ -65,7 +65,8 @@ std::shared_ptr<Arena> MakeArena(const Request& request, Token token) {
 }
 
 bool MayStart(const Handles& handles, const Request& request, Token token) {
-  return token.version == 0 || (request.restart && handles.IsFromElsewhere(token.handle));
+  return token.version == 0 ||
+         (request.restart && token.version > 0 && handles.IsFromElsewhere(token.handle));
 }
 
 void NoteRestart(const Arena& arena) {

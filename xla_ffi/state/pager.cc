@@ -284,6 +284,7 @@ void Pager::Execute(ContentsLock& lock, Arena& arena, const Step& step) {
   {
     const ContentsLock::Pause pause(lock);
     if (stream_ == nullptr) {
+      const ScopedDevice scope(ordinal_);  // whatever became of this thread's own
       CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
     }
     memory.Prepare(move, stream_);
