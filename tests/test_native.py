@@ -82,6 +82,11 @@ def test_unknown_tokens(program):
     assert "arenas left 0" in start(program, "unknown")
 
 
+def test_collectives(program):
+    """What waits for one GPU waits for a launch on the other, which must not wait for that."""
+    assert "arenas left 0" in start(program, "collectives")
+
+
 def test_handles(program):
     """Devices that are 5,000 inits apart agree; so do two jobs that follow each other."""
     start(program, "handles")

@@ -67,6 +67,8 @@ inline std::atomic<int64_t> device_bytes{0}, host_bytes{0}, taken_by_others{0};
 inline std::atomic<int> full_at_question{0};
 inline constexpr int64_t kDeviceBytes = int64_t{1} << 30;
 inline thread_local int device = 0;
+// Called where somebody waits for a device.
+inline void (*on_wait)(int device) = nullptr;
 
 // Blocks are used again: new pages take a sanitizer long.
 inline std::mutex mutex;
@@ -138,7 +140,10 @@ inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function
                                                     cudaDriverEntryPointQueryResult*) {
   return *function = nullptr, cudaSuccess;
 }
-inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline cudaError_t cudaDeviceSynchronize() {
+  if (fake_cuda::on_wait != nullptr) fake_cuda::on_wait(fake_cuda::device);
+  return cudaSuccess;
+}
 
 inline cudaError_t cudaMalloc(void** data, size_t nbytes) {
   return fake_cuda::Allocate(data, nbytes, fake_cuda::device_bytes);

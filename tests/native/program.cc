@@ -5,6 +5,7 @@
 //   program files             the same for arrays that are saved and loaded
 //   program room              moments that come back while others take the device's memory
 //   program unknown           tokens that name no state
+//   program collectives       refused steps of two GPUs that wait for each other, and questions
 // Ends with an error if moments are lost or memory is kept. What is refused is no error.
 #include <atomic>
 #include <chrono>
@@ -145,6 +146,10 @@ Token StepOnGpu(const State& state, DeviceId device, int64_t run, Until until) {
   std::optional<ContentsLock> held(gpu.Acquire());
   ContentsLock& lock = *held;
   if (gpu.MayBeFirstUse(lock, registry.handles(), run, fingerprint)) {
+    {
+      const ScopedDevice scope(device.ordinal);
+      CUDA_CHECK(cudaDeviceSynchronize());  // to read the token
+    }
     Request request = RequestOf(state, device, run);
     if (token.version == 1) request.source = source = registry.handles().SourceOf(token.handle);
     made = gpu.BindOnFirstUse(lock, registry.handles(), request, token, nullptr);
@@ -495,6 +500,45 @@ void RunUnknownTokens() {
   registry.Release(state.token.handle);
 }
 
+std::atomic<int> g_enqueued[2];  // collectives, by GPU
+
+// What is queued on a GPU is done when the other one has as many collectives to answer them.
+void AwaitCollectives(int device) {
+  for (const int mine = g_enqueued[device]; g_enqueued[1 - device] < mine;) {
+    std::this_thread::yield();
+  }
+}
+
+// Each program has a collective before its step. All steps are refused; somebody asks meanwhile.
+void RunCollectives() {
+  const std::vector<DeviceId> gpus = {{Platform::kCuda, 0}, {Platform::kCuda, 1}};
+  State sound = MakeState(gpus, Policy(false), 1, false);
+  Step(sound);
+  State newer = sound, foreign = MakeState(gpus, Policy(false), 2, false);
+  newer.token.version = 1000;
+  foreign.token = {123456789, 5};  // no arena is like its own, so each step looks at its token
+  fake_cuda::on_wait = AwaitCollectives;
+  for (const State& state : {newer, foreign}) {
+    std::atomic<int> num_running{2};
+    const auto train = [&](int gpu) {
+      for (int i = 0; i < 200; ++i) {
+        ++g_enqueued[gpu];
+        const Token next = StepOnGpu(state, gpus[gpu], g_next_run++, Until::kEnd);
+        Expect(next.version == state.token.version, "the step is not refused");
+        while (g_enqueued[gpu] > g_enqueued[1 - gpu] + 16) std::this_thread::yield();
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
+      }
+      --num_running;
+    };
+    std::thread first(train, 0), second(train, 1);
+    while (num_running > 0) Registry::Get().Describe(sound.token);
+    first.join();
+    second.join();
+  }
+  fake_cuda::on_wait = nullptr;
+  Registry::Get().Release(sound.token.handle);
+}
+
 void RunFaults() {
   const int num_faults = FailEachCall("", Scenario);
   for (const char* name : {"launch", "thread"}) FailEachCall(name, Scenario);
@@ -569,6 +613,8 @@ int Main(int argc, char** argv) {
     RunRoomThatComesLate();
   } else if (argc == 2 && std::strcmp(argv[1], "unknown") == 0) {
     RunUnknownTokens();
+  } else if (argc == 2 && std::strcmp(argv[1], "collectives") == 0) {
+    RunCollectives();
   } else {
     return 2;
   }

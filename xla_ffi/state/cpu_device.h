@@ -21,6 +21,7 @@ class CpuDevice final : public Device {
 
   std::vector<std::shared_ptr<Arena>> Arenas() override;
   std::vector<int32_t> States() override;
+  std::shared_ptr<Arena> Look(int32_t handle) override { return Find(handle); }
   std::shared_ptr<Arena> Find(int32_t handle) override;
   std::optional<LockedArena> LockContents(int32_t handle) override;
   std::optional<HeldArena> HoldContents(int32_t handle) override;

@@ -140,11 +140,12 @@ void CudaDevice::Append(const ContentsLock&, std::shared_ptr<Arena> arena) {
   CUDA_CHECK(cudaMemcpy(headers_ + count, &arena->header, sizeof(Header), cudaMemcpyDefault));
   // Such copies may return before they are done, and XLA's streams do not wait for this one.
   CUDA_CHECK(cudaStreamSynchronize(cudaStreamLegacy));
+  const std::lock_guard<std::mutex> list(list_);
   arenas_.push_back(std::move(arena));
 }
 
 std::vector<std::shared_ptr<Arena>> CudaDevice::Arenas() {
-  const ContentsLock lock(mutex_);
+  const std::lock_guard<std::mutex> list(list_);
   return arenas_;
 }
 
@@ -160,6 +161,14 @@ std::shared_ptr<Arena> CudaDevice::Find(int32_t handle) {
   ContentsLock lock(mutex_);
   const int64_t index = Await(lock, handle);
   return index < 0 ? nullptr : arenas_[index];
+}
+
+std::shared_ptr<Arena> CudaDevice::Look(int32_t handle) {
+  const std::lock_guard<std::mutex> list(list_);
+  for (const auto& arena : arenas_) {
+    if (arena->header.handle == handle) return arena;
+  }
+  return nullptr;
 }
 
 // Once no step is under way.
@@ -249,8 +258,9 @@ std::shared_ptr<Arena> CudaDevice::Remove(ContentsLock& lock, int32_t handle) {
   if (index < last) {
     CUDA_CHECK(cudaMemcpy(headers_ + index, headers_ + last, sizeof(Header), cudaMemcpyDefault));
     CUDA_CHECK(cudaStreamSynchronize(cudaStreamLegacy));
-    arenas_[index] = arenas_[last];
   }
+  const std::lock_guard<std::mutex> list(list_);
+  arenas_[index] = arenas_[last];
   arenas_.pop_back();
   return arena;
 }
@@ -272,7 +282,7 @@ bool CudaDevice::HasReports() const {
 }
 
 std::optional<Rejection> CudaDevice::TakeRejection() {
-  const ContentsLock lock(mutex_);
+  const std::lock_guard<std::mutex> lock(taking_);
   Rejection* report = &static_cast<Reports*>(mailbox_->host())->rejection;
   const auto verdict = static_cast<Verdict>(Load(&report->verdict));
   if (verdict == Verdict::kAccept) return std::nullopt;
@@ -282,7 +292,7 @@ std::optional<Rejection> CudaDevice::TakeRejection() {
 }
 
 std::optional<Restart> CudaDevice::TakeRestart() {
-  const ContentsLock lock(mutex_);
+  const std::lock_guard<std::mutex> lock(taking_);
   Restart* report = &static_cast<Reports*>(mailbox_->host())->restart;
   const int32_t steps = Load(&report->steps);
   if (steps == 0) return std::nullopt;

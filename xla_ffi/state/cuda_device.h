@@ -3,6 +3,7 @@
 #pragma once
 
 #include <condition_variable>
+#include <mutex>
 
 #include "base/device_buffer.h"
 #include "base/stream.h"
@@ -59,6 +60,7 @@ class CudaDevice final : public Device {
 
   std::vector<std::shared_ptr<Arena>> Arenas() override;
   std::vector<int32_t> States() override;
+  std::shared_ptr<Arena> Look(int32_t handle) override;
   std::shared_ptr<Arena> Find(int32_t handle) override;
   std::optional<LockedArena> LockContents(int32_t handle) override;
   std::optional<HeldArena> HoldContents(int32_t handle) override;
@@ -99,14 +101,18 @@ class CudaDevice final : public Device {
   class Binding;
 
   ContentsMutex mutex_;
-  Holds holds_{mutex_};                         // of any arena
-  std::vector<std::shared_ptr<Arena>> arenas_;  // in the order of the headers
+  Holds holds_{mutex_};  // of any arena
+  // In the order of the headers. They change while both the contents and the list are locked, and
+  // may be read while one of them is.
+  std::vector<std::shared_ptr<Arena>> arenas_;
+  std::mutex list_;
   // The last one holds the headers. Outgrown ones stay until the process ends, because a queued
   // kernel may still read one.
   std::vector<std::unique_ptr<DeviceBuffer>> buffers_;
   Header* headers_ = nullptr;
   int64_t capacity_ = 0;
   std::unique_ptr<MappedBuffer> mailbox_;  // Reports
+  std::mutex taking_;                      // out of the mailbox
   std::optional<int32_t> binding_;  // handle of the state whose arena is being made, one at a time
   std::condition_variable bound_;
   Pager pager_;

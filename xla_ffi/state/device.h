@@ -23,6 +23,9 @@ class Device {
   virtual std::vector<std::shared_ptr<Arena>> Arenas() = 0;
   // The handles of these, and of those that are being made.
   virtual std::vector<int32_t> States() = 0;
+  // The arena of a state, if it is made. Like Arenas, this never waits for a step of any device:
+  // steps ask it, and one that waits for another device's may wait for itself.
+  virtual std::shared_ptr<Arena> Look(int32_t handle) = 0;
 
   // The six that follow return nothing if the state has no arena here, and wait for one that is
   // being made.

@@ -7,6 +7,9 @@
 //   2. the list of a CPU device's arenas. It is never taken together with a Lock<Contents>.
 //      Nor is it held, or a Lock<Contents> of a GPU, while an arena is being made.
 //   3. Lock<Handles>: which handles are out, and which of them were used.
+// A thread may wait for a GPU while it has the Lock<Contents> of that GPU. What is queued there may
+// wait, in a collective, for a launch on another GPU. So a step never takes the Lock<Contents> of
+// another device, also not to tell of a step that was refused.
 // A Hold (state/hold.h) is no lock: it makes steps wait for as long as it lives, and needs the lock
 // of its contents only to begin and to end.
 // Every other mutex is private to one class, which calls nothing that locks while it holds it.

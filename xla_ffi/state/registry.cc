@@ -76,7 +76,7 @@ void Registry::Remember(const Signature& signature, uint64_t fingerprint) {
 std::string Registry::Explain(DeviceId device, const Rejection& rejection) {
   std::shared_ptr<Arena> here, anywhere;
   for (Device* each : Devices()) {
-    const std::shared_ptr<Arena> arena = each->Find(rejection.token.handle);
+    const std::shared_ptr<Arena> arena = each->Look(rejection.token.handle);
     if (anywhere == nullptr) anywhere = arena;
     if (each->id() == device) here = arena;
   }
