@@ -202,11 +202,11 @@ def _resolve(key: int, watched: _Watched) -> None:
         return
     try:
         handle = local_handle(array) or 0
-        is_unused = handle != 0 and _ext.is_unused(handle)
+        handle = handle if handle and _ext.is_unused(handle) else 0
     except Exception:  # of a program that failed, or not a token at all
-        is_unused = False
+        handle = 0
     watched.array = None
-    if not is_unused:
+    if handle == 0:
         _by_array.pop(key, None)
         return
     watched.handle = handle
