@@ -146,10 +146,7 @@ Token StepOnGpu(const State& state, DeviceId device, int64_t run, Until until) {
   std::optional<ContentsLock> held(gpu.Acquire());
   ContentsLock& lock = *held;
   if (gpu.MayBeFirstUse(lock, registry.handles(), run, fingerprint)) {
-    {
-      const ScopedDevice scope(device.ordinal);
-      CUDA_CHECK(cudaDeviceSynchronize());  // to read the token
-    }
+    if (fake_cuda::on_wait != nullptr) fake_cuda::on_wait(device.ordinal);  // to read the token
     Request request = RequestOf(state, device, run);
     if (token.version == 1) request.source = source = registry.handles().SourceOf(token.handle);
     made = gpu.BindOnFirstUse(lock, registry.handles(), request, token, nullptr);
