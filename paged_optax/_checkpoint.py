@@ -18,7 +18,7 @@ from ._part_file import replacing
 from ._refused import tell_refusals
 from ._replace import replace_moments
 from ._state import find_states, read_count, read_token
-from ._transfer import opened
+from ._transfer import all_opened
 
 
 def save_moments(opt_state: Any, path: str | os.PathLike[str]) -> int:
@@ -204,9 +204,8 @@ def _opened(opt_state: Any) -> Iterator[list[Contents | None]]:
         read_token(state)
     tell_refusals()
     counts = [read_count(state.count) for state in states]
-    with contextlib.ExitStack() as stack:
-        pairs = zip(states, counts, strict=True)
-        yield [stack.enter_context(opened(state.token, count)) for state, count in pairs]
+    with all_opened([state.token for state in states], counts) as contents:
+        yield contents
 
 
 def _is_in(path: str, states: list[Contents | None]) -> bool:

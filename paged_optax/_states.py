@@ -25,6 +25,8 @@ class StateInfo:
       names: paths of its leaves; empty if they are not known.
       is_held: whether some array of this process is a token of it. If none is, the state cannot be
         updated any more, unless a copy is elsewhere, as a NumPy array or in a file.
+      trouble: what is wrong with its memory, such as a disk that took no writes; empty if nothing
+        is.
     """
 
     handle: int
@@ -36,6 +38,7 @@ class StateInfo:
     age: float
     names: tuple[str, ...]
     is_held: bool
+    trouble: str = ""
 
     def __str__(self) -> str:
         what = f"version {self.version}, {format_bytes(self.nbytes)} on {', '.join(self.devices)}"
@@ -43,7 +46,9 @@ class StateInfo:
             what = "never updated, no moments"
         names = f", leaves {', '.join(self.names[:2])}" + ", ..." * (len(self.names) > 2)
         held = "" if self.is_held else ", nobody holds it"
-        return f"state {self.handle}: {what}, {self.age:.0f} s old{names * bool(self.names)}{held}"
+        trouble = f"; {self.trouble}" if self.trouble else ""
+        text = f"state {self.handle}: {what}, {self.age:.0f} s old"
+        return f"{text}{names * bool(self.names)}{held}{trouble}"
 
 
 def states() -> list[StateInfo]:
@@ -98,6 +103,7 @@ def _of_reports(handle: int, reports: list[dict[str, Any]], is_held: bool) -> St
         max(report["age"] for report in reports),
         tuple(first["names"]),
         is_held,
+        " ".join(dict.fromkeys(filter(None, (report["trouble"] for report in reports)))),
     )
 
 

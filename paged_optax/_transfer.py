@@ -7,6 +7,7 @@ gradients', and fills it.
 
 import contextlib
 import dataclasses
+import itertools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -47,22 +48,47 @@ def opened(token: Any, count: int | None = None) -> Iterator[Contents | None]:
       RuntimeError: if the state is not the newest one, or was released, or is not in this process.
       NotImplementedError: if it is not known which part of the parameters each device has.
     """
+    with all_opened([token], [count]) as (contents,):
+        yield contents
+
+
+@contextlib.contextmanager
+def all_opened(
+    tokens: Sequence[Any], counts: Sequence[int | None]
+) -> Iterator[list[Contents | None]]:
+    """As `opened`, of several states at once.
+
+    One after the other would not do: the steps of those that are open wait, and may keep others
+    from being done on another GPU.
+    """
+    found = [_find(token, count) for token, count in zip(tokens, counts, strict=True)]
+    wanted = [place for places in found if isinstance(places, list) for place in places]
+    with contextlib.ExitStack() as stack:
+        snapshots = iter([stack.enter_context(each) for each in _ext.snapshots(wanted)])
+        states = []
+        for places, token, count in zip(found, tokens, counts, strict=True):
+            if isinstance(places, list):
+                its_own = list(itertools.islice(snapshots, len(places)))
+                states.append(_read(its_own, _mesh(token, its_own[0].num_devices), count))
+            else:
+                states.append(places)
+        yield states
+
+
+# Of a snapshot: platform, ordinal, handle and version.
+_Place = tuple[str, int, int, int]
+
+
+def _find(token: Any, count: int | None) -> Contents | None | list[_Place]:
+    """Contents that are not in memory yet, or where those are that are; None without any."""
     handle, version = read_handle(token)
     staged = find_staged(handle, version)
-    reports = [] if staged else _ext.describe(handle, version)
     if staged is not None:
-        yield staged if count is None else dataclasses.replace(staged, count=count)
-    elif version == 0 or not any(report["version"] for report in reports):
-        yield None  # with replay=True its first step may have run and been dropped
-    else:
-        with contextlib.ExitStack() as stack:
-            snapshots = [
-                stack.enter_context(
-                    _ext.snapshot(report["platform"], report["ordinal"], handle, version)
-                )
-                for report in reports
-            ]
-            yield _read(snapshots, _mesh(token, snapshots[0].num_devices), count)
+        return staged if count is None else dataclasses.replace(staged, count=count)
+    reports = _ext.describe(handle, version)
+    if version == 0 or not any(report["version"] for report in reports):
+        return None  # with replay=True its first step may have run and been dropped
+    return [(report["platform"], report["ordinal"], handle, version) for report in reports]
 
 
 def _mesh(token: Any, num_devices: int) -> Any:

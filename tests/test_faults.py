@@ -5,6 +5,7 @@ A test build can make any call fail that is written as PAGED_CALL (xla_ffi/base/
 
 import errno
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -16,7 +17,7 @@ import optax
 import pytest
 
 import paged_optax
-from helpers import RAISES, assert_trees_equal, finish, hooks, num_arenas, run_python
+from helpers import RAISES, assert_trees_equal, finish, hooks, num_arenas, run_python, token_of
 from paged_optax import Paging, evict, memory_report, moments, prefetch, release
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -79,7 +80,12 @@ def test_write_that_failed_unnoticed(in_a_file):
             finish(use())
     with pytest.raises(RAISES, match=match):
         memory_report(state)
-    assert release(state) > 0
+    sound = finish(tx.update(grads(1), tx.init(grads(0))))[1]
+    found = {entry.handle: entry for entry in paged_optax.states()}
+    lost = found.pop(token_of(state)[0])
+    assert re.search(match, lost.trouble) and lost.trouble in str(lost)
+    assert not found[token_of(sound)[0]].trouble
+    assert release(lost) == lost.nbytes > 0
 
 
 @pytest.mark.usefixtures("standard_promotion")

@@ -87,6 +87,11 @@ def test_collectives(program):
     assert "arenas left 0" in start(program, "collectives")
 
 
+def test_saves(program):
+    """A save waits for nothing that waits for it, and steps of other states go on meanwhile."""
+    assert "arenas left 0" in start(program, "saves")
+
+
 def test_handles(program):
     """Devices that are 5,000 inits apart agree; so do two jobs that follow each other."""
     start(program, "handles")

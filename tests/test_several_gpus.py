@@ -4,6 +4,7 @@ What needs no GPU runs on two CPU devices as well. No test fills a card: budgets
 the pressure.
 """
 
+import concurrent.futures
 import functools
 import time
 
@@ -156,6 +157,23 @@ def test_steps_in_place_on_two_devices(devices, kind, rounding):
     assert not [name for name in COLLECTIVES if name in program.as_text()]
     mine = sum(x.nbytes for x in trees[0].values()) // 2  # of one device
     assert program.memory_analysis().alias_size_in_bytes >= mine
+
+
+def test_saves_while_another_state_is_trained(devices, tmp_path):
+    """Neither waits for the other: a GPU may wait, in a collective, for what the other one runs."""
+    both = [Run(devices, shapes=SMALL).step(2) for _ in range(2)]
+    other, num_steps = Run(devices, shapes=SMALL), 60
+    state = [run.state for run in both]
+    expected, num_saves = paged_optax.export_moments(state), 0
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        training = pool.submit(other.step, num_steps)
+        while not training.done():
+            paged_optax.save_moments(state, tmp_path / "moments.safetensors")
+            assert_trees_equal(paged_optax.export_moments(state), expected)
+            num_saves += 1
+        training.result()
+    assert num_saves
+    assert_trees_equal(other.results(), Run(devices, shapes=SMALL).step(num_steps).results())
 
 
 @pytest.mark.gpu

@@ -44,6 +44,7 @@ from paged_optax import (
     load_moments,
     memory_report,
     moments,
+    paged,
     paged_adam8bit,
     paged_adamw8bit,
     paged_lion8bit,
@@ -296,7 +297,7 @@ def test_a_snapshot_of_another_version_is_refused(device):
         ext.snapshot(*where, 12, 1)
 
 
-def test_steps_wait_for_a_snapshot():
+def test_steps_wait_for_a_snapshot(device):
     tx, params, state = train_adam()
     before = read_state(state)
     step = make_step(tx)
@@ -320,6 +321,20 @@ def test_steps_wait_for_a_snapshot():
     thread.join()
     for leaf, (codes, words, _) in zip(before["leaves"], during, strict=True):
         assert_trees_equal((codes, words), (leaf["pieces"][0]["codes"], leaf["pieces"][0]["words"]))
+
+
+@pytest.mark.parametrize("name", ["adamw", "any"])
+def test_other_states_do_not_wait_for_a_snapshot(device, name):
+    exact = Quantization("dynamic")  # without random bits
+    tx = {"adamw": paged_adamw8bit, "any": lambda lr, **kw: paged(optax.sgd(lr, 0.9), **kw)}[name](
+        1e-2, quantization=exact
+    )
+    _, _, held = train_adam()
+    expected, _ = train_adam(tx=tx, num_steps=4)[1:]
+    _, params, state = train_adam(tx=tx)
+    with open_state(held):
+        actual, _ = finish(run(tx, params, state, [3, 4]))
+    assert_trees_equal(actual, expected)
 
 
 def test_a_released_state_lives_as_long_as_its_snapshot(device):

@@ -42,7 +42,8 @@ using cudaStream_t = CUstream_st*;
 using cudaEvent_t = CUevent_st*;
 using cudaMemPool_t = CUpool_st*;
 using cudaHostFn_t = void (*)(void*);
-inline const cudaStream_t cudaStreamLegacy = nullptr;
+inline CUstream_st legacy_stream;
+inline const cudaStream_t cudaStreamLegacy = &legacy_stream;
 
 struct cudaMemLocation {
   cudaMemLocationType type;
@@ -67,7 +68,7 @@ inline std::atomic<int64_t> device_bytes{0}, host_bytes{0}, taken_by_others{0};
 inline std::atomic<int> full_at_question{0};
 inline constexpr int64_t kDeviceBytes = int64_t{1} << 30;
 inline thread_local int device = 0;
-// Called where somebody waits for a device.
+// Called where somebody waits for a device, or for its stream of steps, which is null.
 inline void (*on_wait)(int device) = nullptr;
 
 // Blocks are used again: new pages take a sanitizer long.
@@ -205,7 +206,9 @@ inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   return *stream = new CUstream_st(), cudaSuccess;
 }
 inline cudaError_t cudaStreamDestroy(cudaStream_t stream) { return delete stream, cudaSuccess; }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  return stream == nullptr ? cudaDeviceSynchronize() : cudaSuccess;
+}
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
 inline cudaError_t cudaLaunchHostFunc(cudaStream_t, cudaHostFn_t function, void* data) {
   return function(data), cudaSuccess;

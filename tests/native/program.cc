@@ -6,12 +6,14 @@
 //   program room              moments that come back while others take the device's memory
 //   program unknown           tokens that name no state
 //   program collectives       refused steps of two GPUs that wait for each other, and questions
+//   program saves             snapshots of states of two GPUs, whose steps wait for each other
 // Ends with an error if moments are lost or memory is kept. What is refused is no error.
 #include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <random>
 #include <string_view>
 #include <thread>
@@ -119,7 +121,8 @@ Token StepOnCpu(const State& state, DeviceId device, int64_t run, Until until) {
 
 // What StoreCuda in xla/arrays.cc does.
 Token EndOnGpu(CudaDevice& gpu, const CudaUpdate& update, Token open) {
-  const ContentsLock lock = gpu.Acquire();
+  ContentsLock lock = gpu.Acquire();
+  gpu.AwaitHolds(lock, &open, nullptr);
   Token next = open;
   CudaUpdate rest = update;
   rest.headers = gpu.headers(lock);
@@ -134,6 +137,7 @@ Token EndOnGpu(CudaDevice& gpu, const CudaUpdate& update, Token open) {
 Token StepOnGpu(const State& state, DeviceId device, int64_t run, Until until) {
   Registry& registry = Registry::Get();
   CudaDevice& gpu = registry.At<CudaDevice>(device.ordinal);
+  fake_cuda::device = device.ordinal;
   registry.CollectReports();
   registry.handles().NoteCall();
   std::shared_ptr<const Source> source;
@@ -152,6 +156,7 @@ Token StepOnGpu(const State& state, DeviceId device, int64_t run, Until until) {
     made = gpu.BindOnFirstUse(lock, registry.handles(), request, token, nullptr);
   }
   try {
+    gpu.AwaitHolds(lock, &token, nullptr);
     update.headers = gpu.headers(lock);
     update.num_headers = gpu.num_headers(lock);
     update.reports = gpu.device_reports();
@@ -226,8 +231,17 @@ void Read(const State& state) {
 
 void TakeSnapshot(const State& state) {
   if (state.token.version == 0) return;
-  const Snapshot snapshot = Registry::Get().Hold(state.devices[0], state.token);
-  std::this_thread::yield();
+  std::vector<Registry::Wanted> wanted;
+  for (const DeviceId device : state.devices) wanted.push_back({device, state.token});
+  const std::vector<Snapshot> snapshots = Registry::Get().HoldAll(wanted);
+  for (int i = 0; i < 2; ++i) {
+    for (const Snapshot& snapshot : snapshots) {
+      uint8_t sample[kSample];
+      snapshot.ReadBytes(0, Snapshot::Kind::kCodes, 0, 0, kSample, sample);
+      Check("snapshot", sample, Pattern(state.token.handle, state.token.version));
+    }
+    std::this_thread::yield();
+  }
 }
 
 // Writes all codes and words, as paged_optax.reset does.
@@ -487,7 +501,7 @@ void RunUnknownTokens() {
     const Token token{handle, 1};
     for (const bool refuses : {is_refused([&] { registry.Describe(token); }),
                                is_refused([&] { registry.Read(gpu, token); }),
-                               is_refused([&] { registry.Hold(gpu, token); }),
+                               is_refused([&] { registry.HoldAll({{gpu, token}}); }),
                                is_refused([&] { registry.Rewrite(gpu, token, {}); }),
                                is_refused([&] { registry.Limit(token, 0); })}) {
       Expect(refuses, "a token that nobody has is not refused");
@@ -506,9 +520,47 @@ void AwaitCollectives(int device) {
   }
 }
 
-// Each program has a collective before its step. All steps are refused; somebody asks meanwhile.
+const std::vector<DeviceId> kTwoGpus = {{Platform::kCuda, 0}, {Platform::kCuda, 1}};
+
+// Calls `step(gpu)` so many times on each GPU, from a thread for each as XLA does it, with a
+// collective before every step; and `meanwhile()` until they are done.
+template <class F, class G>
+void Train(int num_steps, const F& step, const G& meanwhile) {
+  std::atomic<int> num_running{2};
+  const auto train = [&](int gpu) {
+    for (int i = 0; i < num_steps; ++i) {
+      ++g_enqueued[gpu];
+      step(gpu);
+      while (g_enqueued[gpu] > g_enqueued[1 - gpu] + 16) std::this_thread::yield();
+      std::this_thread::sleep_for(std::chrono::microseconds(100));
+    }
+    --num_running;
+  };
+  std::thread first(train, 0), second(train, 1);
+  while (num_running > 0) meanwhile();
+  first.join();
+  second.join();
+}
+
+// Steps one state in Train: what each GPU has of it.
+struct Trained {
+  std::vector<State> on_gpus;
+  std::atomic<int32_t> versions[2];
+
+  explicit Trained(const State& state)
+      : on_gpus{state, state}, versions{state.token.version, state.token.version} {}
+  void operator()(int gpu) {
+    State& state = on_gpus[gpu];
+    state.token = StepOnGpu(state, kTwoGpus[gpu], g_next_run++, Until::kEnd);
+    versions[gpu] = state.token.version;
+  }
+  // That both have reached.
+  int32_t version() const { return std::min(versions[0].load(), versions[1].load()); }
+};
+
+// All steps are refused; somebody asks meanwhile.
 void RunCollectives() {
-  const std::vector<DeviceId> gpus = {{Platform::kCuda, 0}, {Platform::kCuda, 1}};
+  const std::vector<DeviceId>& gpus = kTwoGpus;
   State sound = MakeState(gpus, Policy(false), 1, false);
   Step(sound);
   State newer = sound, foreign = MakeState(gpus, Policy(false), 2, false);
@@ -516,28 +568,96 @@ void RunCollectives() {
   foreign.token = {123456789, 5};  // no arena is like its own, so each step looks at its token
   fake_cuda::on_wait = AwaitCollectives;
   for (const State& state : {newer, foreign}) {
-    std::atomic<int> num_running{2};
-    const auto train = [&](int gpu) {
-      for (int i = 0; i < 200; ++i) {
-        ++g_enqueued[gpu];
-        const Token next = StepOnGpu(state, gpus[gpu], g_next_run++, Until::kEnd);
-        Expect(next.version == state.token.version, "the step is not refused");
-        while (g_enqueued[gpu] > g_enqueued[1 - gpu] + 16) std::this_thread::yield();
-        std::this_thread::sleep_for(std::chrono::microseconds(100));
-      }
-      --num_running;
-    };
-    std::thread first(train, 0), second(train, 1);
-    while (num_running > 0) Registry::Get().Describe(sound.token);
-    first.join();
-    second.join();
+    Trained trained(state);
+    Train(200, std::ref(trained), [&] { Registry::Get().Describe(sound.token); });
+    Expect(trained.version() == state.token.version, "the step is not refused");
   }
   fake_cuda::on_wait = nullptr;
   Registry::Get().Release(sound.token.handle);
 }
 
+// Saves `saved` while `trained` is stepped, which may be the same state, and another thread asks.
+void SaveWhileTraining(State& saved, State& trained) {
+  Trained trains(trained);
+  const bool is_same = &saved == &trained;
+  int num_saves = 0;
+  const auto save = [&] {
+    if (is_same) saved.token.version = trains.version();
+    try {
+      TakeSnapshot(saved);
+      ++num_saves;
+    } catch (const StatusError&) {  // it was stepped since
+    }
+  };
+  std::atomic<bool> is_over{false};
+  std::thread asks([&] {
+    while (!is_over) Registry::Get().DescribeAll();
+  });
+  const int32_t before = trained.token.version;
+  Train(300, std::ref(trains), save);
+  is_over = true;
+  asks.join();
+  trained.token.version = trains.version();
+  Expect(trained.token.version == before + 300, "a step is lost");
+  save();
+  Expect(num_saves > 0, "nothing was saved");
+  std::printf("%d saves\n", num_saves);
+}
+
+// Another state is stepped while `held` is held, which waits itself.
+void StepWhileHeld(State& held, State& other) {
+  std::optional<std::vector<Snapshot>> snapshots =
+      Registry::Get().HoldAll({{kTwoGpus[0], held.token}, {kTwoGpus[1], held.token}});
+  Trained goes_on(other), waits(held);
+  const int32_t before = other.token.version, its = held.token.version;
+  Train(50, std::ref(goes_on), [] { std::this_thread::yield(); });
+  Expect(goes_on.version() == before + 50, "another state waits for a save");
+  std::thread training([&] { Train(1, std::ref(waits), [] { std::this_thread::yield(); }); });
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  Expect(waits.versions[0] == its && waits.versions[1] == its, "it is stepped while it is held");
+  Expect(Registry::Get().Limit(held.token, 0) == 0, "it moves while it is held");
+  snapshots.reset();
+  training.join();
+  Expect(waits.version() == its + 1, "the step after a save is lost");
+  Registry::Get().Limit(held.token, 0);
+  for (const ArenaReport& report : Registry::Get().Describe(held.token))
+    Expect(report.resident_bytes == 0, "it does not move after a save");
+}
+
+void RunSaves() {
+  for (const int32_t num_slots : {1, 2}) {
+    State saved = MakeState(kTwoGpus, Policy(false), num_slots, false);
+    State other = MakeState(kTwoGpus, Policy(true), num_slots, false);
+    Step(saved);
+    Step(other);
+    fake_cuda::on_wait = AwaitCollectives;
+    SaveWhileTraining(saved, other);
+    SaveWhileTraining(saved, saved);
+    StepWhileHeld(saved, other);
+    fake_cuda::on_wait = nullptr;
+    Registry::Get().Release(saved.token.handle);
+    Registry::Get().Release(other.token.handle);
+  }
+}
+
+// A state that could not be released does no harm to those that come after it.
+void ReleaseThatFails() {
+  const DeviceId gpu{Platform::kCuda, 0};
+  State released = MakeState({gpu}, Policy(false), 1, false);
+  State kept = MakeState({gpu}, Policy(false), 1, false);
+  for (State* state : {&released, &kept}) Attempt([&] { Step(*state); });
+  try {
+    Registry::Get().Release(released.token.handle);
+  } catch (const StatusError&) {
+  }
+  Attempt([&] { Step(kept); });
+  Attempt([&] { Read(kept); });
+  for (const State& state : {released, kept})
+    Attempt([&] { Registry::Get().Release(state.token.handle); });
+}
+
 void RunFaults() {
-  const int num_faults = FailEachCall("", Scenario);
+  const int num_faults = FailEachCall("", Scenario) + FailEachCall("", ReleaseThatFails);
   for (const char* name : {"launch", "thread"}) FailEachCall(name, Scenario);
   std::printf("%d calls failed once\n", num_faults);
   if (num_faults < 100) std::abort();
@@ -612,6 +732,8 @@ int Main(int argc, char** argv) {
     RunUnknownTokens();
   } else if (argc == 2 && std::strcmp(argv[1], "collectives") == 0) {
     RunCollectives();
+  } else if (argc == 2 && std::strcmp(argv[1], "saves") == 0) {
+    RunSaves();
   } else {
     return 2;
   }

@@ -140,15 +140,7 @@ class FileMemory final : public Memory {
       if (is_of_disk) lost_ = errno;
     }
 #endif
-    if (lost_ == 0) return;
-    throw StatusError(
-        StatusCode::kFailedPrecondition,
-        "paged_optax: the operating system could not write moments of this optimizer state to "
-        "their file in '" +
-            directory_ + "' (" + std::strerror(lost_) +
-            "), and may have dropped them from RAM: they cannot be trusted any more. Make a new "
-            "state with init(params), in another directory or on a sound disk; parameters are not "
-            "affected.");
+    if (lost_ != 0) throw StatusError(StatusCode::kFailedPrecondition, Trouble());
   }
 
   int64_t ResidentBytes() const override { return MappedBytes(data_, geometry().NumBytes()); }
@@ -172,7 +164,15 @@ class FileMemory final : public Memory {
 #endif
   }
 
-  std::string Trouble() const override { return trouble_; }
+  std::string Trouble() const override {
+    if (lost_ == 0) return trouble_;
+    return "paged_optax: the operating system could not write moments of this optimizer state to "
+           "their file in '" +
+           directory_ + "' (" + std::strerror(lost_) +
+           "), and may have dropped them from RAM: they cannot be trusted any more. Make a new "
+           "state with init(params), in another directory or on a sound disk; parameters are not "
+           "affected.";
+  }
 
   void PageIn() override { PAGED_CALL(madvise, -1, data_, geometry().NumBytes(), MADV_WILLNEED); }
 

@@ -64,7 +64,8 @@ class Memory {
   // nobody has to say so.
   virtual std::shared_ptr<std::atomic<bool>> is_taken() const { return nullptr; }
 
-  // What is wrong with the memory although its contents are whole; empty if nothing is.
+  // What is wrong with the memory, as far as it is known; empty if nothing is. Contents are whole
+  // unless CheckContents throws.
   virtual std::string Trouble() const { return ""; }
   // Throws if contents may have been lost without a step's doing. Every use asks first.
   virtual void CheckContents() {}

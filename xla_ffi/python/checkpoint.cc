@@ -45,7 +45,7 @@ class PySnapshot {
     }
     return snapshot_;
   }
-  // It may have to wait for the contents' lock, which nobody should wait for with the GIL.
+  // The last one may free an arena, which waits for its device. Nobody should with the GIL.
   void Close() {
     std::shared_ptr<const Snapshot> last;
     std::swap(last, snapshot_);
@@ -57,9 +57,21 @@ class PySnapshot {
   std::shared_ptr<const Snapshot> snapshot_;
 };
 
+using Wanted = std::tuple<std::string, int, int32_t, int32_t>;  // platform, ordinal and token
+
+std::vector<PySnapshot> OpenSnapshots(const std::vector<Wanted>& wanted) {
+  std::vector<Registry::Wanted> all;
+  for (const auto& [platform, ordinal, handle, version] : wanted) {
+    all.push_back(
+        {{platform == "cpu" ? Platform::kCpu : Platform::kCuda, ordinal}, {handle, version}});
+  }
+  std::vector<PySnapshot> snapshots;
+  for (Snapshot& each : Registry::Get().HoldAll(all)) snapshots.emplace_back(std::move(each));
+  return snapshots;
+}
+
 PySnapshot OpenSnapshot(const std::string& platform, int ordinal, int32_t handle, int32_t version) {
-  const DeviceId device{platform == "cpu" ? Platform::kCpu : Platform::kCuda, ordinal};
-  return PySnapshot(Registry::Get().Hold(device, {handle, version}));
+  return std::move(OpenSnapshots({{platform, ordinal, handle, version}}).front());
 }
 
 const Signature::LeafInfo& LeafOf(const Snapshot& snapshot, size_t leaf) {
@@ -180,6 +192,7 @@ void DefineSnapshot(py::module_& module) {
       .def("__exit__", [](PySnapshot& self, const py::args&) { self.Close(); });
   module.def("snapshot", &OpenSnapshot, py::arg("platform"), py::arg("ordinal"), py::arg("handle"),
              py::arg("version"), Unlocked());
+  module.def("snapshots", &OpenSnapshots, py::arg("wanted"), Unlocked());
   module.def("read_leaf_parts", &ReadLeaves, py::arg("platform"), py::arg("ordinal"),
              py::arg("handle"), py::arg("version"), py::arg("leaf_indices"));
 }

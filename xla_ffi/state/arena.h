@@ -15,7 +15,6 @@
 #include "memory/planner.h"
 #include "state/device_id.h"
 #include "state/handles.h"
-#include "state/hold.h"
 #include "state/leaf_names.h"
 #include "state/lock.h"
 #include "state/signature.h"
@@ -48,8 +47,7 @@ struct Arena {
   std::unique_ptr<Memory> memory = nullptr;
   SegmentTable segments = {};  // on the GPU only a copy: the device has its own
   ContentsMutex mutex = {};    // CPU: guards the contents. A GPU has one for all its arenas
-  Holds holds{mutex};
-  Residency residency = {};                                 // GPU
+  Residency residency = {};    // GPU
   std::shared_ptr<DeviceBuffer> device_segments = nullptr;  // GPU: the device's own table
   std::shared_ptr<DeviceBuffer> device_places = nullptr;    // GPU: and its copy of `places`
   std::chrono::steady_clock::time_point made = std::chrono::steady_clock::now();
@@ -61,13 +59,6 @@ struct LockedArena {
   std::shared_ptr<Arena> arena;
   Header header;      // the newest
   ContentsLock lock;  // the last member, because it is given up before the arena may go
-};
-
-// An arena whose contents nobody changes or moves for as long as this lives: no step starts.
-struct HeldArena {
-  std::shared_ptr<Arena> arena;
-  Header header;  // the newest
-  Hold hold;      // the last member, because it is given up before the arena may go
 };
 
 // What one call brings along to find or make its arena.

@@ -11,11 +11,10 @@
 namespace paged_optax {
 namespace {
 
-std::optional<LockedArena> LockArena(std::shared_ptr<Arena> arena, bool for_step = false) {
+std::optional<LockedArena> LockArena(std::shared_ptr<Arena> arena, bool is_checked = true) {
   if (arena == nullptr) return std::nullopt;
   ContentsLock lock(arena->mutex);
-  arena->memory->CheckContents();
-  if (for_step) arena->holds.AwaitNone(lock);
+  if (is_checked) arena->memory->CheckContents();
   const Header header = arena->header;
   return LockedArena{std::move(arena), header, std::move(lock)};
 }
@@ -32,7 +31,7 @@ std::shared_ptr<Arena> MakeOnHost(const Request& request, Token token) {
 }  // namespace
 
 std::optional<LockedArena> CpuDevice::Open(Handles& handles, const Request& request, Token token) {
-  return LockArena(FindOrMake(handles, request, token), /*for_step=*/true);
+  return LockToChange(FindOrMake(handles, request, token));
 }
 
 // The place of an arena that is being made, which is given up if that fails.
@@ -125,15 +124,20 @@ std::optional<LockedArena> CpuDevice::LockContents(int32_t handle) {
   return LockArena(Find(handle));
 }
 
-std::optional<LockedArena> CpuDevice::TakeContents(int32_t handle) {
-  return LockArena(Find(handle), /*for_step=*/true);
+std::optional<LockedArena> CpuDevice::LockAnyway(int32_t handle) {
+  return LockArena(Find(handle), /*is_checked=*/false);
 }
 
-std::optional<HeldArena> CpuDevice::HoldContents(int32_t handle) {
-  std::optional<LockedArena> locked = LockContents(handle);
-  if (!locked) return std::nullopt;
-  Hold hold(locked->lock, locked->arena->holds);
-  return HeldArena{locked->arena, locked->header, std::move(hold)};
+std::optional<LockedArena> CpuDevice::TakeContents(int32_t handle) {
+  return LockToChange(Find(handle));
+}
+
+std::optional<LockedArena> CpuDevice::LockToChange(std::shared_ptr<Arena> arena) {
+  std::optional<LockedArena> locked = LockArena(std::move(arena));
+  if (locked && holds().BeforeChange(locked->lock, {id(), locked->header.handle})) {
+    locked->header = locked->arena->header;  // of now
+  }
+  return locked;
 }
 
 std::optional<int64_t> CpuDevice::Limit(int32_t handle, int64_t device_bytes) {

@@ -14,7 +14,7 @@ namespace paged_optax {
 class CpuDevice final : public Device {
  public:
   static constexpr Platform kPlatform = Platform::kCpu;
-  explicit CpuDevice(int ordinal) : Device({kPlatform, ordinal}) {}
+  CpuDevice(int ordinal, Holds& holds) : Device({kPlatform, ordinal}, holds) {}
 
   // The arena of a token, made at the first use of its state; nothing if that was elsewhere.
   std::optional<LockedArena> Open(Handles& handles, const Request& request, Token token);
@@ -24,7 +24,7 @@ class CpuDevice final : public Device {
   std::shared_ptr<Arena> Look(int32_t handle) override { return Find(handle); }
   std::shared_ptr<Arena> Find(int32_t handle) override;
   std::optional<LockedArena> LockContents(int32_t handle) override;
-  std::optional<HeldArena> HoldContents(int32_t handle) override;
+  std::optional<LockedArena> LockAnyway(int32_t handle) override;
   std::optional<LockedArena> TakeContents(int32_t handle) override;
   void SetVersions(const LockedArena& locked, const Header& header) override {
     // The rest of a header never changes, and others read it without the lock.
@@ -41,6 +41,7 @@ class CpuDevice final : public Device {
 
   std::shared_ptr<Arena> FindOrMake(Handles& handles, const Request& request, Token token);
   std::shared_ptr<Arena> FindMade(ListLock& lock, int32_t handle);
+  std::optional<LockedArena> LockToChange(std::shared_ptr<Arena> arena);
 
   // By handle. Null while one is being made, which may take seconds and is done without the lock:
   // only who asks for this very state waits.

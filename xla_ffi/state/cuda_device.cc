@@ -10,8 +10,8 @@
 
 namespace paged_optax {
 
-CudaDevice::CudaDevice(int ordinal)
-    : Device({kPlatform, ordinal}), pager_(ordinal, mutex_, holds_, arenas_) {
+CudaDevice::CudaDevice(int ordinal, Holds& holds)
+    : Device({kPlatform, ordinal}, holds), pager_(ordinal, mutex_, holds, arenas_) {
   const ScopedDevice scope(ordinal);
   mailbox_ = std::make_unique<MappedBuffer>(sizeof(Reports));
 }
@@ -30,6 +30,14 @@ bool CudaDevice::MayBeFirstUse(const ContentsLock& lock, const Handles& handles,
     const int64_t index = IndexOf(lock, handle);
     return index < 0 || handles.WasUndone(handle, arenas_[index]->run);
   });
+}
+
+void CudaDevice::AwaitHolds(ContentsLock& lock, const Token* token, Stream stream) {
+  if (!holds().any(id())) return;
+  Token stepped;
+  CUDA_CHECK(cudaMemcpyAsync(&stepped, token, sizeof(Token), cudaMemcpyDefault, stream));
+  CUDA_CHECK(cudaStreamSynchronize(stream));
+  holds().BeforeChange(lock, {id(), stepped.handle});
 }
 
 // The time that an arena is being made, when others have the lock.
@@ -66,7 +74,6 @@ std::shared_ptr<Arena> CudaDevice::BindOnFirstUse(ContentsLock& lock, Handles& h
   try {
     auto arena = Make(lock, request, token, stream);
     Append(lock, arena);  // waits for the copies of Fill too
-    holds_.AwaitNone(lock);
     const bool restarts = request.source == nullptr && token.version != 0;
     if (restarts && claim == Handles::Claim::kFirst) NoteRestart(*arena);
     return arena;
@@ -189,20 +196,18 @@ std::optional<LockedArena> CudaDevice::LockContents(int32_t handle) {
   return LockedArena{arenas_[index], header, std::move(lock)};
 }
 
-std::optional<HeldArena> CudaDevice::HoldContents(int32_t handle) {
+std::optional<LockedArena> CudaDevice::SettleContents(int32_t handle) {
   std::shared_ptr<Arena> arena;  // outlives the lock, which the wait gives up
-  std::optional<Hold> hold;      // so does this, which takes the lock when it ends
   ContentsLock lock(mutex_);
   int64_t index = Await(lock, handle);
   if (index < 0) return std::nullopt;
-  pager_.CheckBooks(lock);
   arena = arenas_[index];
-  hold.emplace(lock, holds_);  // no move starts from here on
   pager_.AwaitIdle(lock, *arena);
+  pager_.CheckBooks(lock);
   index = IndexOf(lock, handle);  // others may have come and gone meanwhile
   if (index < 0) return std::nullopt;
   const Header header = ReadHeader(lock, index);
-  return HeldArena{std::move(arena), header, std::move(*hold)};
+  return LockedArena{std::move(arena), header, std::move(lock)};
 }
 
 std::optional<LockedArena> CudaDevice::TakeContents(int32_t handle) {
@@ -212,9 +217,8 @@ std::optional<LockedArena> CudaDevice::TakeContents(int32_t handle) {
   if (index < 0) return std::nullopt;
   arena = arenas_[index];
   do {
-    holds_.AwaitNone(lock);
     pager_.AwaitIdle(lock, *arena);
-  } while (holds_.any(lock));
+  } while (holds().BeforeChange(lock, {id(), handle}));
   index = IndexOf(lock, handle);  // others may have come and gone meanwhile
   if (index < 0) return std::nullopt;
   const Header header = ReadHeader(lock, index);
@@ -257,11 +261,14 @@ std::shared_ptr<Arena> CudaDevice::Remove(ContentsLock& lock, int32_t handle) {
   const int64_t last = static_cast<int64_t>(arenas_.size()) - 1;
   if (index < last) {
     CUDA_CHECK(cudaMemcpy(headers_ + index, headers_ + last, sizeof(Header), cudaMemcpyDefault));
-    CUDA_CHECK(cudaStreamSynchronize(cudaStreamLegacy));
   }
-  const std::lock_guard<std::mutex> list(list_);
-  arenas_[index] = arenas_[last];
-  arenas_.pop_back();
+  {  // from here on the books say what the device will see, whatever happens
+    const std::lock_guard<std::mutex> list(list_);
+    arenas_[index] = arenas_[last];
+    arenas_.pop_back();
+  }
+  // Such copies may return before they are done, and XLA's streams do not wait for this one.
+  CUDA_CHECK(cudaStreamSynchronize(cudaStreamLegacy));
   return arena;
 }
 

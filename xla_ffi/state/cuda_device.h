@@ -17,15 +17,17 @@ namespace paged_optax {
 class CudaDevice final : public Device {
  public:
   static constexpr Platform kPlatform = Platform::kCuda;
-  explicit CudaDevice(int ordinal);
+  CudaDevice(int ordinal, Holds& holds);
 
-  // For the whole of a step's launch. Waits until nobody holds the contents.
+  // For the whole of a step's launch.
   ContentsLock Acquire() {
     ContentsLock lock(mutex_);
-    holds_.AwaitNone(lock);
     pager_.CheckBooks(lock);
     return lock;
   }
+  // Before a launch, under whose lock it is called: waits, without the lock, until nobody holds the
+  // contents that it may change. Only while somebody holds any does the host look at the token.
+  void AwaitHolds(ContentsLock& lock, const Token* token, Stream stream);
 
   // Whether a token may belong to a state that has no arena here yet, so that the host has to look
   // at it: some state was made and never used, or another device was first in this same execution,
@@ -34,8 +36,7 @@ class CudaDevice final : public Device {
                      uint64_t fingerprint) const;
   // Makes the arena of a fresh token, or of one that was restored, if this is its first use: then
   // returns it, for EndFirstUse to be called after the step is launched. If something fails before,
-  // the caller undoes the first use (Handles::UndoFirstUse). Gives the lock up meanwhile, and
-  // nobody holds the contents when it returns.
+  // the caller undoes the first use (Handles::UndoFirstUse). Gives the lock up meanwhile.
   std::shared_ptr<Arena> BindOnFirstUse(ContentsLock& lock, Handles& handles,
                                         const Request& request, Token token, Stream stream);
   void EndFirstUse(Handles& handles, const Arena& arena, bool is_restored, Stream stream);
@@ -63,7 +64,7 @@ class CudaDevice final : public Device {
   std::shared_ptr<Arena> Look(int32_t handle) override;
   std::shared_ptr<Arena> Find(int32_t handle) override;
   std::optional<LockedArena> LockContents(int32_t handle) override;
-  std::optional<HeldArena> HoldContents(int32_t handle) override;
+  std::optional<LockedArena> SettleContents(int32_t handle) override;
   std::optional<LockedArena> TakeContents(int32_t handle) override;
   void SetVersions(const LockedArena& locked, const Header& header) override;
   std::optional<int64_t> Limit(int32_t handle, int64_t device_bytes) override;
@@ -101,7 +102,6 @@ class CudaDevice final : public Device {
   class Binding;
 
   ContentsMutex mutex_;
-  Holds holds_{mutex_};  // of any arena
   // In the order of the headers. They change while both the contents and the list are locked, and
   // may be read while one of them is.
   std::vector<std::shared_ptr<Arena>> arenas_;

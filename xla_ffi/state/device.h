@@ -9,12 +9,13 @@
 #include "layout/token.h"
 #include "state/arena.h"
 #include "state/device_id.h"
+#include "state/hold.h"
 
 namespace paged_optax {
 
 class Device {
  public:
-  explicit Device(DeviceId id) : id_(id) {}
+  Device(DeviceId id, Holds& holds) : id_(id), holds_(holds) {}
   Device(const Device&) = delete;
   virtual ~Device() = default;
 
@@ -27,13 +28,15 @@ class Device {
   // steps ask it, and one that waits for another device's may wait for itself.
   virtual std::shared_ptr<Arena> Look(int32_t handle) = 0;
 
-  // The six that follow return nothing if the state has no arena here, and wait for one that is
+  // The seven that follow return nothing if the state has no arena here, and wait for one that is
   // being made.
   virtual std::shared_ptr<Arena> Find(int32_t handle) = 0;
   // Keeps steps from starting and waits for those under way.
   virtual std::optional<LockedArena> LockContents(int32_t handle) = 0;
-  // The same for longer: no step starts, and nothing moves.
-  virtual std::optional<HeldArena> HoldContents(int32_t handle) = 0;
+  // The same for what is true also of contents that were lost.
+  virtual std::optional<LockedArena> LockAnyway(int32_t handle) { return LockContents(handle); }
+  // As LockContents, and waits for a move under way.
+  virtual std::optional<LockedArena> SettleContents(int32_t handle) { return LockContents(handle); }
   // To change the contents by hand: nobody holds them, and nothing moves.
   virtual std::optional<LockedArena> TakeContents(int32_t handle) = 0;
   // Limits the moments to so many bytes of the device's memory (negative: no limit), moves what has
@@ -55,8 +58,12 @@ class Device {
   // Ends the thread that moves moments, for the end of the process.
   virtual void StopMoving() {}
 
+ protected:
+  Holds& holds() const { return holds_; }
+
  private:
   const DeviceId id_;
+  Holds& holds_;
 };
 
 }  // namespace paged_optax

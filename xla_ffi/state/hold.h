@@ -1,46 +1,127 @@
 // Keeps contents as they are for longer than a lock may be held: a reader may give threads back to
 // Python meanwhile, and end in another thread than it began.
+//
+// A Hold takes two steps. From its announcement on, whatever changes contents says so just before,
+// and no move starts; nothing is stopped yet. Then it begins, at once for all contents or not at
+// all: only if none of them was about to change since its owner had last waited for them. So nobody
+// waits for a device, or for a lock of contents, while a Hold makes others wait. If one did, a GPU
+// whose step waits for the Hold could keep another GPU, which has a collective with it, from ever
+// being done.
 #pragma once
 
 #include <condition_variable>
+#include <cstdint>
+#include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <utility>
+#include <vector>
 
+#include "state/device_id.h"
 #include "state/lock.h"
 
 namespace paged_optax {
 
-// How many hold the contents that a mutex guards. Steps wait until nobody does.
+// Which contents of this process are held, or are about to be.
 class Holds {
  public:
-  explicit Holds(ContentsMutex& mutex) : mutex_(mutex) {}
+  using Place = std::pair<DeviceId, int32_t>;  // a device, and the handle of a state
+
+  Holds() = default;
   Holds(const Holds&) = delete;
 
-  bool any(const ContentsLock&) const { return count_ > 0; }
-  // Gives the lock up while it waits.
-  void AwaitNone(ContentsLock& lock) {
-    lock.Await(changed_, [&] { return count_ == 0; });
+  // Whether there is a Hold, announced at least, of anything on this device.
+  bool any(DeviceId device) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = entries_.lower_bound({device, std::numeric_limits<int32_t>::min()});
+    return found != entries_.end() && found->first.first == device;
+  }
+
+  // To be called right before contents change, under the lock of contents that they change under.
+  // Waits until nobody holds them, without that lock; returns whether it had to.
+  bool BeforeChange(ContentsLock& contents, const Place& place) {
+    for (bool waited = false;; waited = true) {
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (!IsHeld(place)) {
+          const auto found = entries_.find(place);
+          if (found != entries_.end()) ++found->second.changes;
+          return waited;
+        }
+      }
+      const ContentsLock::Pause pause(contents);
+      std::unique_lock<std::mutex> lock(mutex_);
+      changed_.wait(lock, [&] { return !IsHeld(place); });
+    }
   }
 
  private:
   friend class Hold;
-  ContentsMutex& mutex_;
-  int count_ = 0;
+  struct Entry {
+    int announced = 0;  // Holds, of which so many
+    int begun = 0;      // have begun
+    int64_t changes = 0;
+  };
+
+  bool IsHeld(const Place& place) const {
+    const auto found = entries_.find(place);
+    return found != entries_.end() && found->second.begun > 0;
+  }
+
+  mutable std::mutex mutex_;
+  std::map<Place, Entry> entries_;
   std::condition_variable changed_;
 };
 
 class [[nodiscard]] Hold {
  public:
-  Hold(const ContentsLock&, Holds& holds) : holds_(&holds) { ++holds.count_; }
-  Hold(Hold&& other) noexcept : holds_(std::exchange(other.holds_, nullptr)) {}
-  Hold& operator=(Hold&&) = delete;
+  // Announces it.
+  Hold(Holds& holds, std::vector<Holds::Place> places) : holds_(holds), places_(std::move(places)) {
+    const std::lock_guard<std::mutex> lock(holds_.mutex_);
+    for (const Holds::Place& place : places_) ++holds_.entries_[place].announced;
+  }
+  Hold(const Hold&) = delete;
+  // Waits for nothing.
   ~Hold() {
-    if (holds_ == nullptr) return;
-    const ContentsLock lock(holds_->mutex_);
-    if (--holds_->count_ == 0) holds_->changed_.notify_all();
+    const std::lock_guard<std::mutex> lock(holds_.mutex_);
+    for (const Holds::Place& place : places_) {
+      const auto found = holds_.entries_.find(place);
+      if (has_begun_) --found->second.begun;
+      if (--found->second.announced == 0) holds_.entries_.erase(found);
+    }
+    holds_.changed_.notify_all();
   }
 
+  // How often the contents were about to change. To be asked before waiting for what is under way.
+  int64_t changes() const {
+    const std::lock_guard<std::mutex> lock(holds_.mutex_);
+    return Sum();
+  }
+  // Begins, unless the contents were about to change since `changes` was asked. Returns whether it
+  // did. Once.
+  bool Begin(int64_t changes) {
+    const std::lock_guard<std::mutex> lock(holds_.mutex_);
+    if (Sum() != changes) return false;
+    for (const Holds::Place& place : places_) ++holds_.entries_[place].begun;
+    return has_begun_ = true;
+  }
+
+  // Keeps something alive until others need not wait any more: an arena that goes waits for its
+  // device.
+  void Keep(std::shared_ptr<const void> owned) { owned_.push_back(std::move(owned)); }
+
  private:
-  Holds* holds_;
+  int64_t Sum() const {
+    int64_t sum = 0;
+    for (const Holds::Place& place : places_) sum += holds_.entries_[place].changes;
+    return sum;
+  }
+
+  Holds& holds_;
+  const std::vector<Holds::Place> places_;
+  bool has_begun_ = false;
+  std::vector<std::shared_ptr<const void>> owned_;
 };
 
 }  // namespace paged_optax

@@ -10,8 +10,8 @@
 // A thread may wait for a GPU while it has the Lock<Contents> of that GPU. What is queued there may
 // wait, in a collective, for a launch on another GPU. So a step never takes the Lock<Contents> of
 // another device, also not to tell of a step that was refused.
-// A Hold (state/hold.h) is no lock: it makes steps wait for as long as it lives, and needs the lock
-// of its contents only to begin and to end.
+// A Hold (state/hold.h) is no lock: it makes steps wait for as long as it lives. Who has begun one
+// waits for no Lock<Contents> and for no device until it ends.
 // Every other mutex is private to one class, which calls nothing that locks while it holds it.
 #pragma once
 

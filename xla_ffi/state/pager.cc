@@ -169,7 +169,8 @@ void Pager::AwaitIdle(ContentsLock& lock, const Arena& arena) {
 }
 
 bool Pager::Pick(const ContentsLock& lock, Step* step) {
-  if (is_placing_ || holds_.any(lock) || (urgent_ == 0 && allowance_ <= 0)) return false;
+  if (is_placing_ || holds_.any({Platform::kCuda, ordinal_})) return false;
+  if (urgent_ == 0 && allowance_ <= 0) return false;
   return planner_.Next(States(lock), FreeDeviceBytes(ordinal_), kBytesPerMove, step);
 }
 

@@ -14,13 +14,15 @@
 #include "base/stream.h"
 #include "memory/planner.h"
 #include "state/arena.h"
+#include "state/hold.h"
 #include "state/lock.h"
 
 namespace paged_optax {
 
 class Pager {
  public:
-  // Of the GPU's arenas, which `mutex` guards. While somebody holds them, nothing starts to move.
+  // Of the GPU's arenas, which `mutex` guards. While somebody holds one, or is about to, nothing
+  // starts to move.
   // All three must outlive the pager.
   Pager(int ordinal, ContentsMutex& mutex, const Holds& holds,
         const std::vector<std::shared_ptr<Arena>>& arenas)

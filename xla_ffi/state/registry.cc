@@ -164,11 +164,12 @@ std::vector<ArenaReport> Registry::Describe(Token token) {
   return reports;
 }
 
-Registry::OpenSlot Registry::Read(DeviceId id, Token token) {
+Registry::OpenSlot Registry::FindContents(const Wanted& wanted, LockContents lock) {
+  const auto& [id, token] = wanted;
   int32_t version = 0;
   {
     Device* device = FindDevice(id);
-    auto locked = device == nullptr ? std::nullopt : device->LockContents(token.handle);
+    auto locked = device == nullptr ? std::nullopt : (device->*lock)(token.handle);
     if (!locked) Refuse(id, {Verdict::kUnknown, token, 0, 0});
     const int32_t slot = FindSlot(locked->header, token.version);
     if (slot >= 0) return {std::move(*locked), slot};
@@ -177,24 +178,36 @@ Registry::OpenSlot Registry::Read(DeviceId id, Token token) {
   Refuse(id, {Verdict::kStale, token, version, 0});
 }
 
-Snapshot Registry::Hold(DeviceId id, Token token) {
-  int32_t version = 0;
-  {
-    Device* device = FindDevice(id);
-    auto held = device == nullptr ? std::nullopt : device->HoldContents(token.handle);
-    if (!held) Refuse(id, {Verdict::kUnknown, token, 0, 0});
-    const int32_t slot = FindSlot(held->header, token.version);
-    if (slot >= 0) return Snapshot(std::move(*held), slot, token.version);
-    version = held->header.version;
+Registry::OpenSlot Registry::Read(DeviceId device, Token token) {
+  return FindContents({device, token}, &Device::LockContents);
+}
+
+std::vector<Snapshot> Registry::HoldAll(const std::vector<Wanted>& wanted) {
+  std::vector<Holds::Place> places;
+  for (const auto& [device, token] : wanted) places.emplace_back(device, token.handle);
+  // A state that is stepped meanwhile has newer contents then, and is refused; so this ends, unless
+  // its steps are refused themselves.
+  constexpr int kTries = 1000;
+  for (int i = 0; i < kTries; ++i) {
+    const auto hold = std::make_shared<Hold>(holds_, places);
+    const int64_t changes = hold->changes();
+    std::vector<Snapshot> snapshots;
+    for (const Wanted& each : wanted) {
+      const OpenSlot open = FindContents(each, &Device::SettleContents);
+      snapshots.emplace_back(hold, open.locked.arena, open.slot, each.token.version);
+    }
+    if (hold->Begin(changes)) return snapshots;
   }
-  Refuse(id, {Verdict::kStale, token, version, 0});
+  throw StatusError(StatusCode::kFailedPrecondition,
+                    "the moments cannot be read, because another thread keeps updating this "
+                    "optimizer state. Read them between two updates.");
 }
 
 std::vector<ArenaReport> Registry::DescribeAll() {
   std::vector<ArenaReport> reports;
   for (Device* device : Devices()) {
     for (const auto& arena : device->Arenas()) {
-      const auto locked = device->LockContents(arena->header.handle);  // it may be gone by now
+      const auto locked = device->LockAnyway(arena->header.handle);  // it may be gone by now
       if (locked) reports.push_back(Report(*locked));
     }
   }

@@ -16,6 +16,7 @@
 #include "state/copies.h"
 #include "state/device.h"
 #include "state/handles.h"
+#include "state/hold.h"
 #include "state/refusals.h"
 #include "state/snapshot.h"
 
@@ -38,7 +39,8 @@ class Registry {
     const DeviceId id{D::kPlatform, ordinal};
     auto found = devices_.find(id);
     // If that fails, there is no such device, and the next call tries again.
-    if (found == devices_.end()) found = devices_.emplace(id, std::make_unique<D>(ordinal)).first;
+    if (found == devices_.end())
+      found = devices_.emplace(id, std::make_unique<D>(ordinal, holds_)).first;
     return static_cast<D&>(*found->second);
   }
 
@@ -75,8 +77,13 @@ class Registry {
     int32_t slot;
   };
   OpenSlot Read(DeviceId device, Token token);
-  // The same for longer, and without a lock that a thread would have to give up itself.
-  Snapshot Hold(DeviceId device, Token token);
+  // The same of several at once, for longer, and without locks that a thread would have to give up
+  // itself: for as long as one of the results lives, no step of any of these states starts.
+  struct Wanted {
+    DeviceId device;
+    Token token;
+  };
+  std::vector<Snapshot> HoldAll(const std::vector<Wanted>& wanted);
 
   // The newest contents that all devices have: their version, 0 for a fresh state, and the count of
   // a state with them, kNoCount if it is not known; the first version of their life, 0 before the
@@ -121,8 +128,12 @@ class Registry {
   explicit Registry(const Registry* parent);
   std::vector<Device*> Devices();
   Device* FindDevice(DeviceId id);
+  // Locks contents in one of the ways that a Device has for it.
+  using LockContents = std::optional<LockedArena> (Device::*)(int32_t);
+  OpenSlot FindContents(const Wanted& wanted, LockContents lock);
 
   Handles handles_;
+  Holds holds_;
   Copies copies_;
   std::mutex mutex_;
   std::mutex rewriting_;                                 // taken before all others

@@ -9,13 +9,17 @@
 
 namespace paged_optax {
 
-Snapshot::Snapshot(HeldArena held, int32_t slot, int32_t version)
-    : held_(std::move(held)),
+Snapshot::Snapshot(std::shared_ptr<Hold> hold, std::shared_ptr<const Arena> arena, int32_t slot,
+                   int32_t version)
+    : hold_(hold),
+      arena_(arena.get()),
       slot_(slot),
       version_(version),
-      leaves_(arena().signature.Leaves()),
-      extent_(arena().signature.MakeExtent()),
-      boxes_(FindBoxes(leaves_, arena().signature.num_devices(), arena().shards, arena().part)) {}
+      leaves_(arena->signature.Leaves()),
+      extent_(arena->signature.MakeExtent()),
+      boxes_(FindBoxes(leaves_, arena->signature.num_devices(), arena->shards, arena->part)) {
+  hold->Keep(std::move(arena));
+}
 
 int64_t Snapshot::ItemBytes(size_t leaf, Kind kind, int32_t state) const {
   const Signature::LeafInfo& info = leaves_.at(leaf);

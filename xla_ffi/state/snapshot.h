@@ -2,11 +2,13 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <vector>
 
 #include "state/arena.h"
 #include "state/contents.h"
+#include "state/hold.h"
 #include "state/shards.h"
 
 namespace paged_optax {
@@ -17,9 +19,10 @@ class Snapshot {
   enum class Kind : int8_t { kCodes, kWords, kResiduals };
 
   // `slot` holds the contents of this version.
-  Snapshot(HeldArena held, int32_t slot, int32_t version);
+  Snapshot(std::shared_ptr<Hold> hold, std::shared_ptr<const Arena> arena, int32_t slot,
+           int32_t version);
 
-  const Arena& arena() const { return *held_.arena; }
+  const Arena& arena() const { return *arena_; }
   int32_t version() const { return version_; }
   const std::vector<Signature::LeafInfo>& leaves() const { return leaves_; }
   // Where the leaves' parts on this device lie; nothing if that is not known.
@@ -38,7 +41,8 @@ class Snapshot {
   // Throws if there is no such part. How many bytes an element has, or a block of words.
   int64_t ItemBytes(size_t leaf, Kind kind, int32_t state) const;
 
-  HeldArena held_;
+  std::shared_ptr<const Hold> hold_;  // has the arena too
+  const Arena* arena_;
   int32_t slot_;
   int32_t version_;
   std::vector<Signature::LeafInfo> leaves_;

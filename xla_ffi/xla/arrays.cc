@@ -253,7 +253,8 @@ void RunOnGpu(int32_t device, const ArrayAttrs& attrs, const ArrayCall& call, cu
     arrays.push_back({buffer.data, buffer.size, 0, buffer.stamp, key,
                       static_cast<int32_t>(attrs.leaves[i]), buffer.dtype, attrs.formats[i]});
   }
-  const ContentsLock lock = gpu.Acquire();
+  ContentsLock lock = gpu.Acquire();
+  gpu.AwaitHolds(lock, call.token, stream);
   const CudaArrayCall work{gpu.headers(lock), gpu.num_headers(lock), gpu.device_reports(),
                            call.token,        call.new_token,        call.count};
   gpu.LaunchPart(lock, stream, [&] {

@@ -253,6 +253,7 @@ ffi::Error UpdateCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::R
       OrRefuse([&] { made = Prepare(call, bind); }, token, [&] { is_refused = true; });
     }
     try {
+      gpu.AwaitHolds(lock, call.token, stream);
       Reports* const reports = is_refused ? nullptr : gpu.device_reports();
       Launch(gpu, lock, call, reports, scratch, stream);
     } catch (const std::exception& error) {
