@@ -1,5 +1,6 @@
 // See array_cuda.h. One warp loads or stores a block.
 #include <algorithm>
+#include <type_traits>
 
 #include "base/cuda_check.h"
 #include "base/fast_math.h"
@@ -77,10 +78,47 @@ __device__ const ArrayPlace* FindPlace(const CudaArrayCall& call, Header* header
   return nullptr;
 }
 
+// One of two vectors of another thread of the warp.
+__device__ inline uint4 TakeVector(const uint4 (&vectors)[2], int which, int thread) {
+  constexpr uint32_t kAll = 0xffffffffu;
+  const auto take = [&](uint32_t first, uint32_t second) {
+    const uint32_t one = __shfl_sync(kAll, first, thread);
+    const uint32_t other = __shfl_sync(kAll, second, thread);
+    return which == 0 ? one : other;
+  };
+  return {take(vectors[0].x, vectors[1].x), take(vectors[0].y, vectors[1].y),
+          take(vectors[0].z, vectors[1].z), take(vectors[0].w, vectors[1].w)};
+}
+
+// The 1,024 bytes of a block of floats, of which a thread has 32 in a row. With each instruction a
+// warp reads or writes 512 bytes in a row, which matters where they are in host memory.
+__device__ inline void LoadCodesTogether(const uint8_t* source, int thread, float (&codes)[kLane]) {
+  const uint4 vectors[] = {LoadVector(source + 16 * thread),
+                           LoadVector(source + 512 + 16 * thread)};
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    UnpackFloats(TakeVector(vectors, thread / 16, (2 * thread + k) % kWarpSize), 4 * k, codes);
+  }
+}
+
+__device__ inline void StoreCodesTogether(const float (&codes)[kLane], int thread,
+                                          uint8_t* target) {
+  const uint4 vectors[] = {PackFloats(codes, 0), PackFloats(codes, 4)};
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    StoreVector(TakeVector(vectors, thread % 2, thread / 2 + 16 * k),
+                target + 512 * k + 16 * thread);
+  }
+}
+
 template <class Format>
 __device__ void LoadCodesOf(const uint8_t* codes, const uint8_t* words, int thread,
                             Lane<Values, Format, kLane>& lane) {
-  LoadLaneCodes<Format>(codes + thread * kLaneBytes<Format>, thread, lane.codes[0]);
+  if constexpr (std::is_same_v<Format, Float32>) {
+    LoadCodesTogether(codes, thread, lane.codes[0]);
+  } else {
+    LoadLaneCodes<Format>(codes + thread * kLaneBytes<Format>, thread, lane.codes[0]);
+  }
   if constexpr (kNumWords<Values, Format> > 0) {
     lane.words[0] = *reinterpret_cast<const uint32_t*>(words);
   }
@@ -116,7 +154,12 @@ __device__ void StoreBlock(const ArrayShared<Format>& shared, const CudaArray& a
   const int64_t at = place.first_block + block;
   const BlockPlace bytes = place.region.Locate(at);
   uint8_t* base = shared.target[place.region.Chunk(at) >> shared.log2_chunks];
-  StoreLaneCodes<Format>(lane.codes[0], thread, base + bytes.codes + thread * kLaneBytes<Format>);
+  uint8_t* const codes = base + bytes.codes;
+  if constexpr (std::is_same_v<Format, Float32>) {
+    StoreCodesTogether(lane.codes[0], thread, codes);
+  } else {
+    StoreLaneCodes<Format>(lane.codes[0], thread, codes + thread * kLaneBytes<Format>);
+  }
   if constexpr (kNumWords<Values, Format> > 0) {
     if (thread == 0) *reinterpret_cast<uint32_t*>(base + bytes.words) = lane.words[0];
   }
