@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from ._holding import postponed, work_for
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -31,7 +33,7 @@ def ahead(
     Raises:
       What `compute` raises, in its place.
     """
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(_THREADS, initializer=work_for, initargs=(postponed(),)) as pool:
         pending: deque[tuple[Future[R], int]] = deque()
         taken = 0
         try:

@@ -71,11 +71,11 @@ def save_moments(opt_state: Any, path: str | os.PathLike[str]) -> int:
     if jax.process_count() > 1:
         path = _path_of(path, jax.process_index(), jax.process_count())
     with named("save_moments"):
-        with _opened(opt_state) as contents:
+        with _opened(opt_state) as (contents, tokens):
             if _is_in(path, contents):
                 return os.path.getsize(path)
             with replacing(path) as part:
-                about = {"processes": jax.process_count(), "tokens": _tokens(opt_state)}
+                about = {"processes": jax.process_count(), "tokens": tokens}
                 nbytes = _checkpoint_file.write(part, contents, **about)
         return told("save_moments wrote %s to %s", nbytes, path)
 
@@ -152,7 +152,7 @@ def export_moments(opt_state: Any) -> dict[str, np.ndarray]:
       (64, 64) uint8
       >>> state = paged_optax.import_moments(tx.init(params), arrays)
     """
-    with named("export_moments"), _opened(opt_state) as contents:
+    with named("export_moments"), _opened(opt_state) as (contents, _):
         return _arrays.to_arrays(contents)
 
 
@@ -197,15 +197,19 @@ def import_moments(opt_state: Any, arrays: Mapping[str, Any], *, convert: bool =
 
 
 @contextlib.contextmanager
-def _opened(opt_state: Any) -> Iterator[list[Contents | None]]:
-    """The contents of all paged states, which can be read until the context ends."""
+def _opened(opt_state: Any) -> Iterator[tuple[list[Contents | None], list[tuple[int, int]]]]:
+    """The contents of all paged states, to be read until the context ends, and their tokens.
+
+    In an nnx.Optimizer another thread may put newer states meanwhile. So each is looked at once,
+    all of it, before anything is waited for.
+    """
     states = find_states(opt_state)
-    for state in states:  # before any is opened: a step that one waits for may update another
-        read_token(state)
+    leaves = [jax.tree.leaves(state.count) for state in states]  # out of an nnx.Variable
+    tokens = [read_token(state) for state in states]
     tell_refusals()
-    counts = [read_count(state.count) for state in states]
+    counts = [read_count(count) for count in leaves]
     with all_opened([state.token for state in states], counts) as contents:
-        yield contents
+        yield contents, tokens
 
 
 def _is_in(path: str, states: list[Contents | None]) -> bool:
@@ -227,10 +231,6 @@ def _is_in(path: str, states: list[Contents | None]) -> bool:
             " replaced. Save to another path, or after the next update"
         )
     return any(old)
-
-
-def _tokens(opt_state: Any) -> list[tuple[int, int]]:
-    return [read_token(state) for state in find_states(opt_state)]
 
 
 def _local_path(path: str | os.PathLike[str]) -> str:

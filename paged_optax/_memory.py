@@ -1,9 +1,11 @@
 """Moving moments by hand, and freeing them."""
 
+import functools
 from typing import Any
 
 from . import _ext
 from ._bytes import check_bytes
+from ._holding import postpone
 from ._log import named, told
 from ._refused import tell_refusals
 from ._state import find_states, read_anyway, read_token
@@ -84,7 +86,9 @@ def prefetch(opt_state: Any) -> int:
 def release(opt_state: Any) -> int:
     """Frees the moments of an optimizer state. The state cannot be updated any more.
 
-    Waits for the steps under way, of all states and on every device.
+    Waits for the steps under way, of all states and on every device. In the middle of a save of the
+    same thread, as in a finalizer that the garbage collector runs there, it returns 0 and frees
+    them when the save ends.
 
     Args:
       opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it, of any
@@ -104,6 +108,8 @@ def release(opt_state: Any) -> int:
       >>> paged_optax.release(state) >= 2 * 1024**2
       True
     """
+    if postpone(functools.partial(release, opt_state)):
+        return 0
     entries = opt_state if isinstance(opt_state, list) else [opt_state]
     if all(isinstance(entry, StateInfo) for entry in entries):
         handles = {entry.handle for entry in entries}
@@ -119,7 +125,7 @@ def release_all() -> int:
     """Frees the moments of every optimizer state of this process, also of states that are lost.
 
     Use it in notebooks, where a state is lost when its cell runs again. No state made so far can be
-    updated any more. Waits for the steps under way.
+    updated any more. Waits for the steps under way, and in the middle of a save as `release` does.
 
     Returns:
       The number of bytes freed.
@@ -133,6 +139,8 @@ def release_all() -> int:
       >>> paged_optax.release_all() >= 2 * 2 * 1024**2
       True
     """
+    if postpone(release_all):
+        return 0
     with named("release_all"):
         await_steps()  # as above
         return told("release_all freed %s of moments", _ext.release_all())

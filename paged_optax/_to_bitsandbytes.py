@@ -69,6 +69,7 @@ def to_bitsandbytes(
     read_token(states[0])
     tell_refusals()
     count = read_count(states[0].count)
+    pairs = list(names.items() if isinstance(names, Mapping) else enumerate(names))
     with opened(states[0].token) as contents:
         if contents is None:
             raise ValueError("this optimizer state was never updated: there are no moments yet")
@@ -78,7 +79,6 @@ def to_bitsandbytes(
                 f" has {', '.join(OPTIMIZERS.values())}"
             )
         paths = [leaf.name for leaf in contents.leaves]
-        pairs = list(names.items() if isinstance(names, Mapping) else enumerate(names))
         keys = find_keys(names, paths, {key: {} for key, _ in pairs})
         check_known("transposed", transposed, paths)
         state = {

@@ -18,9 +18,11 @@ from jax.sharding import NamedSharding
 
 from . import _ext
 from ._contents import Contents, Data, Field, FilePart, Leaf, MemoryPart, Shape, fields_of
+from ._holding import holding
 from ._job import share_base
 from ._shards import Shards
 from ._state import read_handle
+from ._watch import await_steps
 
 # Of each handle that was staged: its contents, without keeping arrays alive. The extension has a
 # reference until the first update.
@@ -31,7 +33,8 @@ _staged: dict[int, Contents] = {}
 def opened(token: Any, count: int | None = None) -> Iterator[Contents | None]:
     """The moments of a state on the devices of this process, each box once.
 
-    Meanwhile no step of the state can start, so do not wait for one.
+    Meanwhile no step of the state can start. So wait for nothing that may wait for one, such as a
+    step, a device or a lock, and run no code of the user.
 
     Of a box that several devices have, it is the first copy along the mesh. If another process has
     that one, the box is left to it.
@@ -63,7 +66,7 @@ def all_opened(
     """
     found = [_find(token, count) for token, count in zip(tokens, counts, strict=True)]
     wanted = [place for places in found if isinstance(places, list) for place in places]
-    with contextlib.ExitStack() as stack:
+    with holding(), contextlib.ExitStack() as stack:
         snapshots = iter([stack.enter_context(each) for each in _ext.snapshots(wanted)])
         states = []
         for places, token, count in zip(found, tokens, counts, strict=True):
@@ -88,6 +91,13 @@ def _find(token: Any, count: int | None) -> Contents | None | list[_Place]:
     reports = _ext.describe(handle, version)
     if version == 0 or not any(report["version"] for report in reports):
         return None  # with replay=True its first step may have run and been dropped
+    num_devices = reports[0]["num_devices"]
+    if jax.process_count() == 1 and len(reports) != num_devices:
+        raise RuntimeError(
+            f"the moments of this optimizer state are on {len(reports)} of its {num_devices}"
+            " devices: its first update is under way in another thread, or failed on the others."
+            " Wait for it with jax.block_until_ready, or run it again"
+        )
     return [(report["platform"], report["ordinal"], handle, version) for report in reports]
 
 
@@ -232,4 +242,6 @@ def _remember(handle: int, contents: Contents, arrays: Mapping[tuple[int, int, s
 def find_staged(handle: int, version: int) -> Contents | None:
     """What waits for the first update that takes a token, if anything does."""
     waiting = _ext.staged(handle) if version == 1 else None
+    if waiting is not None and waiting["filled"]:
+        await_steps()  # so that all devices have their moments, and not some of them
     return None if waiting is None or waiting["filled"] else _staged.get(handle)

@@ -6,6 +6,7 @@ closes it. So that device has not run the step, however long the others have.
 
 import concurrent.futures
 import contextlib
+import os
 import pickle
 import threading
 import time
@@ -19,15 +20,18 @@ from flax import nnx, serialization
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from helpers import ext, finish, raise_if_refused, run_python, token_of
+from helpers import assert_trees_equal, ext, finish, raise_if_refused, run_python, token_of
 from paged_optax import (
     StateRefused,
+    export_moments,
+    import_moments,
     memory_report,
     moments,
     newest,
     paged_adamw8bit,
     release,
     release_all,
+    save_moments,
     states,
 )
 
@@ -195,6 +199,58 @@ def test_a_refusal_keeps_nobody_from_carrying_moments(carry, which):
     with pytest.raises(StateRefused) if which == "another" else contextlib.nullcontext():
         memory_report(state)  # says so of whatever state, unless newest was asked about it
     np.testing.assert_array_equal(moments(carried).mu["w"], moments(state).mu["w"])
+
+
+def test_a_restored_state_is_saved_whole():
+    """Its first step has filled the moments of the first devices, and not yet those of the last."""
+    with held() as gradients:
+        tx = paged_adamw8bit(1e-2, replay=True)
+        step = jax.jit(tx.update)
+        args = gradients.ready, tx.init(gradients.params), gradients.params
+        arrays = export_moments(finish(step(*args))[1])
+        mesh = gradients.params["w"].sharding.mesh
+        state = import_moments(tx.init(gradients.params), arrays)
+        state = jax.device_put(state, NamedSharding(mesh, P()))
+        after = step(gradients.hold(), state, gradients.params)
+        again = waits(lambda: export_moments(state), gradients)
+        jax.block_until_ready(after)
+    assert_trees_equal(again, arrays)
+
+
+def test_a_save_looks_at_states_once(tmp_path):
+    """Another thread may have put one in their place whose step waits for the save."""
+
+    class Trainer:
+        looks = 0
+
+        @property
+        def opt_state(self):
+            self.looks += 1
+            return state
+
+    grads = {"w": jnp.ones((64, 128))}
+    state = finish(TX.update(grads, TX.init(grads), grads))[1]
+    trainer = Trainer()
+    save_moments(trainer, tmp_path / "moments.safetensors")
+    assert trainer.looks == 1
+
+
+@pytest.mark.parametrize("free", ["release", "release_all"])
+def test_a_finalizer_that_runs_in_a_save(free, tmp_path, monkeypatch):
+    """It does not wait for steps, which may wait for the save."""
+    grads = {"w": jnp.ones((64, 128))}
+    state, other = (finish(TX.update(grads, TX.init(grads), grads))[1] for _ in range(2))
+    freed, replace = [], os.replace
+
+    def finalize_and_replace(*args):
+        freed.append(release(other) if free == "release" else release_all())
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", finalize_and_replace)
+    save_moments(state, tmp_path / "moments.safetensors")
+    assert freed == [0]
+    assert token_of(other)[0] not in {entry.handle for entry in states()}
+    assert (token_of(state)[0] in {e.handle for e in states()}) == (free == "release")
 
 
 def test_others_may_step_for_ever_while_states_are_listed():

@@ -65,8 +65,13 @@ std::vector<PySnapshot> OpenSnapshots(const std::vector<Wanted>& wanted) {
     all.push_back(
         {{platform == "cpu" ? Platform::kCpu : Platform::kCuda, ordinal}, {handle, version}});
   }
+  std::vector<Snapshot> found;
+  {
+    const WithoutGil unlocked;
+    found = Registry::Get().HoldAll(all);
+  }
   std::vector<PySnapshot> snapshots;
-  for (Snapshot& each : Registry::Get().HoldAll(all)) snapshots.emplace_back(std::move(each));
+  for (Snapshot& each : found) snapshots.emplace_back(std::move(each));
   return snapshots;
 }
 
@@ -122,13 +127,9 @@ py::tuple ReadLeafParts(const PySnapshot& self, size_t leaf) {
 
 py::list ReadLeaves(const std::string& platform, int ordinal, int32_t handle, int32_t version,
                     const std::vector<size_t>& indices) {
-  std::optional<PySnapshot> snapshot;
-  {
-    const WithoutGil unlocked;
-    snapshot.emplace(OpenSnapshot(platform, ordinal, handle, version));
-  }
+  const PySnapshot snapshot = OpenSnapshot(platform, ordinal, handle, version);
   py::list leaves;
-  for (const size_t leaf : indices) leaves.append(ReadLeafParts(*snapshot, leaf));
+  for (const size_t leaf : indices) leaves.append(ReadLeafParts(snapshot, leaf));
   return leaves;
 }
 
@@ -155,7 +156,6 @@ py::list ShapesOf(const Snapshot& snapshot) {
 }
 
 void DefineSnapshot(py::module_& module) {
-  using Unlocked = py::call_guard<WithoutGil>;
   const auto property = [](auto value) {
     return [value](const PySnapshot& self) { return value(*self.get()); };
   };
@@ -191,8 +191,8 @@ void DefineSnapshot(py::module_& module) {
       .def("__enter__", [](py::object self) { return self; })
       .def("__exit__", [](PySnapshot& self, const py::args&) { self.Close(); });
   module.def("snapshot", &OpenSnapshot, py::arg("platform"), py::arg("ordinal"), py::arg("handle"),
-             py::arg("version"), Unlocked());
-  module.def("snapshots", &OpenSnapshots, py::arg("wanted"), Unlocked());
+             py::arg("version"));
+  module.def("snapshots", &OpenSnapshots, py::arg("wanted"));
   module.def("read_leaf_parts", &ReadLeaves, py::arg("platform"), py::arg("ordinal"),
              py::arg("handle"), py::arg("version"), py::arg("leaf_indices"));
 }

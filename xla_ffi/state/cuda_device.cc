@@ -37,7 +37,7 @@ void CudaDevice::AwaitHolds(ContentsLock& lock, const Token* token, Stream strea
   Token stepped;
   CUDA_CHECK(cudaMemcpyAsync(&stepped, token, sizeof(Token), cudaMemcpyDefault, stream));
   CUDA_CHECK(cudaStreamSynchronize(stream));
-  holds().BeforeChange(lock, {id(), stepped.handle});
+  if (holds().BeforeChange(lock, {id(), stepped.handle})) pager_.CheckBooks(lock);
 }
 
 // The time that an arena is being made, when others have the lock.
@@ -219,6 +219,7 @@ std::optional<LockedArena> CudaDevice::TakeContents(int32_t handle) {
   do {
     pager_.AwaitIdle(lock, *arena);
   } while (holds().BeforeChange(lock, {id(), handle}));
+  pager_.CheckBooks(lock);
   index = IndexOf(lock, handle);  // others may have come and gone meanwhile
   if (index < 0) return std::nullopt;
   const Header header = ReadHeader(lock, index);

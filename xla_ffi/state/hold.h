@@ -2,11 +2,11 @@
 // Python meanwhile, and end in another thread than it began.
 //
 // A Hold takes two steps. From its announcement on, whatever changes contents says so just before,
-// and no move starts; nothing is stopped yet. Then it begins, at once for all contents or not at
-// all: only if none of them was about to change since its owner had last waited for them. So nobody
-// waits for a device, or for a lock of contents, while a Hold makes others wait. If one did, a GPU
-// whose step waits for the Hold could keep another GPU, which has a collective with it, from ever
-// being done.
+// and no move starts; steps are not stopped yet. Then it begins, at once for all contents or not at
+// all: only if none of them was about to change since before its owner began to wait for them. So
+// nobody waits for a device, or for a lock of contents, while a Hold makes others wait. If one did,
+// a GPU whose step waits for the Hold could keep another GPU, which has a collective with it, from
+// ever being done.
 #pragma once
 
 #include <condition_variable>
@@ -34,8 +34,14 @@ class Holds {
   // Whether there is a Hold, announced at least, of anything on this device.
   bool any(DeviceId device) const {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = entries_.lower_bound({device, std::numeric_limits<int32_t>::min()});
-    return found != entries_.end() && found->first.first == device;
+    return HasAny(device);
+  }
+
+  // Waits, without that lock, until there is none.
+  void AwaitNone(ContentsLock& contents, DeviceId device) {
+    const ContentsLock::Pause pause(contents);
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [&] { return !HasAny(device); });
   }
 
   // To be called right before contents change, under the lock of contents that they change under.
@@ -64,6 +70,10 @@ class Holds {
     int64_t changes = 0;
   };
 
+  bool HasAny(DeviceId device) const {
+    const auto found = entries_.lower_bound({device, std::numeric_limits<int32_t>::min()});
+    return found != entries_.end() && found->first.first == device;
+  }
   bool IsHeld(const Place& place) const {
     const auto found = entries_.find(place);
     return found != entries_.end() && found->second.begun > 0;
@@ -76,10 +86,13 @@ class Holds {
 
 class [[nodiscard]] Hold {
  public:
-  // Announces it.
+  // Announces it, or throws and leaves nothing behind.
   Hold(Holds& holds, std::vector<Holds::Place> places) : holds_(holds), places_(std::move(places)) {
+    std::map<Holds::Place, Holds::Entry> entries;  // made beforehand: memory may be short
+    for (const Holds::Place& place : places_) entries[place];
     const std::lock_guard<std::mutex> lock(holds_.mutex_);
-    for (const Holds::Place& place : places_) ++holds_.entries_[place].announced;
+    holds_.entries_.merge(entries);
+    for (const Holds::Place& place : places_) ++holds_.entries_.find(place)->second.announced;
   }
   Hold(const Hold&) = delete;
   // Waits for nothing.
@@ -103,7 +116,7 @@ class [[nodiscard]] Hold {
   bool Begin(int64_t changes) {
     const std::lock_guard<std::mutex> lock(holds_.mutex_);
     if (Sum() != changes) return false;
-    for (const Holds::Place& place : places_) ++holds_.entries_[place].begun;
+    for (const Holds::Place& place : places_) ++holds_.entries_.find(place)->second.begun;
     return has_begun_ = true;
   }
 
@@ -114,7 +127,7 @@ class [[nodiscard]] Hold {
  private:
   int64_t Sum() const {
     int64_t sum = 0;
-    for (const Holds::Place& place : places_) sum += holds_.entries_[place].changes;
+    for (const Holds::Place& place : places_) sum += holds_.entries_.find(place)->second.changes;
     return sum;
   }
 

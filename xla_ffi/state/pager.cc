@@ -148,15 +148,23 @@ int64_t Pager::MoveNow(ContentsLock& lock, Arena& arena, int64_t nbytes) {
     ~Urgency() { --count; }
   } urgency(urgent_);
   Wake(lock);
-  Step step;
-  lock.Await(settled_, [&] {
-    if (is_placing_) return false;
-    if (stopping_ || !residency.failure.empty()) return true;
-    if (residency.moving) return false;
-    if (residency.segments == residency.target || !Pick(lock, &step)) return true;
-    wake_.notify_one();  // the thread may sleep because it found no room, which came since
-    return false;
-  });
+  const DeviceId device{Platform::kCuda, ordinal_};
+  const auto is_over = [&] {
+    return stopping_ || !residency.failure.empty() || residency.segments == residency.target;
+  };
+  for (;;) {
+    Step step;
+    lock.Await(settled_, [&] {
+      if (is_placing_) return false;
+      if (stopping_ || !residency.failure.empty()) return true;
+      if (residency.moving) return false;
+      if (is_over() || !Pick(lock, &step)) return true;
+      wake_.notify_one();  // the thread may sleep because it found no room, which came since
+      return false;
+    });
+    if (is_over() || !holds_.any(device)) break;
+    holds_.AwaitNone(lock, device);  // nothing moves while somebody reads
+  }
   if (!residency.failure.empty()) {
     throw StatusError(StatusCode::kResourceExhausted,
                       "moments could not be moved: " + residency.failure);

@@ -24,7 +24,7 @@ class Pager {
   // Of the GPU's arenas, which `mutex` guards. While somebody holds one, or is about to, nothing
   // starts to move.
   // All three must outlive the pager.
-  Pager(int ordinal, ContentsMutex& mutex, const Holds& holds,
+  Pager(int ordinal, ContentsMutex& mutex, Holds& holds,
         const std::vector<std::shared_ptr<Arena>>& arenas)
       : ordinal_(ordinal), mutex_(mutex), holds_(holds), arenas_(arenas) {}
   Pager(const Pager&) = delete;
@@ -66,7 +66,7 @@ class Pager {
 
   const int ordinal_;
   ContentsMutex& mutex_;
-  const Holds& holds_;
+  Holds& holds_;
   const std::vector<std::shared_ptr<Arena>>& arenas_;
   Planner planner_;
   int64_t allowance_ = 0;  // bytes that may still move in the background

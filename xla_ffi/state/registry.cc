@@ -182,12 +182,17 @@ Registry::OpenSlot Registry::Read(DeviceId device, Token token) {
   return FindContents({device, token}, &Device::LockContents);
 }
 
+namespace {
+
+// How often contents are looked at again because an update of their state began meanwhile. After an
+// update that is not skipped or refused, few are needed: the contents of before are gone.
+constexpr int kTries = 1000;
+
+}  // namespace
+
 std::vector<Snapshot> Registry::HoldAll(const std::vector<Wanted>& wanted) {
   std::vector<Holds::Place> places;
   for (const auto& [device, token] : wanted) places.emplace_back(device, token.handle);
-  // A state that is stepped meanwhile has newer contents then, and is refused; so this ends, unless
-  // its steps are refused themselves.
-  constexpr int kTries = 1000;
   for (int i = 0; i < kTries; ++i) {
     const auto hold = std::make_shared<Hold>(holds_, places);
     const int64_t changes = hold->changes();
@@ -198,9 +203,11 @@ std::vector<Snapshot> Registry::HoldAll(const std::vector<Wanted>& wanted) {
     }
     if (hold->Begin(changes)) return snapshots;
   }
-  throw StatusError(StatusCode::kFailedPrecondition,
-                    "the moments cannot be read, because another thread keeps updating this "
-                    "optimizer state. Read them between two updates.");
+  throw StatusError(
+      StatusCode::kFailedPrecondition,
+      "the moments cannot be read, because other threads keep calling updates of this "
+      "optimizer state, which are refused or skipped. Read them when none is under "
+      "way.");
 }
 
 std::vector<ArenaReport> Registry::DescribeAll() {
@@ -214,15 +221,29 @@ std::vector<ArenaReport> Registry::DescribeAll() {
   return reports;
 }
 
-std::optional<Registry::Newest> Registry::FindNewest(int32_t handle) {
+std::vector<Header> Registry::ReadHeaders(int32_t handle) {
+  const std::vector<Device*> devices = Devices();
+  std::vector<Holds::Place> places;
+  for (const Device* device : devices) places.emplace_back(device->id(), handle);
+  const Hold hold(holds_, std::move(places));  // announced only
   std::vector<Header> headers;
-  for (Device* device : Devices()) {
-    const auto locked = device->LockContents(handle);
-    // A GPU keeps what another device undid, until the state is used again.
-    if (locked && !handles_.WasUndone(handle, locked->arena->run)) {
-      headers.push_back(locked->header);
+  for (int i = 0; i < kTries; ++i) {
+    headers.clear();
+    const int64_t changes = hold.changes();
+    for (Device* device : devices) {
+      const auto locked = device->LockContents(handle);
+      // A GPU keeps what another device undid, until the state is used again.
+      if (locked && !handles_.WasUndone(handle, locked->arena->run)) {
+        headers.push_back(locked->header);
+      }
     }
+    if (hold.changes() == changes) break;
   }
+  return headers;
+}
+
+std::optional<Registry::Newest> Registry::FindNewest(int32_t handle) {
+  const std::vector<Header> headers = ReadHeaders(handle);
   if (headers.empty()) {
     if (!handles_.MayBeUsed(handle)) return std::nullopt;
     return handles_.SourceOf(handle) == nullptr ? Newest{0, 0, 0, 0} : Newest{1, kNoCount, 1, 0};

@@ -131,6 +131,8 @@ class Registry {
   // Locks contents in one of the ways that a Device has for it.
   using LockContents = std::optional<LockedArena> (Device::*)(int32_t);
   OpenSlot FindContents(const Wanted& wanted, LockContents lock);
+  // What all devices have of a state at one time. Waits for them.
+  std::vector<Header> ReadHeaders(int32_t handle);
 
   Handles handles_;
   Holds holds_;
