@@ -17,12 +17,12 @@ def evict(opt_state: Any, device_bytes: int = 0) -> int:
     """Takes moments out of GPU memory, and keeps them out until `prefetch`.
 
     Use it if something else outside of XLA's pool needs room, or XLA itself where it does not
-    preallocate (``XLA_PYTHON_CLIENT_PREALLOCATE=false``). Returns when the moments are out. The
-    device memory of managed moments then goes to the next allocation; until then ``nvidia-smi``
-    counts it as in use. The state can be updated meanwhile, and steps then work on the moments in
-    host memory. Other states that are updated meanwhile may take the room. On the CPU, moments in a
-    file are written out and leave RAM; others stay. States that were never updated have no moments
-    to evict.
+    preallocate (``XLA_PYTHON_CLIENT_PREALLOCATE=false``). Returns when the moments are out, after
+    saves on the same GPU. The device memory of managed moments then goes to the next allocation;
+    until then ``nvidia-smi`` counts it as in use. The state can be updated meanwhile, and steps
+    then work on the moments in host memory. Other states that are updated meanwhile may take the
+    room. On the CPU, moments in a file are written out and leave RAM; others stay. States that were
+    never updated have no moments to evict.
 
     Args:
       opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it.

@@ -12,6 +12,7 @@ from . import _ext
 from . import _reference as reference
 from ._any import PagedArraysState
 from ._contents import BLOCK, Contents, Leaf, Shape, with_arrays
+from ._holding import holding
 from ._names import is_by_place, names_of
 from ._refused import tell_refusals
 from ._replace import put_in
@@ -179,7 +180,7 @@ def _plan(handle: int, version: int, masks: Masks, used: set[str]) -> _Plan | No
     plan = []
     for report in reports:
         device = report["platform"], report["ordinal"]
-        with contextlib.closing(_ext.snapshot(*device, handle, version)) as snapshot:
+        with holding(), contextlib.closing(_ext.snapshot(*device, handle, version)) as snapshot:
             plan.append((*device, _reset_device(snapshot, masks, used)))
     return plan
 
