@@ -69,9 +69,6 @@ class Snapshot:
 
 def snapshot(platform: str, ordinal: int, handle: int, version: int) -> Snapshot: ...
 def snapshots(wanted: Sequence[tuple[str, int, int, int]]) -> list[Snapshot]: ...
-def read_leaf_parts(
-    platform: str, ordinal: int, handle: int, version: int, leaf_indices: list[int]
-) -> list[Parts]: ...
 
 # Bytes, arrays, or tuples: (path, offset, nbytes, crc), or (snapshot, leaf, kind, state). Returns
 # the CRC-32 of each.

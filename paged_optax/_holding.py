@@ -7,6 +7,7 @@ may wait for the save.
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,13 +32,21 @@ def holding() -> Iterator[None]:
         yield
         return
     calls: Postponed = []
-    work_for(calls)
     try:
+        work_for(calls)
         yield
     finally:
         work_for(None)
         for call in calls:
-            call()
+            _call(call)
+
+
+def _call(call: Callable[[], Any]) -> None:
+    """What it raises concerns nobody who is here."""
+    try:
+        call()
+    except Exception as error:
+        warnings.warn(f"what was postponed until a save ended failed: {error}", stacklevel=2)
 
 
 def postpone(call: Callable[[], Any]) -> bool:

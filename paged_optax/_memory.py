@@ -5,7 +5,7 @@ from typing import Any
 
 from . import _ext
 from ._bytes import check_bytes
-from ._holding import postpone
+from ._holding import postpone, postponed
 from ._log import named, told
 from ._refused import tell_refusals
 from ._state import find_states, read_anyway, read_token
@@ -52,9 +52,9 @@ def evict(opt_state: Any, device_bytes: int = 0) -> int:
 def prefetch(opt_state: Any) -> int:
     """Brings moments into GPU memory, as far as there is room, and ends what `evict` asked for.
 
-    Room is free memory beyond the headroom and within the budgets. Returns when the moments are in.
-    Training does not need it: steps bring moments in by themselves once there has been room for a
-    while. On the CPU, moments in a file are read ahead.
+    Room is free memory beyond the headroom and within the budgets. Returns when the moments are in,
+    after saves on the same GPU. Training does not need it: steps bring moments in by themselves
+    once there has been room for a while. On the CPU, moments in a file are read ahead.
 
     Args:
       opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it.
@@ -86,9 +86,9 @@ def prefetch(opt_state: Any) -> int:
 def release(opt_state: Any) -> int:
     """Frees the moments of an optimizer state. The state cannot be updated any more.
 
-    Waits for the steps under way, of all states and on every device. In the middle of a save of the
-    same thread, as in a finalizer that the garbage collector runs there, it returns 0 and frees
-    them when the save ends.
+    Waits for the steps under way, of all states and on every device. While the same thread saves or
+    copies moments, as in a finalizer that the garbage collector runs there, it returns 0 and frees
+    them when that ends.
 
     Args:
       opt_state: any optax state, nnx.Optimizer or TrainState with paged states in it, of any
@@ -108,13 +108,13 @@ def release(opt_state: Any) -> int:
       >>> paged_optax.release(state) >= 2 * 1024**2
       True
     """
+    entries = opt_state if isinstance(opt_state, list) else [opt_state]
+    are_known = all(isinstance(entry, StateInfo) for entry in entries)
+    found = [] if are_known else find_states(opt_state)
     if postpone(functools.partial(release, opt_state)):
         return 0
-    entries = opt_state if isinstance(opt_state, list) else [opt_state]
-    if all(isinstance(entry, StateInfo) for entry in entries):
-        handles = {entry.handle for entry in entries}
-    else:
-        handles = {read_anyway(state)[0] for state in find_states(opt_state)}
+    handles = {entry.handle for entry in entries} if are_known else set()
+    handles |= {read_anyway(state)[0] for state in found}
     with named("release"):
         await_steps()  # a step that came after its moments are gone would be refused
         freed = sum(_ext.release(handle) for handle in handles)
@@ -125,7 +125,7 @@ def release_all() -> int:
     """Frees the moments of every optimizer state of this process, also of states that are lost.
 
     Use it in notebooks, where a state is lost when its cell runs again. No state made so far can be
-    updated any more. Waits for the steps under way, and in the middle of a save as `release` does.
+    updated any more. Waits for the steps under way, and in a save until its end, as `release` does.
 
     Returns:
       The number of bytes freed.
@@ -147,6 +147,11 @@ def release_all() -> int:
 
 
 def _limit(opt_state: Any, device_bytes: int) -> int:
+    if postponed() is not None:
+        raise RuntimeError(
+            "moments cannot be moved while the same thread saves or copies some, as in a finalizer;"
+            " call evict and prefetch outside of it"
+        )
     tokens = dict(read_token(state) for state in find_states(opt_state))
     tell_refusals()
     return sum(_ext.limit(*token, device_bytes) for token in tokens.items())

@@ -69,6 +69,11 @@ def to_bitsandbytes(
     read_token(states[0])
     tell_refusals()
     count = read_count(states[0].count)
+    # Copies: steps wait for what follows, so it runs no code of the user.
+    if not isinstance(names, str):
+        names = dict(names) if isinstance(names, Mapping) else list(names)
+    if not isinstance(transposed, str):
+        transposed = frozenset(transposed)
     pairs = list(names.items() if isinstance(names, Mapping) else enumerate(names))
     with opened(states[0].token) as contents:
         if contents is None:

@@ -95,8 +95,8 @@ def _find(token: Any, count: int | None) -> Contents | None | list[_Place]:
     if jax.process_count() == 1 and len(reports) != num_devices:
         raise RuntimeError(
             f"the moments of this optimizer state are on {len(reports)} of its {num_devices}"
-            " devices: its first update is under way in another thread, or failed on the others."
-            " Wait for it with jax.block_until_ready, or run it again"
+            " devices: its first update failed on the others, or is under way in another thread."
+            " Run it again, or wait for it with jax.block_until_ready"
         )
     return [(report["platform"], report["ordinal"], handle, version) for report in reports]
 
@@ -244,4 +244,5 @@ def find_staged(handle: int, version: int) -> Contents | None:
     waiting = _ext.staged(handle) if version == 1 else None
     if waiting is not None and waiting["filled"]:
         await_steps()  # so that all devices have their moments, and not some of them
+        waiting = _ext.staged(handle)
     return None if waiting is None or waiting["filled"] else _staged.get(handle)

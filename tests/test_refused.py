@@ -620,8 +620,9 @@ def ask():
     while True:
         try:
             ext.describe(*token), ext.newest(token[0]), ext.list_states()
-            ext.read_leaf_parts("cpu", 0, *token, [0])
-            ext.read_leaf_parts("cpu", 0, token[0], 1, [0])  # the step before is refused
+            with ext.snapshot("cpu", 0, *token) as snapshot:
+                snapshot.read(0)
+            ext.snapshot("cpu", 0, token[0], 1)  # is refused
         except paged_optax.StateRefused:
             pass
 token = find_state(new).token.tolist()

@@ -277,14 +277,6 @@ def test_parts_of_a_leaf(device):
             snapshot.read(len(SHAPES))
 
 
-def test_read_leaf_parts(device):
-    _, _, state = train_adam()
-    with open_state(state) as snapshot:
-        expected = [snapshot.read(i) for i in (4, 0)]
-        where = "cpu" if device.platform == "cpu" else "cuda", 0, snapshot.handle, snapshot.version
-    assert_trees_equal(ext.read_leaf_parts(*where, [4, 0]), expected)
-
-
 def test_a_snapshot_of_another_version_is_refused(device):
     tx, params, state = train_adam()
     _, newer = run(tx, params, state, [9])

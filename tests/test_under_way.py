@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from helpers import assert_trees_equal, ext, finish, raise_if_refused, run_python, token_of
 from paged_optax import (
     StateRefused,
+    evict,
     export_moments,
     import_moments,
     memory_report,
@@ -243,6 +244,10 @@ def test_a_finalizer_that_runs_in_a_save(free, tmp_path, monkeypatch):
     freed, replace = [], os.replace
 
     def finalize_and_replace(*args):
+        with pytest.raises(ValueError, match="no paged optimizer state"):
+            release({"x": 1})
+        with pytest.raises(RuntimeError, match="outside of it"):
+            evict(other)
         freed.append(release(other) if free == "release" else release_all())
         replace(*args)
 

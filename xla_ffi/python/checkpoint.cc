@@ -125,14 +125,6 @@ py::tuple ReadLeafParts(const PySnapshot& self, size_t leaf) {
   return py::make_tuple(codes, words, residuals);
 }
 
-py::list ReadLeaves(const std::string& platform, int ordinal, int32_t handle, int32_t version,
-                    const std::vector<size_t>& indices) {
-  const PySnapshot snapshot = OpenSnapshot(platform, ordinal, handle, version);
-  py::list leaves;
-  for (const size_t leaf : indices) leaves.append(ReadLeafParts(snapshot, leaf));
-  return leaves;
-}
-
 py::object BoxesOf(const Snapshot& snapshot) {
   if (!snapshot.boxes()) return py::none();
   py::list boxes;
@@ -193,8 +185,6 @@ void DefineSnapshot(py::module_& module) {
   module.def("snapshot", &OpenSnapshot, py::arg("platform"), py::arg("ordinal"), py::arg("handle"),
              py::arg("version"));
   module.def("snapshots", &OpenSnapshots, py::arg("wanted"));
-  module.def("read_leaf_parts", &ReadLeaves, py::arg("platform"), py::arg("ordinal"),
-             py::arg("handle"), py::arg("version"), py::arg("leaf_indices"));
 }
 
 // ---------------------------------------------------------------------------------------------------

@@ -135,6 +135,7 @@ std::optional<LockedArena> CpuDevice::TakeContents(int32_t handle) {
 std::optional<LockedArena> CpuDevice::LockToChange(std::shared_ptr<Arena> arena) {
   std::optional<LockedArena> locked = LockArena(std::move(arena));
   if (locked && holds().BeforeChange(locked->lock, {id(), locked->header.handle})) {
+    locked->arena->memory->CheckContents();
     locked->header = locked->arena->header;  // of now
   }
   return locked;

@@ -33,7 +33,7 @@ class Device {
   virtual std::shared_ptr<Arena> Find(int32_t handle) = 0;
   // Keeps steps from starting and waits for those under way.
   virtual std::optional<LockedArena> LockContents(int32_t handle) = 0;
-  // The same, also where contents were lost.
+  // The same, on a CPU also where contents were lost.
   virtual std::optional<LockedArena> LockAnyway(int32_t handle) { return LockContents(handle); }
   // As LockContents, and waits for a move under way.
   virtual std::optional<LockedArena> SettleContents(int32_t handle) { return LockContents(handle); }

@@ -4,9 +4,9 @@
 // A Hold takes two steps. From its announcement on, whatever changes contents says so just before,
 // and no move starts; steps are not stopped yet. Then it begins, at once for all contents or not at
 // all: only if none of them was about to change since before its owner began to wait for them. So
-// nobody waits for a device, or for a lock of contents, while a Hold makes others wait. If one did,
-// a GPU whose step waits for the Hold could keep another GPU, which has a collective with it, from
-// ever being done.
+// whoever has a Hold that has begun waits for no device and for no lock of contents. Otherwise a
+// GPU whose step waits for the Hold could keep another GPU, which has a collective with it, from
+// ever being done. A question about several devices announces a Hold, and never begins it.
 #pragma once
 
 #include <condition_variable>

@@ -152,18 +152,20 @@ int64_t Pager::MoveNow(ContentsLock& lock, Arena& arena, int64_t nbytes) {
   const auto is_over = [&] {
     return stopping_ || !residency.failure.empty() || residency.segments == residency.target;
   };
-  for (;;) {
+  for (bool is_held = true; is_held;) {
+    is_held = false;
     Step step;
     lock.Await(settled_, [&] {
       if (is_placing_) return false;
       if (stopping_ || !residency.failure.empty()) return true;
       if (residency.moving) return false;
-      if (is_over() || !Pick(lock, &step)) return true;
+      if (is_over()) return true;
+      is_held = holds_.any(device);
+      if (is_held || !Next(lock, &step)) return true;
       wake_.notify_one();  // the thread may sleep because it found no room, which came since
       return false;
     });
-    if (is_over() || !holds_.any(device)) break;
-    holds_.AwaitNone(lock, device);  // nothing moves while somebody reads
+    if (is_held) holds_.AwaitNone(lock, device);  // nothing moves while somebody reads
   }
   if (!residency.failure.empty()) {
     throw StatusError(StatusCode::kResourceExhausted,
@@ -179,6 +181,10 @@ void Pager::AwaitIdle(ContentsLock& lock, const Arena& arena) {
 bool Pager::Pick(const ContentsLock& lock, Step* step) {
   if (is_placing_ || holds_.any({Platform::kCuda, ordinal_})) return false;
   if (urgent_ == 0 && allowance_ <= 0) return false;
+  return Next(lock, step);
+}
+
+bool Pager::Next(const ContentsLock& lock, Step* step) {
   return planner_.Next(States(lock), FreeDeviceBytes(ordinal_), kBytesPerMove, step);
 }
 

@@ -21,9 +21,8 @@ namespace paged_optax {
 
 class Pager {
  public:
-  // Of the GPU's arenas, which `mutex` guards. While somebody holds one, or is about to, nothing
-  // starts to move.
-  // All three must outlive the pager.
+  // Of the GPU's arenas, which `mutex` guards. While somebody holds one, or has announced it,
+  // nothing starts to move. All three must outlive the pager.
   Pager(int ordinal, ContentsMutex& mutex, Holds& holds,
         const std::vector<std::shared_ptr<Arena>>& arenas)
       : ordinal_(ordinal), mutex_(mutex), holds_(holds), arenas_(arenas) {}
@@ -52,6 +51,8 @@ class Pager {
 
  private:
   Residencies States(const ContentsLock&) const;
+  // What should move next; and whether it may.
+  bool Next(const ContentsLock&, Step* step);
   bool Pick(const ContentsLock&, Step* step);
   void Run();
   void Execute(ContentsLock& lock, Arena& arena, const Step& step);

@@ -205,7 +205,7 @@ std::vector<Snapshot> Registry::HoldAll(const std::vector<Wanted>& wanted) {
   }
   throw StatusError(
       StatusCode::kFailedPrecondition,
-      "the moments cannot be read, because other threads keep calling updates of this "
+      "paged_optax: the moments cannot be read, because other threads keep calling updates of this "
       "optimizer state, which are refused or skipped. Read them when none is under "
       "way.");
 }
@@ -227,7 +227,8 @@ std::vector<Header> Registry::ReadHeaders(int32_t handle) {
   for (const Device* device : devices) places.emplace_back(device->id(), handle);
   const Hold hold(holds_, std::move(places));  // announced only
   std::vector<Header> headers;
-  for (int i = 0; i < kTries; ++i) {
+  constexpr int kLooks = 10;  // what comes out is compared in any case
+  for (int i = 0; i < kLooks; ++i) {
     headers.clear();
     const int64_t changes = hold.changes();
     for (Device* device : devices) {
@@ -276,7 +277,8 @@ std::optional<Registry::Newest> Registry::FindNewest(int32_t handle) {
     throw StatusError(StatusCode::kFailedPrecondition,
                       "paged_optax: the devices have different moments of this optimizer state: a "
                       "step ran on some of them and was refused or failed on others, and none has "
-                      "kept the moments before it. Make a new state with init(params), after "
+                      "kept the moments before it, or another thread has a step under way. If none "
+                      "has, make a new state with init(params), after "
                       "paged_optax.release(opt_state), which frees these moments.");
   }
   return newest;

@@ -131,7 +131,7 @@ class Registry {
   // Locks contents in one of the ways that a Device has for it.
   using LockContents = std::optional<LockedArena> (Device::*)(int32_t);
   OpenSlot FindContents(const Wanted& wanted, LockContents lock);
-  // What all devices have of a state at one time. Waits for them.
+  // What the devices have of a state, if possible at a time when none began a step. Waits for them.
   std::vector<Header> ReadHeaders(int32_t handle);
 
   Handles handles_;
