@@ -33,8 +33,9 @@ def save_moments(opt_state: Any, path: str | os.PathLike[str]) -> int:
     Several threads read, sum and write at once, past the page cache where the file system can. The
     file that a process left which was killed while it wrote goes with the next save.
 
-    Waits for the updates under way, and updates that start meanwhile wait for it. Takes no memory
-    of the GPU and moves no moments. The host needs memory for 64 MiB of them.
+    Waits for the updates under way. Updates of these states that start meanwhile wait for it; those
+    of other states go on. Takes no memory of the GPU and moves no moments. The host needs memory
+    for 64 MiB of them.
 
     With several processes (`jax.distributed`) each must make this call. Each writes the moments
     that are on its own devices, to `path` with ``-00001-of-00004`` before its suffix. Files of
