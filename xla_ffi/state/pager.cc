@@ -149,9 +149,6 @@ int64_t Pager::MoveNow(ContentsLock& lock, Arena& arena, int64_t nbytes) {
   } urgency(urgent_);
   Wake(lock);
   const DeviceId device{Platform::kCuda, ordinal_};
-  const auto is_over = [&] {
-    return stopping_ || !residency.failure.empty() || residency.segments == residency.target;
-  };
   for (bool is_held = true; is_held;) {
     is_held = false;
     Step step;
@@ -159,7 +156,7 @@ int64_t Pager::MoveNow(ContentsLock& lock, Arena& arena, int64_t nbytes) {
       if (is_placing_) return false;
       if (stopping_ || !residency.failure.empty()) return true;
       if (residency.moving) return false;
-      if (is_over()) return true;
+      if (residency.segments == residency.target) return true;
       is_held = holds_.any(device);
       if (is_held || !Next(lock, &step)) return true;
       wake_.notify_one();  // the thread may sleep because it found no room, which came since

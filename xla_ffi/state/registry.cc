@@ -182,17 +182,12 @@ Registry::OpenSlot Registry::Read(DeviceId device, Token token) {
   return FindContents({device, token}, &Device::LockContents);
 }
 
-namespace {
-
-// How often contents are looked at again because an update of their state began meanwhile. After an
-// update that is not skipped or refused, few are needed: the contents of before are gone.
-constexpr int kTries = 1000;
-
-}  // namespace
-
 std::vector<Snapshot> Registry::HoldAll(const std::vector<Wanted>& wanted) {
   std::vector<Holds::Place> places;
   for (const auto& [device, token] : wanted) places.emplace_back(device, token.handle);
+  // Each time but the last an update of one of the states began meanwhile. Where it was not skipped
+  // or refused, few are needed: the contents of before are gone.
+  constexpr int kTries = 1000;
   for (int i = 0; i < kTries; ++i) {
     const auto hold = std::make_shared<Hold>(holds_, places);
     const int64_t changes = hold->changes();
